@@ -1,0 +1,108 @@
+// What every operator checks before it touches anything, on the CPU and on CUDA alike.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "core/span.h"
+#include "core/storage.h"
+#include "core/stream.h"
+
+namespace zoext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Distribution : int64_t { normal = 0, sign = 1 };
+
+inline void check_tensors(const char* name, const std::vector<Tensor>& tensors) {
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const Tensor& tensor = tensors[t];
+    STD_TORCH_CHECK(tensor.is_contiguous(), name, "[", t, "] is not contiguous; pass tensor.contiguous()");
+    const ScalarType type = tensor.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+                        type == ScalarType::Half,
+                    name, "[", t, "] must be float32, float64, bfloat16 or float16");
+    STD_TORCH_CHECK(tensor.device() == tensors[0].device(), name, "[", t, "] is on another device than ", name,
+                    "[0]; call the operator once per device");
+  }
+}
+
+inline void check_seeds(const Tensor& seeds, const Tensor& coefficients, const Tensor& like) {
+  STD_TORCH_CHECK(seeds.dim() == 1 && seeds.scalar_type() == ScalarType::Long && seeds.is_contiguous(),
+                  "seeds must be a contiguous int64 tensor of one dimension");
+  STD_TORCH_CHECK(coefficients.dim() == 1 && coefficients.scalar_type() == ScalarType::Float &&
+                      coefficients.is_contiguous() && coefficients.numel() == seeds.numel(),
+                  "coefficients must be a contiguous float32 tensor with one element per seed");
+  STD_TORCH_CHECK(seeds.device() == like.device() && coefficients.device() == like.device(),
+                  "seeds and coefficients must be on the device of the parameters");
+}
+
+inline void check_scalar(const char* name, const Tensor& scalar, ScalarType type, const Tensor& like) {
+  STD_TORCH_CHECK(scalar.numel() == 1 && scalar.scalar_type() == type, name, " must hold one ",
+                  type == ScalarType::Long ? "int64" : "float32", " number");
+  STD_TORCH_CHECK(scalar.device() == like.device(), name, " must be on the device of the parameters");
+}
+
+inline Distribution checked_distribution(int64_t distribution) {
+  STD_TORCH_CHECK(distribution == 0 || distribution == 1, "distribution must be 0 (normal) or 1 (sign), not ",
+                  distribution);
+  return static_cast<Distribution>(distribution);
+}
+
+inline Rounding checked_rounding(int64_t rounding) {
+  STD_TORCH_CHECK(rounding == 0 || rounding == 1, "rounding must be 0 (nearest) or 1 (stochastic), not ", rounding);
+  return static_cast<Rounding>(rounding);
+}
+
+// A tensor's place in the noise field.
+struct Place {
+  uint32_t key;
+  Span span;
+};
+
+inline std::vector<Place> checked_places(const std::vector<Tensor>& tensors, const std::vector<int64_t>& keys,
+                                         const std::vector<int64_t>& spans) {
+  STD_TORCH_CHECK(keys.size() == tensors.size() && spans.size() == 3 * tensors.size(),
+                  "keys must have one and spans three numbers per tensor; there are ", tensors.size(),
+                  " tensors, ", keys.size(), " keys and ", spans.size(), " span numbers");
+  std::vector<Place> places;
+  places.reserve(tensors.size());
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    STD_TORCH_CHECK(keys[t] >= 0 && keys[t] <= 0xffffffffLL, "keys[", t, "] must be in 0 .. 2^32 - 1, not ", keys[t]);
+    const Span span{spans[3 * t], spans[3 * t + 1], spans[3 * t + 2]};
+    STD_TORCH_CHECK(span.base >= 0 && span.run >= 1 && span.stride >= 0, "spans[", t,
+                    "] must have base >= 0, run >= 1 and stride >= 0, not (", span.base, ", ", span.run, ", ",
+                    span.stride, ")");
+    places.push_back({static_cast<uint32_t>(keys[t]), span});
+  }
+  return places;
+}
+
+inline void check_copy(const std::vector<Tensor>& out, const std::vector<Tensor>& theta) {
+  STD_TORCH_CHECK(out.size() == theta.size(), "out and theta must be lists of one length, not ", out.size(), " and ",
+                  theta.size());
+  for (size_t t = 0; t < out.size(); ++t)
+    STD_TORCH_CHECK(out[t].numel() == theta[t].numel() && out[t].scalar_type() == theta[t].scalar_type() &&
+                        out[t].device() == theta[t].device(),
+                    "out[", t, "] must have the size, the dtype and the device of theta[", t, "]");
+}
+
+// Calls f(Storage{}) with the storage type of a checked tensor.
+template <class F>
+void for_storage(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: return f(Half{});
+  }
+}
+
+}  // namespace zoext

@@ -1,0 +1,80 @@
+// Which instructions this processor has, and the loops compiled for them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../core/combine.h"
+#include "../core/sign.h"
+#include "../core/storage.h"
+
+namespace zoext::cpu {
+
+constexpr int tile_alignment = 32;  // a power of two that every group of Philox blocks divides
+constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
+
+// sum += coefficient * direction, over an aligned stretch of a parameter.
+template <class Number>
+struct DirectionLoops {
+  using Add = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum);
+  Add add_normals, add_signs;
+};
+
+template <class Storage>
+struct StorageLoops {
+  using Number = typename Arithmetic<Storage>::type;
+  void (*displace)(Storage* out, const Storage* theta, const Number* sum, Number decay, int64_t count,
+                   const uint16_t* random);
+  void (*write)(Storage* out, const Number* sum, int64_t count);
+};
+
+struct InstructionSet {
+  const char* name;
+  void (*words)(const Field&, uint64_t block, int64_t blocks, uint32_t* out);
+  DirectionLoops<float> single;
+  DirectionLoops<double> twice;
+  StorageLoops<float> float32;
+  StorageLoops<double> float64;
+  StorageLoops<BFloat16> bfloat16;
+  StorageLoops<Half> float16;
+
+  template <class Number>
+  const DirectionLoops<Number>& direction() const {
+    if constexpr (sizeof(Number) == 4)
+      return single;
+    else
+      return twice;
+  }
+
+  template <class Storage>
+  const StorageLoops<Storage>& storage() const;
+};
+
+template <>
+inline const StorageLoops<float>& InstructionSet::storage() const {
+  return float32;
+}
+template <>
+inline const StorageLoops<double>& InstructionSet::storage() const {
+  return float64;
+}
+template <>
+inline const StorageLoops<BFloat16>& InstructionSet::storage() const {
+  return bfloat16;
+}
+template <>
+inline const StorageLoops<Half>& InstructionSet::storage() const {
+  return float16;
+}
+
+// The set in use: the best the processor has, unless ZOEXT_ISA or `use_instruction_set` chose another.
+const InstructionSet& instruction_set();
+
+// What this build and this processor can run, best first.
+std::vector<std::string> available_instruction_sets();
+
+// Throws std::invalid_argument for a set that is not available. Not to be called during an operator.
+void use_instruction_set(const std::string& name);
+
+}  // namespace zoext::cpu

@@ -1,0 +1,32 @@
+#include "instruction_set.h"
+
+#if defined(__x86_64__)
+
+// Standard headers stand above: their inline functions must not be compiled with these instructions.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "simd_avx2.h"
+
+namespace zoext::cpu::avx2 {
+
+extern const InstructionSet instruction_set;
+
+namespace {
+
+constexpr char name[] = "avx2";
+
+}  // namespace
+
+#include "tiles.inl"
+
+}  // namespace zoext::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

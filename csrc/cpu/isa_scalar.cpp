@@ -1,0 +1,17 @@
+#include "instruction_set.h"
+
+#include "simd_scalar.h"
+
+namespace zoext::cpu::scalar {
+
+extern const InstructionSet instruction_set;
+
+namespace {
+
+constexpr char name[] = "scalar";
+
+}  // namespace
+
+#include "tiles.inl"
+
+}  // namespace zoext::cpu::scalar

@@ -1,0 +1,125 @@
+// AVX2, FMA and F16C lanes. Included with the instruction sets switched on.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../core/normal.h"
+#include "../core/storage.h"
+
+namespace zoext::cpu::avx2 {
+
+struct Ints {
+  __m256i v;
+};
+struct Floats {
+  __m256 v;
+};
+// 32-bit words in the low halves of 64-bit lanes; the high halves hold anything. A product then
+// needs no shuffle.
+struct Counters {
+  __m256i v;
+  Counters() = default;
+  explicit Counters(__m256i v) : v(v) {}
+  explicit Counters(uint32_t word) : v(_mm256_set1_epi64x(word)) {}
+};
+
+constexpr int lanes = 8;
+constexpr int blocks_per_group = 4;
+
+inline Counters operator^(Counters a, Counters b) { return Counters(_mm256_xor_si256(a.v, b.v)); }
+inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
+  const __m256i product = _mm256_mul_epu32(_mm256_set1_epi64x(constant), a.v);
+  return {Counters(_mm256_srli_epi64(product, 32)), Counters(product)};
+}
+
+// In the order that makes `in_order` two unpack instructions.
+inline Counters consecutive_blocks(uint32_t first) {
+  return Counters(_mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 2, 1, 3)));
+}
+
+inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline Ints operator~(Ints a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi32(-1))}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline Ints operator<<(Ints a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
+inline Ints operator>>(Ints a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
+inline Ints spread_top_bit(Ints a) { return {_mm256_srai_epi32(a.v, 31)}; }
+inline Floats signed_to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Ints bits_of(Floats a) { return {_mm256_castps_si256(a.v)}; }
+inline Floats float_of_bits(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Floats square_root(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(word.v))};
+}
+
+// Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
+struct Pairs {
+  Ints first[1], second[1];
+};
+
+inline Pairs pair_up(const Words<Counters>& words) {
+  const auto merge = [](Counters even, Counters odd) {
+    return Ints{_mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xaa)};
+  };
+  return {{merge(words.w[0], words.w[2])}, {merge(words.w[1], words.w[3])}};
+}
+
+inline void in_order(const Ints (&first)[1], const Ints (&second)[1], Ints (&out)[2]) {
+  out[0] = {_mm256_unpacklo_epi32(first[0].v, second[0].v)};
+  out[1] = {_mm256_unpackhi_epi32(first[0].v, second[0].v)};
+}
+inline void in_order(const Floats (&first)[1], const Floats (&second)[1], Floats (&out)[2]) {
+  out[0] = {_mm256_unpacklo_ps(first[0].v, second[0].v)};
+  out[1] = {_mm256_unpackhi_ps(first[0].v, second[0].v)};
+}
+
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Floats load(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline Floats load(const Half* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a.v); }
+inline void store(uint32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline void store(BFloat16* p, Floats a) {
+  const __m256i bits = _mm256_castps_si256(a.v), one = _mm256_set1_epi32(1);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const __m256i not_a_number = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, not_a_number), 16);
+  const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+}
+inline void store(Half* p, Floats a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// Signs of consecutive elements whose first bit is `bit` of `word`.
+inline Floats signs(uint32_t word, unsigned bit) {
+  const __m256i shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+  const __m256i bits = _mm256_set1_epi32(static_cast<int>(word >> bit));
+  const __m256i top = _mm256_and_si256(_mm256_sllv_epi32(bits, shifts), _mm256_set1_epi32(INT32_MIN));
+  return {_mm256_castsi256_ps(_mm256_or_si256(top, _mm256_set1_epi32(0x3f800000)))};
+}
+
+}  // namespace zoext::cpu::avx2
+
+namespace zoext {
+
+template <>
+struct Lanes<cpu::avx2::Floats> {
+  using Word = cpu::avx2::Ints;
+  static inline cpu::avx2::Floats fill(float a) { return {_mm256_set1_ps(a)}; }
+  static inline cpu::avx2::Ints fill_word(uint32_t word) {
+    return {_mm256_set1_epi32(static_cast<int>(word))};
+  }
+};
+
+}  // namespace zoext

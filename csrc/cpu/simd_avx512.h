@@ -1,0 +1,123 @@
+// AVX-512 lanes. Included with the instruction set switched on.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../core/normal.h"
+#include "../core/storage.h"
+
+namespace zoext::cpu::avx512 {
+
+struct Ints {
+  __m512i v;
+};
+struct Floats {
+  __m512 v;
+};
+// 32-bit words in the low halves of 64-bit lanes; the high halves hold anything. A product then
+// needs no shuffle.
+struct Counters {
+  __m512i v;
+  Counters() = default;
+  explicit Counters(__m512i v) : v(v) {}
+  explicit Counters(uint32_t word) : v(_mm512_set1_epi64(word)) {}
+};
+
+constexpr int lanes = 16;
+constexpr int blocks_per_group = 8;
+
+inline Counters operator^(Counters a, Counters b) { return Counters(_mm512_xor_si512(a.v, b.v)); }
+inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
+  const __m512i product = _mm512_mul_epu32(_mm512_set1_epi64(constant), a.v);
+  return {Counters(_mm512_srli_epi64(product, 32)), Counters(product)};
+}
+
+// In the order that makes `in_order` two unpack instructions.
+inline Counters consecutive_blocks(uint32_t first) {
+  return Counters(_mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
+inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline Ints operator~(Ints a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi32(-1))}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Ints operator<<(Ints a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
+inline Ints operator>>(Ints a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
+inline Ints spread_top_bit(Ints a) { return {_mm512_srai_epi32(a.v, 31)}; }
+inline Floats signed_to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints bits_of(Floats a) { return {_mm512_castps_si512(a.v)}; }
+inline Floats float_of_bits(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats square_root(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
+inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
+  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(word.v), b.v, a.v)};
+}
+
+// Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
+struct Pairs {
+  Ints first[1], second[1];
+};
+
+inline Pairs pair_up(const Words<Counters>& words) {
+  const auto merge = [](Counters even, Counters odd) {
+    return Ints{_mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32))};
+  };
+  return {{merge(words.w[0], words.w[2])}, {merge(words.w[1], words.w[3])}};
+}
+
+inline void in_order(const Ints (&first)[1], const Ints (&second)[1], Ints (&out)[2]) {
+  out[0] = {_mm512_unpacklo_epi32(first[0].v, second[0].v)};
+  out[1] = {_mm512_unpackhi_epi32(first[0].v, second[0].v)};
+}
+inline void in_order(const Floats (&first)[1], const Floats (&second)[1], Floats (&out)[2]) {
+  out[0] = {_mm512_unpacklo_ps(first[0].v, second[0].v)};
+  out[1] = {_mm512_unpackhi_ps(first[0].v, second[0].v)};
+}
+
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load(const BFloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Floats load(const Half* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+inline void store(uint32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
+inline void store(BFloat16* p, Floats a) {
+  const __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+  const __mmask16 not_a_number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_blend_epi32(not_a_number, nearest, quiet);
+  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+}
+inline void store(Half* p, Floats a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// Signs of consecutive elements whose first bit is `bit` of `word`.
+inline Floats signs(uint32_t word, unsigned bit) {
+  const __mmask16 minus = static_cast<__mmask16>(word >> bit);
+  return {_mm512_mask_blend_ps(minus, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f))};
+}
+
+}  // namespace zoext::cpu::avx512
+
+namespace zoext {
+
+template <>
+struct Lanes<cpu::avx512::Floats> {
+  using Word = cpu::avx512::Ints;
+  static inline cpu::avx512::Floats fill(float a) { return {_mm512_set1_ps(a)}; }
+  static inline cpu::avx512::Ints fill_word(uint32_t word) {
+    return {_mm512_set1_epi32(static_cast<int>(word))};
+  }
+};
+
+}  // namespace zoext

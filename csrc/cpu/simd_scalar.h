@@ -1,0 +1,47 @@
+// One lane: the core's own functions. The reference for the other instruction sets, and what runs
+// on a processor that has none of them.
+#pragma once
+
+#include "../core/normal.h"
+#include "../core/storage.h"
+
+namespace zoext::cpu::scalar {
+
+using Floats = float;
+using Ints = uint32_t;
+using Counters = uint32_t;
+
+constexpr int lanes = 1;
+constexpr int blocks_per_group = 1;
+
+inline Counters consecutive_blocks(uint32_t first) { return first; }
+
+// Words of a group as two streams of pairs: words 0 and 2 of each block, and words 1 and 3.
+struct Pairs {
+  Ints first[2], second[2];
+};
+
+inline Pairs pair_up(const Words<Counters>& words) {
+  return {{words.w[0], words.w[2]}, {words.w[1], words.w[3]}};
+}
+
+// The group's values in the order of their index.
+template <class T>
+inline void in_order(const T (&first)[2], const T (&second)[2], T (&out)[4]) {
+  out[0] = first[0], out[1] = second[0], out[2] = first[1], out[3] = second[1];
+}
+
+template <class Storage>
+inline Floats load(const Storage* p) {
+  return widen(*p);
+}
+template <class Storage>
+inline void store(Storage* p, Floats a) {
+  *p = round_to_nearest<Storage>(a);
+}
+inline void store(uint32_t* p, Ints a) { *p = a; }
+
+// Signs of consecutive elements whose first bit is `bit` of `word`.
+inline Floats signs(uint32_t word, unsigned bit) { return float_of_bits(0x3f800000u | (word >> bit & 1u) << 31); }
+
+}  // namespace zoext::cpu::scalar

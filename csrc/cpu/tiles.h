@@ -1,0 +1,55 @@
+// Cuts a list of tensors into tiles and gives them to ATen's threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../arguments.h"
+#include "instruction_set.h"
+
+namespace zoext::cpu {
+
+// `count` elements of tensor `tensor` from local position `local` on; their indices are consecutive
+// from `index` on.
+struct Tile {
+  size_t tensor;
+  int64_t local;
+  uint64_t index;
+  int64_t count;
+
+  // The aligned stretch of indices that covers the tile.
+  uint64_t aligned_index() const { return index / tile_alignment * tile_alignment; }
+  int64_t lead() const { return static_cast<int64_t>(index - aligned_index()); }
+  int64_t aligned_count() const { return (lead() + count + tile_alignment - 1) / tile_alignment * tile_alignment; }
+};
+
+// Tiles of local elements [begin, end): they end where a run ends and where an aligned tile is full.
+template <class F>
+void for_each_tile(size_t tensor, const Span& span, int64_t begin, int64_t end, F f) {
+  while (begin < end) {
+    Tile tile{tensor, begin, span.index(begin), 0};
+    const int64_t left_in_run = span.run - begin % span.run;
+    tile.count = std::min({end - begin, left_in_run, tile_elements - tile.lead()});
+    f(tile);
+    begin += tile.count;
+  }
+}
+
+// f(tile) for every tile of every tensor, in parallel. Chunks of work are the same however many
+// threads there are, and nothing depends on which thread takes which.
+template <class F>
+void for_each_tile(const std::vector<Tensor>& tensors, const std::vector<Place>& places, F f) {
+  constexpr int64_t chunk = 16 * tile_elements, chunks_per_thread = 2;
+  std::vector<int64_t> first_chunk{0};
+  for (const Tensor& tensor : tensors) first_chunk.push_back(first_chunk.back() + (tensor.numel() + chunk - 1) / chunk);
+  torch::stable::parallel_for(0, first_chunk.back(), chunks_per_thread, [&](int64_t begin, int64_t end) {
+    size_t tensor = std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
+    for (int64_t c = begin; c < end; ++c) {
+      while (c >= first_chunk[tensor + 1]) ++tensor;
+      const int64_t start = (c - first_chunk[tensor]) * chunk;
+      for_each_tile(tensor, places[tensor].span, start, std::min(start + chunk, tensors[tensor].numel()), f);
+    }
+  });
+}
+
+}  // namespace zoext::cpu

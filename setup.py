@@ -1,0 +1,86 @@
+"""Builds zoext._C (CPU operators and the Python face of the core) and, where it can, zoext._cuda.
+
+Switches, as environment variables:
+    ZOEXT_CUDA=auto|0|1   auto: build the CUDA operators when torch is a CUDA build and nvcc is found
+    ZOEXT_DEBUG=1         debug information and no optimisation
+    TORCH_CUDA_ARCH_LIST  GPU architectures, by default "8.0;9.0+PTX"
+    MAX_JOBS              parallel compilations
+"""
+
+import os
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent
+DEBUG = os.environ.get("ZOEXT_DEBUG", "0") == "1"
+# The oldest torch that the shared objects load under: they use its stable ABI and nothing newer.
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+OPTIMISATION = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+# Contraction would make a product and a sum one operation on some processors only.
+HOST = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *OPTIMISATION]
+# GCC's own AVX-512 headers set off both of these.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def headers() -> list[str]:
+    return sorted(str(path.resolve()) for path in ROOT.glob("csrc/**/*") if path.suffix in {".h", ".cuh", ".inl"})
+
+
+def wants_cuda() -> bool:
+    choice = os.environ.get("ZOEXT_CUDA", "auto").lower()
+    if choice not in {"auto", "0", "1"}:
+        raise SystemExit(f"ZOEXT_CUDA must be auto, 0 or 1, not {choice!r}")
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} is a CPU build: install a CUDA build (it needs no GPU)")
+    if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
+        missing.append(f"no nvcc under CUDA_HOME ({cpp_extension.CUDA_HOME}): set CUDA_HOME to the toolkit")
+    if choice == "1" and missing:
+        raise SystemExit("ZOEXT_CUDA=1, but " + "; ".join(missing))
+    return choice != "0" and not missing
+
+
+def find_cuda_home() -> None:
+    """nvcc on the PATH may be a wrapper script, whose place says nothing: prefer the usual folder."""
+    usual = Path("/usr/local/cuda")
+    if "CUDA_HOME" not in os.environ and torch.version.cuda and (usual / "bin" / "nvcc").exists():
+        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(usual)
+
+
+def cuda_include_dirs() -> list[str]:
+    """The headers of the toolkit's parts that come as Python packages, cuRAND's Philox among them."""
+    packages = Path(sysconfig.get_path("purelib"))
+    return [str(folder) for folder in sorted(packages.glob("nvidia/*/include")) if list(folder.glob("curand*.h"))]
+
+
+def extensions() -> list:
+    cpu = cpp_extension.CppExtension(
+        "zoext._C",
+        sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp"),
+        extra_compile_args={"cxx": [*HOST, *WARNINGS, TARGET]},
+        depends=headers(),
+    )
+    if not wants_cuda():
+        return [cpu]
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    nvcc = ["-std=c++17", "-fmad=false", "-lineinfo", *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]), TARGET]
+    nvcc += [f"-I{folder}" for folder in cuda_include_dirs()]
+    cuda = cpp_extension.CUDAExtension(
+        "zoext._cuda",
+        sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu"),
+        extra_compile_args={"cxx": [*HOST, *WARNINGS, TARGET, "-DUSE_CUDA"], "nvcc": [*nvcc, "-DUSE_CUDA"]},
+        depends=headers(),
+    )
+    return [cpu, cuda]
+
+
+find_cuda_home()
+setup(ext_modules=extensions(), cmdclass={"build_ext": cpp_extension.BuildExtension})

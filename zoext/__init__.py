@@ -1,0 +1,1 @@
+"""Forward-only (zeroth-order) fine-tuning for PyTorch."""
