@@ -23,7 +23,7 @@ OPTIMISATION = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
 # Contraction would make a product and a sum one operation on some processors only.
 HOST = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *OPTIMISATION]
 # GCC's own AVX-512 headers set off both of these.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 
 
 def sources(pattern: str) -> list[str]:

@@ -21,23 +21,35 @@ ZOEXT_HD Product<uint32_t> multiply_wide(uint32_t constant, uint32_t word) {
   return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
 }
 
-// A vector type supplies `multiply_wide`, `^` and construction from a word.
-template <class Word>
-ZOEXT_HD Words<Word> philox4x32_10(Words<Word> counter, uint64_t seed) {
+// The keys of the ten rounds: Weyl sequences that start at the halves of the seed.
+struct RoundKeys {
+  static constexpr int rounds = 10;
+  uint64_t seed;
+
+  ZOEXT_HD uint32_t first(int round) const {
+    return static_cast<uint32_t>(seed) + static_cast<uint32_t>(round) * 0x9E3779B9u;
+  }
+  ZOEXT_HD uint32_t second(int round) const {
+    return static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(round) * 0xBB67AE85u;
+  }
+};
+
+ZOEXT_HD uint32_t xor_of_three(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
+
+// A vector type supplies `multiply_wide`, `xor_of_three` and keys of its own.
+template <class Word, class Keys>
+ZOEXT_HD Words<Word> philox4x32_10(Words<Word> counter, const Keys& keys) {
   constexpr uint32_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;
-  constexpr uint32_t weyl0 = 0x9E3779B9u, weyl1 = 0xBB67AE85u;
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < RoundKeys::rounds; ++round) {
     const Product<Word> a = multiply_wide(multiplier0, counter.w[0]);
     const Product<Word> b = multiply_wide(multiplier1, counter.w[2]);
-    counter = {{b.high ^ counter.w[1] ^ Word(key0), b.low, a.high ^ counter.w[3] ^ Word(key1), a.low}};
-    key0 += weyl0;
-    key1 += weyl1;
+    counter = {{xor_of_three(b.high, counter.w[1], keys.first(round)), b.low,
+                xor_of_three(a.high, counter.w[3], keys.second(round)), a.low}};
   }
   return counter;
 }

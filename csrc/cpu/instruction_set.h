@@ -11,14 +11,20 @@
 
 namespace zoext::cpu {
 
-constexpr int tile_alignment = 32;  // a power of two that every group of Philox blocks divides
+constexpr int tile_alignment = 64;  // a power of two that every group of Philox blocks divides
 constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 
-// sum += coefficient * direction, over an aligned stretch of a parameter.
+// A term of a combination over an aligned stretch of a parameter: `start` sets sum to coefficient *
+// direction, `add` adds it.
+template <class Number>
+struct TermLoops {
+  using Loop = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum);
+  Loop start, add;
+};
+
 template <class Number>
 struct DirectionLoops {
-  using Add = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum);
-  Add add_normals, add_signs;
+  TermLoops<Number> normals, signs;
 };
 
 template <class Storage>

@@ -20,15 +20,23 @@ struct Combination {
   template <class Number>
   void evaluate(const InstructionSet& set, const Tile& tile, uint32_t key, Number* sum) const {
     const bool is_sign = distribution == Distribution::sign;
-    const auto add = is_sign ? set.direction<Number>().add_signs : set.direction<Number>().add_normals;
+    const auto& loops = is_sign ? set.direction<Number>().signs : set.direction<Number>().normals;
     const auto stream = static_cast<uint32_t>(is_sign ? Stream::sign : Stream::dense);
-    std::fill_n(sum, tile.aligned_count(), Number{empty_sum});
-    for (int64_t k = 0; k < terms; ++k)
+    const int64_t first = std::find_if(coefficients, coefficients + terms, contributes) - coefficients;
+    if (first == terms) std::fill_n(sum, tile.aligned_count(), Number{empty_sum});
+    for (int64_t k = first; k < terms; ++k)
       if (contributes(coefficients[k]))
-        add({static_cast<uint64_t>(seeds[k]), key, stream}, coefficients[k], tile.aligned_index(),
-            tile.aligned_count(), sum);
+        (k == first ? loops.start : loops.add)({static_cast<uint64_t>(seeds[k]), key, stream}, coefficients[k],
+                                               tile.aligned_index(), tile.aligned_count(), sum);
   }
 };
+
+// Weights travel from memory while the noise is computed: the loops are bound by arithmetic and then
+// by memory, never by both at once, unless asked.
+void prefetch(const void* from, size_t bytes) {
+  constexpr size_t line = 64;
+  for (size_t offset = 0; offset < bytes; offset += line) __builtin_prefetch(static_cast<const char*>(from) + offset, 1, 2);
+}
 
 // 16 random bits for each element of the tile's aligned stretch.
 void fill_rounding_bits(const InstructionSet& set, const Tile& tile, uint64_t seed, uint32_t key, uint32_t* words) {
@@ -46,6 +54,7 @@ void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, 
     for_storage(from.scalar_type(), [&](auto storage) {
       using Storage = decltype(storage);
       using Number = typename Arithmetic<Storage>::type;
+      prefetch(static_cast<const Storage*>(from.const_data_ptr()) + tile.local, tile.count * sizeof(Storage));
       alignas(64) Number sum[tile_elements];
       alignas(64) uint32_t random[tile_elements / 2];
       combination.evaluate(set, tile, key, sum);
@@ -101,10 +110,9 @@ void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, st
       using Storage = decltype(storage);
       using Number = typename Arithmetic<Storage>::type;
       alignas(64) Number z[tile_elements];
-      std::fill_n(z, tile.aligned_count(), Number{empty_sum});
       const auto& direction = set.direction<Number>();
-      const auto add = checked == Distribution::sign ? direction.add_signs : direction.add_normals;
-      add(field, Number{1}, tile.aligned_index(), tile.aligned_count(), z);
+      const auto start = checked == Distribution::sign ? direction.signs.start : direction.normals.start;
+      start(field, Number{1}, tile.aligned_index(), tile.aligned_count(), z);
       auto* to = static_cast<Storage*>(out[tile.tensor].mutable_data_ptr()) + tile.local;
       set.storage<Storage>().write(to, z + tile.lead(), tile.count);
     });

@@ -15,26 +15,52 @@ struct Floats {
   __m256 v;
 };
 // 32-bit words in the low halves of 64-bit lanes; the high halves hold anything. A product then
-// needs no shuffle.
+// needs no shuffle. Two vectors side by side keep the multipliers busy while the other one waits.
+constexpr int vectors = 2;
 struct Counters {
-  __m256i v;
+  __m256i v[vectors];
   Counters() = default;
-  explicit Counters(__m256i v) : v(v) {}
-  explicit Counters(uint32_t word) : v(_mm256_set1_epi64x(word)) {}
+  explicit Counters(uint32_t word) : v{_mm256_set1_epi64x(word), _mm256_set1_epi64x(word)} {}
+  Counters(__m256i a, __m256i b) : v{a, b} {}
 };
 
 constexpr int lanes = 8;
-constexpr int blocks_per_group = 4;
+constexpr int blocks_per_vector = 4;
+constexpr int blocks_per_group = vectors * blocks_per_vector;
 
-inline Counters operator^(Counters a, Counters b) { return Counters(_mm256_xor_si256(a.v, b.v)); }
-inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
-  const __m256i product = _mm256_mul_epu32(_mm256_set1_epi64x(constant), a.v);
-  return {Counters(_mm256_srli_epi64(product, 32)), Counters(product)};
+// The high half of each lane. A shuffle, not a shift: shifts share their port with the products.
+inline __m256i high_words(__m256i a) { return _mm256_shuffle_epi32(a, 0xf5); }
+
+inline Counters xor_of_three(Counters a, Counters b, __m256i key) {
+  return {_mm256_xor_si256(_mm256_xor_si256(a.v[0], b.v[0]), key), _mm256_xor_si256(_mm256_xor_si256(a.v[1], b.v[1]), key)};
 }
 
-// In the order that makes `in_order` two unpack instructions.
+// The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
+// one again in every iteration.
+struct Keys {
+  __m256i keys[RoundKeys::rounds][2];
+
+  explicit Keys(uint64_t seed) {
+    for (int round = 0; round < RoundKeys::rounds; ++round) {
+      keys[round][0] = _mm256_set1_epi64x(RoundKeys{seed}.first(round));
+      keys[round][1] = _mm256_set1_epi64x(RoundKeys{seed}.second(round));
+    }
+    asm volatile("" : : "r"(keys) : "memory");
+  }
+  __m256i first(int round) const { return keys[round][0]; }
+  __m256i second(int round) const { return keys[round][1]; }
+};
+
+inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
+  const __m256i factor = _mm256_set1_epi64x(constant);
+  const __m256i p = _mm256_mul_epu32(factor, a.v[0]), q = _mm256_mul_epu32(factor, a.v[1]);
+  return {{high_words(p), high_words(q)}, {p, q}};
+}
+
+// In the order that makes `in_order` two unpack instructions a vector.
 inline Counters consecutive_blocks(uint32_t first) {
-  return Counters(_mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 2, 1, 3)));
+  const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
+  return {_mm256_add_epi64(_mm256_set1_epi64x(first), order), _mm256_add_epi64(_mm256_set1_epi64x(first + blocks_per_vector), order)};
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
@@ -58,23 +84,27 @@ inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
 
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
 struct Pairs {
-  Ints first[1], second[1];
+  Ints first[vectors], second[vectors];
 };
 
+inline Ints merge(__m256i even, __m256i odd) { return {_mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xa0), 0xaa)}; }
+
 inline Pairs pair_up(const Words<Counters>& words) {
-  const auto merge = [](Counters even, Counters odd) {
-    return Ints{_mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xaa)};
-  };
-  return {{merge(words.w[0], words.w[2])}, {merge(words.w[1], words.w[3])}};
+  const auto& [a, b, c, d] = words.w;
+  return {{merge(a.v[0], c.v[0]), merge(a.v[1], c.v[1])}, {merge(b.v[0], d.v[0]), merge(b.v[1], d.v[1])}};
 }
 
-inline void in_order(const Ints (&first)[1], const Ints (&second)[1], Ints (&out)[2]) {
-  out[0] = {_mm256_unpacklo_epi32(first[0].v, second[0].v)};
-  out[1] = {_mm256_unpackhi_epi32(first[0].v, second[0].v)};
+inline void in_order(const Ints (&first)[vectors], const Ints (&second)[vectors], Ints (&out)[2 * vectors]) {
+  for (int j = 0; j < vectors; ++j) {
+    out[2 * j] = {_mm256_unpacklo_epi32(first[j].v, second[j].v)};
+    out[2 * j + 1] = {_mm256_unpackhi_epi32(first[j].v, second[j].v)};
+  }
 }
-inline void in_order(const Floats (&first)[1], const Floats (&second)[1], Floats (&out)[2]) {
-  out[0] = {_mm256_unpacklo_ps(first[0].v, second[0].v)};
-  out[1] = {_mm256_unpackhi_ps(first[0].v, second[0].v)};
+inline void in_order(const Floats (&first)[vectors], const Floats (&second)[vectors], Floats (&out)[2 * vectors]) {
+  for (int j = 0; j < vectors; ++j) {
+    out[2 * j] = {_mm256_unpacklo_ps(first[j].v, second[j].v)};
+    out[2 * j + 1] = {_mm256_unpackhi_ps(first[j].v, second[j].v)};
+  }
 }
 
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }

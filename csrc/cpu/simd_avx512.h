@@ -15,26 +15,52 @@ struct Floats {
   __m512 v;
 };
 // 32-bit words in the low halves of 64-bit lanes; the high halves hold anything. A product then
-// needs no shuffle.
+// needs no shuffle. Two vectors side by side keep the multipliers busy while the other one waits.
+constexpr int vectors = 2;
 struct Counters {
-  __m512i v;
+  __m512i v[vectors];
   Counters() = default;
-  explicit Counters(__m512i v) : v(v) {}
-  explicit Counters(uint32_t word) : v(_mm512_set1_epi64(word)) {}
+  explicit Counters(uint32_t word) : v{_mm512_set1_epi64(word), _mm512_set1_epi64(word)} {}
+  Counters(__m512i a, __m512i b) : v{a, b} {}
 };
 
 constexpr int lanes = 16;
-constexpr int blocks_per_group = 8;
+constexpr int blocks_per_vector = 8;
+constexpr int blocks_per_group = vectors * blocks_per_vector;
 
-inline Counters operator^(Counters a, Counters b) { return Counters(_mm512_xor_si512(a.v, b.v)); }
-inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
-  const __m512i product = _mm512_mul_epu32(_mm512_set1_epi64(constant), a.v);
-  return {Counters(_mm512_srli_epi64(product, 32)), Counters(product)};
+// The high half of each lane. A shuffle, not a shift: shifts share their port with the products.
+inline __m512i high_words(__m512i a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xf5)); }
+
+inline Counters xor_of_three(Counters a, Counters b, __m512i key) {
+  return {_mm512_ternarylogic_epi64(a.v[0], b.v[0], key, 0x96), _mm512_ternarylogic_epi64(a.v[1], b.v[1], key, 0x96)};
 }
 
-// In the order that makes `in_order` two unpack instructions.
+// The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
+// one again in every iteration.
+struct Keys {
+  __m512i keys[RoundKeys::rounds][2];
+
+  explicit Keys(uint64_t seed) {
+    for (int round = 0; round < RoundKeys::rounds; ++round) {
+      keys[round][0] = _mm512_set1_epi64(RoundKeys{seed}.first(round));
+      keys[round][1] = _mm512_set1_epi64(RoundKeys{seed}.second(round));
+    }
+    asm volatile("" : : "r"(keys) : "memory");
+  }
+  __m512i first(int round) const { return keys[round][0]; }
+  __m512i second(int round) const { return keys[round][1]; }
+};
+
+inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
+  const __m512i factor = _mm512_set1_epi64(constant);
+  const __m512i p = _mm512_mul_epu32(factor, a.v[0]), q = _mm512_mul_epu32(factor, a.v[1]);
+  return {{high_words(p), high_words(q)}, {p, q}};
+}
+
+// In the order that makes `in_order` two unpack instructions a vector.
 inline Counters consecutive_blocks(uint32_t first) {
-  return Counters(_mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)));
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  return {_mm512_add_epi64(_mm512_set1_epi64(first), order), _mm512_add_epi64(_mm512_set1_epi64(first + blocks_per_vector), order)};
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
@@ -58,23 +84,27 @@ inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
 
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
 struct Pairs {
-  Ints first[1], second[1];
+  Ints first[vectors], second[vectors];
 };
 
+inline Ints merge(__m512i even, __m512i odd) { return {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_shuffle_epi32(odd, static_cast<_MM_PERM_ENUM>(0xa0)))}; }
+
 inline Pairs pair_up(const Words<Counters>& words) {
-  const auto merge = [](Counters even, Counters odd) {
-    return Ints{_mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32))};
-  };
-  return {{merge(words.w[0], words.w[2])}, {merge(words.w[1], words.w[3])}};
+  const auto& [a, b, c, d] = words.w;
+  return {{merge(a.v[0], c.v[0]), merge(a.v[1], c.v[1])}, {merge(b.v[0], d.v[0]), merge(b.v[1], d.v[1])}};
 }
 
-inline void in_order(const Ints (&first)[1], const Ints (&second)[1], Ints (&out)[2]) {
-  out[0] = {_mm512_unpacklo_epi32(first[0].v, second[0].v)};
-  out[1] = {_mm512_unpackhi_epi32(first[0].v, second[0].v)};
+inline void in_order(const Ints (&first)[vectors], const Ints (&second)[vectors], Ints (&out)[2 * vectors]) {
+  for (int j = 0; j < vectors; ++j) {
+    out[2 * j] = {_mm512_unpacklo_epi32(first[j].v, second[j].v)};
+    out[2 * j + 1] = {_mm512_unpackhi_epi32(first[j].v, second[j].v)};
+  }
 }
-inline void in_order(const Floats (&first)[1], const Floats (&second)[1], Floats (&out)[2]) {
-  out[0] = {_mm512_unpacklo_ps(first[0].v, second[0].v)};
-  out[1] = {_mm512_unpackhi_ps(first[0].v, second[0].v)};
+inline void in_order(const Floats (&first)[vectors], const Floats (&second)[vectors], Floats (&out)[2 * vectors]) {
+  for (int j = 0; j < vectors; ++j) {
+    out[2 * j] = {_mm512_unpacklo_ps(first[j].v, second[j].v)};
+    out[2 * j + 1] = {_mm512_unpackhi_ps(first[j].v, second[j].v)};
+  }
 }
 
 inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }

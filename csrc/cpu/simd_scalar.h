@@ -10,6 +10,7 @@ namespace zoext::cpu::scalar {
 using Floats = float;
 using Ints = uint32_t;
 using Counters = uint32_t;
+using Keys = RoundKeys;
 
 constexpr int lanes = 1;
 constexpr int blocks_per_group = 1;

@@ -11,6 +11,7 @@ constexpr int pairs_per_group = packs_per_group / 2;
 // within a stretch, so that the compiler can take its share of the first rounds out of the loop.
 template <class F>
 inline __attribute__((always_inline)) void for_each_group(const Field& field, uint64_t block, int64_t blocks, F f) {
+  const Keys keys{field.seed};
   for (int64_t done = 0; done < blocks;) {
     const uint64_t first = block + static_cast<uint64_t>(done);
     const int64_t until_carry = static_cast<int64_t>((uint64_t{1} << 32) - (first & 0xffffffffu));
@@ -18,7 +19,7 @@ inline __attribute__((always_inline)) void for_each_group(const Field& field, ui
     const Counters high(static_cast<uint32_t>(first >> 32)), key(field.key), stream(field.stream);
     for (int64_t i = 0; i < stretch; i += blocks_per_group) {
       const Counters low = consecutive_blocks(static_cast<uint32_t>(first + static_cast<uint64_t>(i)));
-      f(pair_up(philox4x32_10(Words<Counters>{{low, high, key, stream}}, field.seed)), (done + i) * 4);
+      f(pair_up(philox4x32_10(Words<Counters>{{low, high, key, stream}}, keys)), (done + i) * 4);
     }
     done += stretch;
   }
@@ -38,29 +39,31 @@ inline __attribute__((always_inline)) void normals_of(const Pairs& pairs, Floats
   in_order(sine, cosine, z);
 }
 
-// sum += coefficient * z
+// sum = coefficient * z, or sum += coefficient * z
+template <bool first>
 inline __attribute__((always_inline)) void add_packs(const Floats* z, int packs, float coefficient, float* sum) {
-  const Floats c = Lanes<Floats>::fill(coefficient);
-  for (int j = 0; j < packs; ++j)
-    store(sum + j * lanes, fused_multiply_add(c, z[j], load(sum + j * lanes)));
+  const Floats c = Lanes<Floats>::fill(coefficient), empty = Lanes<Floats>::fill(empty_sum);
+  for (int j = 0; j < packs; ++j, sum += lanes) store(sum, fused_multiply_add(c, z[j], first ? empty : load(sum)));
 }
 
+template <bool first>
 inline __attribute__((always_inline)) void add_packs(const Floats* z, int packs, double coefficient, double* sum) {
   float single[words_per_group > 32 ? words_per_group : 32];
   for (int j = 0; j < packs; ++j) store(single + j * lanes, z[j]);
-  for (int i = 0; i < packs * lanes; ++i) sum[i] = add_term<double>(coefficient, single[i], sum[i]);
+  for (int i = 0; i < packs * lanes; ++i)
+    sum[i] = add_term<double>(coefficient, single[i], first ? double{empty_sum} : sum[i]);
 }
 
-template <class Number>
+template <class Number, bool first>
 void add_normals(const Field& field, Number coefficient, uint64_t index, int64_t count, Number* sum) {
   for_each_group(field, index / 4, count / 4, [&](const Pairs& pairs, int64_t offset) {
     Floats z[packs_per_group];
     normals_of(pairs, z);
-    add_packs(z, packs_per_group, coefficient, sum + offset);
+    add_packs<first>(z, packs_per_group, coefficient, sum + offset);
   });
 }
 
-template <class Number>
+template <class Number, bool first>
 void add_signs(const Field& field, Number coefficient, uint64_t index, int64_t count, Number* sum) {
   constexpr int word_bits = 32;
   uint32_t bits[tile_elements / word_bits + 2 * words_per_group];
@@ -72,9 +75,15 @@ void add_signs(const Field& field, Number coefficient, uint64_t index, int64_t c
   for (int64_t i = 0; i < count; i += word_bits, ++word) {
     Floats z[word_bits / lanes];
     for (int j = 0; j < word_bits / lanes; ++j) z[j] = signs(*word, static_cast<unsigned>(j * lanes));
-    add_packs(z, word_bits / lanes, coefficient, sum + i);
+    add_packs<first>(z, word_bits / lanes, coefficient, sum + i);
   }
 }
+
+template <class Number>
+constexpr DirectionLoops<Number> direction_loops{
+    {add_normals<Number, true>, add_normals<Number, false>},
+    {add_signs<Number, true>, add_signs<Number, false>},
+};
 
 // out = round(theta + (sum - decay * theta)); `random` holds 16 bits an element, or nothing for
 // rounding to nearest.
@@ -120,8 +129,8 @@ constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage
 const InstructionSet instruction_set{
     name,
     words,
-    {add_normals<float>, add_signs<float>},
-    {add_normals<double>, add_signs<double>},
+    direction_loops<float>,
+    direction_loops<double>,
     storage_loops<float>,
     storage_loops<double>,
     storage_loops<BFloat16>,
