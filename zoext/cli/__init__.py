@@ -1,0 +1,46 @@
+"""The command ``zoext``: each subcommand is a module with HELP, ``add_arguments`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from zoext.cli import finetune, info
+from zoext.cli.errors import UserError
+
+COMMANDS = {"finetune": finetune, "info": info}
+
+INTERRUPTED = 130  # what shells report for a program that SIGINT ended
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="zoext", description="Fine-tune PyTorch models with forward passes only.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.HELP, description=command.__doc__)
+        sub.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``zoext ARGUMENTS`` and returns its exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        run = parsed.run
+        del parsed.run
+        return int(run(parsed))
+    except UserError as error:
+        print(f"zoext: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zoext: interrupted", file=sys.stderr)
+        return INTERRUPTED

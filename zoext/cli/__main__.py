@@ -1,0 +1,5 @@
+import sys
+
+from zoext.cli import main
+
+sys.exit(main())

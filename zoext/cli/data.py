@@ -1,0 +1,190 @@
+"""Reads examples, texts with or without labels, from a file, a folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoext.cli.errors import UserError
+
+SUFFIXES = (".csv", ".jsonl", ".txt")
+TRAIN_NAMES = ("train",)
+VALID_NAMES = ("valid", "validation", "dev")
+
+Label = int | str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts and, where there are any, their labels."""
+
+    source: str
+    texts: tuple[str, ...]
+    labels: tuple[Label, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, wanted: Iterable[int]) -> Table:
+        wanted = list(wanted)
+        labels = None if self.labels is None else tuple(self.labels[i] for i in wanted)
+        return Table(self.source, tuple(self.texts[i] for i in wanted), labels)
+
+
+def read(source: str) -> tuple[Table, Table | None]:
+    """The training examples of ``source`` and, where it has some, its validation examples."""
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        return read_file(path), None
+    if path.suffix in SUFFIXES:
+        raise UserError(f"--data {source}: no such file")
+    return _read_hub(source)
+
+
+def read_file(path: Path) -> Table:
+    """The examples of a .csv, .jsonl or .txt file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first"
+        ) from None
+    match path.suffix:
+        case ".txt":
+            lines = (line.strip() for line in text.split("\n"))
+            return table(str(path), [{"text": line} for line in lines if line])
+        case ".csv":
+            return table(str(path), _csv_rows(path, text), labels_are_text=True)
+        case ".jsonl":
+            return table(str(path), _jsonl_rows(path, text))
+    raise UserError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
+
+
+def _csv_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise UserError(f"{path}: row {number} has more fields than the header; quote texts with commas")
+    return rows
+
+
+def _jsonl_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is not an object such as {{'text': ..., 'label': ...}}")
+        rows.append(row)
+    return rows
+
+
+def table(source: str, rows: Sequence[Mapping[str, Any]], labels_are_text: bool = False) -> Table:
+    """Checks that every row has a text, and that all or none have a label."""
+    if not rows:
+        raise UserError(f"{source}: no examples in it")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if "text" not in columns:
+        raise UserError(f"{source}: no column 'text'; it has {', '.join(columns)}: rename one of them")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("text"), str) or not row["text"].strip():
+            raise UserError(
+                f"{source}: row {number}: text is {row.get('text')!r}, not a text; correct or remove it"
+            )
+    texts = tuple(row["text"] for row in rows)
+    if "label" not in columns:
+        return Table(source, texts, None)
+    for number, row in enumerate(rows, 1):
+        label = row.get("label")
+        if isinstance(label, bool) or not isinstance(label, Label) or label == "":
+            raise UserError(
+                f"{source}: row {number}: label is {label!r}; a label is a class, an integer or a text"
+            )
+    labels: tuple[Label, ...] = tuple(row["label"] for row in rows)
+    return Table(source, texts, _integers(labels) if labels_are_text else labels)
+
+
+def _integers(labels: tuple[Label, ...]) -> tuple[Label, ...]:
+    """The labels as integers, if all of them are written like one."""
+    try:
+        return tuple(int(label) for label in labels)
+    except ValueError:
+        return labels
+
+
+def _read_folder(folder: Path) -> tuple[Table, Table | None]:
+    train, valid = _split_file(folder, TRAIN_NAMES), _split_file(folder, VALID_NAMES)
+    if train is None:
+        kinds = ", ".join(f"train{suffix}" for suffix in SUFFIXES)
+        raise UserError(f"{folder}: holds none of {kinds}")
+    return read_file(train), None if valid is None else read_file(valid)
+
+
+def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
+    found = [
+        folder / (name + suffix)
+        for name in names
+        for suffix in SUFFIXES
+        if (folder / (name + suffix)).is_file()
+    ]
+    if len(found) > 1:
+        raise UserError(f"{folder}: {', '.join(path.name for path in found)} are the same part; keep one")
+    return found[0] if found else None
+
+
+def _read_hub(name: str) -> tuple[Table, Table | None]:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(
+            f"--data {name}: neither a file nor a folder here; "
+            "to look for it on the Hugging Face hub: pip install datasets"
+        )
+    datasets: Any = importlib.import_module("datasets")
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:  # a script, a network, a parser: whatever it is, it is about this name
+        raise UserError(f"--data {name}: cannot be loaded from the hub: {first_line(error)}") from None
+    tables = {part: table(f"{name}[{part}]", list(rows)) for part, rows in splits.items()}
+    train = next((tables[part] for part in TRAIN_NAMES if part in tables), None)
+    if train is None:
+        raise UserError(f"--data {name}: has no part 'train', only {', '.join(tables)}")
+    return train, next((tables[part] for part in VALID_NAMES if part in tables), None)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def hold_out(examples: Table, fraction: float, seed: int) -> tuple[Table, Table]:
+    """Splits off ``fraction`` of the distinct texts; examples with the same text stay together."""
+    # A hash and no generator: the split is the same on every platform and version.
+    order = sorted(set(examples.texts), key=lambda text: _digest(seed, text))
+    if len(order) < 2:
+        raise UserError(f"{examples.source}: too few distinct texts to hold some out; give --valid-data")
+    held = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
+    parts: tuple[list[int], list[int]] = ([], [])
+    for i, text in enumerate(examples.texts):
+        parts[text in held].append(i)
+    return examples.rows(parts[0]), examples.rows(parts[1])
+
+
+def _digest(seed: int, text: str) -> bytes:
+    return hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()

@@ -1,0 +1,115 @@
+"""Loads models and tokenizers of transformers, from a folder or the hub."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoext.cli.data import Label, first_line
+from zoext.cli.errors import UserError
+from zoext.cli.settings import Settings
+
+
+def load_classifier(
+    name: str, labels: Collection[Label], settings: Settings
+) -> tuple[Any, Any, dict[str, int]]:
+    """A sequence classifier, its tokenizer, and the index of each class by name.
+
+    A model that already tells these classes apart keeps its head; another one gets a new head.
+    """
+    transformers = _transformers()
+    with _loading(name, settings.seed):
+        config = transformers.AutoConfig.from_pretrained(name)
+        classes = _classes(config, labels)
+        indices = {label: index for index, label in enumerate(classes)}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        _ensure_padding(tokenizer)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=getattr(torch, settings.dtype),
+            id2label=dict(enumerate(classes)),
+            label2id=indices,
+            ignore_mismatched_sizes=True,
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer, indices
+
+
+def load_causal(name: str, settings: Settings) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer."""
+    transformers = _transformers()
+    with _loading(name, settings.seed):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        _ensure_padding(tokenizer)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, settings.dtype))
+    return model.eval(), tokenizer
+
+
+def _transformers() -> Any:
+    # Imported late, since it takes seconds, and as Any, since it is typed in parts only.
+    return importlib.import_module("transformers")
+
+
+def _classes(config: Any, labels: Collection[Label]) -> list[str]:
+    """The names of the classes in the order of the model's outputs."""
+    if any("ForSequenceClassification" in name for name in config.architectures or ()):
+        known = [str(config.id2label[index]) for index in range(config.num_labels)]
+        if {str(label) for label in labels} == set(known):
+            return known
+        if all(isinstance(label, int) and 0 <= label < len(known) for label in labels):
+            return [str(index) for index in range(len(known))]
+    numbers = sorted(label for label in labels if isinstance(label, int))
+    return [str(label) for label in [*numbers, *sorted(str(x) for x in labels if not isinstance(x, int))]]
+
+
+def _ensure_padding(tokenizer: Any) -> None:
+    # The attention mask and the labels leave padding out, so that any token serves.
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+@contextmanager
+def _loading(name: str, seed: int) -> Iterator[None]:
+    """New weights come from the run's seed, and torch's generator is left as it was."""
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--model {name}: cannot be loaded: {first_line(error)}") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' bars and load reports, whose place is taken by errors of our own."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def choose_trainable(model: nn.Module, pattern: str) -> None:
+    """Only floating-point parameters whose name contains a match of ``pattern`` are to move."""
+    try:
+        matches = re.compile(pattern).search
+    except re.error as error:
+        raise UserError(f"--trainable {pattern!r}: not a regular expression: {error}") from None
+    names = [name for name, _ in model.named_parameters()]
+    if not any(matches(name) for name in names):
+        raise UserError(
+            f"--trainable {pattern!r}: matches no parameter; there are {names[0]} ... {names[-1]}"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and matches(name) is not None)

@@ -1,0 +1,31 @@
+"""What is left of a run: the model, and a few lines on what it learned."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoext.cli import atomic
+from zoext.cli.evaluation import Evaluation
+from zoext.cli.metrics import Record
+from zoext.cli.models import quiet_transformers
+from zoext.cli.problem import Problem
+from zoext.cli.run_folder import RunFolder
+
+
+def write_model(path: Path, problem: Problem) -> None:
+    """Writes model and tokenizer into the folder ``path``, for from_pretrained of transformers."""
+    shutil.rmtree(path, ignore_errors=True)  # from before the run was resumed with more steps
+    with quiet_transformers(), atomic.new_folder(path) as temporary:
+        problem.model.save_pretrained(temporary)
+        problem.tokenizer.save_pretrained(temporary)
+
+
+def report(records: Sequence[Record], folder: RunFolder) -> str:
+    """Held-out loss and accuracy before and after, with standard errors over examples."""
+    evaluations = [record for record in records if "valid_loss" in record]
+    before, after = (Evaluation.of_record(record) for record in (evaluations[0], evaluations[-1]))
+    return (
+        f"held-out, before: {before}\nheld-out, after:  {after}\nmodel: {folder.model}\ncurve: {folder.curve}"
+    )

@@ -1,0 +1,114 @@
+"""The training loop: steps, metrics, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoext import ZerothOrderOptimizer
+from zoext.cli import checkpoint, metrics
+from zoext.cli.batches import batch_indices
+from zoext.cli.errors import UserError
+from zoext.cli.evaluation import Evaluation, evaluate
+from zoext.cli.interrupt import StopRequest
+from zoext.cli.problem import Problem
+from zoext.cli.progress import Progress
+from zoext.cli.run_folder import RunFolder
+from zoext.cli.settings import Settings
+
+LOG_EVERY = 10  # steps: reading a loss waits for the device
+
+
+class Training:
+    """A run from where it stands to ``settings.steps``, in ``folder``."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: ZerothOrderOptimizer,
+        settings: Settings,
+        folder: RunFolder,
+        device: torch.device,
+    ) -> None:
+        self.problem = problem
+        self.optimizer = optimizer
+        self.settings = settings
+        self.folder = folder
+        self.device = device
+        self.step = 0
+        self.forwards = 0
+        self._unread: list[tuple[dict[str, Any], Tensor]] = []
+
+    def resume(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Goes to where ``saved`` was written, or to the beginning, and drops the metrics of later steps."""
+        if saved is not None:
+            saved.restore(self.problem.model, self.optimizer)
+            self.step, self.forwards = saved.step, saved.forwards
+        metrics.keep_until(self.folder.metrics, self.step if saved else -1)
+
+    def run(self, stop: StopRequest, progress: Progress) -> None:
+        """Trains until the last step or until ``stop`` is received; either way a checkpoint is there."""
+        settings = self.settings
+        started = time.monotonic()
+        if self.step == 0 and not metrics.read(self.folder.metrics):
+            self._evaluate(progress, "before")
+        while self.step < settings.steps and not stop.received:
+            loss = self._one_step()
+            progress.step(self._last_forwards)
+            record = {"step": self.step, "forwards": self.forwards, "seconds": time.monotonic() - started}
+            self._unread.append((record, loss))
+            evaluation_due = self.step == settings.steps or self.step % settings.eval_every == 0
+            checkpoint_due = self.step % settings.checkpoint_every == 0
+            if self.step % LOG_EVERY == 0 or evaluation_due or checkpoint_due:
+                progress.loss(self._write_losses())
+            if evaluation_due:
+                self._evaluate(progress, f"step {self.step}")
+            if checkpoint_due:
+                self._save()
+        self._write_losses()
+        self._save()
+
+    def _one_step(self) -> Tensor:
+        settings, problem = self.settings, self.problem
+        chosen = batch_indices(settings.seed, self.step, settings.batch_size, len(problem.train))
+        batch = problem.objective.collate([problem.train[index] for index in chosen], self.device)
+        try:
+            loss = self.optimizer.step(lambda: problem.objective.scores(problem.model, batch).mean_loss())
+        except FloatingPointError as error:
+            self._write_losses()
+            raise UserError(
+                f"step {self.step + 1}: {error}; a smaller --lr or another --mu may help"
+            ) from None
+        self.step += 1
+        self.forwards += self._last_forwards
+        return loss
+
+    @property
+    def _last_forwards(self) -> int:
+        estimate = self.optimizer.last_estimate
+        return 0 if estimate is None else estimate.forwards
+
+    def _write_losses(self) -> float:
+        """Writes the losses of the steps since the last time; returns their mean."""
+        if not self._unread:
+            return float("nan")
+        losses: list[float] = torch.stack([loss for _, loss in self._unread]).tolist()
+        records = [{**record, "loss": loss} for (record, _), loss in zip(self._unread, losses, strict=True)]
+        metrics.append(self.folder.metrics, records)
+        self._unread.clear()
+        return sum(losses) / len(losses)
+
+    def _evaluate(self, progress: Progress, when: str) -> None:
+        problem = self.problem
+        result: Evaluation = evaluate(
+            problem.model, problem.objective, problem.valid, self.settings.batch_size, self.device
+        )
+        record = {"step": self.step, "forwards": self.forwards, **result.record()}
+        metrics.append(self.folder.metrics, [record])
+        progress.say(f"{when:>12}: held-out {result}")
+
+    def _save(self) -> None:
+        checkpoint.save(self.folder.checkpoints, self.step, self.forwards, self.problem.model, self.optimizer)
