@@ -125,8 +125,8 @@ def _fma64(a: ArrayLike, b: ArrayLike, c: NDArray[np.float64]) -> NDArray[np.flo
 
 
 def _one_fma64(a: float, b: float, c: float) -> float:
-    if not np.isfinite([a, b, c]).all():
-        return float(np.float64(a) * np.float64(b) + np.float64(c))
+    if not np.isfinite([a, b, c]).all():  # nothing to round; a finite product must not overflow to infinity
+        return c if np.isfinite([a, b]).all() else a * b + c
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     if exact == 0:  # the sign of a zero is that of the sum of the two terms' zeros
         return a * b + c if a == 0 or b == 0 else 0.0
@@ -173,15 +173,17 @@ def round_to(values: NDArray, dtype: torch.dtype, random: NDArray[np.uint32] | N
         return torch.from_numpy(np.array(values)).to(dtype)
     form = FORMATS[dtype]
     table = form.magnitudes()
-    magnitude = np.abs(values.astype(np.float64))
-    finite = np.where(magnitude < table[-1], magnitude, 0)  # the others are infinite, or no number
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        magnitude = np.abs(values.astype(np.float64))
+    is_inside = magnitude < table[-1]
+    finite = np.where(is_inside, magnitude, 0)  # the others are infinite, or no number
     lower = np.searchsorted(table, finite, side="right") - 1
     fraction = (finite - table[lower]) / (table[lower + 1] - table[lower])
     up = (fraction > 0.5) | ((fraction == 0.5) & (lower % 2 == 1))
     if random is not None:
         bounded = lower + 1 < form.infinity
         up = np.where(bounded, np.floor(fraction * 2**16) + random >= 2**16, up)
-    pattern = np.where(magnitude < table[-1], lower + up, form.infinity)
+    pattern = np.where(is_inside, lower + up, form.infinity)
     pattern = np.where(np.isnan(magnitude), form.infinity | 1 << (form.mantissa_bits - 1), pattern)
     bits = np.where(np.signbit(values), pattern | 0x8000, pattern).astype(np.uint16)
     return torch.from_numpy(bits.view(np.int16)).view(dtype)
