@@ -129,26 +129,34 @@ double magnitude(uint32_t pattern) {
                     std::max(exponent, 1) - Format<Storage>::bias - bits);
 }
 
-// The neighbours in magnitude, by bisection, and how far the value lies between them.
+template <class Storage>
+const std::vector<double>& magnitudes() {
+  static const std::vector<double> table = [] {
+    std::vector<double> all;
+    for (uint32_t pattern = 0; pattern <= infinity<Storage>; ++pattern) all.push_back(magnitude<Storage>(pattern));
+    return all;
+  }();
+  return table;
+}
+
+// The neighbour below in magnitude, and how far the value lies towards the one above.
 template <class Storage>
 struct Neighbours {
-  uint32_t lower = 0;
+  uint32_t lower;
   double fraction;
 
   explicit Neighbours(double value) {
-    for (uint32_t upper = infinity<Storage>; lower + 1 < upper;) {
-      const uint32_t middle = (lower + upper) / 2;
-      (magnitude<Storage>(middle) <= value ? lower : upper) = middle;
-    }
-    const double low = magnitude<Storage>(lower);
-    fraction = (value - low) / (magnitude<Storage>(lower + 1) - low);
+    const std::vector<double>& table = magnitudes<Storage>();
+    const double* above = std::upper_bound(table.data(), table.data() + table.size(), value);
+    lower = static_cast<uint32_t>(above - table.data()) - 1;
+    fraction = (value - above[-1]) / (above[0] - above[-1]);
   }
 };
 
 template <class Storage>
 uint32_t plainly_to_nearest(float value) {
   const uint32_t sign = std::signbit(value) ? 0x8000u : 0u;
-  if (std::fabs(value) >= magnitude<Storage>(infinity<Storage>)) return sign | infinity<Storage>;
+  if (std::fabs(value) >= magnitudes<Storage>().back()) return sign | infinity<Storage>;
   const Neighbours<Storage> at(std::fabs(value));
   const bool up = at.fraction > 0.5 || (at.fraction == 0.5 && at.lower % 2 == 1);
   return sign | (at.lower + up);
@@ -157,7 +165,7 @@ uint32_t plainly_to_nearest(float value) {
 template <class Storage>
 uint32_t plainly_stochastic(float value, uint32_t random) {
   const uint32_t sign = std::signbit(value) ? 0x8000u : 0u;
-  if (std::fabs(value) >= magnitude<Storage>(infinity<Storage> - 1)) return plainly_to_nearest<Storage>(value);
+  if (std::fabs(value) >= magnitudes<Storage>().end()[-2]) return plainly_to_nearest<Storage>(value);
   const Neighbours<Storage> at(std::fabs(value));
   return sign | (at.lower + (std::floor(at.fraction * 65536) + random >= 65536));
 }
@@ -303,16 +311,17 @@ void displacements_are_the_cores(const InstructionSet& set, const std::vector<St
   using Number = typename Arithmetic<Storage>::type;
   const int64_t count = static_cast<int64_t>(theta.size());
   const Field field{5, 0, 0};
-  std::vector<Number> sum(count);
+  std::vector<Number> z(count), sum(count);
   std::vector<uint16_t> random(count);
   std::vector<Storage> out(count + 1);
+  for (int64_t i = 0; i < count; ++i) {
+    z[i] = core_normal(field, i);
+    random[i] = static_cast<uint16_t>(rounding_bits(field, i));
+  }
   for (Number scale : {Number(0), Number(1e-3f), Number(3e4f)})
     for (Number decay : {Number(0), Number(0.01f)})
       for (bool stochastic : {false, true}) {
-        for (int64_t i = 0; i < count; ++i) {
-          sum[i] = scale == 0 ? Number{empty_sum} : multiply(scale, Number(core_normal(field, i)));
-          random[i] = static_cast<uint16_t>(rounding_bits(field, i));
-        }
+        for (int64_t i = 0; i < count; ++i) sum[i] = scale == 0 ? Number{empty_sum} : multiply(scale, z[i]);
         out[count] = theta[0];
         set.storage<Storage>().displace(out.data(), theta.data(), sum.data(), decay, count,
                                         stochastic ? random.data() : nullptr);
