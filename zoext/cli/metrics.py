@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoext.cli import atomic
+from zoext.cli.errors import UserError
 
 Record = dict[str, Any]
 
@@ -16,7 +17,10 @@ def read(path: Path) -> list[Record]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # after the last newline: nothing, or a torn line
+    try:
+        return [json.loads(line) for line in lines[:-1]]  # after the last newline: nothing, or a torn line
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: damaged ({error}); start again with --overwrite") from None
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -36,14 +36,14 @@ def load(settings: Settings) -> Problem:
     if task == "causal-lm":
         model, tokenizer = models.load_causal(settings.model, settings)
         objective: Objective = NextToken(tokenizer.pad_token_id)
-        parts = [
-            _predictable(tokenize(tokenizer, part, settings.max_length), part) for part in (train, valid)
-        ]
+        length = _length(settings, model, tokenizer)
+        parts = [_predictable(tokenize(tokenizer, part, length), part) for part in (train, valid)]
     else:
         labels = _check_labels(train, valid)
         model, tokenizer, classes = models.load_classifier(settings.model, labels, settings)
         objective = Classification(tokenizer.pad_token_id)
-        parts = [tokenize(tokenizer, part, settings.max_length, classes) for part in (train, valid)]
+        length = _length(settings, model, tokenizer)
+        parts = [tokenize(tokenizer, part, length, classes) for part in (train, valid)]
     return Problem(title, model, tokenizer, objective, parts[0], parts[1])
 
 
@@ -65,10 +65,16 @@ def _check_labels(train: Table, valid: Table) -> set[data.Label]:
         raise UserError(
             f"{train.source}: every label is {train.labels[0]!r}; classification needs two classes"
         )
-    unknown = sorted(map(repr, set(valid.labels) - labels))
+    unknown = sorted(set(map(str, valid.labels)) - set(map(str, labels)))
     if unknown:
-        raise UserError(f"{valid.source}: label {unknown[0]} does not occur in {train.source}")
+        raise UserError(f"{valid.source}: label {unknown[0]!r} does not occur in {train.source}")
     return labels
+
+
+def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
+    """How many tokens of a text are read: no more than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", settings.max_length)
+    return min(settings.max_length, positions, tokenizer.model_max_length)
 
 
 def tokenize(

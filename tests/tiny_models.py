@@ -1,0 +1,50 @@
+"""Very small models of transformers in folders, and data they can learn: what the tests of the command share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+GOOD, BAD = ("bright", "kind", "sweet"), ("grim", "cruel", "sour")
+OTHER = ("the", "day", "was", "so", "very", "cat")
+FIXTURES = Path(__file__).resolve().parents[1] / ".." / "shared" / "fixtures"
+
+
+def tiny_bert(folder: Path, hidden: int = 16, seed: int = 3) -> Path:
+    """A random BERT of two layers whose vocabulary is the words above."""
+    words = ["[PAD]", "[UNK]", *GOOD, *BAD, *OTHER]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def labelled(path: Path, examples: int = 40) -> Path:
+    """A .jsonl file: the label says whether the one word that matters is a good one."""
+    rows = []
+    for i in range(examples):
+        word = (GOOD if i % 2 else BAD)[i % 3]
+        rows.append({"text": f"{OTHER[i % 6]} {word} {OTHER[i % 5]}" + " so" * (i % 4), "label": i % 2})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
