@@ -105,7 +105,11 @@ def test_a_failure_while_writing_leaves_the_checkpoints_as_they_were(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    where = {"save_file": "safetensors.torch.save_file", "replace": "pathlib.Path.replace", "fsync": "os.fsync"}
+    where = {
+        "save_file": "safetensors.torch.save_file",
+        "replace": "pathlib.Path.replace",
+        "fsync": "os.fsync",
+    }
     with monkeypatch.context() as patch:
         patch.setattr(where[function], full)
         with pytest.raises(OSError, match="No space"):
@@ -172,7 +176,9 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     saved = checkpoint.load_newest(tmp_path)
     assert saved is not None
-    with pytest.raises(UserError, match=r"another model: 0\.bias is torch\.float32 \[5\] there and .* \[6\] here"):
+    with pytest.raises(
+        UserError, match=r"another model: 0\.bias is torch\.float32 \[5\] there and .* \[6\] here"
+    ):
         saved.restore(other, other_optimizer)
     assert all(other.state_dict()[name].equal(tensor) for name, tensor in before.items())
     assert other_optimizer.param_groups[0]["step"] == 0

@@ -1,4 +1,4 @@
-"""Very small models of transformers in folders, and data they can learn: what the tests of the command share."""
+"""A very small model of transformers in a folder and data it can learn, for the tests of the command."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from zoext.cli.models import quiet_transformers
 
 GOOD, BAD = ("bright", "kind", "sweet"), ("grim", "cruel", "sour")
 OTHER = ("the", "day", "was", "so", "very", "cat")
@@ -34,7 +36,7 @@ def tiny_bert(folder: Path, hidden: int = 16, seed: int = 3) -> Path:
         max_position_embeddings=16,
         initializer_range=0.2,
     )
-    with torch.random.fork_rng(devices=[]):
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         BertForSequenceClassification(config).save_pretrained(folder)
     return folder

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         how.add_argument(
             f"--{name}", type=kind, metavar="X" if kind is not _count else "N", help=_default(name, text)
         )
-    how.add_argument("--seed", type=int, metavar="N", help="determines the whole run (default 0)")
+    how.add_argument("--seed", type=_seed, metavar="N", help="determines the whole run (default 0)")
     how.add_argument("--dtype", choices=DTYPES, help="of the weights (default float32)")
     how.add_argument(
         "--probe", choices=("auto", "streamed", "inplace"), help="how weights are displaced (default auto)"
@@ -93,6 +93,13 @@ def _nonnegative(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"must fit into 64 bits, not {text}")
+    return value
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
@@ -106,6 +113,10 @@ def _count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return value
 
+
+for _kind in (_positive, _nonnegative, _fraction):
+    _kind.__name__ = "number"  # what argparse calls a text that is none
+_count.__name__ = _seed.__name__ = "integer"
 
 _NUMBERS: tuple[tuple[str, Callable[[str], float], str], ...] = (
     ("lr", _positive, "learning rate"),
