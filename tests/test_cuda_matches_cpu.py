@@ -102,13 +102,17 @@ def nothing_waits() -> Iterator[None]:
 
 @pytest.mark.parametrize("distribution", BOTH)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("seed", "key", "stream"), [(0, 0, 0), (-7, 2**32 - 1, 2), (2**63 - 1, 5, 2**32 - 1)])
+@pytest.mark.parametrize(
+    ("seed", "key", "stream"), [(0, 0, 0), (-7, 2**32 - 1, 2), (2**63 - 1, 5, 2**32 - 1)]
+)
 def test_normal(dtype: torch.dtype, distribution: Distribution, seed: int, key: int, stream: int) -> None:
     expected = torch.empty(20_011, dtype=dtype)
     span = (16, 20_011, 0)
     ops.normal_([expected], torch.tensor([seed]), [key], [span], stream=stream, distribution=distribution)
     out = torch.empty(20_011, dtype=dtype, device="cuda")
-    ops.normal_([out], torch.tensor([seed], device="cuda"), [key], [span], stream=stream, distribution=distribution)
+    ops.normal_(
+        [out], torch.tensor([seed], device="cuda"), [key], [span], stream=stream, distribution=distribution
+    )
     assert same_bits(out, expected)
 
 
@@ -126,7 +130,9 @@ def test_axpy(
     shifted = unaligned(theta)
     ops.noise_axpy_([theta], *arguments, [9], [span], distribution=distribution, rounding=rounding)
     for start in (on_device, shifted):
-        ops.noise_axpy_([start], *device(*arguments), [9], [span], distribution=distribution, rounding=rounding)
+        ops.noise_axpy_(
+            [start], *device(*arguments), [9], [span], distribution=distribution, rounding=rounding
+        )
         assert same_bits(start, theta)
     assert surroundings_are_untouched(shifted)
 
@@ -139,10 +145,14 @@ def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding
     theta, span = weights(2055, dtype), (24, 2055, 0)
     expected = torch.full_like(theta, float("nan"))
     arguments = seeds_and_coefficients(terms)
-    ops.noise_copy_([expected], [theta], *arguments, [2], [span], distribution=distribution, rounding=rounding)
+    ops.noise_copy_(
+        [expected], [theta], *arguments, [2], [span], distribution=distribution, rounding=rounding
+    )
     source, out, shifted = theta.cuda(), torch.full_like(theta, float("nan")).cuda(), unaligned(theta)
     for to in (out, shifted):
-        ops.noise_copy_([to], [source], *device(*arguments), [2], [span], distribution=distribution, rounding=rounding)
+        ops.noise_copy_(
+            [to], [source], *device(*arguments), [2], [span], distribution=distribution, rounding=rounding
+        )
         assert same_bits(to, expected)
     assert same_bits(source, theta)
     assert surroundings_are_untouched(shifted)
@@ -182,7 +192,9 @@ def list_of_tensors(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list
 
 @pytest.mark.parametrize("distribution", BOTH)
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,), DTYPES])
-def test_lists_with_empty_and_unaligned_tensors(dtypes: tuple[torch.dtype, ...], distribution: Distribution) -> None:
+def test_lists_with_empty_and_unaligned_tensors(
+    dtypes: tuple[torch.dtype, ...], distribution: Distribution
+) -> None:
     theta = list_of_tensors([0, 1, 8192, 0, 8193, 3, 16_391, 255, 64, 0, 5000, 12, 0], dtypes)
     keys = [7 * t + 1 for t in range(len(theta))]
     spans = [(3 * t, max(tensor.numel(), 1), 0) for t, tensor in enumerate(theta)]

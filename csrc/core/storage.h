@@ -133,6 +133,10 @@ ZOEXT_HD uint32_t rounding_bits(const Words<uint32_t>& block, int i) {
   return i % 2 ? block.w[i / 2] >> 16 : block.w[i / 2] & 0xffffu;
 }
 
+ZOEXT_HD uint32_t rounding_bits(const Field& field, uint64_t index) {
+  return rounding_bits(field.words(index / roundings_per_block), static_cast<int>(index % roundings_per_block));
+}
+
 template <class Storage>
 constexpr bool can_round = sizeof(Storage) == 2;  // float32 and float64 keep their arithmetic's value
 

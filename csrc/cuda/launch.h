@@ -25,8 +25,8 @@ void for_each_storage(const std::vector<Tensor>& out, const std::vector<Tensor>&
     std::vector<Slot> slots;
     for (size_t t = 0; t < out.size(); ++t)
       if (out[t].scalar_type() == type && out[t].numel() > 0)
-        slots.push_back({out[t].mutable_data_ptr(), theta[t].const_data_ptr(), out[t].numel(), places[t].span,
-                         places[t].key});
+        slots.push_back(
+            {out[t].mutable_data_ptr(), theta[t].const_data_ptr(), out[t].numel(), places[t].span, places[t].key});
     if (!slots.empty()) for_storage(type, [&](auto storage) { f(storage, slots); });
   }
 }

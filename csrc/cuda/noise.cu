@@ -37,7 +37,8 @@ struct Combination {
 template <class Tiling, class F>
 __device__ void for_each_share(const Table& table, F f) {
   const Slot& slot = table.slot_of(blockIdx.x);
-  const int64_t first = static_cast<int64_t>(blockIdx.x - slot.first_chunk) * Tiling::shares_per_chunk + threadIdx.x;
+  const int64_t first =
+      static_cast<int64_t>(blockIdx.x - slot.first_chunk) * Tiling::shares_per_chunk + threadIdx.x;
   auto share = share_of<Tiling>(slot, first);
 #pragma unroll 1
   for (int i = 0; i < Tiling::shares_per_thread; ++i) {
