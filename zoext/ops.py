@@ -1,0 +1,135 @@
+"""The typed face of ``torch.ops.zoext``: the only file that calls it.
+
+All tensors of a call are on one device. ``keys`` holds one parameter key per tensor, ``spans`` one
+``(base, run, stride)`` per tensor: local element ``i`` has index
+``base + (i // run) * stride + i % run`` in the unsharded parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zoext import _C as _C  # registers the schemas and the CPU kernels
+
+Span = tuple[int, int, int]
+
+
+class Stream(IntEnum):
+    """Who uses which random words (``csrc/core/stream.h``); no two uses share any."""
+
+    DENSE = 0
+    LEFT_FACTOR = 1
+    RIGHT_FACTOR = 2
+    ROUNDING = 3
+    POWER_ITERATION = 4
+    SEED = 5
+    SIGN = 6
+
+
+class Distribution(IntEnum):
+    NORMAL = 0
+    SIGN = 1
+
+
+class Rounding(IntEnum):
+    NEAREST = 0
+    STOCHASTIC = 1
+
+
+def _load_cuda() -> str | None:
+    """Registers the CUDA kernels, if they were built; returns why they are missing, if they are."""
+    libraries = sorted(Path(__file__).parent.glob("_cuda*.so"))
+    if not libraries:
+        return "not built"
+    if torch.version.cuda is None:
+        return f"built, but torch {torch.__version__} is a CPU build"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"built, but cannot be loaded: {error}"
+    return None
+
+
+#: Why there are no CUDA kernels, or None if there are.
+cuda_missing = _load_cuda()
+
+
+def span_of(tensor: Tensor) -> Span:
+    """The span of a tensor that is a whole parameter."""
+    return (0, max(tensor.numel(), 1), 0)
+
+
+def _written(tensors: Sequence[Tensor]) -> None:
+    # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error.
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _flat(spans: Sequence[Span]) -> list[int]:
+    return [number for span in spans for number in span]
+
+
+def normal_(
+    out: Sequence[Tensor],
+    seed: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    stream: int = Stream.DENSE,
+    distribution: Distribution = Distribution.NORMAL,
+) -> None:
+    """``out = z(seed)``; ``seed`` is an int64 tensor of one element."""
+    torch.ops.zoext.normal_(list(out), seed, list(keys), _flat(spans), int(stream), int(distribution))
+    _written(out)
+
+
+def noise_axpy_(
+    theta: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    decay: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    distribution: Distribution = Distribution.NORMAL,
+    rounding: Rounding = Rounding.NEAREST,
+) -> None:
+    """``theta = theta + (sum_k coefficients[k] z(seeds[k]) - decay * theta)``, rounded once.
+
+    ``seeds`` is int64 [K], ``coefficients`` float32 [K], ``decay`` float32 []. The sum is a chain of
+    fused multiply-adds in the order of k; a coefficient of zero leaves its term out.
+    """
+    torch.ops.zoext.noise_axpy_(
+        list(theta), seeds, coefficients, decay, list(keys), _flat(spans), int(distribution), int(rounding)
+    )
+    _written(theta)
+
+
+def noise_copy_(
+    out: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    distribution: Distribution = Distribution.NORMAL,
+    rounding: Rounding = Rounding.NEAREST,
+) -> None:
+    """``out = theta + sum_k coefficients[k] z(seeds[k])``, rounded once; theta is only read."""
+    torch.ops.zoext.noise_copy_(
+        list(out),
+        list(theta),
+        seeds,
+        coefficients,
+        list(keys),
+        _flat(spans),
+        int(distribution),
+        int(rounding),
+    )
+    _written(out)

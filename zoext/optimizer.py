@@ -1,0 +1,299 @@
+"""The optimizer: a step is an estimate and an update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoext import interrupts, noise, parameters, probes
+from zoext.directions import Combination, Direction, Gaussian
+from zoext.estimators import CentralDifference, Estimate, Estimator, average
+from zoext.nonfinite import NonfiniteWatch
+from zoext.parameters import Parameters
+from zoext.randomness import RandomState
+from zoext.updates import SGD, Update
+
+Closure = Callable[[], Tensor | float]
+
+
+class _Axes(NamedTuple):
+    direction: Direction
+    estimator: Estimator
+    update: Update
+
+    def recipe(self) -> dict[str, dict[str, Any]]:
+        """The axes by name and fields: plain data, for checkpoints."""
+        return {
+            axis: {"name": type(member).__name__, **dataclasses.asdict(member)}
+            for axis, member in self._asdict().items()
+        }
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """Fine-tunes with forward passes only: any direction with any estimator and any update.
+
+    A step evaluates the closure at displaced weights, turns the losses into a gradient estimate
+    ``sum_k c_k D(s_k)`` and moves theta along it. A torch.optim.Optimizer in every habit: parameter
+    groups with ``lr``, ``mu`` and ``weight_decay``, schedulers, hooks, and a ``state_dict`` of plain
+    data from which training continues bit for bit.
+
+    Args:
+        params: an ``nn.Module``, or what torch.optim takes (tensors, dicts, ``named_parameters()``).
+            Only parameters that require grad move; all of them count for the keys of the noise.
+        direction: what ``D(s)`` looks like. Default: ``Gaussian()``.
+        estimator: which probes, and which coefficients they give. Default: ``CentralDifference()``.
+        update: how theta moves. Default: ``SGD()``.
+        lr: learning rate. Default 1e-6.
+        mu: scale of the displacement at which losses are evaluated. Default 1e-3. In a group with
+            another ``mu`` the direction is longer or shorter there and the estimate is divided by the
+            same factor, so that it stays an estimate of the same gradient.
+        weight_decay: decoupled; theta loses ``lr * weight_decay * theta`` a step. Default 0.
+        seed: 64-bit seed of the run. With the step number it determines every direction.
+        probe: "streamed" restores theta bit for bit and needs an ``nn.Module``; "inplace" restores it to
+            rounding; "auto" (default) is "streamed" where ``params`` is a module that is not compiled,
+            else "inplace". Or a ``Probe``.
+        nonfinite: what to do about a loss that is not finite. It never moves theta. "raise" (default)
+            raises a FloatingPointError, on CUDA at the latest at the start of the next step, so that no
+            step waits for the host; "skip" counts the step in ``nonfinite_steps`` and goes on.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range and for parameters that cannot be moved.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        *,
+        direction: Direction | None = None,
+        estimator: Estimator | None = None,
+        update: Update | None = None,
+        lr: float | Tensor = 1e-6,
+        mu: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        probe: str | probes.Probe = "auto",
+        nonfinite: str = "raise",
+    ) -> None:
+        self._axes = _Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
+        for axis, kind in zip(self._axes._fields, (Direction, Estimator, Update), strict=True):
+            member = getattr(self._axes, axis)
+            if not isinstance(member, kind):
+                raise TypeError(f"{axis} must be a {kind.__name__}, not {member!r}")
+        self._watch = NonfiniteWatch(nonfinite)
+        noise.signed(seed)
+        module = params if isinstance(params, nn.Module) else None
+        defaults = {
+            "lr": lr,
+            "mu": mu,
+            "weight_decay": weight_decay,
+            "seed": seed,
+            "step": 0,
+            "recipe": self._axes.recipe(),
+        }
+        self._pending: list[Estimate] = []
+        self._seeds: tuple[int, Tensor] | None = None
+        self._groups: list[Parameters] = []
+        self.last_estimate: Estimate | None = None
+        given: Any = list(module.named_parameters()) if module is not None else params
+        super().__init__(given, defaults)
+        self._probe = probes.choose(probe, module, parameters.trainable(self.param_groups))
+
+    # torch.optim.Optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; its parameters take the next keys, those of the others do not change."""
+        group = dict(param_group)
+        given = group["params"]
+        if isinstance(given, set):
+            raise TypeError("params must be in an order that does not change; pass a list, not a set")
+        group["params"] = given = [given] if isinstance(given, Tensor) else list(given)
+        named = [
+            entry if isinstance(entry, tuple) else (f"parameter {i}", entry) for i, entry in enumerate(given)
+        ]
+        for name, tensor in named:
+            parameters.check(tensor, name)
+        _check_options({**self.defaults, **group})
+        if self.param_groups:
+            group["step"] = self.param_groups[0]["step"]
+        added = {"params": [tensor for _, tensor in named]}
+        parameters.check_one_device(parameters.trainable([*self.param_groups, added]))
+        super().add_param_group(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from ``state_dict`` bit for bit; it must come from the same recipe."""
+        recipe = self._axes.recipe()
+        for group in state_dict["param_groups"]:
+            if group.get("recipe", recipe) != recipe:
+                raise ValueError(
+                    f"state_dict comes from the recipe {group['recipe']}, this optimizer has {recipe}; "
+                    "build it with the same direction, estimator and update"
+                )
+        super().load_state_dict(state_dict)
+        self._pending.clear()
+
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """Estimates with ``closure``, if there is one, and moves theta by the pending estimates.
+
+        Args:
+            closure: takes nothing, evaluates the model on the step's batch and returns the loss, a
+                tensor of one element or a float. Runs several times, without gradients.
+
+        Returns:
+            The mean of the losses evaluated, float32 [], on the device of the parameters.
+
+        Raises:
+            RuntimeError: without a closure and without a preceding ``estimate``.
+        """
+        if closure is not None:
+            self.estimate(closure)
+        if not self._pending:
+            raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
+        with torch.no_grad(), interrupts.deferred():
+            estimate = average(self._pending)
+            for group, movable in zip(self.param_groups, self._current_groups(), strict=True):
+                if len(movable):
+                    self._update(group, movable, estimate)
+            for group in self.param_groups:
+                group["step"] += 1
+            self._pending.clear()
+            self.last_estimate = estimate
+        return estimate.loss
+
+    # Estimates
+
+    @torch.no_grad()
+    def estimate(self, closure: Closure) -> Estimate:
+        """Probes only: theta is unchanged. ``step()`` applies the mean of all estimates since the last.
+
+        Several calls before a ``step()`` see the same directions, so micro-batches add up to the
+        estimate of the whole batch.
+
+        Raises:
+            TypeError, ValueError: for a closure that does not return one number.
+            FloatingPointError: for a loss that is not finite, with ``nonfinite="raise"``.
+            RuntimeError: for a closure that changes the parameters of the optimizer.
+        """
+        self._watch.check()
+        groups = self._current_groups()
+        movable = [group for group in groups if len(group)]
+        if not movable:
+            raise RuntimeError(
+                "no parameter requires grad, so none can move; unfreeze some with requires_grad_()"
+            )
+        parameters.check_one_device(movable)
+        for group in movable:
+            for tensor, name in zip(group.tensors, group.names, strict=True):
+                parameters.check(tensor, name)
+        estimate = self._axes.estimator.estimate(
+            self._loss_at(groups, closure), self._step_seeds(movable[0].device), self._mu()
+        )
+        self._watch.note(estimate.finite)
+        self._pending.append(estimate)
+        return estimate
+
+    def _loss_at(self, groups: list[Parameters], closure: Closure) -> Callable[[Tensor, Tensor], Tensor]:
+        device = next(group.device for group in groups if len(group))
+        mus = [group["mu"] for group in self.param_groups]
+        state = RandomState(device)
+        first = True
+
+        def loss_at(seeds: Tensor, coefficients: Tensor) -> Tensor:
+            nonlocal first
+            if not first:
+                state.restore()
+            first = False
+            terms = tuple(
+                (group, coefficients * mu) for group, mu in zip(groups, mus, strict=True) if len(group)
+            )
+            loss = self._probe.evaluate(Combination(self._axes.direction, seeds, terms), closure)
+            self._check_unchanged(groups)
+            return _as_loss(loss, device)
+
+        return loss_at
+
+    def _check_unchanged(self, groups: list[Parameters]) -> None:
+        if self._current_groups() is not groups:
+            raise RuntimeError(
+                "the closure changed the optimizer's parameters (their list, or requires_grad); "
+                "do that between steps"
+            )
+
+    def _current_groups(self) -> list[Parameters]:
+        """What moves now; the same object as before, if nothing has changed since."""
+        now, known = parameters.trainable(self.param_groups), self._groups
+        if len(now) != len(known) or not all(a.same_as(b) for a, b in zip(now, known, strict=True)):
+            self._groups = now
+        return self._groups
+
+    def _step_seeds(self, device: torch.device) -> Tensor:
+        """The seeds of the current step, int64 [draws]: one tensor for all estimates of the step."""
+        step, seed = self.param_groups[0]["step"], self.param_groups[0]["seed"]
+        if self._seeds is None or self._seeds[0] != step or not self._pending:
+            seeds = torch.empty(self._axes.estimator.draws, dtype=torch.int64, device=device)
+            for draw in range(seeds.numel()):  # fill_ passes the value with the launch: no copy to wait for
+                seeds[draw].fill_(noise.signed(noise.step_seed(seed, step, draw)))
+            self._seeds = (step, seeds)
+        return self._seeds[1]
+
+    # Updates
+
+    def _mu(self) -> float:
+        return float(self.param_groups[0]["mu"])
+
+    def _update(self, group: dict[str, Any], movable: Parameters, estimate: Estimate) -> None:
+        # Coefficients are per mu of the first group; a direction of another length scales them.
+        relative = self._mu() / group["mu"]
+        coefficients = estimate.coefficients if relative == 1 else estimate.coefficients * relative
+        self._axes.update.apply(
+            self._axes.direction,
+            movable,
+            estimate.seeds,
+            coefficients,
+            estimate.finite,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+        )
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many estimates had a loss that was not finite, since this object was made. Waits for them."""
+        return self._watch.count
+
+
+def _as_loss(loss: object, device: torch.device) -> Tensor:
+    """A closure's value as a tensor of no dimension, at least float32, on ``device``."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(
+                f"closure must return one number, not a tensor of shape {tuple(loss.shape)}; "
+                "reduce it, as with .mean()"
+            )
+        if loss.is_complex():
+            raise TypeError(f"closure must return a real number, not {loss.dtype}")
+        loss = loss.detach().reshape(())
+        return loss.to(device, torch.promote_types(loss.dtype, torch.float32), non_blocking=True)
+    if isinstance(loss, bool) or not isinstance(loss, int | float):
+        hint = "; did it forget to return the loss?" if loss is None else ""
+        raise TypeError(
+            f"closure must return the loss as a tensor of one element or a float, not {loss!r}{hint}"
+        )
+    return torch.full((), float(loss), dtype=torch.float64, device=device)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name, low, strict in (("lr", 0.0, False), ("mu", 0.0, True), ("weight_decay", 0.0, False)):
+        value = options[name]
+        if isinstance(value, Tensor):
+            if name == "lr" and value.numel() == 1:
+                continue
+            raise TypeError(f"{name} must be a float, not a tensor of shape {tuple(value.shape)}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a float, not {value!r}")
+        if not math.isfinite(value) or value < low or (strict and value == low):
+            relation = ">" if strict else ">="
+            raise ValueError(f"{name} must be finite and {relation} 0, not {value}")

@@ -1,0 +1,266 @@
+"""Replaces the weights of a module while it runs, and puts them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_any, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from zoext.directions import Combination
+from zoext.parameters import Parameters
+
+ALIGNMENT = 64
+
+
+def _aligned_bytes(tensor: Tensor) -> int:
+    size = tensor.numel() * tensor.element_size()
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+class _Views(NamedTuple):
+    like: Parameters  # kept, so that its id stays its own
+    views: list[Tensor]
+    size: int
+
+
+class Scratch:
+    """Memory for the weights of the modules that are running: a stack, since modules nest."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._top = 0
+        self._wanted = 0
+        self._views: dict[tuple[int, int], _Views] = {}
+
+    def prepare(self, device: torch.device, size: int) -> None:
+        """Makes room for ``size`` bytes, and for what was needed before."""
+        if self._top:
+            raise RuntimeError("a streamed probe cannot run inside another one of the same optimizer")
+        size = max(size, self._wanted)
+        if self._buffer.device != device or self._buffer.numel() < size:
+            self.forget_views()  # or they would keep the old buffer
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+
+    @property
+    def top(self) -> int:
+        return self._top
+
+    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Uninitialised contiguous tensors like ``tensors``."""
+        offset = self._top
+        self._top += sum(_aligned_bytes(tensor) for tensor in tensors)
+        self._wanted = max(self._wanted, self._top)
+        if self._top > self._buffer.numel():  # deeper nesting than before: the next probe has the room
+            return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        views = []
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            views.append(self._buffer[offset : offset + size].view(tensor.dtype).view(tensor.shape))
+            offset += _aligned_bytes(tensor)
+        return views
+
+    def take_again(self, parameters: Parameters) -> list[Tensor]:
+        """Like ``take`` for parameters that come back at every probe: they get the same views again.
+
+        Making views anew would cost more than filling small ones.
+        """
+        start = self._top
+        known = self._views.get((id(parameters), start))
+        if known is not None:
+            self._top += known.size
+            return known.views
+        views = self.take(parameters.tensors)
+        if self._top <= self._buffer.numel():
+            self._views[id(parameters), start] = _Views(parameters, views, self._top - start)
+        return views
+
+    def forget_views(self) -> None:
+        self._views.clear()
+
+    def release(self, top: int) -> None:
+        self._top = top
+
+    def holds(self, value: object) -> bool:
+        """Whether a tensor lies in this memory."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided or not self._buffer.numel():
+            return False
+        return value.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
+
+
+class _Running:
+    """A module that is running: what it had, and where the scratch memory stood before it."""
+
+    def __init__(self, top: int) -> None:
+        self.depth = 1
+        self.top = top
+        self.parameters: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[tuple[str, Tensor, Tensor]] = []
+
+
+class ModuleSwap:
+    """Hooks on the modules below ``root`` that own parameters or buffers."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._scratch = Scratch()
+        self._written_buffers: set[tuple[int, str]] = set()
+        self._running: dict[nn.Module, _Running] = {}
+        self._swapped: set[int] = set()
+        self._groups: list[Parameters] = []
+        self._own: dict[nn.Module, list[tuple[int, Parameters]]] = {}
+        self._originals: dict[int, Tensor] = {}
+        self._terms: dict[nn.Module, list[tuple[Parameters, Tensor]]] = {}
+        self._combination: Combination | None = None
+        self._find_written = False
+        self._visited: set[int] = set()
+
+    def training_flags(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self._root.modules())
+
+    @contextmanager
+    def installed(self, combination: Combination, find_written_buffers: bool) -> Iterator[set[int]]:
+        """Within the block, modules run with displaced weights; yields the ids of those that ran.
+
+        With ``find_written_buffers`` every buffer is replaced, and those that are written to are noted
+        for later probes.
+        """
+        self._combination = combination
+        self._find_written = find_written_buffers
+        self._visited = set()
+        self._terms = self._terms_of_modules(combination)
+        # Taken here, not in the hooks: whoever watches operators would see the hooks read weights.
+        self._originals = {
+            id(tensor): tensor.data for parameters, _ in combination.terms for tensor in parameters.tensors
+        }
+        handles: list[RemovableHandle] = []
+        try:
+            self._make_room(combination)
+            for module in self._root.modules():
+                if module in self._terms or self._buffers_to_swap(module):
+                    handles.append(module.register_forward_pre_hook(self._before, prepend=True))
+                    handles.append(module.register_forward_hook(self._after, always_call=True))
+            yield self._visited
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in reversed(list(self._running)):
+                self._restore(module)
+            self._combination, self._terms, self._originals = None, {}, {}
+
+    def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Tensor]]]:
+        if not len(combination):
+            return {}
+        groups = [parameters for parameters, _ in combination.terms]
+        if len(groups) != len(self._groups) or any(
+            a is not b for a, b in zip(groups, self._groups, strict=True)
+        ):
+            self._own = self._owners(groups)
+            self._scratch.forget_views()
+            self._groups = groups
+        coefficients = [coefficients for _, coefficients in combination.terms]
+        return {
+            module: [(parameters, coefficients[group]) for group, parameters in own]
+            for module, own in self._own.items()
+        }
+
+    def _owners(self, groups: list[Parameters]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
+        """The parameters that each module owns itself, by the group they belong to."""
+        places = {
+            id(tensor): (group, position)
+            for group, parameters in enumerate(groups)
+            for position, tensor in enumerate(parameters.tensors)
+        }
+        owners: dict[nn.Module, list[tuple[int, Parameters]]] = {}
+        missing = dict(places)
+        for module in self._root.modules():
+            positions: dict[int, list[int]] = {}
+            for parameter in module._parameters.values():
+                if id(parameter) in places:
+                    missing.pop(id(parameter), None)
+                    group, position = places[id(parameter)]
+                    positions.setdefault(group, []).append(position)
+            if positions:
+                owners[module] = [(group, groups[group].take(own)) for group, own in positions.items()]
+        for group, position in missing.values():
+            raise ValueError(
+                f"streamed probe: {groups[group].names[position]} is not a parameter of the module that is "
+                "streamed; build the optimizer again after changing the model, or pass probe='inplace'"
+            )
+        return owners
+
+    def _make_room(self, combination: Combination) -> None:
+        largest = 0
+        for module, terms in self._terms.items():
+            weights = sum(_aligned_bytes(tensor) for parameters, _ in terms for tensor in parameters.tensors)
+            buffers = sum(_aligned_bytes(buffer) for _, buffer in self._buffers_to_swap(module))
+            largest = max(largest, weights + buffers)
+        self._scratch.prepare(combination.seeds.device, largest)
+
+    def _buffers_to_swap(self, module: nn.Module) -> list[tuple[str, Tensor]]:
+        return [
+            (name, buffer)
+            for name, buffer in module._buffers.items()
+            if buffer is not None and (self._find_written or (id(module), name) in self._written_buffers)
+        ]
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if module in self._running:  # calls itself: its weights are displaced already
+            self._running[module].depth += 1
+            return
+        running = self._running[module] = _Running(self._scratch.top)
+        self._visited.add(id(module))
+        assert self._combination is not None
+        for parameters, coefficients in self._terms.get(module, ()):
+            # A weight that a running parent shares with this module is displaced already.
+            fresh = parameters
+            if any(id(tensor) in self._swapped for tensor in parameters.tensors):
+                fresh = parameters.take(
+                    [i for i, tensor in enumerate(parameters.tensors) if id(tensor) not in self._swapped]
+                )
+                displaced = self._scratch.take(fresh.tensors)
+            else:
+                displaced = self._scratch.take_again(fresh)
+            if not len(fresh):
+                continue
+            self._combination.direction.copy_(displaced, fresh, self._combination.seeds, coefficients)
+            for tensor, replacement in zip(fresh.tensors, displaced, strict=True):
+                running.parameters.append((tensor, self._originals[id(tensor)]))
+                self._swapped.add(id(tensor))
+                tensor.data = replacement
+        for name, buffer in self._buffers_to_swap(module):
+            copy = self._scratch.take([buffer])[0].copy_(buffer)
+            running.buffers.append((name, buffer, buffer.data))
+            buffer.data = copy
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        running = self._running.get(module)
+        if running is None:  # its forward raised before it began to run
+            return None
+        running.depth -= 1
+        if running.depth:
+            return None
+        # What a module returns may be a view of its weights, whose memory the next module will use.
+        borrowed = tree_any(self._scratch.holds, output)
+        if borrowed:
+            output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
+        self._restore(module)
+        return output if borrowed else None
+
+    def _restore(self, module: nn.Module) -> None:
+        running = self._running.pop(module)
+        for tensor, original in running.parameters:
+            tensor.data = original
+            self._swapped.discard(id(tensor))
+        for name, buffer, original in running.buffers:
+            # Not by version counters: batch_norm moves its statistics behind autograd's back.
+            if self._find_written and not (module._buffers[name] is buffer and torch.equal(buffer, original)):
+                self._written_buffers.add((id(module), name))
+            buffer.data = original
+            module._buffers[name] = buffer
+        self._scratch.release(running.top)
