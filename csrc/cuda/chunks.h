@@ -23,7 +23,7 @@ struct Tiling {
 template <class Storage>
 constexpr int vector_elements = sizeof(Storage) == 2 ? 8 : 4;
 
-// A share has two Philox blocks of normals.
+// A share has two Philox blocks of normals, for any storage; eight neighbours fill a 128-byte line.
 template <class Storage>
 using NormalTiling = Tiling<vector_elements<Storage>, 8 / vector_elements<Storage>, 8, 4>;
 
