@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from zoext import ops
 from zoext.noise import FLOATING
@@ -81,7 +81,7 @@ def check(tensor: object, name: str) -> None:
     if not tensor.requires_grad:
         return
     remedy = None
-    if isinstance(tensor, UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedParameter):
         remedy = "is lazy and has no shape yet; run the model once first"
     elif type(tensor.detach()) is not Tensor:
         kind = type(tensor.detach()).__name__
