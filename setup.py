@@ -72,7 +72,8 @@ def extensions() -> list:
         return [cpu]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     nvcc = ["-std=c++17", "-fmad=false", "-lineinfo", *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]), TARGET]
-    nvcc += [f"-I{folder}" for folder in cuda_include_dirs()]
+    # After the toolkit's own folders: the packages hold another version of its other headers.
+    nvcc += [f"-Xcompiler=-idirafter{folder}" for folder in cuda_include_dirs()]
     cuda = cpp_extension.CUDAExtension(
         "zoext._cuda",
         sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu"),

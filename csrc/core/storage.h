@@ -5,6 +5,7 @@
 #include "stream.h"
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
@@ -63,9 +64,13 @@ ZOEXT_HD double round_to_nearest<double>(double a) {
 
 template <>
 ZOEXT_HD BFloat16 round_to_nearest<BFloat16>(float a) {
+#if defined(__CUDA_ARCH__)
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(a))};
+#else
   const uint32_t bits = bits_of(a);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // quiet NaN
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 
 template <>
@@ -123,9 +128,13 @@ ZOEXT_HD Half round_stochastically<Half>(float a, uint32_t random) {
 
 constexpr int roundings_per_block = 8;  // 16 random bits an element
 
+// The bits of the element that is number `i` of its block.
+ZOEXT_HD uint32_t rounding_bits(const Words<uint32_t>& block, int i) {
+  return i % 2 ? block.w[i / 2] >> 16 : block.w[i / 2] & 0xffffu;
+}
+
 ZOEXT_HD uint32_t rounding_bits(const Field& field, uint64_t index) {
-  const uint32_t word = field.words(index / roundings_per_block).w[index / 2 % 4];
-  return index % 2 ? word >> 16 : word & 0xffffu;
+  return rounding_bits(field.words(index / roundings_per_block), static_cast<int>(index % roundings_per_block));
 }
 
 template <class Storage>

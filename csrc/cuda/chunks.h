@@ -1,0 +1,122 @@
+// The work of a launch: a list of tensors, cut into chunks of one thread block each.
+#pragma once
+
+#include "../core/span.h"
+#include "../core/stream.h"
+
+namespace zoext::cuda {
+
+constexpr int threads_per_chunk = 256;
+
+// How threads divide a run of consecutive indices. A unit, aligned to its own length, is made of
+// whole Philox blocks; `lanes` neighbouring threads divide it. The share of a thread is `groups`
+// groups of `vector` consecutive elements, `step` apart, so that the accesses of neighbours adjoin.
+template <int vector_elements, int groups_per_share, int lanes_per_unit, int shares>
+struct Tiling {
+  static constexpr int vector = vector_elements, groups = groups_per_share, lanes = lanes_per_unit;
+  static constexpr int step = lanes * vector, unit = groups * step, extent = unit - step + vector;
+  static constexpr int shares_per_thread = shares, shares_per_chunk = shares * threads_per_chunk;
+  static constexpr int64_t stride = int64_t{threads_per_chunk / lanes} * unit;  // to a thread's next share
+};
+
+// Whole Philox blocks of normals and of rounding bits, and whole 16-byte accesses.
+template <class Storage>
+constexpr int vector_elements = sizeof(Storage) == 2 ? 8 : 4;
+
+// A share has two Philox blocks of normals, for any storage; eight neighbours fill a 128-byte line.
+template <class Storage>
+using NormalTiling = Tiling<vector_elements<Storage>, 8 / vector_elements<Storage>, 8, 4>;
+
+// A Philox block holds 128 signs, too many for one thread. A share has the same bits of each of its
+// four words, so that no thread needs a word of another one, nor an index into its words.
+template <class Storage>
+using SignTiling = Tiling<vector_elements<Storage>, 4, 32 / vector_elements<Storage>, 1>;
+
+struct Slot {
+  // One tensor.
+  void* out;
+  const void* theta;
+  int64_t count;
+  Span span;
+  uint32_t key;
+  // Its part of the grid.
+  uint32_t first_chunk = 0;
+  int64_t shares_per_run = 0;
+
+  ZOEXT_HD bool is_one_run() const { return span.run >= count; }
+};
+
+// Passed by value, so that a launch neither allocates nor copies; parameters may have 32,764 bytes.
+struct Table {
+  static constexpr int capacity = 480;
+
+  Slot slots[capacity];
+  int count = 0;
+  uint32_t chunks = 0;
+
+  // Adds a tensor that is not empty.
+  template <class Tiling>
+  void add(Slot slot) {
+    Span& span = slot.span;
+    if (span.run >= slot.count || span.run == span.stride) span = {span.base, slot.count, 0};
+    const int64_t runs = (slot.count + span.run - 1) / span.run;
+    const bool leads_are_equal = runs == 1 || span.stride % Tiling::unit == 0;
+    const int64_t lead = leads_are_equal ? span.base % Tiling::unit : Tiling::unit - 1;
+    slot.shares_per_run = (lead + span.run + Tiling::unit - 1) / Tiling::unit * Tiling::lanes;
+    const int64_t shares = runs * slot.shares_per_run;
+    slot.first_chunk = chunks;
+    slots[count++] = slot;
+    chunks += static_cast<uint32_t>((shares + Tiling::shares_per_chunk - 1) / Tiling::shares_per_chunk);
+  }
+
+  // The slot that a chunk belongs to: the last one that begins at or before it.
+  ZOEXT_HD const Slot& slot_of(uint32_t chunk) const {
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (slots[middle].first_chunk <= chunk ? low : high) = middle;
+    }
+    return slots[low];
+  }
+};
+static_assert(sizeof(Table) <= 32000, "leave room for the other parameters");
+
+// Where a group lies in its local tensor, and which of its elements are there: [first, last).
+struct Part {
+  int64_t local;
+  int first, last;
+};
+
+// The share of a thread: its first element lies at `index` of the unsharded parameter, and at `local`
+// of the local tensor if that is in the run [begin, end).
+template <class Tiling>
+struct Share {
+  uint64_t index;
+  int64_t local, begin, end;
+
+  // The thread's next one in the same run.
+  ZOEXT_HD Share next() const { return {index + Tiling::stride, local + Tiling::stride, begin, end}; }
+
+  ZOEXT_HD bool is_empty() const { return begin >= local + Tiling::extent || end <= local; }
+
+  ZOEXT_HD Part group(int g) const {
+    const int64_t start = local + g * Tiling::step;
+    const int64_t first = begin - start, last = end - start;
+    return {start, first > 0 ? static_cast<int>(first < Tiling::vector ? first : Tiling::vector) : 0,
+            last < Tiling::vector ? static_cast<int>(last > 0 ? last : 0) : Tiling::vector};
+  }
+};
+
+template <class Tiling>
+ZOEXT_HD Share<Tiling> share_of(const Slot& slot, int64_t number) {
+  const int64_t run = slot.is_one_run() ? 0 : number / slot.shares_per_run;
+  const int64_t in_run = number - run * slot.shares_per_run;
+  const int64_t begin = run * slot.span.run, end = begin + slot.span.run;
+  const uint64_t first = static_cast<uint64_t>(slot.span.base + run * slot.span.stride);
+  const uint64_t lead = first % Tiling::unit;
+  const int64_t offset = in_run / Tiling::lanes * Tiling::unit + in_run % Tiling::lanes * Tiling::vector;
+  return {first - lead + static_cast<uint64_t>(offset), begin - static_cast<int64_t>(lead) + offset, begin,
+          end < slot.count ? end : slot.count};
+}
+
+}  // namespace zoext::cuda

@@ -1,0 +1,315 @@
+"""The CUDA kernels give the bits of the CPU kernels: no copy, no synchronisation, one launch a list."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoext import ops
+from zoext.ops import Distribution, Rounding, Span
+
+try:
+    import fakegpu  # an emulator: it counts launches, but is slow and has no graphs
+except ImportError:
+    fakegpu = None
+
+MISSING = "torch sees no CUDA device" if not torch.cuda.is_available() else ops.cuda_missing
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(MISSING is not None, reason=f"no CUDA: {MISSING}"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
+]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BOTH = tuple(Distribution)
+# Whole parameters; shards that begin anywhere, also in the middle of a Philox block and beyond 2^34;
+# blocks whose rows are aligned, unaligned, or shorter than a Philox block.
+SPANS: tuple[tuple[int, Span], ...] = (
+    (1, (0, 1, 0)),
+    (4099, (0, 4099, 0)),
+    (4096, (8, 4096, 0)),
+    (2049, (2**34 + 3, 2049, 0)),
+    (2049, (2**61 + 128, 5000, 0)),
+    (3000, (256, 96, 128)),
+    (3000, (2**35 + 7, 100, 333)),
+    (257, (2**32 - 40, 3, 5)),
+    (100, (6, 1, 1000)),
+    (640, (64, 64, 64)),
+)
+
+
+def same_bits(gpu: Tensor, cpu: Tensor) -> bool:
+    """Equal to the bit; which of its many NaNs a NaN is, IEEE 754 leaves to the processor."""
+    gpu, cpu = gpu.cpu(), cpu.contiguous()
+    is_nan = cpu.isnan()
+    bits = torch.int16 if cpu.element_size() == 2 else torch.int32 if cpu.element_size() == 4 else torch.int64
+    return torch.equal(gpu.isnan(), is_nan) and torch.equal(gpu.view(bits)[~is_nan], cpu.view(bits)[~is_nan])
+
+
+def weights(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Random weights of every magnitude, with zeros, subnormals, the largest numbers and infinities."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-40, 15, (count,), generator=generator)
+    theta = torch.ldexp(torch.randn(count, generator=generator, dtype=torch.float64), exponents).to(dtype)
+    limits = torch.finfo(dtype)
+    special = [0.0, -0.0, float("inf"), -float("inf"), limits.max, -limits.max]
+    special += [limits.smallest_normal / 2, -limits.smallest_normal * 1.5, float("nan")]
+    if count >= 100:
+        theta[20 : 20 + len(special)] = torch.tensor(special, dtype=dtype)
+    return theta
+
+
+def seeds_and_coefficients(terms: int) -> tuple[Tensor, Tensor]:
+    seeds = torch.tensor([12345, -(2**63) + 9, 2**62 + 77, 4, -1])
+    return seeds[:terms], torch.tensor([1.5e-3, -2.25, 3.0, 0.0, 0.75])[:terms]
+
+
+def device(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.cuda() for tensor in tensors]
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """A copy on the device whose address is not a multiple of 16, between elements that must stay."""
+    buffer = torch.full((tensor.numel() + 2,), 7.0, dtype=tensor.dtype, device="cuda")
+    view = buffer[1:-1]
+    view.copy_(tensor)
+    assert view.data_ptr() % 16 != 0
+    return view
+
+
+def surroundings_are_untouched(view: Tensor) -> bool:
+    base = view._base
+    return base is not None and base[0].item() == 7.0 and base[-1].item() == 7.0
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Fails if an operator makes the host wait or allocates on the device."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() == before
+
+
+@pytest.mark.parametrize("distribution", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("seed", "key", "stream"), [(0, 0, 0), (-7, 2**32 - 1, 2), (2**63 - 1, 5, 2**32 - 1)]
+)
+def test_normal(dtype: torch.dtype, distribution: Distribution, seed: int, key: int, stream: int) -> None:
+    expected = torch.empty(20_011, dtype=dtype)
+    span = (16, 20_011, 0)
+    ops.normal_([expected], torch.tensor([seed]), [key], [span], stream=stream, distribution=distribution)
+    out = torch.empty(20_011, dtype=dtype, device="cuda")
+    ops.normal_(
+        [out], torch.tensor([seed], device="cuda"), [key], [span], stream=stream, distribution=distribution
+    )
+    assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.013])
+@pytest.mark.parametrize("terms", [0, 1, 3, 5])
+@pytest.mark.parametrize("rounding", tuple(Rounding))
+@pytest.mark.parametrize("distribution", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_axpy(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding, terms: int, decay: float
+) -> None:
+    theta, span = weights(4099, dtype), (2**34 + 8, 4099, 0)
+    arguments = (*seeds_and_coefficients(terms), torch.tensor(decay))
+    on_device = device(theta)[0]
+    shifted = unaligned(theta)
+    ops.noise_axpy_([theta], *arguments, [9], [span], distribution=distribution, rounding=rounding)
+    for start in (on_device, shifted):
+        ops.noise_axpy_(
+            [start], *device(*arguments), [9], [span], distribution=distribution, rounding=rounding
+        )
+        assert same_bits(start, theta)
+    assert surroundings_are_untouched(shifted)
+
+
+@pytest.mark.parametrize("terms", [0, 1, 3])
+@pytest.mark.parametrize("rounding", tuple(Rounding))
+@pytest.mark.parametrize("distribution", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, terms: int) -> None:
+    theta, span = weights(2055, dtype), (24, 2055, 0)
+    expected = torch.full_like(theta, float("nan"))
+    arguments = seeds_and_coefficients(terms)
+    ops.noise_copy_(
+        [expected], [theta], *arguments, [2], [span], distribution=distribution, rounding=rounding
+    )
+    source, out, shifted = theta.cuda(), torch.full_like(theta, float("nan")).cuda(), unaligned(theta)
+    for to in (out, shifted):
+        ops.noise_copy_(
+            [to], [source], *device(*arguments), [2], [span], distribution=distribution, rounding=rounding
+        )
+        assert same_bits(to, expected)
+    assert same_bits(source, theta)
+    assert surroundings_are_untouched(shifted)
+
+
+@pytest.mark.parametrize(("count", "span"), SPANS)
+@pytest.mark.parametrize("distribution", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spans(dtype: torch.dtype, distribution: Distribution, count: int, span: Span) -> None:
+    theta = weights(count, dtype)
+    arguments = (*seeds_and_coefficients(3), torch.tensor(0.25))
+    on_device, shifted = theta.cuda(), unaligned(theta)
+    how = {"distribution": distribution, "rounding": Rounding.STOCHASTIC}
+    ops.noise_axpy_([theta], *arguments, [1], [span], **how)
+    for start in (on_device, shifted):
+        ops.noise_axpy_([start], *device(*arguments), [1], [span], **how)
+        assert same_bits(start, theta)
+    assert surroundings_are_untouched(shifted)
+
+
+@pytest.mark.parametrize("rounding", tuple(Rounding))
+@pytest.mark.parametrize("distribution", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_coefficients_of_zero_move_no_bit(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding
+) -> None:
+    before = weights(1000, dtype)
+    theta = before.cuda()
+    arguments = device(torch.tensor([5, 6]), torch.tensor([0.0, -0.0]), torch.tensor(0.0))
+    ops.noise_axpy_([theta], *arguments, [1], [(0, 1000, 0)], distribution=distribution, rounding=rounding)
+    assert same_bits(theta, before)
+
+
+def list_of_tensors(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [weights(size, dtypes[t % len(dtypes)], seed=t) for t, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("distribution", BOTH)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), DTYPES])
+def test_lists_with_empty_and_unaligned_tensors(
+    dtypes: tuple[torch.dtype, ...], distribution: Distribution
+) -> None:
+    theta = list_of_tensors([0, 1, 8192, 0, 8193, 3, 16_391, 255, 64, 0, 5000, 12, 0], dtypes)
+    keys = [7 * t + 1 for t in range(len(theta))]
+    spans = [(3 * t, max(tensor.numel(), 1), 0) for t, tensor in enumerate(theta)]
+    on_device = [unaligned(tensor) if t % 3 == 2 else tensor.cuda() for t, tensor in enumerate(theta)]
+    arguments = (*seeds_and_coefficients(3), torch.tensor(1e-2))
+    ops.noise_axpy_(theta, *arguments, keys, spans, distribution=distribution)
+    arguments_on_device = device(*arguments)
+    before = fakegpu.counters()["launches"] if fakegpu else 0
+    with nothing_waits():
+        ops.noise_axpy_(on_device, *arguments_on_device, keys, spans, distribution=distribution)
+    if fakegpu:
+        assert fakegpu.counters()["launches"] - before == len(dtypes)
+    assert all(same_bits(gpu, cpu) for gpu, cpu in zip(on_device, theta, strict=True))
+    assert all(surroundings_are_untouched(view) for view in on_device[2::3])
+
+
+def test_thousands_of_tensors() -> None:
+    theta = list_of_tensors([t % 13 for t in range(1300)], (torch.float32,))
+    keys, spans = list(range(1300)), [ops.span_of(tensor) for tensor in theta]
+    on_device = device(*theta)
+    arguments = (*seeds_and_coefficients(1), torch.tensor(0.0))
+    ops.noise_axpy_(theta, *arguments, keys, spans)
+    arguments_on_device = device(*arguments)
+    before = fakegpu.counters()["launches"] if fakegpu else 0
+    with nothing_waits():
+        ops.noise_axpy_(on_device, *arguments_on_device, keys, spans)
+    if fakegpu:
+        assert fakegpu.counters()["launches"] - before == 3  # of 480 tensors at most; 1200 are not empty
+    assert all(same_bits(gpu, cpu) for gpu, cpu in zip(on_device, theta, strict=True))
+
+
+@pytest.mark.parametrize("tensors", [[], [0], [0, 0]])
+def test_nothing_to_do(tensors: list[int]) -> None:
+    theta = [torch.empty(size, device="cuda") for size in tensors]
+    arguments = device(*seeds_and_coefficients(1), torch.tensor(0.5))
+    ops.noise_axpy_(theta, *arguments, list(range(len(theta))), [(0, 1, 0)] * len(theta))
+
+
+def test_no_operator_waits_or_allocates() -> None:
+    theta, out = torch.ones(5000, device="cuda"), torch.empty(5000, device="cuda")
+    seeds, coefficients, decay = device(*seeds_and_coefficients(3), torch.tensor(0.1))
+    place = ([3], [(0, 5000, 0)])
+    with nothing_waits():
+        ops.normal_([out], seeds[:1], *place)
+        ops.noise_axpy_([theta], seeds, coefficients, decay, *place)
+        ops.noise_copy_([out], [theta], seeds, coefficients, *place)
+
+
+def test_runs_on_the_current_stream() -> None:
+    """On another stream the operator would run while this one sleeps, and its result be overwritten."""
+    theta = torch.zeros(4096, device="cuda")
+    arguments = (*seeds_and_coefficients(1), torch.tensor(0.5))
+    on_device = device(*arguments)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        if not fakegpu:  # the emulator compares the streams itself
+            torch.cuda._sleep(200_000_000)
+        theta.fill_(2.0)
+        ops.noise_axpy_([theta], *on_device, [3], [(0, 4096, 0)])
+    stream.synchronize()
+    expected = torch.full((4096,), 2.0)
+    ops.noise_axpy_([expected], *arguments, [3], [(0, 4096, 0)])
+    assert same_bits(theta, expected)
+
+
+@pytest.mark.skipif(fakegpu is not None, reason="the emulator has no CUDA graphs")
+def test_a_captured_graph_follows_its_seeds_and_coefficients() -> None:
+    theta = torch.ones(4096, device="cuda")
+    seeds, coefficients, decay = device(*seeds_and_coefficients(3), torch.tensor(0.0))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.noise_axpy_([theta], seeds, coefficients, decay, [3], [(0, 4096, 0)])
+    seeds += 1
+    coefficients *= 2
+    decay.fill_(0.25)
+    graph.replay()
+    expected = torch.ones(4096)
+    ops.noise_axpy_([expected], seeds.cpu(), coefficients.cpu(), decay.cpu(), [3], [(0, 4096, 0)])
+    assert same_bits(theta, expected)
+
+
+@pytest.mark.skipif(fakegpu is not None, reason="the emulator would take minutes for 2^32 elements")
+@pytest.mark.parametrize("distribution", BOTH)
+def test_tensors_beyond_32_bits(distribution: Distribution) -> None:
+    count = 2**32 + 2**16 + 5
+    if torch.cuda.mem_get_info()[0] < 2 * count + 2**30:
+        pytest.skip("9 GiB of free device memory are needed")
+    out = torch.empty(count, dtype=torch.bfloat16, device="cuda")
+    seed = torch.tensor([77])
+    ops.normal_([out], seed.cuda(), [3], [(0, count, 0)], distribution=distribution)
+    for start in (0, 2**31 - 500, 2**32 - 500, count - 1000):
+        expected = torch.empty(1000, dtype=torch.bfloat16)
+        ops.normal_([expected], seed, [3], [(start, 1000, 0)], distribution=distribution)
+        assert same_bits(out[start : start + 1000], expected)
+
+
+@pytest.mark.parametrize("operator", ["normal_", "noise_axpy_", "noise_copy_"])
+def test_opcheck(operator: str) -> None:
+    theta, out = torch.ones(130, device="cuda"), torch.empty(130, device="cuda")
+    seeds, coefficients, decay = device(*seeds_and_coefficients(3), torch.tensor(0.1))
+    keys, spans = [3], [0, 130, 0]
+    arguments = {
+        "normal_": ([out], seeds[:1].clone(), keys, spans, 0, 0),
+        "noise_axpy_": ([theta], seeds, coefficients, decay, keys, spans, 0, 0),
+        "noise_copy_": ([out], [theta], seeds, coefficients, keys, spans, 1, 1),
+    }
+    torch.library.opcheck(getattr(torch.ops.zoext, operator).default, arguments[operator])
+
+
+def test_seeds_elsewhere_are_refused() -> None:
+    theta = torch.ones(10, device="cuda")
+    seeds, coefficients = seeds_and_coefficients(1)
+    with pytest.raises(RuntimeError, match="seeds and coefficients must be on the device of the parameters"):
+        ops.noise_axpy_([theta], seeds, coefficients.cuda(), torch.tensor(0.0).cuda(), [0], [(0, 10, 0)])
+    with pytest.raises(RuntimeError, match="decay must be on the device of the parameters"):
+        ops.noise_axpy_([theta], seeds.cuda(), coefficients.cuda(), torch.tensor(0.0), [0], [(0, 10, 0)])
+    assert same_bits(theta, torch.ones(10))
