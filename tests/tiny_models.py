@@ -16,7 +16,7 @@ from zoext.cli.models import quiet_transformers
 
 GOOD, BAD = ("bright", "kind", "sweet"), ("grim", "cruel", "sour")
 OTHER = ("the", "day", "was", "so", "very", "cat")
-FIXTURES = Path(__file__).resolve().parents[1] / ".." / "shared" / "fixtures"
+FIXTURES = Path(__file__).absolute().parents[1].parent / "shared" / "fixtures"
 
 
 def tiny_bert(folder: Path, hidden: int = 16, seed: int = 3) -> Path:
