@@ -74,7 +74,7 @@ def _check_labels(train: Table, valid: Table) -> set[data.Label]:
 def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
     """How many tokens of a text are read: no more than the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", settings.max_length)
-    return min(settings.max_length, positions, tokenizer.model_max_length)
+    return min(settings.max_length, int(positions), int(tokenizer.model_max_length))
 
 
 def tokenize(
