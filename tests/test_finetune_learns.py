@@ -21,7 +21,7 @@ def evaluations(out: Path) -> list[dict[str, float]]:
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert (
-        main(["finetune", "--steps", "60", "--eval-every", "60", "--device", "cpu", "--out", str(out)]) == 0
+        main(["finetune", "--steps", "200", "--eval-every", "200", "--device", "cpu", "--out", str(out)]) == 0
     )
     before, after = evaluations(out)
     assert after["valid_loss"] < before["valid_loss"] - 2 * before["valid_loss_error"]

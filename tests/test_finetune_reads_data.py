@@ -6,6 +6,8 @@ import csv
 import itertools
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -208,6 +210,14 @@ def test_held_out_words_of_the_demo_are_no_inflections_of_training_words() -> No
     ratings = dict(zip(train.texts + valid.texts, (train.labels or ()) + (valid.labels or ()), strict=True))
     assert (ratings["abandon"], ratings["joyful"]) == ("negative", "positive")
     assert all(word.replace("-", "").replace("'", "").isalpha() for word in ratings)
+
+
+def test_info_needs_no_extra() -> None:
+    without = (
+        "import sys; sys.modules.update(dict.fromkeys(('transformers', 'tqdm', 'safetensors', 'matplotlib')))"
+    )
+    program = f"{without}; from zoext.cli import main; sys.exit(main(['info']))"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_info_names_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:

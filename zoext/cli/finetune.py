@@ -15,124 +15,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from zoext.cli import checkpoint, demo, devices, metrics, optimizers, plot, problem
+from zoext.cli.arguments import add_arguments as add_arguments
 from zoext.cli.errors import UserError, require
 from zoext.cli.interrupt import StopRequest
 from zoext.cli.models import choose_trainable
 from zoext.cli.progress import Progress
 from zoext.cli.result import report, write_model
 from zoext.cli.run_folder import RunFolder, fingerprint, unused
-from zoext.cli.settings import DTYPES, TASKS, Settings
+from zoext.cli.settings import Settings
 from zoext.cli.training import Training
 
 HELP = "fine-tune a model; without arguments, a demo"
 
 #: What may differ when a run is resumed: none of it changes what a step does.
 RESUMABLE = {"steps", "device", "eval_every", "checkpoint_every"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options; one that is not given is not in the namespace."""
-    parser.argument_default = argparse.SUPPRESS
-    what = parser.add_argument_group("what to learn")
-    what.add_argument("--model", metavar="M", help="a folder, or a name on the hub (default: the demo's)")
-    what.add_argument(
-        "--data", metavar="D", help="a file, a folder, or a name on the hub (default: the demo's)"
-    )
-    what.add_argument("--valid-data", metavar="D", help="held-out examples, in any of the same forms")
-    what.add_argument(
-        "--validation-fraction",
-        type=_fraction,
-        metavar="F",
-        help="held out where there are none (default 0.1)",
-    )
-    what.add_argument("--task", choices=TASKS, help="default: classification if there are labels")
-    what.add_argument(
-        "--max-length", type=_count, metavar="N", help="tokens; longer texts are cut (default 256)"
-    )
-    what.add_argument(
-        "--trainable", metavar="PATTERN", help="regular expression; parameters whose name matches move"
-    )
-    how = parser.add_argument_group("how to learn", "defaults, and in brackets those of the demo")
-    how.add_argument("--optimizer", choices=tuple(optimizers.OPTIMIZERS), help="default mezo")
-    for name, kind, text in _NUMBERS:
-        how.add_argument(
-            f"--{name}", type=kind, metavar="X" if kind is not _count else "N", help=_default(name, text)
-        )
-    how.add_argument("--seed", type=_seed, metavar="N", help="determines the whole run (default 0)")
-    how.add_argument("--dtype", choices=DTYPES, help="of the weights (default float32)")
-    how.add_argument(
-        "--probe", choices=("auto", "streamed", "inplace"), help="how weights are displaced (default auto)"
-    )
-    how.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    run = parser.add_argument_group("the run")
-    run.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: runs/demo-N or runs/finetune-N, the next free N"
-    )
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
-    run.add_argument("--overwrite", action="store_true", help="remove the run in --out and start a new one")
-    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be finite and > 0, not {text}")
-    return value
-
-
-def _nonnegative(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be finite and >= 0, not {text}")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not -(2**63) <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"must fit into 64 bits, not {text}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
-
-
-for _kind in (_positive, _nonnegative, _fraction):
-    _kind.__name__ = "number"  # what argparse calls a text that is none
-_count.__name__ = _seed.__name__ = "integer"
-
-_NUMBERS: tuple[tuple[str, Callable[[str], float], str], ...] = (
-    ("lr", _positive, "learning rate"),
-    ("mu", _positive, "scale of the displacement"),
-    ("weight-decay", _nonnegative, "decoupled"),
-    ("steps", _count, "optimizer steps"),
-    ("batch-size", _count, "examples a step"),
-    ("eval-every", _count, "steps between evaluations"),
-    ("checkpoint-every", _count, "steps between checkpoints"),
-)
-
-
-def _default(option: str, text: str) -> str:
-    field = option.replace("-", "_")
-    usual, in_demo = getattr(Settings(), field), getattr(demo.SETTINGS, field)
-    return f"{text} (default {usual:g}" + (")" if usual == in_demo else f" [{in_demo:g}])")
 
 
 def run(arguments: argparse.Namespace) -> int:

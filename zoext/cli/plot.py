@@ -58,6 +58,7 @@ def _points(
         [record[name] for record in records],
         yerr=[record[f"{name}_error"] for record in records],
         marker="o",
+        linestyle=":",
         markersize=3,
         capsize=2,
         color=color,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 TASKS = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16")
+PROBES = ("auto", "streamed", "inplace")
 
 
 @dataclass(frozen=True)

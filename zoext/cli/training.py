@@ -23,7 +23,11 @@ LOG_EVERY = 10  # steps: reading a loss waits for the device
 
 
 class Training:
-    """A run from where it stands to ``settings.steps``, in ``folder``."""
+    """A run from where it stands to ``settings.steps``, in ``folder``.
+
+    The record of a step: step, forwards (of the whole run so far), seconds (since this process began to
+    train), loss (the mean of the losses that were evaluated). Of an evaluation: ``Evaluation.record``.
+    """
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class Training:
         )
         record = {"step": self.step, "forwards": self.forwards, **result.record()}
         metrics.append(self.folder.metrics, [record])
-        progress.say(f"{when:>12}: held-out {result}")
+        progress.evaluated(f"{when:>12}: held-out {result}")
 
     def _save(self) -> None:
         checkpoint.save(self.folder.checkpoints, self.step, self.forwards, self.problem.model, self.optimizer)
