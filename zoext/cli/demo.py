@@ -32,11 +32,11 @@ FAMILY_LETTERS = 4
 HELD_OUT = 4
 #: The words whose embeddings are the first weights of the classifier.
 LABEL_WORDS = ("negative", "positive")
-#: Makes the losses of the untrained classifier about as small as a common factor can.
+#: Of 1, 4, 16 and 64 the factor that gives the untrained classifier its lowest loss on the training words.
 HEAD_SCALE = 16.0
 
 SETTINGS = Settings(
-    lr=1e-4,
+    lr=1e-4,  # at 3e-4 it diverges, at 3e-5 and 5e-5 it learns more slowly
     mu=1e-3,
     steps=1000,
     batch_size=32,
