@@ -8,7 +8,6 @@ Switches, as environment variables:
 """
 
 import os
-import sysconfig
 from pathlib import Path
 
 import torch
@@ -19,11 +18,14 @@ ROOT = Path(__file__).parent
 DEBUG = os.environ.get("ZOEXT_DEBUG", "0") == "1"
 # The oldest torch that the shared objects load under: they use its stable ABI and nothing newer.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-OPTIMISATION = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+OPTIMISATION = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
 # Contraction would make a product and a sum one operation on some processors only.
 HOST = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *OPTIMISATION]
-# GCC's own AVX-512 headers set off both of these.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+# torch's headers set off the first of these, GCC's own AVX-512 headers the others.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+WARNINGS += ["-Wno-unknown-pragmas"]
+# Error messages name source files: not by where they lay on the machine that built them.
+SHORT_PATHS = f"-fmacro-prefix-map={ROOT.resolve()}/="
 
 
 def sources(pattern: str) -> list[str]:
@@ -31,7 +33,8 @@ def sources(pattern: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return sorted(str(path.resolve()) for path in ROOT.glob("csrc/**/*") if path.suffix in {".h", ".cuh", ".inl"})
+    kinds = {".h", ".cuh", ".inl"}
+    return sorted(str(path.resolve()) for path in ROOT.glob("csrc/**/*") if path.suffix in kinds)
 
 
 def wants_cuda() -> bool:
@@ -57,15 +60,16 @@ def find_cuda_home() -> None:
 
 def cuda_include_dirs() -> list[str]:
     """The headers of the toolkit's parts that come as Python packages, cuRAND's Philox among them."""
-    packages = Path(sysconfig.get_path("purelib"))
-    return [str(folder) for folder in sorted(packages.glob("nvidia/*/include")) if list(folder.glob("curand*.h"))]
+    packages = Path(torch.__file__).parents[1]
+    folders = sorted(packages.glob("nvidia/*/include"))
+    return [str(folder) for folder in folders if list(folder.glob("curand*.h"))]
 
 
 def extensions() -> list:
     cpu = cpp_extension.CppExtension(
         "zoext._C",
         sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp"),
-        extra_compile_args={"cxx": [*HOST, *WARNINGS, TARGET]},
+        extra_compile_args={"cxx": [*HOST, *WARNINGS, SHORT_PATHS, TARGET]},
         depends=headers(),
     )
     if not wants_cuda():
@@ -77,7 +81,10 @@ def extensions() -> list:
     cuda = cpp_extension.CUDAExtension(
         "zoext._cuda",
         sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu"),
-        extra_compile_args={"cxx": [*HOST, *WARNINGS, TARGET, "-DUSE_CUDA"], "nvcc": [*nvcc, "-DUSE_CUDA"]},
+        extra_compile_args={
+            "cxx": [*HOST, *WARNINGS, SHORT_PATHS, TARGET, "-DUSE_CUDA"],
+            "nvcc": [*nvcc, f"-Xcompiler={SHORT_PATHS}", "-DUSE_CUDA"],
+        },
         depends=headers(),
     )
     return [cpu, cuda]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -43,13 +44,14 @@ class Rounding(IntEnum):
 
 def _load_cuda() -> str | None:
     """Registers the CUDA kernels, if they were built; returns why they are missing, if they are."""
-    libraries = sorted(Path(__file__).parent.glob("_cuda*.so"))
-    if not libraries:
+    candidates = [Path(__file__).parent / f"_cuda{suffix}" for suffix in EXTENSION_SUFFIXES]
+    library = next((path for path in candidates if path.exists()), None)
+    if library is None:
         return "not built"
     if torch.version.cuda is None:
         return f"built, but torch {torch.__version__} is a CPU build"
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
         return f"built, but cannot be loaded: {error}"
     return None

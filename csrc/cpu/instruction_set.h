@@ -14,11 +14,25 @@ namespace zoext::cpu {
 constexpr int tile_alignment = 128;  // a power of two: whole groups of Philox blocks, also of rounding bits
 constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 
+// Weights that will be needed next. They are asked for line by line while noise is computed: the
+// loops are bound by arithmetic here and by memory there, and a burst of requests would only make the
+// processor wait for memory at another place.
+struct Upcoming {
+  const char* start;
+  int64_t bytes_per_element;
+
+  ZOEXT_HD void prefetch(int64_t element, int64_t count) const {
+    constexpr int64_t line = 64;
+    const char* const end = start + (element + count) * bytes_per_element;
+    for (const char* at = start + element * bytes_per_element; at < end; at += line) __builtin_prefetch(at, 0, 3);
+  }
+};
+
 // A term of a combination over an aligned stretch of a parameter: `start` sets sum to coefficient *
 // direction, `add` adds it.
 template <class Number>
 struct TermLoops {
-  using Loop = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum);
+  using Loop = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum, Upcoming);
   Loop start, add;
 };
 

@@ -1,14 +1,19 @@
-#include "instruction_set.h"
-
 #if defined(__x86_64__)
 
-// Standard headers stand above: their inline functions must not be compiled with these instructions.
+// Standard headers come first: their inline functions must not be compiled with these instructions.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "instruction_set.h"
 #include "simd_avx2.h"
 
 namespace zoext::cpu::avx2 {

@@ -1,14 +1,20 @@
-#include "instruction_set.h"
-
 #if defined(__x86_64__)
 
-// Standard headers stand above: their inline functions must not be compiled with these instructions.
+// Standard headers come first: their inline functions must not be compiled with these instructions.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
+#include "instruction_set.h"
 #include "simd_avx512.h"
 
 namespace zoext::cpu::avx512 {

@@ -18,7 +18,7 @@ struct Combination {
 
   // sum = sum_k c_k D(s_k) on the tile's aligned stretch.
   template <class Number>
-  void evaluate(const InstructionSet& set, const Tile& tile, uint32_t key, Number* sum) const {
+  void evaluate(const InstructionSet& set, const Tile& tile, uint32_t key, Upcoming upcoming, Number* sum) const {
     const bool is_sign = distribution == Distribution::sign;
     const auto& loops = is_sign ? set.direction<Number>().signs : set.direction<Number>().normals;
     const auto stream = static_cast<uint32_t>(is_sign ? Stream::sign : Stream::dense);
@@ -27,19 +27,14 @@ struct Combination {
     for (int64_t k = first; k < terms; ++k)
       if (contributes(coefficients[k]))
         (k == first ? loops.start : loops.add)({static_cast<uint64_t>(seeds[k]), key, stream}, coefficients[k],
-                                               tile.aligned_index(), tile.aligned_count(), sum);
+                                               tile.aligned_index(), tile.aligned_count(), sum,
+                                               k == first ? upcoming : Upcoming{nullptr, 0});
   }
 };
 
-// Weights travel from memory while the noise is computed: the loops are bound by arithmetic and then
-// by memory, never by both at once, unless asked.
-void prefetch(const void* from, size_t bytes) {
-  constexpr size_t line = 64;
-  for (size_t offset = 0; offset < bytes; offset += line) __builtin_prefetch(static_cast<const char*>(from) + offset, 1, 2);
-}
-
 // 16 random bits for each element of the tile's aligned stretch.
-void fill_rounding_bits(const InstructionSet& set, const Tile& tile, uint64_t seed, uint32_t key, uint32_t* words) {
+void fill_rounding_bits(const InstructionSet& set, const Tile& tile, uint64_t seed, uint32_t key,
+                        uint32_t* words) {
   const Field field{seed, key, static_cast<uint32_t>(Stream::rounding)};
   set.words(field, tile.aligned_index() / roundings_per_block, tile.aligned_count() / roundings_per_block, words);
 }
@@ -54,16 +49,16 @@ void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, 
     for_storage(from.scalar_type(), [&](auto storage) {
       using Storage = decltype(storage);
       using Number = typename Arithmetic<Storage>::type;
-      prefetch(static_cast<const Storage*>(from.const_data_ptr()) + tile.local, tile.count * sizeof(Storage));
+      const Storage* const weights = static_cast<const Storage*>(from.const_data_ptr()) + tile.local;
+      const Upcoming next_tile{reinterpret_cast<const char*>(weights + tile.count), sizeof(Storage)};
       alignas(64) Number sum[tile_elements];
       alignas(64) uint32_t random[tile_elements / 2];
-      combination.evaluate(set, tile, key, sum);
+      combination.evaluate(set, tile, key, next_tile, sum);
       const bool stochastic = can_round<Storage> && rounding == Rounding::stochastic && combination.terms > 0;
       if (stochastic) fill_rounding_bits(set, tile, static_cast<uint64_t>(combination.seeds[0]), key, random);
-      set.storage<Storage>().displace(static_cast<Storage*>(to.mutable_data_ptr()) + tile.local,
-                                      static_cast<const Storage*>(from.const_data_ptr()) + tile.local,
-                                      sum + tile.lead(), Number{decay}, tile.count,
-                                      stochastic ? reinterpret_cast<const uint16_t*>(random) + tile.lead() : nullptr);
+      set.storage<Storage>().displace(
+          static_cast<Storage*>(to.mutable_data_ptr()) + tile.local, weights, sum + tile.lead(), Number{decay},
+          tile.count, stochastic ? reinterpret_cast<const uint16_t*>(random) + tile.lead() : nullptr);
     });
   });
 }
@@ -112,7 +107,7 @@ void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, st
       alignas(64) Number z[tile_elements];
       const auto& direction = set.direction<Number>();
       const auto start = checked == Distribution::sign ? direction.signs.start : direction.normals.start;
-      start(field, Number{1}, tile.aligned_index(), tile.aligned_count(), z);
+      start(field, Number{1}, tile.aligned_index(), tile.aligned_count(), z, Upcoming{nullptr, 0});
       auto* to = static_cast<Storage*>(out[tile.tensor].mutable_data_ptr()) + tile.local;
       set.storage<Storage>().write(to, z + tile.lead(), tile.count);
     });

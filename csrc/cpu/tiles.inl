@@ -14,17 +14,27 @@ static_assert(tile_elements % tile_alignment == 0);
 // Calls f(words, offset) for every group of Philox blocks. The high word of the counter is constant
 // within a stretch, so that the compiler can take its share of the first rounds out of the loop.
 template <class F>
-inline __attribute__((always_inline)) void for_each_group(const Field& field, uint64_t block, int64_t blocks, F f) {
+inline __attribute__((always_inline)) void for_each_group(const Field& field, uint64_t block, int64_t blocks,
+                                                          F f) {
   const Keys keys{field.seed};
   for (int64_t done = 0; done < blocks;) {
     const uint64_t first = block + static_cast<uint64_t>(done);
     const int64_t until_carry = static_cast<int64_t>((uint64_t{1} << 32) - (first & 0xffffffffu));
     const int64_t stretch = blocks - done < until_carry ? blocks - done : until_carry;
     const Counters high(static_cast<uint32_t>(first >> 32)), key(field.key), stream(field.stream);
-    for (int64_t i = 0; i < stretch; i += blocks_per_group) {
+    const auto group = [&](int64_t i) __attribute__((always_inline)) {
       const Counters low = consecutive_blocks(static_cast<uint32_t>(first + static_cast<uint64_t>(i)));
-      f(pair_up(philox4x32_10(Words<Counters>{{low, high, key, stream}}, keys)), (done + i) * 4);
+      return pair_up(philox4x32_10(Words<Counters>{{low, high, key, stream}}, keys));
+    };
+    // One group ahead: the words of the next group fill the waits of what `f` does with this one.
+    Pairs current = group(0);
+    int64_t i = 0;
+    for (; i + blocks_per_group < stretch; i += blocks_per_group) {
+      const Pairs next = group(i + blocks_per_group);
+      f(current, (done + i) * 4);
+      current = next;
     }
+    f(current, (done + i) * 4);
     done += stretch;
   }
 }
@@ -59,8 +69,10 @@ inline __attribute__((always_inline)) void add_packs(const Floats* z, int packs,
 }
 
 template <class Number, bool first>
-void add_normals(const Field& field, Number coefficient, uint64_t index, int64_t count, Number* sum) {
+void add_normals(const Field& field, Number coefficient, uint64_t index, int64_t count, Number* sum,
+                 Upcoming upcoming) {
   for_each_group(field, index / 4, count / 4, [&](const Pairs& pairs, int64_t offset) {
+    upcoming.prefetch(offset, words_per_group);
     Floats z[packs_per_group];
     normals_of(pairs, z);
     add_packs<first>(z, packs_per_group, coefficient, sum + offset);
@@ -68,7 +80,8 @@ void add_normals(const Field& field, Number coefficient, uint64_t index, int64_t
 }
 
 template <class Number, bool first>
-void add_signs(const Field& field, Number coefficient, uint64_t index, int64_t count, Number* sum) {
+void add_signs(const Field& field, Number coefficient, uint64_t index, int64_t count, Number* sum,
+               Upcoming upcoming) {
   constexpr int word_bits = 32;
   uint32_t bits[tile_elements / word_bits + 2 * words_per_group];
   const uint64_t first_block = index / signs_per_block / blocks_per_group * blocks_per_group;
@@ -77,6 +90,7 @@ void add_signs(const Field& field, Number coefficient, uint64_t index, int64_t c
   words(field, first_block, static_cast<int64_t>(groups * blocks_per_group), bits);
   const uint32_t* word = bits + (index - first_block * signs_per_block) / word_bits;
   for (int64_t i = 0; i < count; i += word_bits, ++word) {
+    upcoming.prefetch(i, word_bits);
     Floats z[word_bits / lanes];
     for (int j = 0; j < word_bits / lanes; ++j) z[j] = signs(*word, static_cast<unsigned>(j * lanes));
     add_packs<first>(z, word_bits / lanes, coefficient, sum + i);
