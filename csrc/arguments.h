@@ -67,6 +67,15 @@ struct Place {
   Span span;
 };
 
+// Whether no index of `count` local elements leaves the range of int64.
+inline bool fits(const Span& span, int64_t count) {
+  if (count == 0) return true;
+  int64_t last_run, last;
+  return !__builtin_mul_overflow((count - 1) / span.run, span.stride, &last_run) &&
+         !__builtin_add_overflow(span.base, last_run, &last) &&
+         !__builtin_add_overflow(last, (span.run < count ? span.run : count) - 1, &last);
+}
+
 inline std::vector<Place> checked_places(const std::vector<Tensor>& tensors, const std::vector<int64_t>& keys,
                                          const std::vector<int64_t>& spans) {
   STD_TORCH_CHECK(keys.size() == tensors.size() && spans.size() == 3 * tensors.size(),
@@ -80,6 +89,8 @@ inline std::vector<Place> checked_places(const std::vector<Tensor>& tensors, con
     STD_TORCH_CHECK(span.base >= 0 && span.run >= 1 && span.stride >= 0, "spans[", t,
                     "] must have base >= 0, run >= 1 and stride >= 0, not (", span.base, ", ", span.run, ", ",
                     span.stride, ")");
+    STD_TORCH_CHECK(fits(span, tensors[t].numel()), "spans[", t, "] must end below 2^63, but starts at ", span.base,
+                    " with stride ", span.stride, " over ", tensors[t].numel(), " elements");
     places.push_back({static_cast<uint32_t>(keys[t]), span});
   }
   return places;

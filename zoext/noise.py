@@ -6,6 +6,7 @@ pairs (``csrc/core``). Any element can be had alone, on any device, in any order
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,10 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def signed(seed: int) -> int:
     """A 64-bit seed as the int64 that a tensor can hold; the bits are the same."""
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, not {seed!r}") from None
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit into 64 bits, not {seed}; take it modulo 2**64")
     return seed - 2**64 if seed >= 2**63 else seed

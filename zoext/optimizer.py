@@ -97,6 +97,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         }
         self._pending: list[Estimate] = []
         self._seeds: tuple[int, Tensor] | None = None
+        self._groups: list[Parameters] = []
         self.last_estimate: Estimate | None = None
         given: Any = list(module.named_parameters()) if module is not None else params
         super().__init__(given, defaults)
@@ -154,9 +155,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
         with torch.no_grad(), interrupts.deferred():
             estimate = average(self._pending)
-            for group, movable in zip(
-                self.param_groups, parameters.trainable(self.param_groups), strict=True
-            ):
+            for group, movable in zip(self.param_groups, self._current_groups(), strict=True):
                 if len(movable):
                     self._update(group, movable, estimate)
             for group in self.param_groups:
@@ -180,7 +179,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: for a closure that changes the parameters of the optimizer.
         """
         self._watch.check()
-        groups = parameters.trainable(self.param_groups)
+        groups = self._current_groups()
         movable = [group for group in groups if len(group)]
         if not movable:
             raise RuntimeError(
@@ -218,12 +217,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return loss_at
 
     def _check_unchanged(self, groups: list[Parameters]) -> None:
-        now = parameters.trainable(self.param_groups)
-        if len(now) != len(groups) or not all(a.same_as(b) for a, b in zip(now, groups, strict=True)):
+        if self._current_groups() is not groups:
             raise RuntimeError(
                 "the closure changed the optimizer's parameters (their list, or requires_grad); "
                 "do that between steps"
             )
+
+    def _current_groups(self) -> list[Parameters]:
+        """What moves now; the same object as before, if nothing has changed since."""
+        now, known = parameters.trainable(self.param_groups), self._groups
+        if len(now) != len(known) or not all(a.same_as(b) for a, b in zip(now, known, strict=True)):
+            self._groups = now
+        return self._groups
 
     def _step_seeds(self, device: torch.device) -> Tensor:
         """The seeds of the current step, int64 [draws]: one tensor for all estimates of the step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,10 @@ class Parameters:
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def subset(self, wanted: set[int]) -> Parameters:
-        """Those whose tensor has an ``id`` in ``wanted``."""
-        rows = zip(self.tensors, self.keys, self.spans, self.names, strict=True)
-        return _from_rows(row for row in rows if id(row[0]) in wanted)
+    def take(self, positions: Sequence[int]) -> Parameters:
+        """Those at ``positions``."""
+        columns = (self.tensors, self.keys, self.spans, self.names)
+        return Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
 
     def same_as(self, other: Parameters) -> bool:
         """Whether the tensors are the same objects in the same memory, with the same keys."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,12 @@ def _aligned_bytes(tensor: Tensor) -> int:
     return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
+class _Views(NamedTuple):
+    like: Parameters  # kept, so that its id stays its own
+    views: list[Tensor]
+    size: int
+
+
 class Scratch:
     """Memory for the weights of the modules that are running: a stack, since modules nest."""
 
@@ -29,6 +35,7 @@ class Scratch:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._top = 0
         self._wanted = 0
+        self._views: dict[tuple[int, int], _Views] = {}
 
     def prepare(self, device: torch.device, size: int) -> None:
         """Makes room for ``size`` bytes, and for what was needed before."""
@@ -36,22 +43,45 @@ class Scratch:
             raise RuntimeError("a streamed probe cannot run inside another one of the same optimizer")
         size = max(size, self._wanted)
         if self._buffer.device != device or self._buffer.numel() < size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the old one first
+            self.forget_views()  # or they would keep the old buffer
+            self._buffer = torch.empty(0, dtype=torch.uint8)
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
 
     @property
     def top(self) -> int:
         return self._top
 
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised tensor like ``like``, contiguous."""
-        start = self._top
-        self._top += _aligned_bytes(like)
+    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Uninitialised contiguous tensors like ``tensors``."""
+        offset = self._top
+        self._top += sum(_aligned_bytes(tensor) for tensor in tensors)
         self._wanted = max(self._wanted, self._top)
         if self._top > self._buffer.numel():  # deeper nesting than before: the next probe has the room
-            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        size = like.numel() * like.element_size()
-        return self._buffer[start : start + size].view(like.dtype).view(like.shape)
+            return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        views = []
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            views.append(self._buffer[offset : offset + size].view(tensor.dtype).view(tensor.shape))
+            offset += _aligned_bytes(tensor)
+        return views
+
+    def take_again(self, parameters: Parameters) -> list[Tensor]:
+        """Like ``take`` for parameters that come back at every probe: they get the same views again.
+
+        Making views anew would cost more than filling small ones.
+        """
+        start = self._top
+        known = self._views.get((id(parameters), start))
+        if known is not None:
+            self._top += known.size
+            return known.views
+        views = self.take(parameters.tensors)
+        if self._top <= self._buffer.numel():
+            self._views[id(parameters), start] = _Views(parameters, views, self._top - start)
+        return views
+
+    def forget_views(self) -> None:
+        self._views.clear()
 
     def release(self, top: int) -> None:
         self._top = top
@@ -82,6 +112,8 @@ class ModuleSwap:
         self._written_buffers: set[tuple[int, str]] = set()
         self._running: dict[nn.Module, _Running] = {}
         self._swapped: set[int] = set()
+        self._groups: list[Parameters] = []
+        self._own: dict[nn.Module, list[tuple[int, Parameters]]] = {}
         self._originals: dict[int, Tensor] = {}
         self._terms: dict[nn.Module, list[tuple[Parameters, Tensor]]] = {}
         self._combination: Combination | None = None
@@ -122,25 +154,45 @@ class ModuleSwap:
             self._combination, self._terms, self._originals = None, {}, {}
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Tensor]]]:
-        terms: dict[nn.Module, list[tuple[Parameters, Tensor]]] = {}
-        owned: set[int] = set()
         if not len(combination):
-            return terms
+            return {}
+        groups = [parameters for parameters, _ in combination.terms]
+        if len(groups) != len(self._groups) or any(
+            a is not b for a, b in zip(groups, self._groups, strict=True)
+        ):
+            self._own = self._owners(groups)
+            self._scratch.forget_views()
+            self._groups = groups
+        coefficients = [coefficients for _, coefficients in combination.terms]
+        return {
+            module: [(parameters, coefficients[group]) for group, parameters in own]
+            for module, own in self._own.items()
+        }
+
+    def _owners(self, groups: list[Parameters]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
+        """The parameters that each module owns itself, by the group they belong to."""
+        places = {
+            id(tensor): (group, position)
+            for group, parameters in enumerate(groups)
+            for position, tensor in enumerate(parameters.tensors)
+        }
+        owners: dict[nn.Module, list[tuple[int, Parameters]]] = {}
+        missing = dict(places)
         for module in self._root.modules():
-            own = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
-            owned |= own
-            parts = [(parameters.subset(own), coefficients) for parameters, coefficients in combination.terms]
-            parts = [(parameters, coefficients) for parameters, coefficients in parts if len(parameters)]
-            if parts:
-                terms[module] = parts
-        for parameters, _ in combination.terms:
-            for tensor, name in zip(parameters.tensors, parameters.names, strict=True):
-                if id(tensor) not in owned:
-                    raise ValueError(
-                        f"streamed probe: {name} is not a parameter of the module that is streamed; build "
-                        "the optimizer again after changing the model, or pass probe='inplace'"
-                    )
-        return terms
+            positions: dict[int, list[int]] = {}
+            for parameter in module._parameters.values():
+                if id(parameter) in places:
+                    missing.pop(id(parameter), None)
+                    group, position = places[id(parameter)]
+                    positions.setdefault(group, []).append(position)
+            if positions:
+                owners[module] = [(group, groups[group].take(own)) for group, own in positions.items()]
+        for group, position in missing.values():
+            raise ValueError(
+                f"streamed probe: {groups[group].names[position]} is not a parameter of the module that is "
+                "streamed; build the optimizer again after changing the model, or pass probe='inplace'"
+            )
+        return owners
 
     def _make_room(self, combination: Combination) -> None:
         largest = 0
@@ -166,17 +218,23 @@ class ModuleSwap:
         assert self._combination is not None
         for parameters, coefficients in self._terms.get(module, ()):
             # A weight that a running parent shares with this module is displaced already.
-            fresh = parameters.subset({id(tensor) for tensor in parameters.tensors} - self._swapped)
+            fresh = parameters
+            if any(id(tensor) in self._swapped for tensor in parameters.tensors):
+                fresh = parameters.take(
+                    [i for i, tensor in enumerate(parameters.tensors) if id(tensor) not in self._swapped]
+                )
+                displaced = self._scratch.take(fresh.tensors)
+            else:
+                displaced = self._scratch.take_again(fresh)
             if not len(fresh):
                 continue
-            displaced = [self._scratch.take(tensor) for tensor in fresh.tensors]
             self._combination.direction.copy_(displaced, fresh, self._combination.seeds, coefficients)
             for tensor, replacement in zip(fresh.tensors, displaced, strict=True):
                 running.parameters.append((tensor, self._originals[id(tensor)]))
                 self._swapped.add(id(tensor))
                 tensor.data = replacement
         for name, buffer in self._buffers_to_swap(module):
-            copy = self._scratch.take(buffer).copy_(buffer)
+            copy = self._scratch.take([buffer])[0].copy_(buffer)
             running.buffers.append((name, buffer, buffer.data))
             buffer.data = copy
 

@@ -16,6 +16,10 @@ extern const InstructionSet instruction_set;
 namespace avx512 {
 extern const InstructionSet instruction_set;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const InstructionSet instruction_set;
+}
 #endif
 
 namespace {
@@ -30,6 +34,8 @@ std::vector<const InstructionSet*> available() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     sets.push_back(&avx512::instruction_set);
   if (avx2) sets.push_back(&avx2::instruction_set);
+#elif defined(__aarch64__)
+  sets.push_back(&neon::instruction_set);  // part of the architecture
 #endif
   sets.push_back(&scalar::instruction_set);
   return sets;

@@ -11,7 +11,7 @@
 
 namespace zoext::cpu {
 
-constexpr int tile_alignment = 64;  // a power of two that every group of Philox blocks divides
+constexpr int tile_alignment = 128;  // a power of two: whole groups of Philox blocks, also of rounding bits
 constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 
 // A term of a combination over an aligned stretch of a parameter: `start` sets sum to coefficient *

@@ -7,6 +7,10 @@ constexpr int words_per_group = 4 * blocks_per_group;
 constexpr int packs_per_group = words_per_group / lanes;
 constexpr int pairs_per_group = packs_per_group / 2;
 
+// Or a group that begins just below a carry of the counter would be written past the end of a tile.
+static_assert(tile_alignment % (roundings_per_block * blocks_per_group) == 0);
+static_assert(tile_elements % tile_alignment == 0);
+
 // Calls f(words, offset) for every group of Philox blocks. The high word of the counter is constant
 // within a stretch, so that the compiler can take its share of the first rounds out of the loop.
 template <class F>

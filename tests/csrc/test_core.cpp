@@ -1,0 +1,392 @@
+// The torch-free core and the loops of every instruction set, against plain references. A program of
+// its own: it exits with 0 when all checks hold. tests/test_core_in_cpp.py builds and runs it.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "core/combine.h"
+#include "core/normal.h"
+#include "core/sign.h"
+#include "core/span.h"
+#include "core/storage.h"
+#include "core/stream.h"
+#include "cpu/instruction_set.h"
+
+using namespace zoext;
+
+namespace {
+
+long checks = 0, failures = 0;
+
+#define CHECK(condition, ...)                                           \
+  do {                                                                  \
+    ++checks;                                                           \
+    if (!(condition) && ++failures <= 20) {                             \
+      std::printf("%s:%d: %s fails: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                         \
+      std::printf("\n");                                                \
+    }                                                                   \
+  } while (false)
+
+// --- Words ---------------------------------------------------------------------------------------
+
+void philox_gives_the_known_answers() {
+  struct Answer {
+    uint32_t counter[4];
+    uint64_t seed;
+    uint32_t output[4];
+  };
+  // Random123, tests/kat_vectors; the rest is curand_init(42, subsequence, 4 * block).
+  const Answer answers[] = {
+      {{0, 0, 0, 0}, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+      {{~0u, ~0u, ~0u, ~0u}, ~0ull, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+      {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+       0x299f31d0a4093822ull,
+       {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+      {{0, 0, 0, 0}, 42, {0x9ceaf053, 0x77f5493b, 0x12bf50ad, 0x5742b3d7}},
+      {{1, 0, 0, 0}, 42, {0xfcdb2127, 0x53ba6cfd, 0x838f5a6e, 0x744e06fb}},
+      {{0, 0, 7, 0}, 42, {0x67ee6f2c, 0xe55410cc, 0x6c7eca35, 0x557398d3}},
+  };
+  for (const Answer& answer : answers) {
+    const auto& c = answer.counter;
+    const Field field{answer.seed, c[2], c[3]};
+    const Words<uint32_t> words = field.words(static_cast<uint64_t>(c[1]) << 32 | c[0]);
+    for (int i = 0; i < 4; ++i)
+      CHECK(words.w[i] == answer.output[i], "word %d is %08x, not %08x", i, words.w[i], answer.output[i]);
+  }
+}
+
+void step_seeds_are_words_of_their_stream() {
+  const Words<uint32_t> words = Field{42, 3, 5}.words(1ull << 40);
+  CHECK(step_seed(42, 1ull << 40, 3) == (static_cast<uint64_t>(words.w[1]) << 32 | words.w[0]), "step_seed");
+}
+
+void signs_are_bits_of_words() {
+  const Field field{7, 1, static_cast<uint32_t>(Stream::sign)};
+  for (uint64_t index : {0ull, 31ull, 32ull, 127ull, 128ull, 129ull, (1ull << 39) - 1, 1ull << 39}) {
+    const uint32_t word = field.words(index / 128).w[index % 128 / 32];
+    const float expected = (word >> index % 32) & 1 ? -1.0f : 1.0f;
+    CHECK(sign_of_bit(sign_word(field, index), index % 32) == expected, "index %llu",
+          static_cast<unsigned long long>(index));
+  }
+}
+
+// --- Normals -------------------------------------------------------------------------------------
+
+void check_normals(uint32_t first, uint32_t second) {
+  const double two_pi = 6.283185307179586476925;
+  const double u = (first + 0.5) / 4294967296.0, v = (second + 0.5) / 4294967296.0;
+  const double r = std::sqrt(-2 * std::log(u));
+  float sine, cosine;
+  box_muller(first, second, sine, cosine);
+  CHECK(std::abs(sine - r * std::sin(two_pi * v)) <= 1.5e-6, "words %08x %08x: sine %.9g", first, second, sine);
+  CHECK(std::abs(cosine - r * std::cos(two_pi * v)) <= 1.5e-6, "words %08x %08x: cosine %.9g", first, second,
+        cosine);
+  CHECK(std::abs(radius<float>(first) - r) <= 1.5e-6, "word %08x: radius %.9g", first, radius<float>(first));
+}
+
+void normals_are_box_mullers() {
+  std::vector<uint32_t> edges;
+  for (int bit = 0; bit < 32; ++bit)
+    for (int offset = -2; offset <= 2; ++offset)
+      for (uint32_t centre : {1u << bit, 0u - (1u << bit), 0x20000000u * static_cast<uint32_t>(bit)})
+        edges.push_back(centre + static_cast<uint32_t>(offset));
+  for (uint32_t first : edges)
+    for (uint32_t second : edges) check_normals(first, second);
+  const Field field{2026, 0, 0};
+  for (uint64_t block = 0; block < 200000; ++block) {
+    const Words<uint32_t> words = field.words(block);
+    check_normals(words.w[0], words.w[1]);
+    check_normals(words.w[2], words.w[3]);
+  }
+}
+
+// --- Storage -------------------------------------------------------------------------------------
+
+template <class Storage>
+struct Format;
+template <>
+struct Format<BFloat16> {
+  static constexpr int mantissa_bits = 7, bias = 127;
+};
+template <>
+struct Format<Half> {
+  static constexpr int mantissa_bits = 10, bias = 15;
+};
+
+template <class Storage>
+constexpr uint32_t infinity = 0x7fffu >> Format<Storage>::mantissa_bits << Format<Storage>::mantissa_bits;
+
+// The value of a pattern without sign; that of infinity is the power of two that would come next.
+template <class Storage>
+double magnitude(uint32_t pattern) {
+  constexpr int bits = Format<Storage>::mantissa_bits;
+  const int exponent = static_cast<int>(pattern >> bits), mantissa = static_cast<int>(pattern % (1u << bits));
+  return std::ldexp(exponent ? mantissa + (1 << bits) : mantissa,
+                    std::max(exponent, 1) - Format<Storage>::bias - bits);
+}
+
+template <class Storage>
+const std::vector<double>& magnitudes() {
+  static const std::vector<double> table = [] {
+    std::vector<double> all;
+    for (uint32_t pattern = 0; pattern <= infinity<Storage>; ++pattern) all.push_back(magnitude<Storage>(pattern));
+    return all;
+  }();
+  return table;
+}
+
+// The neighbour below in magnitude, and how far the value lies towards the one above.
+template <class Storage>
+struct Neighbours {
+  uint32_t lower;
+  double fraction;
+
+  explicit Neighbours(double value) {
+    const std::vector<double>& table = magnitudes<Storage>();
+    const double* above = std::upper_bound(table.data(), table.data() + table.size(), value);
+    lower = static_cast<uint32_t>(above - table.data()) - 1;
+    fraction = (value - above[-1]) / (above[0] - above[-1]);
+  }
+};
+
+template <class Storage>
+uint32_t plainly_to_nearest(float value) {
+  const uint32_t sign = std::signbit(value) ? 0x8000u : 0u;
+  if (std::fabs(value) >= magnitudes<Storage>().back()) return sign | infinity<Storage>;
+  const Neighbours<Storage> at(std::fabs(value));
+  const bool up = at.fraction > 0.5 || (at.fraction == 0.5 && at.lower % 2 == 1);
+  return sign | (at.lower + up);
+}
+
+template <class Storage>
+uint32_t plainly_stochastic(float value, uint32_t random) {
+  const uint32_t sign = std::signbit(value) ? 0x8000u : 0u;
+  if (std::fabs(value) >= magnitudes<Storage>().end()[-2]) return plainly_to_nearest<Storage>(value);
+  const Neighbours<Storage> at(std::fabs(value));
+  return sign | (at.lower + (std::floor(at.fraction * 65536) + random >= 65536));
+}
+
+template <class Storage>
+void check_rounding(float value) {
+  const uint32_t nearest = round_to_nearest<Storage>(value).bits, expected = plainly_to_nearest<Storage>(value);
+  CHECK(nearest == expected, "%a rounds to %04x, not %04x", value, nearest, expected);
+  for (uint32_t random : {0u, 7u, 0x61b6u, 0x8000u, 0xffffu}) {
+    const uint32_t drawn = round_stochastically<Storage>(value, random).bits;
+    const uint32_t plain = plainly_stochastic<Storage>(value, random);
+    CHECK(drawn == plain, "%a with random bits %04x rounds to %04x, not %04x", value, random, drawn, plain);
+  }
+}
+
+// Every pattern is widened, comes back, and so do all sorts of values between it and the next one.
+template <class Storage>
+void conversions_are_exact() {
+  for (uint32_t pattern = 0; pattern < 0x10000; ++pattern) {
+    const float value = widen(Storage{static_cast<uint16_t>(pattern)});
+    const uint32_t unsigned_pattern = pattern & 0x7fff;
+    CHECK(std::signbit(value) == (pattern >> 15 == 1), "sign of %04x", pattern);
+    if (unsigned_pattern > infinity<Storage>) {
+      CHECK(std::isnan(value), "%04x", pattern);
+      const uint32_t nearest = round_to_nearest<Storage>(value).bits;
+      const uint32_t quiet = pattern | 1u << (Format<Storage>::mantissa_bits - 1);
+      CHECK(nearest == quiet, "NaN %04x becomes %04x", pattern, nearest);
+      CHECK(round_stochastically<Storage>(value, 0xffff).bits == quiet, "NaN %04x", pattern);
+    } else if (unsigned_pattern == infinity<Storage>) {
+      CHECK(std::isinf(value), "%04x", pattern);
+      CHECK(round_to_nearest<Storage>(value).bits == pattern, "infinity");
+      CHECK(round_stochastically<Storage>(value, 0xffff).bits == pattern, "infinity");
+    } else {
+      const double low = magnitude<Storage>(unsigned_pattern),
+                   step = magnitude<Storage>(unsigned_pattern + 1) - low;
+      CHECK(std::fabs(value) == low, "%04x widens to %a", pattern, value);
+      for (double fraction : {0.0, 0.5, 0.6183}) {
+        const float between = static_cast<float>(std::copysign(low + fraction * step, value));
+        for (float target : {between, std::copysign(0.0f, value), std::copysign(INFINITY, value)})
+          if (std::isfinite(std::nextafterf(between, target)))
+            check_rounding<Storage>(std::nextafterf(between, target));
+      }
+    }
+  }
+  const float largest = std::numeric_limits<float>::max(), smallest = std::numeric_limits<float>::denorm_min();
+  for (float value : {0.0f, -0.0f, largest, -largest, smallest, -smallest}) check_rounding<Storage>(value);
+}
+
+// --- Combinations and spans ----------------------------------------------------------------------
+
+void an_empty_sum_moves_no_bit() {
+  for (float theta : {0.0f, -0.0f, 1.0f, -INFINITY, std::numeric_limits<float>::denorm_min()})
+    CHECK(bits_of(theta + add_decay(0.0f, theta, empty_sum)) == bits_of(theta), "theta %a", theta);
+  CHECK(!contributes(0.0f) && !contributes(-0.0f) && contributes(NAN) && contributes(1e-45f), "contributes");
+  CHECK(add_term(2.0f, 3.0f, 1.0f) == 7.0f && add_decay(0.5f, 4.0f, 1.0f) == -1.0f, "one term, one decay");
+}
+
+void spans_find_the_place_in_the_whole() {
+  // Rows 2 to 4 and columns 3 to 7 of a matrix of 11 columns.
+  const Span block{2 * 11 + 3, 5, 11};
+  int64_t i = 0;
+  for (uint64_t row = 2; row < 5; ++row)
+    for (uint64_t column = 3; column < 8; ++column)
+      CHECK(block.index(i++) == row * 11 + column, "element %d", int(i));
+  const Span shard{int64_t{1} << 40, 100, 0};
+  CHECK(shard.index(99) == (uint64_t{1} << 40) + 99, "one run");
+  const Span far{(int64_t{1} << 62) - 7, 3, int64_t{1} << 33};
+  CHECK(far.index(3 * 1000 + 2) == (uint64_t{1} << 62) - 7 + 1000 * (uint64_t{1} << 33) + 2, "64 bits");
+}
+
+// --- The loops of an instruction set -------------------------------------------------------------
+
+using cpu::InstructionSet;
+using cpu::tile_alignment;
+using cpu::tile_elements;
+
+// Aligned starts from which a tile crosses each carry of the counter: normals, rounding bits, signs.
+const std::vector<uint64_t> starts = {0,
+                                      tile_alignment,
+                                      (1ull << 34) - tile_alignment,
+                                      (1ull << 34) - 5 * tile_alignment,
+                                      (1ull << 35) - tile_alignment,
+                                      (1ull << 35) - 2 * tile_alignment,
+                                      (1ull << 39) - 3 * tile_alignment,
+                                      (1ull << 62) - tile_alignment};
+
+void words_are_the_cores(const InstructionSet& set) {
+  const Field field{0xfedcba9876543210ull, 9, 3};
+  for (uint64_t start : starts)
+    for (int64_t count : {tile_alignment, 3 * tile_alignment, tile_elements}) {
+      const uint64_t block = start / roundings_per_block;
+      const int64_t blocks = count / roundings_per_block;
+      std::vector<uint32_t> out(4 * blocks + 64, 0xabcdef01u);
+      set.words(field, block, blocks, out.data());
+      for (int64_t i = 0; i < 4 * blocks; ++i)
+        CHECK(out[i] == field.words(block + i / 4).w[i % 4], "%s: word %d from %llu", set.name, int(i),
+              static_cast<unsigned long long>(start));
+      for (size_t i = 4 * blocks; i < out.size(); ++i)
+        CHECK(out[i] == 0xabcdef01u, "%s writes beyond %d words", set.name, int(4 * blocks));
+    }
+}
+
+float core_normal(const Field& field, uint64_t index) {
+  const Words<uint32_t> words = field.words(index / 4);
+  float sine, cosine;
+  box_muller(words.w[index % 4 / 2 * 2], words.w[index % 4 / 2 * 2 + 1], sine, cosine);
+  return index % 2 ? cosine : sine;
+}
+
+float core_sign(const Field& field, uint64_t index) {
+  return sign_of_bit(sign_word(field, index), static_cast<unsigned>(index % 32));
+}
+
+template <class Number>
+bool same(Number a, Number b) {
+  return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+template <class Number, class Core>
+void terms_are_the_cores(const InstructionSet& set, const cpu::TermLoops<Number>& loops, Core core) {
+  const Field one{11, 2, 6}, other{~0ull, 2, 6};
+  const Number guard = 77;
+  for (uint64_t start : starts)
+    for (int64_t count : {tile_alignment, 5 * tile_alignment, tile_elements}) {
+      std::vector<Number> buffer(count + 32, guard);
+      Number* sum = buffer.data() + 16;
+      loops.start(one, Number(0.3f), start, count, sum);
+      loops.add(other, Number(-1.7f), start, count, sum);
+      for (int64_t i = 0; i < count; ++i) {
+        const uint64_t index = start + static_cast<uint64_t>(i);
+        const Number first = add_term<Number>(0.3f, core(one, index), Number{empty_sum});
+        const Number expected = add_term<Number>(-1.7f, core(other, index), first);
+        CHECK(same(sum[i], expected), "%s: element %llu is %a, not %a", set.name,
+              static_cast<unsigned long long>(index), double(sum[i]), double(expected));
+      }
+      for (int i = 0; i < 16; ++i)
+        CHECK(buffer[i] == guard && sum[count + i] == guard, "%s writes beyond the tile", set.name);
+    }
+}
+
+template <class Storage>
+void displacements_are_the_cores(const InstructionSet& set, const std::vector<Storage>& theta) {
+  using Number = typename Arithmetic<Storage>::type;
+  const int64_t count = static_cast<int64_t>(theta.size());
+  const Field field{5, 0, 0};
+  std::vector<Number> z(count), sum(count);
+  std::vector<uint16_t> random(count);
+  std::vector<Storage> out(count + 1);
+  for (int64_t i = 0; i < count; ++i) {
+    z[i] = core_normal(field, i);
+    random[i] = static_cast<uint16_t>(rounding_bits(field, i));
+  }
+  for (Number scale : {Number(0), Number(1e-3f), Number(3e4f)})
+    for (Number decay : {Number(0), Number(0.01f)})
+      for (bool stochastic : {false, true}) {
+        for (int64_t i = 0; i < count; ++i) sum[i] = scale == 0 ? Number{empty_sum} : multiply(scale, z[i]);
+        out[count] = theta[0];
+        set.storage<Storage>().displace(out.data(), theta.data(), sum.data(), decay, count,
+                                        stochastic ? random.data() : nullptr);
+        CHECK(same(out[count], theta[0]), "%s writes beyond the tensor", set.name);
+        for (int64_t i = 0; i < count; ++i) {
+          const Number value = widen(theta[i]), moved = value + add_decay<Number>(decay, value, sum[i]);
+          const Storage expected =
+              stochastic ? round_stochastically<Storage>(moved, random[i]) : round_to_nearest<Storage>(moved);
+          CHECK(same(out[i], expected), "%s: pattern %d of %d, scale %g, decay %g, stochastic %d", set.name,
+                int(i), int(count), double(scale), double(decay), stochastic);
+        }
+      }
+  set.storage<Storage>().write(out.data(), sum.data(), count);
+  for (int64_t i = 0; i < count; ++i)
+    CHECK(same(out[i], round_to_nearest<Storage>(sum[i])), "%s: element %d written", set.name, int(i));
+}
+
+template <class Storage>
+std::vector<Storage> all_patterns() {
+  std::vector<Storage> patterns;
+  for (uint32_t pattern = 0; pattern < 0x10000; ++pattern) patterns.push_back({static_cast<uint16_t>(pattern)});
+  patterns.push_back({1});  // an odd number of elements
+  return patterns;
+}
+
+template <class Number>
+std::vector<Number> all_sizes() {
+  using Limits = std::numeric_limits<Number>;
+  std::vector<Number> numbers = {Limits::max(), Limits::min(), Limits::denorm_min(), Limits::infinity(), 0};
+  for (int exponent = Limits::min_exponent; exponent < Limits::max_exponent; ++exponent)
+    numbers.push_back(std::ldexp(Number(1.2345678), exponent));
+  for (size_t i = 0, n = numbers.size(); i < n; ++i) numbers.push_back(-numbers[i]);
+  numbers.push_back(Limits::quiet_NaN());
+  return numbers;
+}
+
+void loops_are_the_cores(const InstructionSet& set) {
+  words_are_the_cores(set);
+  terms_are_the_cores(set, set.single.normals, core_normal);
+  terms_are_the_cores(set, set.single.signs, core_sign);
+  terms_are_the_cores(set, set.twice.normals, core_normal);
+  terms_are_the_cores(set, set.twice.signs, core_sign);
+  displacements_are_the_cores(set, all_sizes<float>());
+  displacements_are_the_cores(set, all_sizes<double>());
+  displacements_are_the_cores(set, all_patterns<BFloat16>());
+  displacements_are_the_cores(set, all_patterns<Half>());
+}
+
+}  // namespace
+
+int main() {
+  philox_gives_the_known_answers();
+  step_seeds_are_words_of_their_stream();
+  signs_are_bits_of_words();
+  normals_are_box_mullers();
+  conversions_are_exact<BFloat16>();
+  conversions_are_exact<Half>();
+  an_empty_sum_moves_no_bit();
+  spans_find_the_place_in_the_whole();
+  std::string names;
+  for (const std::string& name : cpu::available_instruction_sets()) {
+    cpu::use_instruction_set(name);
+    loops_are_the_cores(cpu::instruction_set());
+    names += " " + name;
+  }
+  std::printf("%ld checks, %ld failures, instruction sets:%s\n", checks, failures, names.c_str());
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,49 @@
+"""The torch-free core holds on its own, in C++: see ``tests/csrc/test_core.cpp`` for what is checked.
+
+Once as the package is compiled, and once with the address and undefined-behaviour sanitizers, which see
+what a comparison of results cannot: writes past a tile, overflow, misaligned access.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from zoext import _C
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+COMPILER = os.environ.get("CXX", "c++")
+OPTIONS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", f"-I{CSRC}", "-w"]
+BUILDS = {
+    "optimised": ["-O3", "-DNDEBUG"],
+    "sanitized": ["-O1", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+
+def has_sanitizers(folder: Path) -> bool:
+    source = folder / "empty.cpp"
+    source.write_text("int main() {}")
+    command = [COMPILER, *BUILDS["sanitized"], str(source), "-o", str(folder / "empty")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which(COMPILER), reason=f"there is no C++ compiler called {COMPILER}")
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the C++ sources are not beside the tests")
+@pytest.mark.parametrize("build", BUILDS)
+def test_core(build: str, tmp_path: Path) -> None:
+    if build == "sanitized" and not has_sanitizers(tmp_path):
+        pytest.skip(f"{COMPILER} cannot link the sanitizers")
+    program = tmp_path / "test_core"
+    sources = [TESTS / "csrc" / "test_core.cpp", CSRC / "cpu" / "instruction_set.cpp"]
+    sources += sorted(CSRC.glob("cpu/isa_*.cpp"))
+    command = [COMPILER, *OPTIONS, *BUILDS[build], *map(str, sources), "-o", str(program)]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith(" ".join(_C.available_instruction_sets()))

@@ -1,0 +1,190 @@
+"""Bad arguments raise before anything is written, with the argument's name and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoext import _C, noise, ops
+
+GUARD = 7.0
+
+
+def five(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full((5,), GUARD).to(dtype)
+
+
+def rows(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full((2, 3), GUARD).to(dtype)
+
+
+ARRANGEMENT = {"keys": [0, 1], "spans": [(0, 5, 0), (5, 6, 0)]}
+# Arguments of any operator on two tensors called `name`, and the error they must give.
+BAD_TENSORS = [
+    ([five(), rows().T], r"{name}\[1\] is not contiguous; pass tensor.contiguous\(\)"),
+    ([five(), rows()[:, :2]], r"{name}\[1\] is not contiguous"),
+    ([five(torch.int32), rows()], r"{name}\[0\] must be float32, float64, bfloat16 or float16"),
+    ([five(), rows(torch.complex64)], r"{name}\[1\] must be float32"),
+    ([five(), rows(torch.bool)], r"{name}\[1\] must be float32"),
+    ([five(), rows(torch.float8_e4m3fn)], r"{name}\[1\] must be float32"),
+]
+BAD_PLACES = [
+    ({"keys": [0]}, "keys must have one and spans three numbers per tensor; there are 2 tensors, 1 keys"),
+    (
+        {"spans": [(0, 5, 0)]},
+        "there are 2 tensors, 2 keys and 3 span numbers",
+    ),
+    ({"keys": [0, -1]}, r"keys\[1\] must be in 0 .. 2\^32 - 1, not -1"),
+    ({"keys": [2**32, 0]}, r"keys\[0\] must be in 0 .. 2\^32 - 1, not 4294967296"),
+    ({"spans": [(0, 5, 0), (-1, 6, 0)]}, r"spans\[1\] must have base >= 0, .* not \(-1, 6, 0\)"),
+    ({"spans": [(0, 0, 0), (5, 6, 0)]}, r"spans\[0\] must have .* run >= 1 .* not \(0, 0, 0\)"),
+    ({"spans": [(0, 5, -3), (5, 6, 0)]}, r"spans\[0\] must have .* stride >= 0, not \(0, 5, -3\)"),
+    ({"spans": [(2**63 - 4, 5, 0), (5, 6, 0)]}, r"spans\[0\] must end below 2\^63"),
+    ({"spans": [(0, 5, 0), (0, 1, 2**61)]}, r"spans\[1\] must end below 2\^63"),
+]
+BAD_SEEDS = [
+    ({"seeds": torch.tensor([1.0, 2.0])}, "seeds must be a contiguous int64 tensor of one dimension"),
+    ({"seeds": torch.tensor([1, 2], dtype=torch.int32)}, "seeds must be a contiguous int64"),
+    ({"seeds": torch.tensor([[1, 2]])}, "seeds must be .* of one dimension"),
+    ({"seeds": torch.arange(4)[::2]}, "seeds must be a contiguous"),
+    ({"coefficients": torch.ones(2).double()}, "coefficients must be a contiguous float32 tensor"),
+    ({"coefficients": torch.ones(3)}, "coefficients must be .* with one element per seed"),
+    ({"coefficients": torch.ones(4)[::2]}, "coefficients must be a contiguous"),
+    ({"coefficients": torch.ones(1, 2)}, "coefficients must be"),
+]
+BAD_CHOICES = [
+    ({"distribution": 2}, r"distribution must be 0 \(normal\) or 1 \(sign\), not 2"),
+    ({"distribution": -1}, "distribution must be .* not -1"),
+]
+BAD_ROUNDINGS = [({"rounding": 2}, r"rounding must be 0 \(nearest\) or 1 \(stochastic\), not 2")]
+BAD_DECAYS = [
+    ({"decay": torch.zeros(2)}, "decay must hold one float32 number"),
+    ({"decay": torch.zeros(()).double()}, "decay must hold one float32 number"),
+    ({"decay": 0.1}, "'decay'"),
+]
+BAD_SEED = [
+    ({"seed": torch.tensor([1, 2])}, "seed must hold one int64 number"),
+    ({"seed": torch.tensor([1.0])}, "seed must hold one int64 number"),
+    ({"stream": -1}, r"stream must be in 0 .. 2\^32 - 1, not -1"),
+    ({"stream": 2**32}, r"stream must be in 0 .. 2\^32 - 1, not 4294967296"),
+]
+BAD_COPIES = [
+    ({"out": [five()]}, "out and theta must be lists of one length, not 1 and 2"),
+    ({"out": [five(), five()]}, r"out\[1\] must have the size, the dtype and the device of theta\[1\]"),
+    ({"out": [five(torch.float16), rows()]}, r"out\[0\] must have the size, the dtype and the device"),
+]
+
+
+def with_tensors(name: str) -> list[tuple[dict[str, Any], str]]:
+    return [({name: bad}, message.format(name=name)) for bad, message in BAD_TENSORS]
+
+
+def refused(operator: Any, good: dict[str, Any], bad: dict[str, Any], message: str) -> None:
+    arguments = {**good, **bad}
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        operator(**arguments)
+    for name in ("theta", "out"):
+        for tensor in arguments.get(name, ()):
+            assert (tensor.to(torch.complex64) == torch.full((), GUARD).to(tensor.dtype)).all()
+
+
+def combination() -> dict[str, Any]:
+    return {"seeds": torch.tensor([1, 2]), "coefficients": torch.ones(2), **ARRANGEMENT}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [*with_tensors("theta"), *BAD_PLACES, *BAD_SEEDS, *BAD_DECAYS, *BAD_CHOICES, *BAD_ROUNDINGS],
+)
+def test_axpy(bad: dict[str, Any], message: str) -> None:
+    good = {"theta": [five(), rows()], "decay": torch.tensor(0.0), **combination()}
+    refused(ops.noise_axpy_, good, bad, message)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        *with_tensors("theta"),
+        *with_tensors("out"),
+        *BAD_PLACES,
+        *BAD_SEEDS,
+        *BAD_COPIES,
+        *BAD_CHOICES,
+        *BAD_ROUNDINGS,
+    ],
+)
+def test_copy(bad: dict[str, Any], message: str) -> None:
+    good = {"out": [five(), rows()], "theta": [five(), rows()], **combination()}
+    refused(ops.noise_copy_, good, bad, message)
+
+
+@pytest.mark.parametrize(("bad", "message"), [*with_tensors("out"), *BAD_PLACES, *BAD_SEED, *BAD_CHOICES])
+def test_normal(bad: dict[str, Any], message: str) -> None:
+    refused(ops.normal_, {"out": [five(), rows()], "seed": torch.tensor([1]), **ARRANGEMENT}, bad, message)
+
+
+def test_good_arguments_of_these_tests_are_good() -> None:
+    theta, out = [five(), rows()], [five(), rows()]
+    ops.noise_axpy_(theta, decay=torch.tensor(0.0), **combination())
+    ops.noise_copy_(out, theta, **combination())
+    assert not torch.equal(out[0], theta[0])
+    ops.normal_(out, torch.tensor([1]), **ARRANGEMENT)
+    assert not any((tensor == GUARD).any() for tensor in (*theta, *out))
+
+
+def test_tensors_without_storage_are_refused() -> None:
+    """Sparse and meta tensors have no kernel; torch itself says so."""
+    for theta in (torch.ones(5).to_sparse(), torch.ones(5, device="meta")):
+        with pytest.raises(NotImplementedError, match="zoext::noise_axpy_"):
+            ops.noise_axpy_([theta], torch.tensor([1]), torch.ones(1), torch.tensor(0.0), [0], [(0, 5, 0)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"seed": 2**64},
+            ValueError,
+            "seed must fit into 64 bits, not 18446744073709551616; take",
+        ),
+        ({"seed": -(2**63) - 1}, ValueError, "seed must fit into 64 bits, not -9223372036854775809"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, not 1.5"),
+        ({"seed": "one"}, TypeError, "seed must be an integer, not 'one'"),
+        ({"seed": 1, "key": -1}, RuntimeError, r"keys\[0\] must be in 0 .. 2\^32 - 1, not -1"),
+        ({"seed": 1, "stream": 2**32}, RuntimeError, r"stream must be in 0 .. 2\^32 - 1, not 4294967296"),
+        (
+            {"seed": 1, "dtype": torch.int32},
+            TypeError,
+            "dtype must be one of .*, not torch.int32",
+        ),
+    ],
+)
+def test_noise_normal(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        noise.normal(3, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((2**64, 0), ValueError, "seed must fit into 64 bits, not 18446744073709551616"),
+        ((1.5, 0), TypeError, "seed must be an integer, not 1.5"),
+        ((0, -1), ValueError, r"step must be an integer in 0 .. 2\^64 - 1, not -1"),
+        ((0, 0.5), ValueError, "step must be an integer .* not 0.5"),
+        ((0, 0, 2**32), ValueError, r"draw must be an integer in 0 .. 2\^32 - 1, not 4294967296"),
+        ((0, 0, -1), ValueError, "draw must be an integer .* not -1"),
+    ],
+)
+def test_step_seed(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        noise.step_seed(*arguments)
+
+
+def test_instruction_sets_that_are_not_there() -> None:
+    before = _C.instruction_set()
+    with pytest.raises(ValueError, match=r"'mmx' is not available here; use one of: .*scalar"):
+        _C.use_instruction_set("mmx")
+    assert _C.instruction_set() == before

@@ -1,0 +1,137 @@
+"""Each mistake raises an error that names the argument, its value and the remedy; weights unharmed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import zoext
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape or (3,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mu": 0.0}, ValueError, "mu must be finite and > 0, not 0.0"),
+        ({"mu": -1e-3}, ValueError, "mu must be finite and > 0, not -0.001"),
+        ({"mu": float("nan")}, ValueError, "mu must be finite"),
+        ({"mu": "1e-3"}, TypeError, "mu must be a float, not '1e-3'"),
+        ({"lr": -1.0}, ValueError, "lr must be finite and >= 0, not -1.0"),
+        ({"lr": torch.ones(2)}, TypeError, "lr must be a float"),
+        ({"weight_decay": float("inf")}, ValueError, "weight_decay must be finite"),
+        ({"seed": 2**64}, ValueError, "seed must fit into 64 bits"),
+        ({"samples": 0}, ValueError, "samples must be an integer of at least 1, not 0"),
+        ({"samples": 1.5}, ValueError, "samples must be an integer"),
+        ({"probe": "stream"}, ValueError, "probe must be 'auto', 'inplace', 'streamed'"),
+        ({"probe": "streamed"}, ValueError, "pass the module as params"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be 'raise' or 'skip', not 'ignore'"),
+    ],
+)
+def test_options(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        zoext.MeZO([parameter()], **options)  # type: ignore[arg-type]
+
+
+def test_axes() -> None:
+    with pytest.raises(TypeError, match="direction must be a Direction"):
+        zoext.ZerothOrderOptimizer([parameter()], direction=zoext.SGD())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"estimator must be an? Estimator"):
+        zoext.ZerothOrderOptimizer([parameter()], estimator="spsa")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: nn.Parameter(torch.ones(3, 4).t()), "not contiguous.*contiguous()"),
+        (lambda: nn.Parameter(torch.ones(3, dtype=torch.complex64)), "dtype torch.complex64"),
+        (lambda: nn.Parameter(torch.ones(3, device="meta")), "meta device.*to_empty"),
+        (lambda: nn.Parameter(torch.eye(3).to_sparse()), "layout torch.sparse_coo"),
+        (lambda: nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn)), "dtype torch.float8_e4m3fn"),
+    ],
+)
+def test_parameters_that_cannot_move(bad: object, message: str) -> None:
+    tensor = bad()  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message):
+        zoext.MeZO([parameter(), tensor])
+    with pytest.raises(ValueError, match=r"layer\.bad"):
+        zoext.MeZO([("layer.good", parameter()), ("layer.bad", tensor)])
+    optimizer = zoext.MeZO([parameter()])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [tensor]})
+    assert len(optimizer.param_groups) == 1
+    frozen = tensor.detach()
+    if frozen.device.type != "meta":
+        zoext.MeZO([parameter(), frozen]).step(lambda: 1.0)  # frozen, it may be anything
+
+
+def test_frozen_integers_are_welcome() -> None:
+    zoext.MeZO([parameter(), torch.ones(3, dtype=torch.int8)]).step(lambda: 1.0)
+
+
+def test_parameter_lists() -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        zoext.MeZO([])
+    with pytest.raises(ValueError, match="empty parameter list"):
+        zoext.MeZO(nn.Tanh())
+    with pytest.raises(TypeError, match="must be a Tensor, not str"):
+        zoext.MeZO(["weight"])
+    with pytest.raises(TypeError, match="set"):
+        zoext.MeZO([{"params": {parameter()}}])
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no parameter requires grad"):
+        zoext.MeZO(frozen).step(lambda: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, TypeError, "forget to return the loss"),
+        (torch.ones(3), ValueError, r"tensor of shape \(3,\)"),
+        (torch.ones(0), ValueError, r"tensor of shape \(0,\)"),
+        ("0.5", TypeError, "'0.5'"),
+        (torch.tensor(1j), TypeError, "real number"),
+        ([1.0], TypeError, "closure must return"),
+    ],
+)
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+def test_closures_that_return_no_number(
+    value: object, error: type[Exception], message: str, probe: str
+) -> None:
+    model = nn.Linear(3, 3)
+    before = model.weight.detach().clone()
+    optimizer = zoext.MeZO(model, probe=probe, mu=2.0**-4)
+    with pytest.raises(error, match=message):
+        optimizer.step(lambda: value)  # type: ignore[arg-type,return-value]
+    assert torch.allclose(model.weight, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+@pytest.mark.parametrize("change", ["add", "freeze"])
+def test_closures_that_change_the_parameters(probe: str, change: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = zoext.MeZO(model, probe=probe)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def closure() -> float:
+        if change == "add":
+            optimizer.add_param_group({"params": [("new", parameter())]})
+        else:
+            model[0].weight.requires_grad_(False)
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="closure changed the optimizer's parameters"):
+        optimizer.step(closure)
+    for a, b in zip(before, model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_module_whose_parameter_was_replaced() -> None:
+    model = nn.Linear(3, 3)
+    optimizer = zoext.MeZO(model)
+    model.weight = parameter(3, 3)
+    with pytest.raises(ValueError, match="weight is not a parameter of the module"):
+        optimizer.step(lambda: model(torch.ones(3)).sum())
