@@ -36,7 +36,9 @@ def check_wheel(path: Path) -> bool:
     names = set(zipfile.ZipFile(path).namelist())
     described = f"{'-'.join(path.name.split('-')[:2])}.dist-info"
     metadata = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
-    libraries = {name for name in names if name.startswith(("zoext/_C.", "zoext/_cuda.")) and name.endswith(".so")}
+    libraries = {
+        name for name in names if name.startswith(("zoext/_C.", "zoext/_cuda.")) and name.endswith(".so")
+    }
     wanted = tracked("zoext") | {f"{described}/{name}" for name in metadata} | libraries
     held = compare(path, names, wanted)
     if not any(name.startswith("zoext/_C.") for name in libraries):
