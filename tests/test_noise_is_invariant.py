@@ -51,6 +51,7 @@ class Change(NamedTuple):
         return moved
 
 
+# No terms, one and several, each with both distributions and both roundings.
 CHANGES = [
     Change(terms, decay, distribution, rounding)
     for terms, decay in ((0, 0.03), (1, 0.0), (3, 0.03))
@@ -208,7 +209,7 @@ def test_every_start_and_length(dtype: torch.dtype, instruction_set: str) -> Non
     whole = weights(160, dtype=dtype)
     lengths = list(range(68))
     packed = torch.empty(sum(lengths), dtype=dtype)
-    for change in CHANGES[-4:]:
+    for change in CHANGES[4:8] if dtype in oracle.FORMATS else CHANGES[4:8:2]:  # only 16 bits are rounded
         expected = change.apply([whole], [2], [ops.span_of(whole)])[0]
         for start in range(68):
             torch.cat([whole[start : start + length] for length in lengths], out=packed)

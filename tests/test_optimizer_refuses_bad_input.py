@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import zoext
 
@@ -51,6 +52,7 @@ def test_axes() -> None:
         (lambda: nn.Parameter(torch.ones(3, device="meta")), "meta device.*to_empty"),
         (lambda: nn.Parameter(torch.eye(3).to_sparse()), "layout torch.sparse_coo"),
         (lambda: nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn)), "dtype torch.float8_e4m3fn"),
+        (lambda: nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3))), "is a TwoTensor"),
     ],
 )
 def test_parameters_that_cannot_move(bad: object, message: str) -> None:
@@ -63,6 +65,9 @@ def test_parameters_that_cannot_move(bad: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [tensor]})
     assert len(optimizer.param_groups) == 1
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match=r"weight is lazy.*run the model once"):
+        zoext.MeZO(lazy)
     frozen = tensor.detach()
     if frozen.device.type != "meta":
         zoext.MeZO([parameter(), frozen]).step(lambda: 1.0)  # frozen, it may be anything
@@ -110,21 +115,26 @@ def test_closures_that_return_no_number(
 
 
 @pytest.mark.parametrize("probe", ["streamed", "inplace"])
-@pytest.mark.parametrize("change", ["add", "freeze"])
+@pytest.mark.parametrize("change", ["add", "freeze", "move"])
 def test_closures_that_change_the_parameters(probe: str, change: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = zoext.MeZO(model, probe=probe)
     before = [parameter.detach().clone() for parameter in model.parameters()]
+    elsewhere = before[-1].clone()
 
     def closure() -> float:
         if change == "add":
             optimizer.add_param_group({"params": [("new", parameter())]})
-        else:
+        elif change == "freeze":
             model[0].weight.requires_grad_(False)
+        else:
+            model[1].bias.data = elsewhere
         return 1.0
 
     with pytest.raises(RuntimeError, match="closure changed the optimizer's parameters"):
         optimizer.step(closure)
+    if (probe, change) == ("inplace", "move"):
+        return  # the displacement stayed behind in the old memory, and no one can know that
     for a, b in zip(before, model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-6)
 

@@ -219,7 +219,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _check_unchanged(self, groups: list[Parameters]) -> None:
         if self._current_groups() is not groups:
             raise RuntimeError(
-                "the closure changed the optimizer's parameters (their list, or requires_grad); "
+                "the closure changed the optimizer's parameters (their list, their memory or requires_grad); "
                 "do that between steps"
             )
 

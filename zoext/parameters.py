@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from zoext import ops
 from zoext.noise import FLOATING
+
+_Row = tuple[Tensor, int, ops.Span, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class Parameters:
     keys: tuple[int, ...]
     spans: tuple[ops.Span, ...]
     names: tuple[str, ...]
+    addresses: tuple[int, ...]  # where the weights lay when this was made
 
     @property
     def device(self) -> torch.device:
@@ -31,19 +35,19 @@ class Parameters:
 
     def take(self, positions: Sequence[int]) -> Parameters:
         """Those at ``positions``."""
-        columns = (self.tensors, self.keys, self.spans, self.names)
+        columns = (self.tensors, self.keys, self.spans, self.names, self.addresses)
         return Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
 
     def same_as(self, other: Parameters) -> bool:
         """Whether the tensors are the same objects in the same memory, with the same keys."""
-        if self.keys != other.keys or self.spans != other.spans:
+        if (self.keys, self.spans, self.addresses) != (other.keys, other.spans, other.addresses):
             return False
         pairs = zip(self.tensors, other.tensors, strict=True)
         return all(a is b for a, b in pairs)
 
 
-def _from_rows(rows: Iterable[tuple[Tensor, int, ops.Span, str]]) -> Parameters:
-    columns = tuple(zip(*rows, strict=True)) or ((), (), (), ())
+def _from_rows(rows: Iterable[_Row]) -> Parameters:
+    columns = tuple(zip(*rows, strict=True)) or ((), (), (), (), ())
     return Parameters(*columns)
 
 
@@ -61,13 +65,13 @@ def trainable(param_groups: list[dict[str, Any]]) -> list[Parameters]:
     return groups
 
 
-def _trainable_rows(group: dict[str, Any], first_key: int) -> Iterator[tuple[Tensor, int, ops.Span, str]]:
+def _trainable_rows(group: dict[str, Any], first_key: int) -> Iterator[_Row]:
     names = group.get("param_names")
     for position, tensor in enumerate(group["params"]):
         if tensor.requires_grad:
             key = first_key + position
             name = names[position] if names else f"parameter {key}"
-            yield tensor, key, ops.span_of(tensor), name
+            yield tensor, key, ops.span_of(tensor), name, tensor.data_ptr()
 
 
 def check(tensor: object, name: str) -> None:
@@ -77,7 +81,12 @@ def check(tensor: object, name: str) -> None:
     if not tensor.requires_grad:
         return
     remedy = None
-    if tensor.is_meta:
+    if isinstance(tensor, UninitializedParameter):
+        remedy = "is lazy and has no shape yet; run the model once first"
+    elif type(tensor.detach()) is not Tensor:
+        kind = type(tensor.detach()).__name__
+        remedy = f"is a {kind}; only plain tensors can be moved, so freeze it with requires_grad_(False)"
+    elif tensor.is_meta:
         remedy = "is on the meta device; give the model its weights first, with model.to_empty(device=...)"
     elif tensor.layout != torch.strided:
         remedy = f"has layout {tensor.layout}; use a dense tensor, or freeze it with requires_grad_(False)"
@@ -87,7 +96,7 @@ def check(tensor: object, name: str) -> None:
     elif not tensor.is_contiguous():
         remedy = "is not contiguous; use param.data = param.data.contiguous()"
     if remedy:
-        raise ValueError(f"params: {name}, of shape {tuple(tensor.shape)}, {remedy}")
+        raise ValueError(f"params: {name} {remedy}")
 
 
 def check_one_device(groups: list[Parameters]) -> None:
