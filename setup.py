@@ -23,7 +23,14 @@ OPTIMISATION = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
 # Contraction would make a product and a sum one operation on some processors only.
 HOST = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *OPTIMISATION]
 # GCC's own AVX-512 headers set off both of these.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+]
 
 
 def sources(pattern: str) -> list[str]:
@@ -31,7 +38,9 @@ def sources(pattern: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return sorted(str(path.resolve()) for path in ROOT.glob("csrc/**/*") if path.suffix in {".h", ".cuh", ".inl"})
+    return sorted(
+        str(path.resolve()) for path in ROOT.glob("csrc/**/*") if path.suffix in {".h", ".cuh", ".inl"}
+    )
 
 
 def wants_cuda() -> bool:
@@ -58,7 +67,9 @@ def find_cuda_home() -> None:
 def cuda_include_dirs() -> list[str]:
     """The headers of the toolkit's parts that come as Python packages, cuRAND's Philox among them."""
     packages = Path(sysconfig.get_path("purelib"))
-    return [str(folder) for folder in sorted(packages.glob("nvidia/*/include")) if list(folder.glob("curand*.h"))]
+    return [
+        str(folder) for folder in sorted(packages.glob("nvidia/*/include")) if list(folder.glob("curand*.h"))
+    ]
 
 
 def extensions() -> list:

@@ -57,7 +57,8 @@ inline Distribution checked_distribution(int64_t distribution) {
 }
 
 inline Rounding checked_rounding(int64_t rounding) {
-  STD_TORCH_CHECK(rounding == 0 || rounding == 1, "rounding must be 0 (nearest) or 1 (stochastic), not ", rounding);
+  STD_TORCH_CHECK(rounding == 0 || rounding == 1, "rounding must be 0 (nearest) or 1 (stochastic), not ",
+                  rounding);
   return static_cast<Rounding>(rounding);
 }
 
@@ -84,21 +85,22 @@ inline std::vector<Place> checked_places(const std::vector<Tensor>& tensors, con
   std::vector<Place> places;
   places.reserve(tensors.size());
   for (size_t t = 0; t < tensors.size(); ++t) {
-    STD_TORCH_CHECK(keys[t] >= 0 && keys[t] <= 0xffffffffLL, "keys[", t, "] must be in 0 .. 2^32 - 1, not ", keys[t]);
+    STD_TORCH_CHECK(keys[t] >= 0 && keys[t] <= 0xffffffffLL, "keys[", t, "] must be in 0 .. 2^32 - 1, not ",
+                    keys[t]);
     const Span span{spans[3 * t], spans[3 * t + 1], spans[3 * t + 2]};
     STD_TORCH_CHECK(span.base >= 0 && span.run >= 1 && span.stride >= 0, "spans[", t,
                     "] must have base >= 0, run >= 1 and stride >= 0, not (", span.base, ", ", span.run, ", ",
                     span.stride, ")");
-    STD_TORCH_CHECK(fits(span, tensors[t].numel()), "spans[", t, "] must end below 2^63, but starts at ", span.base,
-                    " with stride ", span.stride, " over ", tensors[t].numel(), " elements");
+    STD_TORCH_CHECK(fits(span, tensors[t].numel()), "spans[", t, "] must end below 2^63, but starts at ",
+                    span.base, " with stride ", span.stride, " over ", tensors[t].numel(), " elements");
     places.push_back({static_cast<uint32_t>(keys[t]), span});
   }
   return places;
 }
 
 inline void check_copy(const std::vector<Tensor>& out, const std::vector<Tensor>& theta) {
-  STD_TORCH_CHECK(out.size() == theta.size(), "out and theta must be lists of one length, not ", out.size(), " and ",
-                  theta.size());
+  STD_TORCH_CHECK(out.size() == theta.size(), "out and theta must be lists of one length, not ", out.size(),
+                  " and ", theta.size());
   for (size_t t = 0; t < out.size(); ++t)
     STD_TORCH_CHECK(out[t].numel() == theta[t].numel() && out[t].scalar_type() == theta[t].scalar_type() &&
                         out[t].device() == theta[t].device(),

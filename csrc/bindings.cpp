@@ -32,7 +32,8 @@ Field field_of(py::handle seed, py::handle key, py::handle stream) {
   return {checked<uint64_t>("seed", seed), checked<uint32_t>("key", key), checked<uint32_t>("stream", stream)};
 }
 
-py::array_t<uint32_t> words(py::handle seed, py::handle key, py::handle stream, py::handle first_block, size_t blocks) {
+py::array_t<uint32_t> words(py::handle seed, py::handle key, py::handle stream, py::handle first_block,
+                            size_t blocks) {
   const Field field = field_of(seed, key, stream);
   const auto first = checked<uint64_t>("first_block", first_block);
   py::array_t<uint32_t> out({blocks, size_t{4}});
@@ -70,7 +71,8 @@ py::array_t<float> signs(py::handle seed, py::handle key, py::handle stream, py:
 }
 
 py::array_t<float> normals_of_words(py::array_t<uint32_t, py::array::c_style | py::array::forcecast> words) {
-  if (words.size() % 2) throw py::value_error("words must come in pairs; there are " + std::to_string(words.size()));
+  if (words.size() % 2)
+    throw py::value_error("words must come in pairs; there are " + std::to_string(words.size()));
   py::array_t<float> out(words.size());
   const uint32_t* from = words.data();
   float* to = out.mutable_data();

@@ -33,7 +33,13 @@ def minimax(basis: Array, target: Array, weight: Array) -> Array:
     return best
 
 
-def fit(function: Callable[[Array], Array], low: float, high: float, powers: list[int], weight: Callable[[Array], Array]):
+def fit(
+    function: Callable[[Array], Array],
+    low: float,
+    high: float,
+    powers: list[int],
+    weight: Callable[[Array], Array],
+):
     """Float32 coefficients of ``sum_j c_j x**powers[j]`` and the largest weighted error."""
     nodes = np.cos(np.pi * (np.arange(4000) + 0.5) / 4000)
     x = low + (high - low) * (nodes + 1) / 2

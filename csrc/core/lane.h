@@ -75,9 +75,7 @@ ZOEXT_HD float float_of_bits(uint32_t bits) {
 ZOEXT_HD float signed_to_float(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
 
 // All ones where the top bit is set, else zero.
-ZOEXT_HD uint32_t spread_top_bit(uint32_t word) {
-  return static_cast<uint32_t>(static_cast<int32_t>(word) >> 31);
-}
+ZOEXT_HD uint32_t spread_top_bit(uint32_t word) { return static_cast<uint32_t>(static_cast<int32_t>(word) >> 31); }
 
 // `a` where the top bit of `word` is set, else `b`.
 ZOEXT_HD float select_by_top_bit(uint32_t word, float a, float b) {

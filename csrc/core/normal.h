@@ -27,13 +27,12 @@ template <class Float, class Word = typename Lanes<Float>::Word>
 ZOEXT_HD Float radius(Word word) {
   using L = Lanes<Float>;
   // -2 log(1 - w) / w for 0 < w <= 1/2, relative error 1.8e-7.
-  constexpr float log_coefficients[8] = {0x1.fffffcp+0f, 0x1.0004cap+0f,  0x1.53d3ccp-1f,  0x1.16c8d8p-1f,
+  constexpr float log_coefficients[8] = {0x1.fffffcp+0f, 0x1.0004cap+0f, 0x1.53d3ccp-1f,  0x1.16c8d8p-1f,
                                          0x1.3771dep-4f, 0x1.9223f8p+0f, -0x1.14dfc8p+1f, 0x1.2f57a6p+1f};
   // In the upper half the logarithm is taken of 1 - nearer, with `nearer` formed from the
   // complement of the word: the uniform itself would lose its low bits next to 1.
   const Word upper = spread_top_bit(word);
-  const Float nearer =
-      fused_multiply_add(signed_to_float(word ^ upper), L::fill(0x1p-32f), L::fill(0x1p-33f));
+  const Float nearer = fused_multiply_add(signed_to_float(word ^ upper), L::fill(0x1p-32f), L::fill(0x1p-33f));
   const Word bits = bits_of(nearer);
   const Float mantissa = float_of_bits((bits & L::fill_word(0x007fffffu)) | L::fill_word(0x3f000000u));
   const Float w = select_by_top_bit(word, nearer, L::fill(1.0f) - mantissa);
@@ -50,8 +49,8 @@ ZOEXT_HD void box_muller(Word first, Word second, Float& sine, Float& cosine) {
   // sin(2 pi a) / a and cos(2 pi a) in powers of a^2, |a| <= 1/4, absolute errors 5e-8 and 9e-8.
   constexpr float sine_coefficients[5] = {0x1.921fb4p+2f, -0x1.4abbb6p+5f, 0x1.46676ep+6f, -0x1.3232fap+6f,
                                           0x1.3c4b2cp+5f};
-  constexpr float cosine_coefficients[5] = {0x1.fffffep-1f, -0x1.3bd3a6p+4f, 0x1.03bd06p+6f,
-                                            -0x1.54f61cp+6f, 0x1.c1f080p+5f};
+  constexpr float cosine_coefficients[5] = {0x1.fffffep-1f, -0x1.3bd3a6p+4f, 0x1.03bd06p+6f, -0x1.54f61cp+6f,
+                                            0x1.c1f080p+5f};
   // Dropping the top bit folds the turn onto half a turn; sine and cosine then change sign together,
   // so the sign goes to the radius.
   const Word twice = second << 1;

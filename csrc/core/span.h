@@ -10,9 +10,7 @@ namespace zoext {
 struct Span {
   int64_t base, run, stride;
 
-  ZOEXT_HD uint64_t index(int64_t i) const {
-    return static_cast<uint64_t>(base + i / run * stride + i % run);
-  }
+  ZOEXT_HD uint64_t index(int64_t i) const { return static_cast<uint64_t>(base + i / run * stride + i % run); }
 };
 
 }  // namespace zoext

@@ -110,7 +110,7 @@ template <>
 ZOEXT_HD Half round_stochastically<Half>(float a, uint32_t random) {
   const uint32_t bits = bits_of(a), sign = bits & 0x80000000u, magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x477fe000u) return round_to_nearest<Half>(a);  // from 65504 on
-  if (magnitude >= 0x38800000u) {  // normal: 13 bits are dropped
+  if (magnitude >= 0x38800000u) {                                  // normal: 13 bits are dropped
     const uint32_t kept = (magnitude + (random >> 3)) & ~0x1fffu;
     return round_to_nearest<Half>(float_of_bits(sign | kept));
   }

@@ -7,13 +7,13 @@ namespace zoext {
 
 // Part of the file format of a recorded run: numbers are never reused or changed.
 enum class Stream : uint32_t {
-  dense = 0,           // normals of a dense direction
-  left_factor = 1,     // normals of the left factor of a low-rank direction
-  right_factor = 2,    // normals of its right factor
-  rounding = 3,        // bits of stochastic rounding
-  power_iteration = 4, // start of a power iteration
-  seed = 5,            // seeds derived from the seed of a run
-  sign = 6,            // signs of a dense Rademacher direction
+  dense = 0,            // normals of a dense direction
+  left_factor = 1,      // normals of the left factor of a low-rank direction
+  right_factor = 2,     // normals of its right factor
+  rounding = 3,         // bits of stochastic rounding
+  power_iteration = 4,  // start of a power iteration
+  seed = 5,             // seeds derived from the seed of a run
+  sign = 6,             // signs of a dense Rademacher direction
 };
 
 // The field of one direction on one parameter: a function of the block number alone.

@@ -1,5 +1,4 @@
 #include "instruction_set.h"
-
 #include "simd_scalar.h"
 
 namespace zoext::cpu::scalar {

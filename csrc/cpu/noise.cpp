@@ -35,11 +35,13 @@ struct Combination {
 // by memory, never by both at once, unless asked.
 void prefetch(const void* from, size_t bytes) {
   constexpr size_t line = 64;
-  for (size_t offset = 0; offset < bytes; offset += line) __builtin_prefetch(static_cast<const char*>(from) + offset, 1, 2);
+  for (size_t offset = 0; offset < bytes; offset += line)
+    __builtin_prefetch(static_cast<const char*>(from) + offset, 1, 2);
 }
 
 // 16 random bits for each element of the tile's aligned stretch.
-void fill_rounding_bits(const InstructionSet& set, const Tile& tile, uint64_t seed, uint32_t key, uint32_t* words) {
+void fill_rounding_bits(const InstructionSet& set, const Tile& tile, uint64_t seed, uint32_t key,
+                        uint32_t* words) {
   const Field field{seed, key, static_cast<uint32_t>(Stream::rounding)};
   set.words(field, tile.aligned_index() / roundings_per_block, tile.aligned_count() / roundings_per_block, words);
 }
@@ -60,10 +62,10 @@ void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, 
       combination.evaluate(set, tile, key, sum);
       const bool stochastic = can_round<Storage> && rounding == Rounding::stochastic && combination.terms > 0;
       if (stochastic) fill_rounding_bits(set, tile, static_cast<uint64_t>(combination.seeds[0]), key, random);
-      set.storage<Storage>().displace(static_cast<Storage*>(to.mutable_data_ptr()) + tile.local,
-                                      static_cast<const Storage*>(from.const_data_ptr()) + tile.local,
-                                      sum + tile.lead(), Number{decay}, tile.count,
-                                      stochastic ? reinterpret_cast<const uint16_t*>(random) + tile.lead() : nullptr);
+      set.storage<Storage>().displace(
+          static_cast<Storage*>(to.mutable_data_ptr()) + tile.local,
+          static_cast<const Storage*>(from.const_data_ptr()) + tile.local, sum + tile.lead(), Number{decay},
+          tile.count, stochastic ? reinterpret_cast<const uint16_t*>(random) + tile.lead() : nullptr);
     });
   });
 }

@@ -32,7 +32,8 @@ constexpr int blocks_per_group = vectors * blocks_per_vector;
 inline __m256i high_words(__m256i a) { return _mm256_shuffle_epi32(a, 0xf5); }
 
 inline Counters xor_of_three(Counters a, Counters b, __m256i key) {
-  return {_mm256_xor_si256(_mm256_xor_si256(a.v[0], b.v[0]), key), _mm256_xor_si256(_mm256_xor_si256(a.v[1], b.v[1]), key)};
+  return {_mm256_xor_si256(_mm256_xor_si256(a.v[0], b.v[0]), key),
+          _mm256_xor_si256(_mm256_xor_si256(a.v[1], b.v[1]), key)};
 }
 
 // The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
@@ -60,7 +61,8 @@ inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
 // In the order that makes `in_order` two unpack instructions a vector.
 inline Counters consecutive_blocks(uint32_t first) {
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
-  return {_mm256_add_epi64(_mm256_set1_epi64x(first), order), _mm256_add_epi64(_mm256_set1_epi64x(first + blocks_per_vector), order)};
+  return {_mm256_add_epi64(_mm256_set1_epi64x(first), order),
+          _mm256_add_epi64(_mm256_set1_epi64x(first + blocks_per_vector), order)};
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
@@ -87,7 +89,9 @@ struct Pairs {
   Ints first[vectors], second[vectors];
 };
 
-inline Ints merge(__m256i even, __m256i odd) { return {_mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xa0), 0xaa)}; }
+inline Ints merge(__m256i even, __m256i odd) {
+  return {_mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xa0), 0xaa)};
+}
 
 inline Pairs pair_up(const Words<Counters>& words) {
   const auto& [a, b, c, d] = words.w;
@@ -147,9 +151,7 @@ template <>
 struct Lanes<cpu::avx2::Floats> {
   using Word = cpu::avx2::Ints;
   static inline cpu::avx2::Floats fill(float a) { return {_mm256_set1_ps(a)}; }
-  static inline cpu::avx2::Ints fill_word(uint32_t word) {
-    return {_mm256_set1_epi32(static_cast<int>(word))};
-  }
+  static inline cpu::avx2::Ints fill_word(uint32_t word) { return {_mm256_set1_epi32(static_cast<int>(word))}; }
 };
 
 }  // namespace zoext

@@ -32,7 +32,8 @@ constexpr int blocks_per_group = vectors * blocks_per_vector;
 inline __m512i high_words(__m512i a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xf5)); }
 
 inline Counters xor_of_three(Counters a, Counters b, __m512i key) {
-  return {_mm512_ternarylogic_epi64(a.v[0], b.v[0], key, 0x96), _mm512_ternarylogic_epi64(a.v[1], b.v[1], key, 0x96)};
+  return {_mm512_ternarylogic_epi64(a.v[0], b.v[0], key, 0x96),
+          _mm512_ternarylogic_epi64(a.v[1], b.v[1], key, 0x96)};
 }
 
 // The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
@@ -60,7 +61,8 @@ inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
 // In the order that makes `in_order` two unpack instructions a vector.
 inline Counters consecutive_blocks(uint32_t first) {
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  return {_mm512_add_epi64(_mm512_set1_epi64(first), order), _mm512_add_epi64(_mm512_set1_epi64(first + blocks_per_vector), order)};
+  return {_mm512_add_epi64(_mm512_set1_epi64(first), order),
+          _mm512_add_epi64(_mm512_set1_epi64(first + blocks_per_vector), order)};
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
@@ -87,7 +89,9 @@ struct Pairs {
   Ints first[vectors], second[vectors];
 };
 
-inline Ints merge(__m512i even, __m512i odd) { return {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_shuffle_epi32(odd, static_cast<_MM_PERM_ENUM>(0xa0)))}; }
+inline Ints merge(__m512i even, __m512i odd) {
+  return {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_shuffle_epi32(odd, static_cast<_MM_PERM_ENUM>(0xa0)))};
+}
 
 inline Pairs pair_up(const Words<Counters>& words) {
   const auto& [a, b, c, d] = words.w;
@@ -145,9 +149,7 @@ template <>
 struct Lanes<cpu::avx512::Floats> {
   using Word = cpu::avx512::Ints;
   static inline cpu::avx512::Floats fill(float a) { return {_mm512_set1_ps(a)}; }
-  static inline cpu::avx512::Ints fill_word(uint32_t word) {
-    return {_mm512_set1_epi32(static_cast<int>(word))};
-  }
+  static inline cpu::avx512::Ints fill_word(uint32_t word) { return {_mm512_set1_epi32(static_cast<int>(word))}; }
 };
 
 }  // namespace zoext

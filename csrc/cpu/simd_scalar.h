@@ -22,9 +22,7 @@ struct Pairs {
   Ints first[2], second[2];
 };
 
-inline Pairs pair_up(const Words<Counters>& words) {
-  return {{words.w[0], words.w[2]}, {words.w[1], words.w[3]}};
-}
+inline Pairs pair_up(const Words<Counters>& words) { return {{words.w[0], words.w[2]}, {words.w[1], words.w[3]}}; }
 
 // The group's values in the order of their index.
 template <class T>

@@ -41,7 +41,8 @@ template <class F>
 void for_each_tile(const std::vector<Tensor>& tensors, const std::vector<Place>& places, F f) {
   constexpr int64_t chunk = 16 * tile_elements, chunks_per_thread = 2;
   std::vector<int64_t> first_chunk{0};
-  for (const Tensor& tensor : tensors) first_chunk.push_back(first_chunk.back() + (tensor.numel() + chunk - 1) / chunk);
+  for (const Tensor& tensor : tensors)
+    first_chunk.push_back(first_chunk.back() + (tensor.numel() + chunk - 1) / chunk);
   torch::stable::parallel_for(0, first_chunk.back(), chunks_per_thread, [&](int64_t begin, int64_t end) {
     size_t tensor = std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
     for (int64_t c = begin; c < end; ++c) {

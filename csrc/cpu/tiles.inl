@@ -14,7 +14,8 @@ static_assert(tile_elements % tile_alignment == 0);
 // Calls f(words, offset) for every group of Philox blocks. The high word of the counter is constant
 // within a stretch, so that the compiler can take its share of the first rounds out of the loop.
 template <class F>
-inline __attribute__((always_inline)) void for_each_group(const Field& field, uint64_t block, int64_t blocks, F f) {
+inline __attribute__((always_inline)) void for_each_group(const Field& field, uint64_t block, int64_t blocks,
+                                                          F f) {
   const Keys keys{field.seed};
   for (int64_t done = 0; done < blocks;) {
     const uint64_t first = block + static_cast<uint64_t>(done);
