@@ -73,6 +73,20 @@ def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--repeats", "0", "at least 1, not 0"), ("--device", "cpux", "cpu, cuda or cuda:N, not cpux")],
+)
+def test_options_out_of_range_are_named(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([option, value])
+    assert f"argument {option}: must be {message}" in capsys.readouterr().err
+
+
 def test_every_program_is_tested_and_described() -> None:
     programs = {
         path.stem for path in BENCHMARKS.glob("*.py") if "argparse.ArgumentParser(" in path.read_text()

@@ -17,7 +17,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) ->
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument(
         "--device",
-        type=torch.device,
+        type=_device,
         default=torch.device("cpu"),
         help="cpu, cuda, cuda:1, ...; default: cpu",
     )
@@ -55,6 +55,13 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(arguments).items()
     }
     return {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text}") from None
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,8 @@ from zoext.benchmarking.dense_pass import DensePass, add_rivals
 from zoext.benchmarking.report import Report
 from zoext.benchmarking.timing import interleaved, threads
 
+HELP = "this machine: kernels against its limits and the usual Python loop"
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
