@@ -1,0 +1,81 @@
+"""One pass ``theta += c z`` over the parameters of OPT-125M, against every limit and rival.
+
+python benchmarks/dense_pass.py --threads 2 --json dense_pass.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from zoext import _C
+from zoext.benchmarking import arguments as options
+from zoext.benchmarking.dense_pass import DensePass, add_rivals
+from zoext.benchmarking.report import Report, at_least, at_most
+from zoext.benchmarking.timing import Spread, interleaved, threads
+from zoext.ops import Distribution, Rounding
+
+
+def on_one_thread(work: DensePass) -> None:
+    with threads(1):
+        work.fused()
+
+
+def with_instruction_set(name: str, work: DensePass) -> None:
+    before = _C.instruction_set()
+    _C.use_instruction_set(name)
+    work.fused()
+    _C.use_instruction_set(before)
+
+
+def variants(work: DensePass, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
+    """The fused pass in other ways than its usual one."""
+    cases: dict[str, Callable[[], object]] = {
+        "fused pass, signs": partial(work.fused, distribution=Distribution.SIGN)
+    }
+    if dtype.itemsize == 2:
+        cases["fused pass, stochastic rounding"] = partial(work.fused, rounding=Rounding.STOCHASTIC)
+    if device.type == "cpu":
+        cases["fused pass, one thread"] = partial(on_one_thread, work)
+        for name in _C.available_instruction_sets():
+            if name != _C.instruction_set():
+                cases[f"fused pass, {name}"] = partial(with_instruction_set, name, work)
+    return cases
+
+
+def add_variants(report: Report, label: str, times: dict[str, Spread], count: int) -> None:
+    signs = times["fused pass, signs"] / times["plain pass"]
+    report.add(f"{label}: signs / plain pass", signs, "x", at_most(2))
+    for name, spread in times.items():
+        if not name.startswith("fused pass, ") or name == "fused pass, signs":
+            continue
+        two_threads = name == "fused pass, one thread" and count == 2
+        bar = at_least(1.7) if two_threads else None
+        report.add(f"{label}: {name} / fused pass", spread / times["fused pass"], "x", bar)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_measuring_arguments(parser, repeats=9)
+    options.add_model_arguments(parser)
+    arguments = parser.parse_args()
+    shapes = options.shapes_of(arguments)
+    report = Report(f"theta += c z over {options.describe(shapes)}", options.settings_of(arguments))
+    with threads(arguments.threads):
+        for dtype in (torch.float32, torch.bfloat16):
+            work = DensePass(shapes, dtype, arguments.device)
+            cases = work.rivals() | variants(work, dtype, arguments.device)
+            times = interleaved(cases, repeats=arguments.repeats, device=arguments.device)
+            label = str(dtype).removeprefix("torch.")
+            add_rivals(report, label, times, arguments.device)
+            add_variants(report, label, times, arguments.threads)
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

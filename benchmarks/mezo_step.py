@@ -1,0 +1,71 @@
+"""A MeZO step on a model of the shape of OPT-125M: how much of it is not the two forwards.
+
+python benchmarks/mezo_step.py --threads 2 --json mezo_step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+from opt_model import BATCH, TOKENS, closure_of, random_opt
+from usual_step import UsualStep
+
+import zoext
+from zoext.benchmarking import arguments as options
+from zoext.benchmarking.report import Report, at_most
+from zoext.benchmarking.timing import Spread, interleaved, threads
+
+PROBES = ("streamed", "inplace")
+
+
+def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spread]:
+    model = random_opt(arguments, dtype)
+    closure = closure_of(model, arguments)
+
+    @torch.no_grad()
+    def two_forwards() -> None:
+        closure()
+        closure()
+
+    cases = {"two forwards": two_forwards, "usual step": partial(UsualStep(model), closure)}
+    for probe in PROBES:
+        cases[f"MeZO, {probe}"] = partial(zoext.MeZO(model, probe=probe).step, closure)
+    return interleaved(cases, repeats=arguments.repeats, device=arguments.device)
+
+
+def share_outside_forwards(forwards: Spread, step: Spread) -> Spread:
+    """In percent. Noise can make it negative where a step is hardly longer than its forwards."""
+    return Spread(tuple(100 * (1 - share) for share in (forwards / step).rounds))
+
+
+def add(report: Report, label: str, times: dict[str, Spread], bar: float | None) -> None:
+    report.add_times(label, times)
+    forwards = times["two forwards"]
+    for name in ("usual step", *(f"MeZO, {probe}" for probe in PROBES)):
+        promised = at_most(bar) if bar is not None and name != "usual step" else None
+        share = share_outside_forwards(forwards, times[name])
+        report.add(f"{label}: {name}, outside forwards", share, "%", promised)
+    for probe in PROBES:
+        ratio = times["usual step"] / times[f"MeZO, {probe}"]
+        report.add(f"{label}: usual step / MeZO, {probe}", ratio, "x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_measuring_arguments(parser, repeats=7)
+    options.add_model_arguments(parser)
+    arguments = parser.parse_args()
+    size = options.describe(options.shapes_of(arguments))
+    report = Report(f"A step on {size}, batch {BATCH} x {TOKENS}", options.settings_of(arguments))
+    with threads(arguments.threads):
+        for dtype, bar in ((torch.float32, 25.0), (torch.bfloat16, None)):
+            add(report, str(dtype).removeprefix("torch."), measure(dtype, arguments), bar)
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

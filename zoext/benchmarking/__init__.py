@@ -1,0 +1,1 @@
+"""What ``zoext bench`` and the programs in ``benchmarks/`` measure with."""

@@ -1,0 +1,130 @@
+"""One pass over all parameters, done in several ways: ``theta += c z``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from zoext import noise, ops
+from zoext.benchmarking.report import Report, at_least
+from zoext.benchmarking.timing import Spread
+
+Shape = tuple[int, ...]
+
+SEED = 1
+SCALE = 1e-3
+
+
+def opt_shapes(
+    *, layers: int = 12, width: int = 768, vocabulary: int = 50272, positions: int = 2050
+) -> list[Shape]:
+    """The shapes of an OPT decoder's parameters (arXiv 2205.01068), the output tied to the input.
+
+    The defaults are OPT-125M: 125.24 million parameters in 196 tensors.
+    """
+    square, hidden = (width, width), 4 * width
+    attention: list[Shape] = [square, (width,)] * 4
+    norms: list[Shape] = [(width,)] * 4
+    feed_forward: list[Shape] = [(hidden, width), (hidden,), (width, hidden), (width,)]
+    ends: list[Shape] = [(vocabulary, width), (positions, width), (width,), (width,)]
+    return ends + layers * (attention + norms + feed_forward)
+
+
+class DensePass:
+    """Parameters of ``shapes``, and the ways to go over all of them once.
+
+    Args:
+        shapes: one per parameter.
+        dtype: float32, float64, bfloat16 or float16.
+        device: where the parameters are.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
+        self.parameters = [
+            noise.normal(shape, seed=SEED, key=key, dtype=dtype, device=device).mul_(0.02)
+            for key, shape in enumerate(shapes)
+        ]
+        self.elements = sum(parameter.numel() for parameter in self.parameters)
+        self._keys = range(len(shapes))
+        self._spans = [ops.span_of(parameter) for parameter in self.parameters]
+        self._seeds = torch.tensor([SEED], device=device)
+        self._coefficients = torch.tensor([SCALE], device=device)
+        self._decay = torch.zeros((), device=device)
+        self._pieces = self._reused_pieces(dtype, device)
+
+    def usual_loop(self) -> None:
+        """What the script of MeZO (arXiv 2305.17333) and its forks do to perturb a model, in torch."""
+        usual_perturb(self.parameters, SEED, 1.0, SCALE)
+
+    def plain(self) -> None:
+        """Reads and writes every parameter, with next to no arithmetic: the limit that memory sets."""
+        torch._foreach_add_(self.parameters, SCALE)
+
+    def noise_only(self) -> None:
+        """As many normals, into memory that stays in a cache: the limit that arithmetic sets."""
+        spans = [ops.span_of(piece) for piece in self._pieces]
+        ops.normal_(self._pieces, self._seeds, range(len(self._pieces)), spans)
+
+    def fused(
+        self,
+        distribution: ops.Distribution = ops.Distribution.NORMAL,
+        rounding: ops.Rounding = ops.Rounding.NEAREST,
+    ) -> None:
+        """The operator of this package."""
+        ops.noise_axpy_(
+            self.parameters,
+            self._seeds,
+            self._coefficients,
+            self._decay,
+            self._keys,
+            self._spans,
+            distribution=distribution,
+            rounding=rounding,
+        )
+
+    def _reused_pieces(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+        """As many elements as the parameters have, but the same few buffers again and again.
+
+        One buffer a thread, since each takes a stretch of the list: sharing one would have the cores
+        send its lines to and fro.
+        """
+        on_cpu = device.type == "cpu"
+        size = min(self.elements, 2**18 if on_cpu else 2**22)
+        buffers = [
+            torch.empty(size, dtype=dtype, device=device)
+            for _ in range(torch.get_num_threads() if on_cpu else 1)
+        ]
+        count = -(-self.elements // size)
+        return [buffers[i * len(buffers) // count] for i in range(count)]
+
+    def rivals(self) -> dict[str, Callable[[], None]]:
+        """What every report about this pass compares."""
+        return {
+            "usual loop": self.usual_loop,
+            "plain pass": self.plain,
+            "noise only": self.noise_only,
+            "fused pass": self.fused,
+        }
+
+
+def add_rivals(report: Report, label: str, times: Mapping[str, Spread], device: torch.device) -> None:
+    """Adds the times, those of ``DensePass.rivals`` among them, and how the rivals compare."""
+    report.add_times(label, times)
+    limit = times["plain pass"].larger_of(times["noise only"])
+    bar = at_least(12) if device.type == "cpu" else None
+    report.add(f"{label}: usual loop / fused pass", times["usual loop"] / times["fused pass"], "x", bar)
+    report.add(f"{label}: fused pass / larger limit", times["fused pass"] / limit, "x")
+
+
+def usual_perturb(parameters: Sequence[torch.Tensor], seed: int, factor: float, scale: float) -> None:
+    """``theta += factor * z * scale`` as peers write it: noise for one parameter after the other.
+
+    Every product and the sum is a new tensor, and on a CPU torch draws normals on one thread.
+    """
+    torch.manual_seed(seed)
+    for parameter in parameters:
+        z = torch.normal(
+            mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype, device=parameter.device
+        )
+        parameter.data = parameter.data + factor * z * scale
