@@ -46,7 +46,7 @@ def draw(path: Path, records: Sequence[Record], title: str) -> None:
         right.set_ylabel("accuracy")
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    axes.legend(handles, labels, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path)
 
 
