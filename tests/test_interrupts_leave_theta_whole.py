@@ -69,9 +69,9 @@ class InterruptsItself(zoext.Gaussian):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("at", range(1, 11))
+@pytest.mark.parametrize("at", range(1, 9))
 def test_between_any_two_kernels(at: int) -> None:
-    """Two groups: four in-place moves a probe, eight an estimate, then two updates."""
+    """Two groups: to +mu, to -mu and back are six kernels, then there are two updates."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
     reference = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
@@ -89,7 +89,7 @@ def test_between_any_two_kernels(at: int) -> None:
     optimizer = optimizer_of(model, InterruptsItself(at))
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(lambda: loss_of(model))
-    applied = at > 8
+    applied = at > 6
     assert optimizer.param_groups[0]["step"] == int(applied)
     expected = list(reference.parameters()) if applied else before
     for a, b in zip(model.parameters(), expected, strict=True):

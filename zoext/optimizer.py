@@ -189,14 +189,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group in movable:
             for tensor, name in zip(group.tensors, group.names, strict=True):
                 parameters.check(tensor, name)
-        estimate = self._axes.estimator.estimate(
-            self._loss_at(groups, closure), self._step_seeds(movable[0].device), self._mu()
-        )
+        seeds = self._step_seeds(movable[0].device)
+        with self._probe.session() as evaluate:
+            loss_at = self._loss_at(groups, evaluate, closure)
+            estimate = self._axes.estimator.estimate(loss_at, seeds, self._mu())
         self._watch.note(estimate.finite)
         self._pending.append(estimate)
         return estimate
 
-    def _loss_at(self, groups: list[Parameters], closure: Closure) -> Callable[[Tensor, Tensor], Tensor]:
+    def _loss_at(
+        self, groups: list[Parameters], evaluate: probes.Evaluate, closure: Closure
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         device = next(group.device for group in groups if len(group))
         mus = [group["mu"] for group in self.param_groups]
         state = RandomState(device)
@@ -210,7 +213,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             terms = tuple(
                 (group, coefficients * mu) for group, mu in zip(groups, mus, strict=True) if len(group)
             )
-            loss = self._probe.evaluate(Combination(self._axes.direction, seeds, terms), closure)
+            loss = evaluate(Combination(self._axes.direction, seeds, terms), closure)
             self._check_unchanged(groups)
             return _as_loss(loss, device)
 

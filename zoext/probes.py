@@ -5,48 +5,85 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zoext import interrupts
-from zoext.directions import Combination
+from zoext.directions import Combination, Direction
 from zoext.parameters import Parameters
 from zoext.swap import ModuleSwap
 from zoext.unperturbed import UnperturbedReads
 
 Closure = Callable[[], Any]
+Evaluate = Callable[[Combination, Closure], Any]
 
 
 class Probe(ABC):
-    """Evaluates a closure at displaced weights."""
+    """Evaluates closures at displaced weights."""
 
     @abstractmethod
-    def evaluate(self, combination: Combination, closure: Closure) -> Any:
-        """``closure()`` at ``theta + combination``; theta is back when it returns or raises."""
+    def session(self) -> AbstractContextManager[Evaluate]:
+        """The probes of one estimate: yields ``evaluate(combination, closure)``.
+
+        ``evaluate`` returns ``closure()`` at ``theta + combination``. Theta is back when the block ends,
+        however it ends.
+        """
 
 
 class InplaceProbe(Probe):
-    """Adds the combination to theta, runs the closure, subtracts it again.
+    """Adds the combination to theta, runs the closure, and at the end subtracts it again.
 
+    From one probe to the next along the same direction theta moves at once, from ``+mu`` to ``-mu``.
     Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the
     error grows with every step, so prefer ``StreamedProbe`` where there is a module.
     """
 
-    def evaluate(self, combination: Combination, closure: Closure) -> Any:
-        moved: list[tuple[Parameters, Tensor]] = []
+    @contextmanager
+    def session(self) -> Iterator[Evaluate]:
+        displaced: list[_Displaced] = []
+
+        def evaluate(combination: Combination, closure: Closure) -> Any:
+            _move(displaced, combination)
+            with signals.allowed():
+                return closure()
+
         with interrupts.deferred() as signals:
             try:
-                for parameters, coefficients in combination.terms:
-                    combination.direction.axpy_(parameters, combination.seeds, coefficients)
-                    moved.append((parameters, coefficients))
-                with signals.allowed():
-                    return closure()
+                yield evaluate
             finally:
-                for parameters, coefficients in moved:
-                    combination.direction.axpy_(parameters, combination.seeds, -coefficients)
+                _restore(displaced)
+
+
+class _Displaced(NamedTuple):
+    """One group of parameters away from theta."""
+
+    direction: Direction
+    parameters: Parameters
+    seeds: Tensor
+    coefficients: Tensor
+
+
+def _move(displaced: list[_Displaced], combination: Combination) -> None:
+    """Moves theta from where it is to the combination; ``displaced`` is true after each kernel."""
+    known = displaced[0].seeds if displaced else None
+    if known is not combination.seeds:
+        _restore(displaced)
+    for position, (parameters, coefficients) in enumerate(combination.terms):
+        there = position < len(displaced)
+        change = coefficients - displaced[position].coefficients if there else coefficients
+        combination.direction.axpy_(parameters, combination.seeds, change)
+        now = _Displaced(combination.direction, parameters, combination.seeds, coefficients)
+        displaced[position : position + 1] = [now]
+
+
+def _restore(displaced: list[_Displaced]) -> None:
+    while displaced:
+        direction, parameters, seeds, coefficients = displaced[-1]
+        direction.axpy_(parameters, seeds, -coefficients)
+        displaced.pop()
 
 
 class StreamedProbe(Probe):
@@ -66,37 +103,42 @@ class StreamedProbe(Probe):
         self._watched: set[tuple[frozenset[int], tuple[bool, ...]]] = set()
         self._watch_next = True
 
-    def evaluate(self, combination: Combination, closure: Closure) -> Any:
-        training = self._swap.training_flags()
-        watch = self._watch_next or all(training != flags for _, flags in self._watched)
-        watching = self._watching(combination) if watch and len(combination) else nullcontext()
-        with (
-            interrupts.deferred() as signals,
-            self._swap.installed(combination, find_written_buffers=watch) as visited,
-            watching,
-            signals.allowed(),
-        ):
-            loss = closure()
-        if len(combination):
-            route = (frozenset(visited), training)
-            if watch:
-                self._watched.add(route)
-            # A route not seen before ran unwatched: watch it at the next probe.
-            self._watch_next = route not in self._watched
-        return loss
-
     @contextmanager
-    def _watching(self, combination: Combination) -> Iterator[None]:
-        reads = UnperturbedReads(parameters for parameters, _ in combination.terms)
-        with reads:
-            yield
-        if reads.names:
-            names = ", ".join(sorted(reads.names))
-            raise RuntimeError(
-                f"streamed probe: {names} was read while the module that owns it was not "
-                "running, so the probe would not have moved it. Pass probe='inplace', or have the model "
-                "call that module instead of reading its weights."
-            )
+    def session(self) -> Iterator[Evaluate]:
+        def evaluate(combination: Combination, closure: Closure) -> Any:
+            training = self._swap.training_flags()
+            watch = self._watch_next or all(training != flags for _, flags in self._watched)
+            watching = _watching(combination) if watch and len(combination) else nullcontext()
+            with (
+                self._swap.displaced(combination, find_written_buffers=watch) as visited,
+                watching,
+                signals.allowed(),
+            ):
+                loss = closure()
+            if len(combination):
+                route = (frozenset(visited), training)
+                if watch:
+                    self._watched.add(route)
+                # A route not seen before ran unwatched: watch it at the next probe.
+                self._watch_next = route not in self._watched
+            return loss
+
+        with interrupts.deferred() as signals, self._swap.hooked():
+            yield evaluate
+
+
+@contextmanager
+def _watching(combination: Combination) -> Iterator[None]:
+    reads = UnperturbedReads(parameters for parameters, _ in combination.terms)
+    with reads:
+        yield
+    if reads.names:
+        names = ", ".join(sorted(reads.names))
+        raise RuntimeError(
+            f"streamed probe: {names} was read while the module that owns it was not "
+            "running, so the probe would not have moved it. Pass probe='inplace', or have the model "
+            "call that module instead of reading its weights."
+        )
 
 
 def is_compiled(module: nn.Module) -> bool:

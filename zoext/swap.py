@@ -124,7 +124,21 @@ class ModuleSwap:
         return tuple(module.training for module in self._root.modules())
 
     @contextmanager
-    def installed(self, combination: Combination, find_written_buffers: bool) -> Iterator[set[int]]:
+    def hooked(self) -> Iterator[None]:
+        """Within the block there are hooks on every module that owns parameters or buffers."""
+        handles: list[RemovableHandle] = []
+        try:
+            for module in self._root.modules():
+                if module._parameters or module._buffers:
+                    handles.append(module.register_forward_pre_hook(self._before, prepend=True))
+                    handles.append(module.register_forward_hook(self._after, always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def displaced(self, combination: Combination, find_written_buffers: bool) -> Iterator[set[int]]:
         """Within the block, modules run with displaced weights; yields the ids of those that ran.
 
         With ``find_written_buffers`` every buffer is replaced, and those that are written to are noted
@@ -133,22 +147,17 @@ class ModuleSwap:
         self._combination = combination
         self._find_written = find_written_buffers
         self._visited = set()
-        self._terms = self._terms_of_modules(combination)
-        # Taken here, not in the hooks: whoever watches operators would see the hooks read weights.
-        self._originals = {
-            id(tensor): tensor.data for parameters, _ in combination.terms for tensor in parameters.tensors
-        }
-        handles: list[RemovableHandle] = []
         try:
+            self._terms = self._terms_of_modules(combination)
+            # Taken here, not in the hooks: whoever watches operators would see the hooks read weights.
+            self._originals = {
+                id(tensor): tensor.data
+                for parameters, _ in combination.terms
+                for tensor in parameters.tensors
+            }
             self._make_room(combination)
-            for module in self._root.modules():
-                if module in self._terms or self._buffers_to_swap(module):
-                    handles.append(module.register_forward_pre_hook(self._before, prepend=True))
-                    handles.append(module.register_forward_hook(self._after, always_call=True))
             yield self._visited
         finally:
-            for handle in handles:
-                handle.remove()
             for module in reversed(list(self._running)):
                 self._restore(module)
             self._combination, self._terms, self._originals = None, {}, {}
@@ -210,12 +219,13 @@ class ModuleSwap:
         ]
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        if self._combination is None:  # between two probes
+            return
         if module in self._running:  # calls itself: its weights are displaced already
             self._running[module].depth += 1
             return
         running = self._running[module] = _Running(self._scratch.top)
         self._visited.add(id(module))
-        assert self._combination is not None
         for parameters, coefficients in self._terms.get(module, ()):
             # A weight that a running parent shares with this module is displaced already.
             fresh = parameters

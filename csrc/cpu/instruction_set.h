@@ -18,15 +18,20 @@ constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 // loops are bound by arithmetic here and by memory there, and a burst of requests would only make the
 // processor wait for memory at another place.
 struct Upcoming {
-  const char* start;
+  const char* read;   // where they are
+  const char* write;  // where they go, if that is another place, else null
   int64_t bytes_per_element;
 
   ZOEXT_HD void prefetch(int64_t element, int64_t count) const {
     constexpr int64_t line = 64;
-    const char* const end = start + (element + count) * bytes_per_element;
-    for (const char* at = start + element * bytes_per_element; at < end; at += line) __builtin_prefetch(at, 0, 3);
+    const int64_t begin = element * bytes_per_element, end = begin + count * bytes_per_element;
+    for (int64_t at = begin; at < end; at += line) __builtin_prefetch(read + at, 0, 3);
+    if (write)
+      for (int64_t at = begin; at < end; at += line) __builtin_prefetch(write + at, 1, 3);
   }
 };
+
+constexpr Upcoming nothing{nullptr, nullptr, 0};
 
 // A term of a combination over an aligned stretch of a parameter: `start` sets sum to coefficient *
 // direction, `add` adds it.

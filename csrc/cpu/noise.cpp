@@ -28,7 +28,7 @@ struct Combination {
       if (contributes(coefficients[k]))
         (k == first ? loops.start : loops.add)({static_cast<uint64_t>(seeds[k]), key, stream}, coefficients[k],
                                                tile.aligned_index(), tile.aligned_count(), sum,
-                                               k == first ? upcoming : Upcoming{nullptr, 0});
+                                               k == first ? upcoming : nothing);
   }
 };
 
@@ -50,15 +50,18 @@ void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, 
       using Storage = decltype(storage);
       using Number = typename Arithmetic<Storage>::type;
       const Storage* const weights = static_cast<const Storage*>(from.const_data_ptr()) + tile.local;
-      const Upcoming next_tile{reinterpret_cast<const char*>(weights + tile.count), sizeof(Storage)};
+      Storage* const displaced = static_cast<Storage*>(to.mutable_data_ptr()) + tile.local;
+      const auto* const next_read = reinterpret_cast<const char*>(weights + tile.count);
+      const auto* const next_write = reinterpret_cast<const char*>(displaced + tile.count);
+      const Upcoming next_tile{next_read, next_read == next_write ? nullptr : next_write, sizeof(Storage)};
       alignas(64) Number sum[tile_elements];
       alignas(64) uint32_t random[tile_elements / 2];
       combination.evaluate(set, tile, key, next_tile, sum);
       const bool stochastic = can_round<Storage> && rounding == Rounding::stochastic && combination.terms > 0;
       if (stochastic) fill_rounding_bits(set, tile, static_cast<uint64_t>(combination.seeds[0]), key, random);
       set.storage<Storage>().displace(
-          static_cast<Storage*>(to.mutable_data_ptr()) + tile.local, weights, sum + tile.lead(), Number{decay},
-          tile.count, stochastic ? reinterpret_cast<const uint16_t*>(random) + tile.lead() : nullptr);
+          displaced, weights, sum + tile.lead(), Number{decay}, tile.count,
+          stochastic ? reinterpret_cast<const uint16_t*>(random) + tile.lead() : nullptr);
     });
   });
 }
@@ -107,7 +110,7 @@ void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, st
       alignas(64) Number z[tile_elements];
       const auto& direction = set.direction<Number>();
       const auto start = checked == Distribution::sign ? direction.signs.start : direction.normals.start;
-      start(field, Number{1}, tile.aligned_index(), tile.aligned_count(), z, Upcoming{nullptr, 0});
+      start(field, Number{1}, tile.aligned_index(), tile.aligned_count(), z, nothing);
       auto* to = static_cast<Storage*>(out[tile.tensor].mutable_data_ptr()) + tile.local;
       set.storage<Storage>().write(to, z + tile.lead(), tile.count);
     });

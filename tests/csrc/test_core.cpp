@@ -292,8 +292,8 @@ void terms_are_the_cores(const InstructionSet& set, const cpu::TermLoops<Number>
     for (int64_t count : {tile_alignment, 5 * tile_alignment, tile_elements}) {
       std::vector<Number> buffer(count + 32, guard);
       Number* sum = buffer.data() + 16;
-      loops.start(one, Number(0.3f), start, count, sum, {nullptr, 0});
-      loops.add(other, Number(-1.7f), start, count, sum, {nullptr, 0});
+      loops.start(one, Number(0.3f), start, count, sum, {nullptr, nullptr, 0});
+      loops.add(other, Number(-1.7f), start, count, sum, {nullptr, nullptr, 0});
       for (int64_t i = 0; i < count; ++i) {
         const uint64_t index = start + static_cast<uint64_t>(i);
         const Number first = add_term<Number>(0.3f, core(one, index), Number{empty_sum});
