@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
+from types import FrameType
 
 import pytest
 import torch
 from torch import nn
 
 import zoext
-from zoext import interrupts
+from zoext import interrupts, swap
 
 
 def test_a_signal_inside_the_block_waits_for_its_end() -> None:
@@ -54,6 +56,71 @@ def test_the_handler_is_put_back() -> None:
         assert signal.getsignal(signal.SIGINT) is mine
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1])
+def test_other_signals_with_handlers_wait_too(number: signal.Signals) -> None:
+    order = []
+
+    def handler(*_: object) -> None:
+        order.append("handled")
+        raise SystemExit
+
+    def move() -> None:
+        with interrupts.deferred():
+            signal.raise_signal(number)
+            order.append("moved")
+
+    previous = signal.signal(number, handler)
+    try:
+        with pytest.raises(SystemExit):
+            move()
+    finally:
+        signal.signal(number, previous)
+    assert order == ["moved", "handled"]
+
+
+def test_at_every_line_of_a_streamed_probe() -> None:
+    """SIGINT before each line of swap.py and probes.py that an estimate runs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).train()
+    x = torch.randn(4, 2)
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(tensor.detach().clone(), tensor.data_ptr()) for tensor in tensors]
+    files = {zoext.probes.__file__, swap.__file__}
+
+    def run(stop_at: int) -> bool:
+        """Whether there was such a line."""
+        optimizer = zoext.MeZO(model, mu=0.5)
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> object:
+            nonlocal lines
+            if frame.f_code.co_filename not in files:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == stop_at:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            optimizer.estimate(lambda: model(x).square().mean())
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    stop_at = 1
+    while run(stop_at):
+        for tensor, (value, pointer) in zip(tensors, before, strict=True):
+            assert tensor.data_ptr() == pointer, stop_at
+            assert torch.equal(tensor, value), stop_at
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
+        stop_at += 3 if stop_at > 60 else 1
+    assert stop_at > 300
 
 
 class InterruptsItself(zoext.Gaussian):

@@ -230,3 +230,17 @@ def test_streams_keep_their_numbers() -> None:
         ("SEED", 5),
         ("SIGN", 6),
     ]
+
+
+@every_dtype
+def test_flushing_subnormals_to_zero(dtype: torch.dtype, instruction_set: str) -> None:
+    theta = [(weights(333, dtype=torch.float64) * torch.finfo(dtype).tiny).to(dtype)]
+    for change in CHANGES:
+        expected = change.apply(theta, [3], [(0, 333, 0)])
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormals to zero")
+        try:
+            actual = change.apply(theta, [3], [(0, 333, 0)])
+        finally:
+            torch.set_flush_denormal(False)
+        assert_all_same(actual, expected, change)

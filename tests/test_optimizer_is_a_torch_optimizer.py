@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -173,6 +176,80 @@ def test_differences_of_float64_losses_keep_their_digits() -> None:
     estimate = optimizer.estimate(lambda: 1000 + weight.sum())
     z = zoext.noise.normal(3, seed=zoext.noise.step_seed(0, 0)).double()
     assert estimate.coefficients.item() == pytest.approx(z.sum().item(), rel=1e-5)
+
+
+def test_numbers_of_numpy_are_as_good_as_floats() -> None:
+    for number in (np.float32(0.5), np.float64(0.5), 1):
+        assert zoext.MeZO(model_of()).step(lambda number=number: number) == float(number)
+
+
+def test_a_step_with_a_closure_starts_afresh() -> None:
+    model = model_of()
+    optimizer = zoext.MeZO(model, mu=0.1)
+    optimizer.estimate(lambda: loss_of(model))  # only to look at
+    optimizer.step(lambda: loss_of(model))
+    assert optimizer.last_estimate.forwards == 2
+    optimizer.estimate(lambda: loss_of(model))
+    with pytest.raises(FloatingPointError):
+        optimizer.estimate(lambda: float("nan"))
+    with pytest.raises(RuntimeError, match="nothing to apply"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+def test_deepcopy_with_the_model_continues_alike(probe: str) -> None:
+    model = model_of()
+    optimizer = zoext.MeZO(model, lr=0.1, mu=0.1, probe=probe)
+    optimizer.step(lambda: loss_of(model))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for _ in range(2):
+        optimizer.step(lambda: loss_of(model))
+        twin_optimizer.step(lambda: loss_of(twin))
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a is not b
+
+
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_inference_mode(probe: str, outer: bool) -> None:
+    """In the closure, as code that computes a score does, or around the step."""
+    model, reference = model_of(), model_of()
+    optimizer, plain = (zoext.MeZO(m, lr=0.1, mu=0.1, probe=probe) for m in (model, reference))
+
+    def closure() -> torch.Tensor:
+        with torch.inference_mode():
+            return loss_of(model)
+
+    for _ in range(2):
+        with torch.inference_mode(outer):
+            optimizer.step(closure)
+        plain.step(lambda: loss_of(reference))
+    optimizer.step(closure)
+    plain.step(lambda: loss_of(reference))
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+def test_autocast_around_the_step_sees_every_displacement(probe: str) -> None:
+    """Autocast keeps casts of the weights that it has seen."""
+    model = model_of()
+    x = torch.randn(3, 4)
+    losses = []
+
+    def closure() -> torch.Tensor:
+        losses.append(model(x).float().square().mean())
+        return losses[-1]
+
+    optimizer = zoext.MeZO(model, lr=0.0, mu=0.3, probe=probe)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = closure()
+        optimizer.step(closure)
+        after = closure()
+    _, plus, minus, _ = losses
+    assert (plus - minus).abs() > 1e-2
+    assert before == pytest.approx(after.item(), rel=1e-6 if probe == "streamed" else 1e-2)
 
 
 def test_version_counters_move() -> None:

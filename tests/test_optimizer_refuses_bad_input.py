@@ -23,6 +23,8 @@ def parameter(*shape: int) -> nn.Parameter:
         ({"mu": "1e-3"}, TypeError, "mu must be a float, not '1e-3'"),
         ({"lr": -1.0}, ValueError, "lr must be finite and >= 0, not -1.0"),
         ({"lr": torch.ones(2)}, TypeError, "lr must be a float"),
+        ({"lr": torch.ones(1)}, TypeError, r"shape \(\), not a torch.float32 tensor of shape \(1,\)"),
+        ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be finite and >= 0, not -1.0"),
         ({"weight_decay": float("inf")}, ValueError, "weight_decay must be finite"),
         ({"seed": 2**64}, ValueError, "seed must fit into 64 bits"),
         ({"samples": 0}, ValueError, "samples must be an integer of at least 1, not 0"),
@@ -86,6 +88,9 @@ def test_parameter_lists() -> None:
         zoext.MeZO(["weight"])
     with pytest.raises(TypeError, match="set"):
         zoext.MeZO([{"params": {parameter()}}])
+    tied = parameter()
+    with pytest.raises(ValueError, match="given twice"):
+        zoext.MeZO([tied, parameter(), tied])
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(RuntimeError, match="no parameter requires grad"):
         zoext.MeZO(frozen).step(lambda: 1.0)
@@ -131,7 +136,7 @@ def test_closures_that_change_the_parameters(probe: str, change: str) -> None:
             model[1].bias.data = elsewhere
         return 1.0
 
-    with pytest.raises(RuntimeError, match="closure changed the optimizer's parameters"):
+    with pytest.raises(RuntimeError, match=r"parameters .* changed since the closure began"):
         optimizer.step(closure)
     if (probe, change) == ("inplace", "move"):
         return  # the displacement stayed behind in the old memory, and no one can know that
@@ -139,9 +144,51 @@ def test_closures_that_change_the_parameters(probe: str, change: str) -> None:
         assert torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
-def test_a_module_whose_parameter_was_replaced() -> None:
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_module_whose_parameter_was_replaced(steps: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = zoext.MeZO(model)
+    for _ in range(steps):
+        optimizer.step(lambda: model(torch.ones(3)).sum())
+    model[1].weight = parameter(3, 3)
+    with pytest.raises(ValueError, match=r"1\.weight is not a parameter of the module"):
+        optimizer.step(lambda: model(torch.ones(3)).sum())
+
+
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+def test_a_closure_that_estimates(probe: str) -> None:
+    model = nn.Linear(3, 3)
+    optimizer = zoext.MeZO(model, probe=probe)
+    with pytest.raises(RuntimeError, match="called by its own closure"):
+        optimizer.step(lambda: optimizer.estimate(lambda: 1.0).loss)
+    assert optimizer.step(lambda: model(torch.ones(3)).sum()).isfinite()
+    assert optimizer.last_estimate.forwards == 2
+
+
+def test_what_changes_between_an_estimate_and_its_step() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    optimizer = zoext.MeZO([{"params": layer.parameters()} for layer in model], mu=0.5)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def unfreeze() -> None:
+        model[1].weight.requires_grad_(True)
+
+    def change_mu() -> None:
+        optimizer.param_groups[1]["mu"] = 0.25
+
+    for change in (unfreeze, change_mu):
+        optimizer.estimate(lambda: 1.0)
+        change()
+        with pytest.raises(RuntimeError, match="changed since the estimate was made"):
+            optimizer.step()
+        for a, b in zip(before, model.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-6)
+        optimizer.step(lambda: 1.0)
+
+
+def test_states_of_other_optimizers() -> None:
     model = nn.Linear(3, 3)
     optimizer = zoext.MeZO(model)
-    model.weight = parameter(3, 3)
-    with pytest.raises(ValueError, match="weight is not a parameter of the module"):
-        optimizer.step(lambda: model(torch.ones(3)).sum())
+    with pytest.raises(ValueError, match="has no mu, recipe, seed, step"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    assert optimizer.step(lambda: model(torch.ones(3)).sum()).isfinite()

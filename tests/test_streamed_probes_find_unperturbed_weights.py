@@ -71,6 +71,69 @@ def test_it_is_found_when_another_route_is_taken_later() -> None:
     assert torch.equal(before, model.layer.weight)
 
 
+def test_it_is_found_in_time_when_the_same_modules_run() -> None:
+    """Estimates 2, 4, 8, ... are watched again."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.reads = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y @ self.layer.weight if self.reads else y
+
+    model, x = Reads(), torch.randn(3, 4)
+    optimizer = zoext.MeZO(model)
+    for _ in range(5):
+        optimizer.step(lambda: model(x).sum())
+    model.reads = True
+    for _ in range(2):
+        optimizer.step(lambda: model(x).sum())
+    with pytest.raises(RuntimeError, match=r"layer\.weight"):
+        optimizer.step(lambda: model(x).sum())
+
+
+class HidesAView(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.kept: list[Tensor] = []
+        if how == "hook":
+            self.layer.register_forward_hook(lambda module, *_: self.kept.append(module.weight.t()))
+        elif how == "list":
+            forward = self.layer.forward
+            self.layer.forward = lambda x: self.kept.append(self.layer.weight[1:]) or forward(x)
+        else:
+            self.layer.forward = lambda x: type("Result", (), {"view": self.layer.weight.t(), "y": x})()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y = y if isinstance(y, Tensor) else y.y @ y.view
+        return self.other(y) + sum(view.sum() for view in self.kept)
+
+
+@pytest.mark.parametrize("how", ["hook", "list", "object"])
+def test_a_view_that_outlives_its_module_is_named(how: str) -> None:
+    model, x = HidesAView(how), torch.randn(3, 4)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"a view of layer\.weight.* outlives .*probe='inplace'"):
+        zoext.MeZO(model).step(lambda: model(x).sum())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_closures_with_gradients_are_no_error() -> None:
+    """Autograd keeps views of weights for a backward pass that a probe never makes."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            return model(x).square().mean()
+
+    assert zoext.MeZO(model).step(closure).isfinite()
+
+
 def test_weights_that_no_one_reads_are_no_error() -> None:
     model = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(3, 3)})
     x = torch.randn(2, 3)

@@ -168,3 +168,27 @@ def test_what_a_module_returns_of_its_weights_stays_displaced() -> None:
     seed = zoext.noise.step_seed(9, 0)
     a, b = (zoext.noise.normal(6, seed=seed, key=key)[1:] for key in (0, 1))
     assert estimate.coefficients.item() == pytest.approx((a - b).sum().item(), rel=1e-5)
+
+
+def test_buffers_that_cannot_be_copied_are_left_alone() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+            self.register_buffer("complex", torch.ones(3, dtype=torch.complex64))
+            self.register_buffer("elsewhere", torch.ones(3, device="meta"))
+            self.register_buffer("scalar", torch.tensor(float("nan")))
+            self.register_buffer("absent", None)
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+        def forward(self) -> Tensor:
+            self.count += 1
+            return (torch.mv(self.sparse, self.weight) * self.complex.real).sum()
+
+    model = Odd()
+    optimizer = zoext.MeZO(model, probe="streamed")
+    assert optimizer.step(model).isfinite()
+    assert model.count == 0
+    assert optimizer.step(model).isfinite()
+    assert model.count == 0

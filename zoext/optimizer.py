@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -98,6 +99,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._pending: list[Estimate] = []
         self._seeds: tuple[int, Tensor] | None = None
         self._groups: list[Parameters] = []
+        self._mus: list[float] = []
+        self._estimating = False
         self.last_estimate: Estimate | None = None
         given: Any = list(module.named_parameters()) if module is not None else params
         super().__init__(given, defaults)
@@ -117,6 +120,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         ]
         for name, tensor in named:
             parameters.check(tensor, name)
+            if sum(tensor is other for _, other in named) > 1:
+                raise ValueError(f"params: {name} is given twice; give tied weights once")
         _check_options({**self.defaults, **group})
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
@@ -128,7 +133,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Continues from ``state_dict`` bit for bit; it must come from the same recipe."""
         recipe = self._axes.recipe()
         for group in state_dict["param_groups"]:
-            if group.get("recipe", recipe) != recipe:
+            if missing := self.defaults.keys() - group.keys():
+                raise ValueError(
+                    f"state_dict has no {', '.join(sorted(missing))}: it is not that of a zoext optimizer"
+                )
+            if group["recipe"] != recipe:
                 raise ValueError(
                     f"state_dict comes from the recipe {group['recipe']}, this optimizer has {recipe}; "
                     "build it with the same direction, estimator and update"
@@ -136,8 +145,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._pending.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
+        own = ("_axes", "_watch", "_probe", "_mus", "_estimating", "last_estimate")
+        fresh: dict[str, Any] = {"_pending": [], "_seeds": None, "_groups": []}
+        return {**super().__getstate__(), **fresh, **{name: self.__dict__[name] for name in own}}
+
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
-        """Estimates with ``closure``, if there is one, and moves theta by the pending estimates.
+        """Moves theta by the estimate with ``closure``, or without one by the mean of the pending estimates.
 
         Args:
             closure: takes nothing, evaluates the model on the step's batch and returns the loss, a
@@ -150,14 +165,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: without a closure and without a preceding ``estimate``.
         """
         if closure is not None:
+            self._pending.clear()
             self.estimate(closure)
         if not self._pending:
             raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
-        with torch.no_grad(), interrupts.deferred():
+        self._check_unchanged("the estimate was made, so it does not fit any more")
+        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
             estimate = average(self._pending)
-            for group, movable in zip(self.param_groups, self._current_groups(), strict=True):
+            for group, movable, mu in zip(self.param_groups, self._groups, self._mus, strict=True):
                 if len(movable):
-                    self._update(group, movable, estimate)
+                    self._update(group, movable, mu, estimate)
             for group in self.param_groups:
                 group["step"] += 1
             self._pending.clear()
@@ -166,19 +183,36 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # Estimates
 
-    @torch.no_grad()
     def estimate(self, closure: Closure) -> Estimate:
-        """Probes only: theta is unchanged. ``step()`` applies the mean of all estimates since the last.
+        """Probes only: theta is unchanged. ``step()`` applies the mean of all estimates since the last step.
 
         Several calls before a ``step()`` see the same directions, so micro-batches add up to the
-        estimate of the whole batch.
+        estimate of the whole batch. One that raises discards them all; ``step(closure)`` does too.
 
         Raises:
             TypeError, ValueError: for a closure that does not return one number.
             FloatingPointError: for a loss that is not finite, with ``nonfinite="raise"``.
             RuntimeError: for a closure that changes the parameters of the optimizer.
         """
+        if self._estimating:
+            raise RuntimeError("estimate() was called by its own closure; call it between steps")
+        self._estimating = True
+        try:
+            # Outside of inference mode: what is kept here must be usable by later steps.
+            with torch.inference_mode(False), torch.no_grad():
+                estimate = self._estimate(closure)
+        except BaseException:
+            self._pending.clear()
+            raise
+        finally:
+            self._estimating = False
+        self._pending.append(estimate)
+        return estimate
+
+    def _estimate(self, closure: Closure) -> Estimate:
         self._watch.check()
+        if self._pending:
+            self._check_unchanged("the first estimate of this step")
         groups = self._current_groups()
         movable = [group for group in groups if len(group)]
         if not movable:
@@ -189,19 +223,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group in movable:
             for tensor, name in zip(group.tensors, group.names, strict=True):
                 parameters.check(tensor, name)
+        self._mus = [float(group["mu"]) for group in self.param_groups]
         seeds = self._step_seeds(movable[0].device)
         with self._probe.session() as evaluate:
-            loss_at = self._loss_at(groups, evaluate, closure)
-            estimate = self._axes.estimator.estimate(loss_at, seeds, self._mu())
+            estimate = self._axes.estimator.estimate(self._loss_at(evaluate, closure), seeds, self._mus[0])
         self._watch.note(estimate.finite)
-        self._pending.append(estimate)
         return estimate
 
-    def _loss_at(
-        self, groups: list[Parameters], evaluate: probes.Evaluate, closure: Closure
-    ) -> Callable[[Tensor, Tensor], Tensor]:
+    def _loss_at(self, evaluate: probes.Evaluate, closure: Closure) -> Callable[[Tensor, Tensor], Tensor]:
+        groups, mus = self._groups, self._mus
         device = next(group.device for group in groups if len(group))
-        mus = [group["mu"] for group in self.param_groups]
         state = RandomState(device)
         first = True
 
@@ -214,16 +245,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 (group, coefficients * mu) for group, mu in zip(groups, mus, strict=True) if len(group)
             )
             loss = evaluate(Combination(self._axes.direction, seeds, terms), closure)
-            self._check_unchanged(groups)
+            self._check_unchanged("the closure began; change them between steps")
             return _as_loss(loss, device)
 
         return loss_at
 
-    def _check_unchanged(self, groups: list[Parameters]) -> None:
-        if self._current_groups() is not groups:
+    def _check_unchanged(self, since: str) -> None:
+        known = self._groups
+        if self._current_groups() is not known or self._mus != [group["mu"] for group in self.param_groups]:
+            self._pending.clear()
             raise RuntimeError(
-                "the closure changed the optimizer's parameters (their list, their memory or requires_grad); "
-                "do that between steps"
+                "the optimizer's parameters (their list, their memory or requires_grad) or a group's mu "
+                f"changed since {since}"
             )
 
     def _current_groups(self) -> list[Parameters]:
@@ -245,12 +278,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # Updates
 
-    def _mu(self) -> float:
-        return float(self.param_groups[0]["mu"])
-
-    def _update(self, group: dict[str, Any], movable: Parameters, estimate: Estimate) -> None:
+    def _update(self, group: dict[str, Any], movable: Parameters, mu: float, estimate: Estimate) -> None:
         # Coefficients are per mu of the first group; a direction of another length scales them.
-        relative = self._mu() / group["mu"]
+        relative = self._mus[0] / mu
         coefficients = estimate.coefficients if relative == 1 else estimate.coefficients * relative
         self._axes.update.apply(
             self._axes.direction,
@@ -280,7 +310,7 @@ def _as_loss(loss: object, device: torch.device) -> Tensor:
             raise TypeError(f"closure must return a real number, not {loss.dtype}")
         loss = loss.detach().reshape(())
         return loss.to(device, torch.promote_types(loss.dtype, torch.float32), non_blocking=True)
-    if isinstance(loss, bool) or not isinstance(loss, int | float):
+    if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
         hint = "; did it forget to return the loss?" if loss is None else ""
         raise TypeError(
             f"closure must return the loss as a tensor of one element or a float, not {loss!r}{hint}"
@@ -292,9 +322,10 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, low, strict in (("lr", 0.0, False), ("mu", 0.0, True), ("weight_decay", 0.0, False)):
         value = options[name]
         if isinstance(value, Tensor):
-            if name == "lr" and value.numel() == 1:
-                continue
-            raise TypeError(f"{name} must be a float, not a tensor of shape {tuple(value.shape)}")
+            if name != "lr" or value.dim() or value.dtype not in (torch.float32, torch.float64):
+                kind = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+                raise TypeError(f"{name} must be a float, or lr a float32 tensor of shape (), not {kind}")
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a float, not {value!r}")
         if not math.isfinite(value) or value < low or (strict and value == low):

@@ -22,7 +22,10 @@ Evaluate = Callable[[Combination, Closure], Any]
 
 
 class Probe(ABC):
-    """Evaluates closures at displaced weights."""
+    """Evaluates closures at displaced weights.
+
+    Both probes clear autocast's cache, which keeps casts of weights and sees neither kind of change.
+    """
 
     @abstractmethod
     def session(self) -> AbstractContextManager[Evaluate]:
@@ -47,6 +50,7 @@ class InplaceProbe(Probe):
 
         def evaluate(combination: Combination, closure: Closure) -> Any:
             _move(displaced, combination)
+            torch.clear_autocast_cache()
             with signals.allowed():
                 return closure()
 
@@ -55,6 +59,7 @@ class InplaceProbe(Probe):
                 yield evaluate
             finally:
                 _restore(displaced)
+                torch.clear_autocast_cache()
 
 
 class _Displaced(NamedTuple):
@@ -100,11 +105,24 @@ class StreamedProbe(Probe):
 
     def __init__(self, module: nn.Module) -> None:
         self._swap = ModuleSwap(module)
+        self._module = module
         self._watched: set[tuple[frozenset[int], tuple[bool, ...]]] = set()
         self._watch_next = True
+        self._sessions = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module alone: all else is found again."""
+        return {"module": self._module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["module"])  # type: ignore[misc]
 
     @contextmanager
     def session(self) -> Iterator[Evaluate]:
+        self._sessions += 1
+        if self._sessions & (self._sessions - 1) == 0 or self._sessions % 100 == 0:
+            self._watch_next = True
+
         def evaluate(combination: Combination, closure: Closure) -> Any:
             training = self._swap.training_flags()
             watch = self._watch_next or all(training != flags for _, flags in self._watched)
@@ -114,6 +132,7 @@ class StreamedProbe(Probe):
                 watching,
                 signals.allowed(),
             ):
+                torch.clear_autocast_cache()
                 loss = closure()
             if len(combination):
                 route = (frozenset(visited), training)
@@ -123,8 +142,11 @@ class StreamedProbe(Probe):
                 self._watch_next = route not in self._watched
             return loss
 
-        with interrupts.deferred() as signals, self._swap.hooked():
-            yield evaluate
+        with interrupts.deferred() as signals, self._swap.hooked(signals):
+            try:
+                yield evaluate
+            finally:
+                torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_any, tree_map
+from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from zoext.directions import Combination
+from zoext.interrupts import Signals
 from zoext.parameters import Parameters
 
 ALIGNMENT = 64
@@ -39,6 +40,7 @@ class Scratch:
         self._top = 0
         self._wanted = 0
         self._views: dict[tuple[int, int], _Views] = {}
+        self._kept = 0
 
     def prepare(self, device: torch.device, size: int) -> None:
         """Makes room for ``size`` bytes, and for what was needed before."""
@@ -78,13 +80,20 @@ class Scratch:
         if known is not None:
             self._top += known.size
             return known.views
+        users = self.users()
         views = self.take(parameters.tensors)
         if self._top <= self._buffer.numel():
             self._views[id(parameters), start] = _Views(parameters, views, self._top - start)
+            self._kept += self.users() - users
         return views
 
     def forget_views(self) -> None:
         self._views.clear()
+        self._kept = 0
+
+    def users(self) -> int:
+        """How many references to this memory there are, beside those of the views that are kept."""
+        return int(torch._C._storage_Use_Count(self._buffer.untyped_storage()._cdata)) - self._kept
 
     def release(self, top: int) -> None:
         self._top = top
@@ -97,11 +106,12 @@ class Scratch:
 
 
 class _Running:
-    """A module that is running: what it had, and where the scratch memory stood before it."""
+    """A module that is running: what it had, and how the scratch memory stood before it."""
 
-    def __init__(self, top: int) -> None:
+    def __init__(self, top: int, users: int) -> None:
         self.depth = 1
         self.top = top
+        self.users = users
         self.parameters: list[tuple[Tensor, Tensor]] = []
         self.buffers: list[tuple[str, Tensor, Tensor]] = []
         self.rows: list[int] | None = None
@@ -112,15 +122,18 @@ class ModuleSwap:
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
+        self._signals = Signals()
         self._scratch = Scratch()
         self._written_buffers: set[tuple[int, str]] = set()
         self._running: dict[nn.Module, _Running] = {}
         self._swapped: set[int] = set()
         self._groups: list[Parameters] = []
+        self._outline: list[tuple[int, list[int]]] = []
         self._own: dict[nn.Module, list[tuple[int, Parameters]]] = {}
         self._originals: dict[int, Tensor] = {}
         self._terms: dict[nn.Module, list[tuple[Parameters, Tensor]]] = {}
         self._combination: Combination | None = None
+        self._device = torch.device("cpu")
         self._find_written = False
         self._visited: set[int] = set()
 
@@ -128,14 +141,19 @@ class ModuleSwap:
         return tuple(module.training for module in self._root.modules())
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Within the block there are hooks on every module that owns parameters or buffers."""
+    def hooked(self, signals: Signals) -> Iterator[None]:
+        """Within the block there are hooks on every module that owns parameters or buffers.
+
+        They hold ``signals`` back: a module is either swapped or not.
+        """
         handles: list[RemovableHandle] = []
+        self._signals = signals
         try:
             for module in self._root.modules():
                 if module._parameters or module._buffers:
-                    handles.append(module.register_forward_pre_hook(self._before, prepend=True))
-                    handles.append(module.register_forward_hook(self._after, always_call=True))
+                    handles.append(module.register_forward_pre_hook(self._before_forward, prepend=True))
+                    handles.append(module.register_forward_hook(self._after_forward, always_call=True))
+            self._forget_other_owners()
             yield
         finally:
             for handle in handles:
@@ -149,6 +167,7 @@ class ModuleSwap:
         for later probes.
         """
         self._combination = combination
+        self._device = combination.seeds.device
         self._find_written = find_written_buffers
         self._visited = set()
         try:
@@ -181,6 +200,14 @@ class ModuleSwap:
             module: [(parameters, coefficients[group]) for group, parameters in own]
             for module, own in self._own.items()
         }
+
+    def _forget_other_owners(self) -> None:
+        """Looks for the owners again if modules or their parameters were replaced."""
+        outline = [
+            (id(module), list(map(id, module._parameters.values()))) for module in self._root.modules()
+        ]
+        if outline != self._outline:
+            self._outline, self._groups = outline, []
 
     def _owners(self, groups: list[Parameters]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
         """The parameters that each module owns itself, by the group they belong to."""
@@ -219,16 +246,30 @@ class ModuleSwap:
         return [
             (name, buffer)
             for name, buffer in module._buffers.items()
-            if buffer is not None and (self._find_written or (id(module), name) in self._written_buffers)
+            if buffer is not None
+            and (self._find_written or (id(module), name) in self._written_buffers)
+            and buffer.layout == torch.strided
+            and buffer.device == self._device
+            and not buffer.is_quantized
         ]
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self._combination is None:  # between two probes
             return
-        if module in self._running:  # calls itself: its weights are displaced already
-            self._running[module].depth += 1
-            return
-        running = self._running[module] = _Running(self._scratch.top)
+        with self._signals.held():
+            if module in self._running:  # calls itself: its weights are displaced already
+                self._running[module].depth += 1
+            else:
+                self._before(module, args)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        with self._signals.held():
+            return self._after(module, output)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        assert self._combination is not None
+        users = self._scratch.users()
+        running = self._running[module] = _Running(self._scratch.top, users)
         self._visited.add(id(module))
         running.rows = self._rows_to_read(module, args)
         if running.rows is not None:
@@ -255,7 +296,7 @@ class ModuleSwap:
             running.buffers.append((name, buffer, buffer.data))
             buffer.data = copy
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after(self, module: nn.Module, output: Any) -> Any:
         running = self._running.get(module)
         if running is None:  # its forward raised before it began to run
             return None
@@ -265,10 +306,19 @@ class ModuleSwap:
         if running.rows is not None and output is not None:
             self._displace_rows(module, running.rows, output)
         # What a module returns may be a view of its weights, whose memory the next module will use.
-        borrowed = tree_any(self._scratch.holds, output)
+        borrowed = _distinct(output, self._scratch.holds)
         if borrowed:
             output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
         self._restore(module)
+        if self._scratch.users() > running.users + len(borrowed) and not torch.is_grad_enabled():
+            names = ", ".join(
+                name for parameters, _ in self._terms.get(module, ()) for name in parameters.names
+            )
+            raise RuntimeError(
+                f"streamed probe: a view of {names or 'a buffer'} outlives the forward of the module that "
+                "owns it, and would later show other weights. Pass probe='inplace', or keep a copy instead "
+                "of a view."
+            )
         return output if borrowed else None
 
     def _rows_to_read(self, module: nn.Module, args: Any) -> list[int] | None:
@@ -283,10 +333,11 @@ class ModuleSwap:
         others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
         if others_hook or module.weight.device.type != "cpu" or id(module.weight) in self._swapped:
             return None  # a hook of the user may read the table itself
-        if module not in self._terms or not args or args[0].numel() * ROW_OVERHEAD > module.num_embeddings:
+        index = args[0] if args and isinstance(args[0], Tensor) else None
+        if index is None or not 0 < index.numel() * ROW_OVERHEAD <= module.num_embeddings:
             return None
-        rows: list[int] = args[0].flatten().tolist()
-        return rows
+        rows: list[int] = index.flatten().tolist()
+        return rows if module in self._terms else None
 
     def _displace_rows(self, module: nn.Module, rows: list[int], output: Tensor) -> None:
         """Adds the combination to rows that were read from the original table: the same bits."""
@@ -301,14 +352,35 @@ class ModuleSwap:
         self._combination.direction.axpy_(read, self._combination.seeds, coefficients)
 
     def _restore(self, module: nn.Module) -> None:
-        running = self._running.pop(module)
+        """Puts everything back; may be called again where an interrupt cut it short."""
+        running = self._running[module]
+        written = []
         for tensor, original in running.parameters:
             tensor.data = original
             self._swapped.discard(id(tensor))
         for name, buffer, original in running.buffers:
-            # Not by version counters: batch_norm moves its statistics behind autograd's back.
-            if self._find_written and not (module._buffers[name] is buffer and torch.equal(buffer, original)):
-                self._written_buffers.add((id(module), name))
+            written.append((name, buffer.data, original, module._buffers.get(name) is not buffer))
             buffer.data = original
             module._buffers[name] = buffer
+        del self._running[module]
+        if self._find_written:
+            # Not by version counters: batch_norm moves its statistics behind autograd's back.
+            self._written_buffers |= {
+                (id(module), name)
+                for name, now, original, replaced in written
+                if replaced or not _same(now, original)
+            }
         self._scratch.release(running.top)
+
+
+def _same(now: Tensor, original: Tensor) -> bool:
+    if now.shape != original.shape or now.dtype != original.dtype:
+        return False
+    return (
+        torch.equal(now.view(torch.uint8), original.view(torch.uint8)) if now.dim() else bool(now == original)
+    )
+
+
+def _distinct(output: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+    """The values of a nest that are wanted, each object once."""
+    return list({id(value): value for value in tree_iter(output) if wanted(value)}.values())

@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_iter
 
 from zoext.parameters import Parameters
 
+#: What ``tensor.data = ...`` asks first, in inference mode through the dispatcher: no one reads there.
+_ASSIGNS_DATA = torch.ops.aten._has_compatible_shallow_copy_type.default
+
 
 class UnperturbedReads(TorchDispatchMode):
     """Watches every operator for arguments that lie in the memory of the original weights.
@@ -39,7 +42,7 @@ class UnperturbedReads(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         run: Callable[..., Any] = func
-        if func.namespace != "zoext":
+        if func.namespace != "zoext" and func is not _ASSIGNS_DATA:
             for value in tree_iter((args, kwargs)):
                 if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
                     self._note(value)

@@ -7,6 +7,10 @@
 #include "../arguments.h"
 #include "instruction_set.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace zoext::cpu {
 
 // `count` elements of tensor `tensor` from local position `local` on; their indices are consecutive
@@ -35,6 +39,27 @@ void for_each_tile(size_t tensor, const Span& span, int64_t begin, int64_t end, 
   }
 }
 
+// Arithmetic as IEEE 754 has it, subnormals included, whatever the program has set: flushing them to
+// zero would make the bits depend on the instruction set, and an empty sum move them.
+class IeeeArithmetic {
+ public:
+#if defined(__x86_64__)
+  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~flush_to_zero); }
+  ~IeeeArithmetic() { _mm_setcsr(saved_); }
+
+ private:
+  static constexpr unsigned flush_to_zero = 0x8040;  // FTZ and DAZ
+  const unsigned saved_;
+#elif defined(__aarch64__)
+  IeeeArithmetic() : saved_(__builtin_aarch64_get_fpcr()) { __builtin_aarch64_set_fpcr(saved_ & ~flush_to_zero); }
+  ~IeeeArithmetic() { __builtin_aarch64_set_fpcr(saved_); }
+
+ private:
+  static constexpr unsigned flush_to_zero = 1u << 24 | 1u << 19;  // FZ and FZ16
+  const unsigned saved_;
+#endif
+};
+
 // f(tile) for every tile of every tensor, in parallel. Chunks of work are the same however many
 // threads there are, and nothing depends on which thread takes which.
 template <class F>
@@ -44,6 +69,7 @@ void for_each_tile(const std::vector<Tensor>& tensors, const std::vector<Place>&
   for (const Tensor& tensor : tensors)
     first_chunk.push_back(first_chunk.back() + (tensor.numel() + chunk - 1) / chunk);
   torch::stable::parallel_for(0, first_chunk.back(), chunks_per_thread, [&](int64_t begin, int64_t end) {
+    const IeeeArithmetic ieee;
     size_t tensor = std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
     for (int64_t c = begin; c < end; ++c) {
       while (c >= first_chunk[tensor + 1]) ++tensor;
