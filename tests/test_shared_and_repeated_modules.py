@@ -93,3 +93,36 @@ def test_a_tied_weight_has_one_key_and_moves_once() -> None:
     z = zoext.noise.normal((13, 6), seed=zoext.noise.step_seed(2, 0))
     assert torch.equal(model.embedding.weight, before + (optimizer.last_estimate.coefficients * -0.5) * z)
     assert model.embedding.weight is model.head.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_rows_that_an_embedding_reads_have_the_bits_of_the_whole_table(
+    dtype: torch.dtype, hooked: bool
+) -> None:
+    """The first probe displaces the whole table, later ones only the rows that are read."""
+    torch.manual_seed(1)
+    model = nn.Embedding(500, 13).to(dtype)
+    seen = []
+    if hooked:  # a hook may read the table: then it must be displaced as a whole
+        model.register_forward_hook(lambda module, *_: seen.append(module.weight.detach().clone()))
+    index = torch.tensor([[3, 499, 0], [3, 17, 17]])
+    before = model.weight.detach().clone()
+    outputs: list[Tensor] = []
+
+    def closure() -> Tensor:
+        outputs.append(model(index))
+        return outputs[-1].float().sum()
+
+    optimizer = zoext.MeZO(model, mu=0.25, seed=5)
+    for _ in range(2):
+        optimizer.estimate(closure)
+    z = zoext.noise.normal((500, 13), seed=zoext.noise.step_seed(5, 0))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for position, output in enumerate(outputs):
+        table = (before.to(wide) + (0.25 - position % 2 * 0.5) * z.to(wide)).to(dtype)
+        assert torch.equal(output, table[index])
+        if hooked:
+            assert torch.equal(seen[position], table)
+    assert len(outputs) == 4
+    assert torch.equal(model.weight, before)

@@ -16,6 +16,9 @@ from zoext.parameters import Parameters
 
 ALIGNMENT = 64
 
+#: How many rows of a table are displaced in the time that it takes to handle one alone.
+ROW_OVERHEAD = 8
+
 
 def _aligned_bytes(tensor: Tensor) -> int:
     size = tensor.numel() * tensor.element_size()
@@ -101,6 +104,7 @@ class _Running:
         self.top = top
         self.parameters: list[tuple[Tensor, Tensor]] = []
         self.buffers: list[tuple[str, Tensor, Tensor]] = []
+        self.rows: list[int] | None = None
 
 
 class ModuleSwap:
@@ -226,6 +230,9 @@ class ModuleSwap:
             return
         running = self._running[module] = _Running(self._scratch.top)
         self._visited.add(id(module))
+        running.rows = self._rows_to_read(module, args)
+        if running.rows is not None:
+            return
         for parameters, coefficients in self._terms.get(module, ()):
             # A weight that a running parent shares with this module is displaced already.
             fresh = parameters
@@ -255,12 +262,43 @@ class ModuleSwap:
         running.depth -= 1
         if running.depth:
             return None
+        if running.rows is not None and output is not None:
+            self._displace_rows(module, running.rows, output)
         # What a module returns may be a view of its weights, whose memory the next module will use.
         borrowed = tree_any(self._scratch.holds, output)
         if borrowed:
             output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
         self._restore(module)
         return output if borrowed else None
+
+    def _rows_to_read(self, module: nn.Module, args: Any) -> list[int] | None:
+        """The rows that an embedding is about to read, if displacing only those is cheaper.
+
+        A table of a vocabulary is often the largest module, and a batch reads a small part of it. On
+        CUDA the indices would have to come to the host, so there the whole table is displaced; and
+        while operators are watched, since the watch would see the rows read from the original.
+        """
+        if type(module) is not nn.Embedding or module.max_norm is not None or self._find_written:
+            return None
+        others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
+        if others_hook or module.weight.device.type != "cpu" or id(module.weight) in self._swapped:
+            return None  # a hook of the user may read the table itself
+        if module not in self._terms or not args or args[0].numel() * ROW_OVERHEAD > module.num_embeddings:
+            return None
+        rows: list[int] = args[0].flatten().tolist()
+        return rows
+
+    def _displace_rows(self, module: nn.Module, rows: list[int], output: Tensor) -> None:
+        """Adds the combination to rows that were read from the original table: the same bits."""
+        assert self._combination is not None
+        ((parameters, coefficients),) = self._terms[module]
+        width = output.shape[-1]
+        tensors = output.view(-1, width).unbind(0)
+        count = len(tensors)
+        spans = tuple((row * width, width, 0) for row in rows)
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        read = Parameters(tensors, parameters.keys * count, spans, parameters.names * count, addresses)
+        self._combination.direction.axpy_(read, self._combination.seeds, coefficients)
 
     def _restore(self, module: nn.Module) -> None:
         running = self._running.pop(module)

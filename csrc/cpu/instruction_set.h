@@ -11,7 +11,7 @@
 
 namespace zoext::cpu {
 
-constexpr int tile_alignment = 128;  // a power of two: whole groups of Philox blocks, also of rounding bits
+constexpr int tile_alignment = 256;  // a power of two: whole groups of Philox blocks, also of rounding bits
 constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 
 // Weights that will be needed next. They are asked for line by line while noise is computed: the

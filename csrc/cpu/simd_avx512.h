@@ -15,13 +15,14 @@ struct Floats {
   __m512 v;
 };
 // 32-bit words in the low halves of 64-bit lanes; the high halves hold anything. A product then
-// needs no shuffle. Two vectors side by side keep the multipliers busy while the other one waits.
-constexpr int vectors = 2;
+// needs no shuffle. Several vectors side by side keep the multipliers busy while one waits.
+constexpr int vectors = 4;
 struct Counters {
   __m512i v[vectors];
   Counters() = default;
-  explicit Counters(uint32_t word) : v{_mm512_set1_epi64(word), _mm512_set1_epi64(word)} {}
-  Counters(__m512i a, __m512i b) : v{a, b} {}
+  explicit Counters(uint32_t word) {
+    for (__m512i& vector : v) vector = _mm512_set1_epi64(word);
+  }
 };
 
 constexpr int lanes = 16;
@@ -31,9 +32,9 @@ constexpr int blocks_per_group = vectors * blocks_per_vector;
 // The high half of each lane. A shuffle, not a shift: shifts share their port with the products.
 inline __m512i high_words(__m512i a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xf5)); }
 
-inline Counters xor_of_three(Counters a, Counters b, __m512i key) {
-  return {_mm512_ternarylogic_epi64(a.v[0], b.v[0], key, 0x96),
-          _mm512_ternarylogic_epi64(a.v[1], b.v[1], key, 0x96)};
+inline Counters xor_of_three(Counters a, const Counters& b, __m512i key) {
+  for (int j = 0; j < vectors; ++j) a.v[j] = _mm512_ternarylogic_epi64(a.v[j], b.v[j], key, 0x96);
+  return a;
 }
 
 // The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
@@ -52,17 +53,23 @@ struct Keys {
   __m512i second(int round) const { return keys[round][1]; }
 };
 
-inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
+inline Product<Counters> multiply_wide(uint32_t constant, const Counters& a) {
   const __m512i factor = _mm512_set1_epi64(constant);
-  const __m512i p = _mm512_mul_epu32(factor, a.v[0]), q = _mm512_mul_epu32(factor, a.v[1]);
-  return {{high_words(p), high_words(q)}, {p, q}};
+  Product<Counters> product;
+  for (int j = 0; j < vectors; ++j) {
+    product.low.v[j] = _mm512_mul_epu32(factor, a.v[j]);
+    product.high.v[j] = high_words(product.low.v[j]);
+  }
+  return product;
 }
 
 // In the order that makes `in_order` two unpack instructions a vector.
 inline Counters consecutive_blocks(uint32_t first) {
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  return {_mm512_add_epi64(_mm512_set1_epi64(first), order),
-          _mm512_add_epi64(_mm512_set1_epi64(first + blocks_per_vector), order)};
+  Counters blocks;
+  for (int j = 0; j < vectors; ++j)
+    blocks.v[j] = _mm512_add_epi64(_mm512_set1_epi64(first + static_cast<uint32_t>(j * blocks_per_vector)), order);
+  return blocks;
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
@@ -94,8 +101,12 @@ inline Ints merge(__m512i even, __m512i odd) {
 }
 
 inline Pairs pair_up(const Words<Counters>& words) {
-  const auto& [a, b, c, d] = words.w;
-  return {{merge(a.v[0], c.v[0]), merge(a.v[1], c.v[1])}, {merge(b.v[0], d.v[0]), merge(b.v[1], d.v[1])}};
+  Pairs pairs;
+  for (int j = 0; j < vectors; ++j) {
+    pairs.first[j] = merge(words.w[0].v[j], words.w[2].v[j]);
+    pairs.second[j] = merge(words.w[1].v[j], words.w[3].v[j]);
+  }
+  return pairs;
 }
 
 inline void in_order(const Ints (&first)[vectors], const Ints (&second)[vectors], Ints (&out)[2 * vectors]) {
