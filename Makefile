@@ -62,13 +62,14 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	mkdir -p $@
 
-# The torch that was chosen stays: everything else is installed under its constraint.
+# The torch that was chosen stays: everything else is installed under its constraint. Its version is
+# the package's, since torch.__version__ may have a local part that the package has not.
 torch: $(CHOICE)
 
 $(CHOICE): | $(STAMPS)
 	$(PIP) install '$(TORCH)' numpy
 	rm -f $(STAMPS)/*
-	$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" > $(CONSTRAINT)
+	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(CONSTRAINT)
 	@cat $(CONSTRAINT)
 	touch $@
 

@@ -51,6 +51,8 @@ class DensePass:
         self._seeds = torch.tensor([SEED], device=device)
         self._coefficients = torch.tensor([SCALE], device=device)
         self._decay = torch.zeros((), device=device)
+        size = self.elements * dtype.itemsize
+        self._bytes = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
         self._pieces = self._reused_pieces(dtype, device)
 
     def usual_loop(self) -> None:
@@ -58,8 +60,11 @@ class DensePass:
         usual_perturb(self.parameters, SEED, 1.0, SCALE)
 
     def plain(self) -> None:
-        """Reads and writes every parameter, with next to no arithmetic: the limit that memory sets."""
-        torch._foreach_add_(self.parameters, SCALE)
+        """Reads and writes as many bytes, in one piece: the limit that memory sets.
+
+        Of integers, since torch's sums in 16 bits are bound by arithmetic and not by memory.
+        """
+        self._bytes.bitwise_not_()
 
     def noise_only(self) -> None:
         """As many normals, into memory that stays in a cache: the limit that arithmetic sets."""
