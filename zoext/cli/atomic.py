@@ -44,13 +44,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was in the middle of writing into ``folder``."""
-    for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
+def remove_leftovers(path: Path) -> None:
+    """Removes what a killed process was in the middle of writing as ``path``, whose name may hold a ``*``."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
         else:
-            path.unlink()
+            leftover.unlink()
 
 
 def sync(path: Path) -> None:

@@ -69,10 +69,12 @@ def _resolve(
     is_demo = "model" not in given and "data" not in given
     folder = RunFolder(out or unused(Path("runs"), "demo" if is_demo else "finetune"))
     if not resume:
-        if folder.holds_run and not overwrite:
-            raise UserError(f"--out {out}: holds a run already; give --resume, --overwrite or another folder")
-        return dataclasses.replace(demo.SETTINGS if is_demo else Settings(), **given), folder
+        settings = dataclasses.replace(demo.SETTINGS if is_demo else Settings(), **given)
+        folder.check_spares_inputs(settings)
+        folder.check_free(overwrite)
+        return settings, folder
     settings, _ = folder.read_settings()
+    folder.check_spares_inputs(settings)
     for name, value in given.items():
         if name not in RESUMABLE and value != getattr(settings, name):
             option = "--" + name.replace("_", "-")
