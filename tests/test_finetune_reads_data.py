@@ -61,6 +61,29 @@ def test_a_csv_text_of_several_lines(tmp_path: Path) -> None:
     assert data.read(str(tmp_path / "a.csv"))[0].texts == ("one\ntwo", "three")
 
 
+#: What str.splitlines takes for the end of a line and no file format here does.
+NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("character", NO_LINE_ENDS)
+def test_characters_that_end_no_line(tmp_path: Path, character: str, end: str) -> None:
+    texts = (f"one{character}two", f"three{character}four")
+    rows = {
+        "a.csv": ["text,label", f"{texts[0]},0", f"{texts[1]},1"],
+        "a.jsonl": [json.dumps({"text": text}, ensure_ascii=character < " ") for text in texts],
+        "a.txt": list(texts),
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).write_bytes("".join(line + end for line in lines).encode())
+        assert data.read(str(tmp_path / name))[0].texts == texts, name
+
+
+def test_a_line_end_inside_a_csv_text_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text,label\r\n"one\r\ntwo",1\r\n"a\nb",0\r\n')
+    assert data.read(str(tmp_path / "a.csv"))[0].texts == ("one\r\ntwo", "a\nb")
+
+
 @pytest.mark.parametrize("name", ["valid.csv", "validation.csv", "dev.csv"])
 def test_folders(tmp_path: Path, name: str) -> None:
     write(tmp_path / "train.jsonl", LABELS)

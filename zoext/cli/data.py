@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,14 +56,15 @@ def read_file(path: Path) -> Table:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:  # the line ends are left to each form
+            text = file.read()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first"
         ) from None
     match path.suffix:
         case ".txt":
-            lines = (line.strip() for line in text.split("\n"))
+            lines = (line.strip() for line in _lines(text))
             return table(str(path), [{"text": line} for line in lines if line])
         case ".csv":
             return table(str(path), _csv_rows(path, text), labels_are_text=True)
@@ -71,8 +73,13 @@ def read_file(path: Path) -> Table:
     raise UserError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
 
 
+def _lines(text: str) -> list[str]:
+    """The lines that end in \\n or \\r\\n; str.splitlines ends them in U+2028 and others too."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 def _csv_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -85,7 +92,7 @@ def _csv_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
 
 def _jsonl_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
