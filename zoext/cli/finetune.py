@@ -38,6 +38,13 @@ RESUMABLE = {"steps", "device", "eval_every", "checkpoint_every"}
 def run(arguments: argparse.Namespace) -> int:
     """Trains, evaluates before and after, and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
+    try:
+        return _run(arguments)
+    except OSError as error:  # of a file that is read; those that are written see to it themselves
+        raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     out: Path | None = given.pop("out", None)
     resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from zoext.cli import atomic
-from zoext.cli.errors import UserError
+from zoext.cli import arguments, atomic
+from zoext.cli.errors import UserError, writing
 from zoext.cli.objectives import Example
 from zoext.cli.settings import Settings
 
@@ -43,7 +43,7 @@ class RunFolder:
             raise UserError(f"--out {self.path}: holds no run to resume; leave out --resume to start one")
         try:
             record = json.loads(self.run.read_text(encoding="utf-8"))
-            return Settings(**record["settings"]), str(record["data"])
+            return arguments.parse_settings(record["settings"]), str(record["data"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.run}: damaged ({error!r}); start again with --overwrite") from None
 
@@ -79,9 +79,10 @@ class RunFolder:
 
     def start(self, settings: Settings, data: str) -> None:
         """Removes the run that was here, if there was one, and notes the settings of the new one."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.holds_run:
-            self._remove_results()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.holds_run:
+                self._remove_results()
         self.note(settings, data)
 
     def _remove_results(self) -> None:
@@ -94,7 +95,8 @@ class RunFolder:
 
     def note(self, settings: Settings, data: str) -> None:
         record = {"settings": dataclasses.asdict(settings), "data": data}
-        atomic.write_text(self.run, json.dumps(record, indent=1) + "\n")
+        with writing(self.run):
+            atomic.write_text(self.run, json.dumps(record, indent=1) + "\n")
 
     def remove_leftovers(self) -> None:
         for path in (self.run, self.metrics, self.model, self.checkpoints / "step-*"):
