@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import: no test contacts a hub
+
 from collections.abc import Callable, Iterator
 
 import pytest

@@ -18,6 +18,7 @@ from tiny_models import labelled, tiny_bert
 
 from zoext.cli import data, demo, main, problem
 from zoext.cli.batches import batch_indices
+from zoext.cli.errors import UserError
 from zoext.cli.evaluation import ratio
 from zoext.cli.objectives import Classification, Example, NextToken
 from zoext.cli.settings import Settings
@@ -61,6 +62,29 @@ def test_a_csv_text_of_several_lines(tmp_path: Path) -> None:
     assert data.read(str(tmp_path / "a.csv"))[0].texts == ("one\ntwo", "three")
 
 
+#: What str.splitlines takes for the end of a line and no file format here does.
+NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("character", NO_LINE_ENDS)
+def test_characters_that_end_no_line(tmp_path: Path, character: str, end: str) -> None:
+    texts = (f"one{character}two", f"three{character}four")
+    rows = {
+        "a.csv": ["text,label", f"{texts[0]},0", f"{texts[1]},1"],
+        "a.jsonl": [json.dumps({"text": text}, ensure_ascii=character < " ") for text in texts],
+        "a.txt": list(texts),
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).write_bytes("".join(line + end for line in lines).encode())
+        assert data.read(str(tmp_path / name))[0].texts == texts, name
+
+
+def test_a_line_end_inside_a_csv_text_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text,label\r\n"one\r\ntwo",1\r\n"a\nb",0\r\n')
+    assert data.read(str(tmp_path / "a.csv"))[0].texts == ("one\r\ntwo", "a\nb")
+
+
 @pytest.mark.parametrize("name", ["valid.csv", "validation.csv", "dev.csv"])
 def test_folders(tmp_path: Path, name: str) -> None:
     write(tmp_path / "train.jsonl", LABELS)
@@ -73,15 +97,53 @@ def test_folders(tmp_path: Path, name: str) -> None:
 
 def test_a_part_held_out_is_of_other_texts() -> None:
     texts = tuple(f"text {i % 60}" for i in range(100))  # 40 texts occur twice
-    table = data.Table("here", texts, tuple(range(100)))
+    table = data.Table("here", texts, tuple(i % 7 for i in range(100)))
     train, valid = data.hold_out(table, 0.25, seed=1)
     assert train.labels is not None
     assert valid.labels is not None
-    assert sorted(train.labels + valid.labels) == list(range(100))
+    both = zip(train.texts + valid.texts, train.labels + valid.labels, strict=True)
+    assert Counter(both) == Counter(zip(texts, table.labels or (), strict=True))
     assert len(set(valid.texts)) == 15
     assert not set(train.texts) & set(valid.texts)
     assert data.hold_out(table, 0.25, seed=1)[1] == valid
     assert data.hold_out(table, 0.25, seed=2)[1] != valid
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_label_keeps_a_text_to_train_on(seed: int) -> None:
+    # "rare" occurs once, "twin" in one text twice, "few" in three texts.
+    rows = [("r", "rare"), ("t", "twin"), ("t", "twin"), ("a", "few"), ("b", "few"), ("c", "few")]
+    rows += [(f"text {i}", "usual") for i in range(4)]
+    table = data.Table("here", tuple(text for text, _ in rows), tuple(label for _, label in rows))
+    train, valid = data.hold_out(table, 0.5, seed)
+    assert set(train.labels or ()) == {"rare", "twin", "few", "usual"}
+    assert not set(valid.labels or ()) & {"rare", "twin"}
+    assert len(set(valid.texts)) == 4  # of 9: round(0.5 * 9)
+
+
+def test_labels_with_a_single_text_each_cannot_be_held_out() -> None:
+    table = data.Table("here", ("a", "b", "b"), (0, 1, 1))
+    with pytest.raises(UserError, match=r"here: no text can be held out.*give --valid-data"):
+        data.hold_out(table, 0.5, 0)
+
+
+def test_labels_do_not_matter_to_a_language_model(tmp_path: Path) -> None:
+    rows = [{"text": f"{word} so", "label": word} for word in ("bright", "kind", "sweet", "grim")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = Settings(data=str(tmp_path / "a.jsonl"), task="causal-lm", validation_fraction=0.5)
+    train, valid = problem._tables(str(tmp_path / "a.jsonl"), settings)
+    assert (len(train), len(valid)) == (2, 2)
+
+
+@pytest.mark.parametrize("labels", [("01", "1", "1", "0"), ("1", "+1", "0", "0"), (" 1", "1", "1_0", "1")])
+def test_labels_that_are_no_plain_integers_stay_texts(tmp_path: Path, labels: tuple[str, ...]) -> None:
+    assert data.read(str(write(tmp_path / "a.csv", labels)))[0].labels == labels
+
+
+def test_a_label_that_is_a_number_and_a_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", (1, "1", 0, "no"))
+    with pytest.raises(UserError, match="label 1 is a number in some rows and a text in others"):
+        data.read(str(path))
 
 
 def test_an_epoch_shows_each_example_once() -> None:

@@ -10,7 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from zoext.cli.models import quiet_transformers
 
@@ -39,6 +45,25 @@ def tiny_bert(folder: Path, hidden: int = 16, seed: int = 3) -> Path:
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_deberta(folder: Path) -> Path:
+    """A random DeBERTa with that vocabulary: it reads the weight of an embedding that it never calls."""
+    tiny_bert(folder)
+    config = DebertaV2Config(
+        vocab_size=2 + len(GOOD + BAD + OTHER),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        DebertaV2ForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 

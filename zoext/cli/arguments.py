@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from zoext.cli import demo
 from zoext.cli.optimizers import OPTIMIZERS
@@ -74,6 +75,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
     run.add_argument("--overwrite", action="store_true", help="remove the run in --out and start a new one")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors and how to resume")
+
+
+def parse_settings(record: dict[str, Any]) -> Settings:
+    """Settings from the fields that a file holds, checked as if they were given as options.
+
+    Raises:
+        ValueError: for a field that is absent, unknown, of another type or out of range.
+    """
+    usual = dataclasses.asdict(Settings())
+    if not isinstance(record, dict) or record.keys() != usual.keys():
+        different = sorted(usual.keys() ^ record.keys()) if isinstance(record, dict) else ["not an object"]
+        raise ValueError(f"settings: {', '.join(different)}")
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    given = {name: value for name, value in record.items() if value is not None or usual[name] is not None}
+    for name, value in given.items():
+        wanted = type(usual[name]) if usual[name] is not None else str
+        if type(value) is not wanted:
+            raise ValueError(f"{name} is {value!r}")
+    try:
+        parsed = parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return Settings(**vars(parsed))
 
 
 def _add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     If the block raises, nothing has happened. ``path`` must not exist.
     """
     if path.exists():
-        raise FileExistsError(path)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
     temporary.mkdir(parents=True)
@@ -44,13 +45,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was in the middle of writing into ``folder``."""
-    for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
+def remove_leftovers(path: Path) -> None:
+    """Removes what a killed process was in the middle of writing as ``path``, whose name may hold a ``*``."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
         else:
-            path.unlink()
+            leftover.unlink()
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext.cli import atomic, plain
-from zoext.cli.errors import UserError
+from zoext.cli.errors import UserError, writing
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 KEPT = 2  # the newest, and one to fall back on should that be damaged later
@@ -66,10 +66,9 @@ def save(folder: Path, step: int, forwards: int, model: nn.Module, optimizer: to
     path = folder / f"step-{step:08d}"
     if path.exists():  # the one that this run resumed from, and nothing has moved since
         return
-    folder.mkdir(parents=True, exist_ok=True)
     state_tensors: dict[str, Tensor] = {}
     state = plain.pack(optimizer.state_dict(), state_tensors)
-    with atomic.new_folder(path) as temporary:
+    with writing(path), atomic.new_folder(path) as temporary:
         # safetensors refuses tensors that share memory, such as buffers that are views of one table.
         weights = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(model).items()}
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)

@@ -6,7 +6,9 @@ import csv
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +57,15 @@ def read_file(path: Path) -> Table:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:  # the line ends are left to each form
+            text = file.read()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first"
         ) from None
     match path.suffix:
         case ".txt":
-            lines = (line.strip() for line in text.split("\n"))
+            lines = (line.strip() for line in _lines(text))
             return table(str(path), [{"text": line} for line in lines if line])
         case ".csv":
             return table(str(path), _csv_rows(path, text), labels_are_text=True)
@@ -71,8 +74,13 @@ def read_file(path: Path) -> Table:
     raise UserError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
 
 
+def _lines(text: str) -> list[str]:
+    """The lines that end in \\n or \\r\\n; str.splitlines ends them in U+2028 and others too."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 def _csv_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -85,7 +93,7 @@ def _csv_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
 
 def _jsonl_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -120,15 +128,22 @@ def table(source: str, rows: Sequence[Mapping[str, Any]], labels_are_text: bool 
                 f"{source}: row {number}: label is {label!r}; a label is a class, an integer or a text"
             )
     labels: tuple[Label, ...] = tuple(row["label"] for row in rows)
+    distinct = set(labels)
+    both = sorted(str(label) for label in distinct if isinstance(label, int) and str(label) in distinct)
+    if both:
+        raise UserError(
+            f"{source}: label {both[0]} is a number in some rows and a text in others; write it in one way"
+        )
     return Table(source, texts, _integers(labels) if labels_are_text else labels)
 
 
 def _integers(labels: tuple[Label, ...]) -> tuple[Label, ...]:
-    """The labels as integers, if all of them are written like one."""
+    """The labels as integers, if all of them are written as Python writes one: 01 and 1 are two classes."""
     try:
-        return tuple(int(label) for label in labels)
+        integers = tuple(int(label) for label in labels)
     except ValueError:
         return labels
+    return integers if tuple(map(str, integers)) == labels else labels
 
 
 def _read_folder(folder: Path) -> tuple[Table, Table | None]:
@@ -174,16 +189,40 @@ def first_line(error: BaseException) -> str:
 
 
 def hold_out(examples: Table, fraction: float, seed: int) -> tuple[Table, Table]:
-    """Splits off ``fraction`` of the distinct texts; examples with the same text stay together."""
+    """Splits off ``fraction`` of the distinct texts; examples with the same text stay together.
+
+    Each label keeps a text to train on; where that forbids it, fewer texts are held out.
+    """
     # A hash and no generator: the split is the same on every platform and version.
     order = sorted(set(examples.texts), key=lambda text: _digest(seed, text))
     if len(order) < 2:
         raise UserError(f"{examples.source}: too few distinct texts to hold some out; give --valid-data")
-    held = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
+    held = _held_out(examples, order, min(max(1, round(fraction * len(order))), len(order) - 1))
+    if not held:
+        raise UserError(
+            f"{examples.source}: no text can be held out, since some label would have none to train on; "
+            "add examples or give --valid-data"
+        )
     parts: tuple[list[int], list[int]] = ([], [])
     for i, text in enumerate(examples.texts):
         parts[text in held].append(i)
     return examples.rows(parts[0]), examples.rows(parts[1])
+
+
+def _held_out(examples: Table, order: Sequence[str], count: int) -> set[str]:
+    """The first ``count`` texts in ``order`` that are not the last in training with one of their labels."""
+    if examples.labels is None:
+        return set(order[:count])
+    labels: dict[str, set[Label]] = {text: set() for text in order}
+    for text, label in zip(examples.texts, examples.labels, strict=True):
+        labels[text].add(label)
+    in_training = Counter(label for theirs in labels.values() for label in theirs)
+    held: set[str] = set()
+    for text in order:
+        if len(held) < count and all(in_training[label] > 1 for label in labels[text]):
+            held.add(text)
+            in_training.subtract(labels[text])
+    return held
 
 
 def _digest(seed: int, text: str) -> bytes:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
     """Shown as one line, without a traceback; the exit code is 2. The message names the remedy."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside the block becomes a UserError that names ``path``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path}: {reason}; put that right or give another --out") from None
 
 
 def require(modules: tuple[str, ...], extra: str) -> None:

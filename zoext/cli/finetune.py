@@ -38,6 +38,13 @@ RESUMABLE = {"steps", "device", "eval_every", "checkpoint_every"}
 def run(arguments: argparse.Namespace) -> int:
     """Trains, evaluates before and after, and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
+    try:
+        return _run(arguments)
+    except OSError as error:  # of a file that is read; those that are written see to it themselves
+        raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     out: Path | None = given.pop("out", None)
     resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
@@ -69,10 +76,12 @@ def _resolve(
     is_demo = "model" not in given and "data" not in given
     folder = RunFolder(out or unused(Path("runs"), "demo" if is_demo else "finetune"))
     if not resume:
-        if folder.holds_run and not overwrite:
-            raise UserError(f"--out {out}: holds a run already; give --resume, --overwrite or another folder")
-        return dataclasses.replace(demo.SETTINGS if is_demo else Settings(), **given), folder
+        settings = dataclasses.replace(demo.SETTINGS if is_demo else Settings(), **given)
+        folder.check_spares_inputs(settings)
+        folder.check_free(overwrite)
+        return settings, folder
     settings, _ = folder.read_settings()
+    folder.check_spares_inputs(settings)
     for name, value in given.items():
         if name not in RESUMABLE and value != getattr(settings, name):
             option = "--" + name.replace("_", "-")

@@ -81,7 +81,7 @@ def _loading(name: str, seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a file, a network, a parser: whatever it is, it is about this name
             raise UserError(f"--model {name}: cannot be loaded: {first_line(error)}") from None
 
 

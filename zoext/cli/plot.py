@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from zoext.cli.errors import writing
 from zoext.cli.metrics import Record
 
 SMOOTHING = 0.98  # of the training loss, an exponential mean without bias
@@ -47,7 +48,8 @@ def draw(path: Path, records: Sequence[Record], title: str) -> None:
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
 
 
 def _points(

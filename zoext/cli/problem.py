@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ def _tables(source: str, settings: Settings) -> tuple[Table, Table]:
     if settings.valid_data is not None:
         valid, _ = data.read(settings.valid_data)
     if valid is None:
+        if settings.task == "causal-lm":  # its labels, if any, are no classes to learn
+            train = dataclasses.replace(train, labels=None)
         train, valid = data.hold_out(train, settings.validation_fraction, settings.seed)
     return train, valid
 
@@ -67,7 +70,10 @@ def _check_labels(train: Table, valid: Table) -> set[data.Label]:
         )
     unknown = sorted(set(map(str, valid.labels)) - set(map(str, labels)))
     if unknown:
-        raise UserError(f"{valid.source}: label {unknown[0]!r} does not occur in {train.source}")
+        raise UserError(
+            f"{valid.source}: label {unknown[0]!r} does not occur in {train.source}; "
+            "remove its examples there or add some to train on"
+        )
     return labels
 
 

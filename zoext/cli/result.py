@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zoext.cli import atomic
+from zoext.cli.errors import writing
 from zoext.cli.evaluation import Evaluation
 from zoext.cli.metrics import Record
 from zoext.cli.models import quiet_transformers
@@ -17,7 +18,7 @@ from zoext.cli.run_folder import RunFolder
 def write_model(path: Path, problem: Problem) -> None:
     """Writes model and tokenizer into the folder ``path``, for from_pretrained of transformers."""
     shutil.rmtree(path, ignore_errors=True)  # from before the run was resumed with more steps
-    with quiet_transformers(), atomic.new_folder(path) as temporary:
+    with writing(path), quiet_transformers(), atomic.new_folder(path) as temporary:
         problem.model.save_pretrained(temporary)
         problem.tokenizer.save_pretrained(temporary)
 

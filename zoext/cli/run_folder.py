@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from zoext.cli import atomic
-from zoext.cli.errors import UserError
+from zoext.cli import arguments, atomic
+from zoext.cli.errors import UserError, writing
 from zoext.cli.objectives import Example
 from zoext.cli.settings import Settings
 
@@ -29,6 +29,11 @@ class RunFolder:
         self.model = path / "model"
 
     @property
+    def _written(self) -> tuple[Path, ...]:
+        """Everything that a run writes here."""
+        return self.run, self.metrics, self.curve, self.checkpoints, self.model
+
+    @property
     def holds_run(self) -> bool:
         return self.run.is_file()
 
@@ -38,26 +43,64 @@ class RunFolder:
             raise UserError(f"--out {self.path}: holds no run to resume; leave out --resume to start one")
         try:
             record = json.loads(self.run.read_text(encoding="utf-8"))
-            return Settings(**record["settings"]), str(record["data"])
+            return arguments.parse_settings(record["settings"]), str(record["data"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.run}: damaged ({error!r}); start again with --overwrite") from None
 
+    def check_spares_inputs(self, settings: Settings) -> None:
+        """Raises a UserError if a run here would replace the model or the data that it reads."""
+        for field in ("model", "data", "valid_data"):
+            given = getattr(settings, field)
+            if given is None or not Path(given).exists():  # the demo's, or a name on the hub
+                continue
+            real = Path(given).resolve()
+            for ours in self._written:
+                # samefile and no comparison of names: case may not matter, and links may lead here.
+                if ours.exists() and any(ours.samefile(path) for path in (real, *real.parents)):
+                    raise UserError(
+                        f"--{field.replace('_', '-')} {given}: the run would replace {ours}, where this is; "
+                        "give another --out, or copy it elsewhere"
+                    )
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raises a UserError if a new run here would replace anything but, on ``overwrite``, a run."""
+        if self.holds_run:
+            if not overwrite:
+                raise UserError(
+                    f"--out {self.path}: holds a run already; give --resume, --overwrite or another folder"
+                )
+            return
+        for path in self._written:
+            if path.exists() or path.is_symlink():
+                raise UserError(
+                    f"--out {self.path}: {path} is there, but no run.json of a run that wrote it; "
+                    "move it away or give another folder"
+                )
+
     def start(self, settings: Settings, data: str) -> None:
         """Removes the run that was here, if there was one, and notes the settings of the new one."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for path in (self.run, self.metrics, self.curve):
-            path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.model):
-            shutil.rmtree(path, ignore_errors=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.holds_run:
+                self._remove_results()
         self.note(settings, data)
+
+    def _remove_results(self) -> None:
+        # run.json stays until it is replaced: without it, what a killed process leaves would be no run's.
+        for path in (self.checkpoints, self.model, self.metrics, self.curve):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def note(self, settings: Settings, data: str) -> None:
         record = {"settings": dataclasses.asdict(settings), "data": data}
-        atomic.write_text(self.run, json.dumps(record, indent=1) + "\n")
+        with writing(self.run):
+            atomic.write_text(self.run, json.dumps(record, indent=1) + "\n")
 
     def remove_leftovers(self) -> None:
-        for folder in (self.path, self.checkpoints):
-            atomic.remove_leftovers(folder)
+        for path in (self.run, self.metrics, self.model, self.checkpoints / "step-*"):
+            atomic.remove_leftovers(path)
 
 
 def unused(parent: Path, name: str) -> Path:

@@ -49,6 +49,11 @@ class Training:
     def resume(self, saved: checkpoint.Checkpoint | None) -> None:
         """Goes to where ``saved`` was written, or to the beginning, and drops the metrics of later steps."""
         if saved is not None:
+            if not any("valid_loss" in record for record in metrics.read(self.folder.metrics)):
+                raise UserError(
+                    f"{self.folder.metrics}: lacks what was recorded before {saved.path.name}; "
+                    "start again with --overwrite"
+                )
             saved.restore(self.problem.model, self.optimizer)
             self.step, self.forwards = saved.step, saved.forwards
         metrics.keep_until(self.folder.metrics, self.step if saved else -1)
@@ -86,6 +91,12 @@ class Training:
             raise UserError(
                 f"step {self.step + 1}: {error}; a smaller --lr or another --mu may help"
             ) from None
+        except RuntimeError as error:
+            if not str(error).startswith("streamed probe: "):
+                raise
+            self._write_losses()
+            read_elsewhere = str(error).partition(". ")[0]
+            raise UserError(f"{read_elsewhere}; give --probe inplace, with --overwrite") from None
         self.step += 1
         self.forwards += self._last_forwards
         return loss

@@ -1,0 +1,153 @@
+"""Damaged files and a system that refuses end with exit code 2 and one line that names the file."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from finetune_command import Command, prepare
+from tiny_models import tiny_deberta
+
+from zoext.cli import main
+
+
+@pytest.fixture
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    return prepare(tmp_path, capsys)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing more than ``size`` bytes to a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_that_is_cut_short(command: Command, name: str) -> None:
+    file = command.folder / "model" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    error = command.is_refused()
+    assert f"--model {command.folder / 'model'}: cannot be loaded: " in error
+
+
+def test_a_folder_that_cannot_be_made(command: Command) -> None:
+    (command.folder / "file").write_text("mine", encoding="utf-8")
+    error = command.is_refused("--out", str(command.folder / "file" / "run"))
+    assert f"{command.folder / 'file' / 'run'}: Not a directory" in error
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        (100, "run.json"),
+        (1_000, "metrics.jsonl"),
+        (10_000, "checkpoints/step-00000020"),
+        (50_000, "curve.png"),
+    ],
+)
+def test_a_full_disk(command: Command, size: int, name: str) -> None:
+    with files_of_at_most(size):
+        assert main(command.arguments("--steps", "20")) == 2
+    said = command.capsys.readouterr()
+    assert said.err.startswith(f"zoext: error: {command.out / name}")
+    assert said.err.count("\n") == 1
+    assert "too large" in said.err.lower()
+    assert not list(command.out.rglob(".*"))
+    # What was written is whole: with room again, the run goes on.
+    if name != "run.json":
+        command.works("--resume")
+        assert (command.out / "model" / "model.safetensors").is_file()
+
+
+def test_a_file_in_place_of_the_model(command: Command) -> None:
+    command.works()
+    shutil.rmtree(command.out / "model")
+    (command.out / "model").write_text("in the way", encoding="utf-8")
+    assert main(command.arguments("--resume")) == 2
+    assert f"{command.out / 'model'}: File exists" in command.capsys.readouterr().err
+    assert (command.out / "model").read_text(encoding="utf-8") == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer", "adamw"),
+        ("dtype", "int8"),
+        ("lr", "fast"),
+        ("lr", None),
+        ("lr", -1.0),
+        ("steps", 2.5),
+        ("steps", [2]),
+        ("steps", True),
+        ("model", 3),
+        ("seed", 2**64),
+        ("colour", "red"),
+    ],
+)
+def test_settings_that_no_run_wrote(command: Command, field: str, value: object) -> None:
+    command.works()
+    record = json.loads((command.out / "run.json").read_text(encoding="utf-8"))
+    record["settings"][field] = value
+    (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    error = command.is_refused("--resume")
+    assert f"{command.out / 'run.json'}: damaged" in error
+    assert field in error
+    assert "start again with --overwrite" in error
+    command.works("--overwrite")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", '{"settings": 3, "data": ""}', '{"settings": {}, "data": ""}', '{"data": ""}', "\x00"]
+)
+def test_a_run_without_settings(command: Command, text: str) -> None:
+    command.works()
+    (command.out / "run.json").write_text(text, encoding="utf-8")
+    assert f"{command.out / 'run.json'}: damaged" in command.is_refused("--resume")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[2]",
+        '{"step": 2}',
+        '{"loss": 1.0, "forwards": 2}',
+        '{"step": "2", "forwards": 2}',
+        '{"step": 2, "forwards": 4, "valid_loss": 1.0}',
+        '{"step": 2, "forwards": 4, "loss": "low"}',
+    ],
+)
+def test_metrics_that_no_run_wrote(command: Command, line: str) -> None:
+    command.works()
+    lines = (command.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (command.out / "metrics.jsonl").write_text("\n".join([lines[0], line, *lines[1:], ""]), encoding="utf-8")
+    error = command.is_refused("--resume", "--steps", "4")
+    assert f"{command.out / 'metrics.jsonl'}: line 2 " in error
+    assert "--overwrite" in error
+
+
+def test_a_checkpoint_without_its_metrics(command: Command) -> None:
+    command.works()
+    (command.out / "metrics.jsonl").unlink()
+    error = command.is_refused("--resume")
+    assert f"{command.out / 'metrics.jsonl'}: " in error
+    assert "--overwrite" in error
+
+
+def test_a_model_that_streamed_probes_cannot_displace(command: Command) -> None:
+    tiny_deberta(command.folder / "model")
+    assert main(command.arguments("--probe", "streamed")) == 2
+    said = command.capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "rel_embeddings.weight" in said
+    assert "--probe inplace" in said
+    command.works("--probe", "inplace", "--overwrite")
