@@ -6,6 +6,7 @@ from zoext.estimators import CentralDifference, Estimate, Estimator, ForwardDiff
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import InplaceProbe, Probe, StreamedProbe
 from zoext.recipes import MeZO
+from zoext.swap import StreamedProbeError
 from zoext.updates import SGD, Update
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Probe",
     "Rademacher",
     "StreamedProbe",
+    "StreamedProbeError",
     "Update",
     "ZerothOrderOptimizer",
     "noise",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoext import interrupts
 from zoext.directions import Combination, Direction
 from zoext.parameters import Parameters
-from zoext.swap import ModuleSwap
+from zoext.swap import ModuleSwap, StreamedProbeError
 from zoext.unperturbed import UnperturbedReads
 
 Closure = Callable[[], Any]
@@ -156,7 +156,7 @@ def _watching(combination: Combination) -> Iterator[None]:
         yield
     if reads.names:
         names = ", ".join(sorted(reads.names))
-        raise RuntimeError(
+        raise StreamedProbeError(
             f"streamed probe: {names} was read while the module that owns it was not "
             "running, so the probe would not have moved it. Pass probe='inplace', or have the model "
             "call that module instead of reading its weights."

@@ -15,6 +15,11 @@ from zoext.directions import Combination
 from zoext.interrupts import Signals
 from zoext.parameters import Parameters
 
+
+class StreamedProbeError(RuntimeError):
+    """A model that cannot be streamed: it uses weights where its modules do not run."""
+
+
 ALIGNMENT = 64
 
 #: How many rows of a table are displaced in the time that it takes to handle one alone.
@@ -314,7 +319,7 @@ class ModuleSwap:
             names = ", ".join(
                 name for parameters, _ in self._terms.get(module, ()) for name in parameters.names
             )
-            raise RuntimeError(
+            raise StreamedProbeError(
                 f"streamed probe: a view of {names or 'a buffer'} outlives the forward of the module that "
                 "owns it, and would later show other weights. Pass probe='inplace', or keep a copy instead "
                 "of a view."

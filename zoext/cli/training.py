@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoext import ZerothOrderOptimizer
+from zoext import StreamedProbeError, ZerothOrderOptimizer
 from zoext.cli import checkpoint, metrics
 from zoext.cli.batches import batch_indices
 from zoext.cli.errors import UserError
@@ -91,9 +91,7 @@ class Training:
             raise UserError(
                 f"step {self.step + 1}: {error}; a smaller --lr or another --mu may help"
             ) from None
-        except RuntimeError as error:
-            if not str(error).startswith("streamed probe: "):
-                raise
+        except StreamedProbeError as error:
             self._write_losses()
             read_elsewhere = str(error).partition(". ")[0]
             raise UserError(f"{read_elsewhere}; give --probe inplace, with --overwrite") from None
