@@ -118,9 +118,7 @@ class HidesAView(nn.Module):
 def test_a_view_that_outlives_its_module_is_named(how: str) -> None:
     model, x = HidesAView(how), torch.randn(3, 4)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with pytest.raises(
-        zoext.StreamedProbeError, match=r"a view of layer\.weight.* outlives .*inplace"
-    ):
+    with pytest.raises(zoext.StreamedProbeError, match=r"a view of layer\.weight.* outlives .*inplace"):
         zoext.MeZO(model).step(lambda: model(x).sum())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
