@@ -19,6 +19,10 @@ from zoext.benchmarking.timing import Spread, interleaved, threads
 
 PROBES = ("streamed", "inplace")
 
+#: A streamed probe watches steps 1, 2, 4, 8, 16, 32, ... and every 100th operator by operator. What a
+#: run of thousands of steps costs is measured between two of them, so with at most 15 rounds.
+WATCHED_STEPS = 16
+
 
 def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spread]:
     model = random_opt(arguments, dtype)
@@ -31,7 +35,10 @@ def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spre
 
     cases = {"two forwards": two_forwards, "usual step": partial(UsualStep(model), closure)}
     for probe in PROBES:
-        cases[f"MeZO, {probe}"] = partial(zoext.MeZO(model, probe=probe).step, closure)
+        optimizer = zoext.MeZO(model, probe=probe)
+        for _ in range(WATCHED_STEPS):
+            optimizer.step(closure)
+        cases[f"MeZO, {probe}"] = partial(optimizer.step, closure)
     return interleaved(cases, repeats=arguments.repeats, device=arguments.device)
 
 

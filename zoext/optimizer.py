@@ -186,8 +186,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def estimate(self, closure: Closure) -> Estimate:
         """Probes only: theta is unchanged. ``step()`` applies the mean of all estimates since the last step.
 
-        Several calls before a ``step()`` see the same directions, so micro-batches add up to the
-        estimate of the whole batch. One that raises discards them all; ``step(closure)`` does too.
+        Several calls before a ``step()`` see the same directions, so equal micro-batches give the
+        estimate of the whole batch: do not divide their losses. One that raises discards them all;
+        ``step(closure)`` does too.
 
         Raises:
             TypeError, ValueError: for a closure that does not return one number.
