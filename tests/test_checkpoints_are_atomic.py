@@ -193,7 +193,7 @@ def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match="No space"):
+        with pytest.raises(OSError, match="No space"):
             atomic.write_text(path, "new")
     assert outline(tmp_path) == {"run.json": b"old"}
     atomic.write_text(path, "new")
