@@ -50,6 +50,52 @@ inline void check_scalar(const char* name, const Tensor& scalar, ScalarType type
   STD_TORCH_CHECK(scalar.device() == like.device(), name, " must be on the device of the parameters");
 }
 
+// The steps of a window and the terms of each: seeds and coefficients [H, K], weights [H].
+inline void check_window(const Tensor& seeds, const Tensor& coefficients, const Tensor& first_weights,
+                         const Tensor& second_weights, const Tensor& like) {
+  STD_TORCH_CHECK(seeds.dim() == 2 && seeds.scalar_type() == ScalarType::Long && seeds.is_contiguous(),
+                  "seeds must be a contiguous int64 tensor of two dimensions: steps and terms of a step");
+  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.scalar_type() == ScalarType::Float &&
+                      coefficients.is_contiguous() && coefficients.size(0) == seeds.size(0) &&
+                      coefficients.size(1) == seeds.size(1),
+                  "coefficients must be a contiguous float32 tensor with one element per seed");
+  for (const Tensor* weights : {&first_weights, &second_weights})
+    STD_TORCH_CHECK(weights->dim() == 1 && weights->scalar_type() == ScalarType::Float &&
+                        weights->is_contiguous() && weights->numel() == seeds.size(0),
+                    "first_weights and second_weights must be contiguous float32 tensors with one element per "
+                    "step of the window");
+  for (const Tensor* tensor : {&seeds, &coefficients, &first_weights, &second_weights})
+    STD_TORCH_CHECK(tensor->device() == like.device(),
+                    "seeds, coefficients and weights must be on the device of the parameters");
+}
+
+// The factors of matrices: float32 [terms or 1, rank, rows] and [terms or 1, rank, columns].
+inline void check_factors(const std::vector<Tensor>& theta, const std::vector<Tensor>& left,
+                          const std::vector<Tensor>& right, int64_t terms) {
+  STD_TORCH_CHECK(left.size() == theta.size() && right.size() == theta.size(),
+                  "left and right must have one tensor per matrix; there are ", theta.size(), " matrices, ",
+                  left.size(), " left and ", right.size(), " right factors");
+  for (size_t t = 0; t < theta.size(); ++t) {
+    for (const Tensor* factor : {&left[t], &right[t]}) {
+      const char* name = factor == &left[t] ? "left" : "right";
+      STD_TORCH_CHECK(factor->dim() == 3 && factor->scalar_type() == ScalarType::Float && factor->is_contiguous(),
+                      name, "[", t,
+                      "] must be a contiguous float32 tensor of three dimensions: terms, rank, length");
+      STD_TORCH_CHECK(factor->size(0) == terms || factor->size(0) == 1, name, "[", t,
+                      "] must have a factor for each of ", terms, " terms, or one for all, not ", factor->size(0));
+      STD_TORCH_CHECK(factor->device() == theta[0].device(), name, "[", t,
+                      "] must be on the device of the parameters");
+    }
+    STD_TORCH_CHECK(left[t].size(1) == right[t].size(1), "left[", t, "] and right[", t,
+                    "] must have one rank, not ", left[t].size(1), " and ", right[t].size(1));
+    int64_t elements;
+    STD_TORCH_CHECK(
+        !__builtin_mul_overflow(left[t].size(2), right[t].size(2), &elements) && elements == theta[t].numel(),
+        "theta[", t, "] has ", theta[t].numel(), " elements, but its factors are those of a matrix of ",
+        left[t].size(2), " x ", right[t].size(2));
+  }
+}
+
 inline Distribution checked_distribution(int64_t distribution) {
   STD_TORCH_CHECK(distribution == 0 || distribution == 1, "distribution must be 0 (normal) or 1 (sign), not ",
                   distribution);

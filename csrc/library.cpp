@@ -7,6 +7,16 @@
 // again when they change and no step waits for the host.
 //
 // distribution: 0 standard normals, 1 signs. rounding: 0 to nearest, 1 stochastic.
+//
+// Factored directions are those of a matrix: `theta[t]` is one of m x n, `left[t]` is float32 [T, r, m],
+// `right[t]` float32 [T, r, n], where T is the number of terms, or 1 where all terms share a factor.
+// Entry (i, j) of term k is sum_q left[t][k, q, i] right[t][k, q, j].
+//
+// A window of H steps has K terms a step: `seeds` int64 [H, K], `coefficients` float32 [H, K],
+// `first_weights` and `second_weights` float32 [H]; `lr`, `eps` and `decay` are float32 []. With
+// g_h = sum_k coefficients[h, k] D(seeds[h, k]), m = sum_h first_weights[h] g_h and
+// v = sum_h second_weights[h] g_h^2, theta = theta + (-lr m / sqrt(v + eps) - decay theta). The term
+// of row h and column k is number h K + k of the factors.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(zoext, m) {
@@ -22,4 +32,27 @@ STABLE_TORCH_LIBRARY(zoext, m) {
   m.def(
       "noise_copy_(Tensor(a!)[] out, Tensor[] theta, Tensor seeds, Tensor coefficients, SymInt[] keys, "
       "SymInt[] spans, SymInt distribution, SymInt rounding) -> ()");
+  m.def(
+      "noise_adam_(Tensor(a!)[] theta, Tensor seeds, Tensor coefficients, Tensor first_weights, "
+      "Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, SymInt[] keys, SymInt[] spans, "
+      "SymInt distribution, SymInt rounding) -> ()");
+  // theta = theta + (sum_k coefficients[k] left_k^T right_k - decay theta); decay is float32 [].
+  m.def(
+      "factored_axpy_(Tensor(a!)[] theta, Tensor[] left, Tensor[] right, Tensor seeds, "
+      "Tensor coefficients, Tensor decay, SymInt[] keys, SymInt[] spans, SymInt rounding) -> ()");
+  // out = theta + sum_k coefficients[k] left_k^T right_k.
+  m.def(
+      "factored_copy_(Tensor(a!)[] out, Tensor[] theta, Tensor[] left, Tensor[] right, Tensor seeds, "
+      "Tensor coefficients, SymInt[] keys, SymInt[] spans, SymInt rounding) -> ()");
+  m.def(
+      "factored_adam_(Tensor(a!)[] theta, Tensor[] left, Tensor[] right, Tensor seeds, Tensor coefficients, "
+      "Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, SymInt[] keys, "
+      "SymInt[] spans, SymInt rounding) -> ()");
+  // An orthonormal basis (float32 [rank, d], one vector a row) of the leading right singular subspace of
+  // the rows of `input` ([..., d]) that `mask` (bool [...]) counts, and its singular values (float32
+  // [rank]). Vectors beyond the rank of the input are zero. Where the input is not finite the basis is
+  // zero and the values are NaN.
+  m.def(
+      "power_iteration(Tensor input, Tensor? mask, Tensor seed, SymInt rank, SymInt iterations) -> (Tensor, "
+      "Tensor)");
 }

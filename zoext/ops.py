@@ -135,3 +135,161 @@ def noise_copy_(
         int(rounding),
     )
     _written(out)
+
+
+def noise_adam_(
+    theta: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    first_weights: Tensor,
+    second_weights: Tensor,
+    lr: Tensor,
+    eps: Tensor,
+    decay: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    distribution: Distribution = Distribution.NORMAL,
+    rounding: Rounding = Rounding.NEAREST,
+) -> None:
+    """``theta = theta + (-lr m / sqrt(v + eps) - decay theta)``, rounded once.
+
+    With ``g_h = sum_k coefficients[h, k] z(seeds[h, k])`` for each of the H steps of a window,
+    ``m = sum_h first_weights[h] g_h`` and ``v = sum_h second_weights[h] g_h**2``. ``seeds`` is int64
+    [H, K], ``coefficients`` float32 [H, K], the weights float32 [H], the rest float32 []. The last step is the
+    newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all zero
+    is left out; where ``lr`` is zero nothing but the decay moves theta.
+    """
+    torch.ops.zoext.noise_adam_(
+        list(theta),
+        seeds,
+        coefficients,
+        first_weights,
+        second_weights,
+        lr,
+        eps,
+        decay,
+        list(keys),
+        _flat(spans),
+        int(distribution),
+        int(rounding),
+    )
+    _written(theta)
+
+
+def factored_axpy_(
+    theta: Sequence[Tensor],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    decay: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    rounding: Rounding = Rounding.NEAREST,
+) -> None:
+    """``theta = theta + (sum_k coefficients[k] left_k^T right_k - decay theta)``, rounded once.
+
+    For matrices of m x n: ``left[t]`` is float32 [K or 1, r, m], ``right[t]`` float32 [K or 1, r, n]; a
+    factor with one entry serves all terms. ``seeds`` (int64 [K]) give bits of stochastic rounding.
+    """
+    torch.ops.zoext.factored_axpy_(
+        list(theta),
+        list(left),
+        list(right),
+        seeds,
+        coefficients,
+        decay,
+        list(keys),
+        _flat(spans),
+        int(rounding),
+    )
+    _written(theta)
+
+
+def factored_copy_(
+    out: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    rounding: Rounding = Rounding.NEAREST,
+) -> None:
+    """``out = theta + sum_k coefficients[k] left_k^T right_k``, rounded once; theta is only read."""
+    torch.ops.zoext.factored_copy_(
+        list(out),
+        list(theta),
+        list(left),
+        list(right),
+        seeds,
+        coefficients,
+        list(keys),
+        _flat(spans),
+        int(rounding),
+    )
+    _written(out)
+
+
+def factored_adam_(
+    theta: Sequence[Tensor],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    first_weights: Tensor,
+    second_weights: Tensor,
+    lr: Tensor,
+    eps: Tensor,
+    decay: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    rounding: Rounding = Rounding.NEAREST,
+) -> None:
+    """``noise_adam_`` for directions of matrices given by their factors.
+
+    The term of step h and column k is number ``h * K + k`` of the factors, float32 [H K or 1, r, m] and
+    [H K or 1, r, n].
+    """
+    torch.ops.zoext.factored_adam_(
+        list(theta),
+        list(left),
+        list(right),
+        seeds,
+        coefficients,
+        first_weights,
+        second_weights,
+        lr,
+        eps,
+        decay,
+        list(keys),
+        _flat(spans),
+        int(rounding),
+    )
+    _written(theta)
+
+
+def power_iteration(
+    activations: Tensor, mask: Tensor | None, seed: Tensor, *, rank: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the leading ``rank`` right singular vectors of the rows of ``activations``.
+
+    Args:
+        activations: [..., d], of any floating-point dtype; the arithmetic is float32.
+        mask: bool [...], which rows count; None counts all.
+        seed: int64, one element; the start is drawn from the noise field.
+        rank: how many vectors, at most d.
+        iterations: how many products with the Gram matrix.
+
+    Returns:
+        The basis, float32 [rank, d], one vector a row, and the singular values, float32 [rank]. Vectors
+        beyond the rank of the input are zero. If a row that counts is not finite the basis is zero and
+        the values are NaN.
+    """
+    basis, values = torch.ops.zoext.power_iteration(activations, mask, seed, rank, iterations)
+    return basis, values

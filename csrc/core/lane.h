@@ -51,6 +51,30 @@ ZOEXT_HD float square_root(float a) {
 #endif
 }
 
+ZOEXT_HD double square_root(double a) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(a);
+#else
+  return __builtin_sqrt(a);
+#endif
+}
+
+ZOEXT_HD float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+ZOEXT_HD double divide(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __ddiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
 ZOEXT_HD uint32_t bits_of(float a) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(a);
