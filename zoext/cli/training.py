@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoext import StreamedProbeError, ZerothOrderOptimizer
-from zoext.cli import checkpoint, metrics
-from zoext.cli.batches import batch_indices
+from zoext import ZerothOrderOptimizer
+from zoext.cli import checkpoint, metrics, step
 from zoext.cli.errors import UserError
 from zoext.cli.evaluation import Evaluation, evaluate
 from zoext.cli.interrupt import StopRequest
@@ -81,20 +80,16 @@ class Training:
         self._save()
 
     def _one_step(self) -> Tensor:
-        settings, problem = self.settings, self.problem
-        chosen = batch_indices(settings.seed, self.step, settings.batch_size, len(problem.train))
-        batch = problem.objective.collate([problem.train[index] for index in chosen], self.device)
         try:
-            loss = self.optimizer.step(lambda: problem.objective.scores(problem.model, batch).mean_loss())
+            loss = step.take(self.problem, self.optimizer, self.settings, self.step, self.device)
         except FloatingPointError as error:
             self._write_losses()
             raise UserError(
                 f"step {self.step + 1}: {error}; a smaller --lr or another --mu may help"
             ) from None
-        except StreamedProbeError as error:
+        except UserError:
             self._write_losses()
-            read_elsewhere = str(error).partition(". ")[0]
-            raise UserError(f"{read_elsewhere}; give --probe inplace, with --overwrite") from None
+            raise
         self.step += 1
         self.forwards += self._last_forwards
         return loss
