@@ -17,7 +17,7 @@ import argparse
 
 from zoext.cli import checkpoint, demo, devices, metrics, optimizers, plot
 from zoext.cli.arguments import add_arguments as add_arguments
-from zoext.cli.errors import UserError, require
+from zoext.cli.errors import UserError, reading, require
 from zoext.cli.interrupt import StopRequest
 from zoext.cli.loading import load
 from zoext.cli.output_folder import fingerprint
@@ -37,14 +37,11 @@ RESUMABLE = {"steps", "device", "eval_every", "checkpoint_every"}
 def run(arguments: argparse.Namespace) -> int:
     """Trains, evaluates before and after, and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
-    try:
-        return _run(arguments)
-    except OSError as error:  # of a file that is read; those that are written see to it themselves
-        raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from None
+    with reading():
+        return _run(Request.of(arguments))
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    request = Request.of(arguments)
+def _run(request: Request) -> int:
     folder = RunFolder(request.path("demo" if request.is_demo else "finetune"))
     settings = request.settings(folder, demo.SETTINGS if request.is_demo else Settings(), RESUMABLE)
     training = _prepare(settings, folder, request.resume)

@@ -65,7 +65,7 @@ class Training:
             self._evaluate(progress, "before")
         while self.step < settings.steps and not stop.received:
             loss = self._one_step()
-            progress.step(self._last_forwards)
+            progress.step(step.forwards_of(self.optimizer))
             record = {"step": self.step, "forwards": self.forwards, "seconds": time.monotonic() - started}
             self._unread.append((record, loss))
             evaluation_due = self.step == settings.steps or self.step % settings.eval_every == 0
@@ -91,13 +91,8 @@ class Training:
             self._write_losses()
             raise
         self.step += 1
-        self.forwards += self._last_forwards
+        self.forwards += step.forwards_of(self.optimizer)
         return loss
-
-    @property
-    def _last_forwards(self) -> int:
-        estimate = self.optimizer.last_estimate
-        return 0 if estimate is None else estimate.forwards
 
     def _write_losses(self) -> float:
         """Writes the losses of the steps since the last time; returns their mean."""
