@@ -82,10 +82,11 @@ def _prepare(
     if not request.quiet:
         _introduce(settings, start, folder)
     raw += costs.measure_missing(start, settings, records.costs(raw))
-    if not request.resume:
+    if request.resume:
+        folder.remove_leftovers()
+        folder.write_note(settings, start.fingerprint)
+    else:
         folder.start(settings, start.fingerprint)
-    folder.remove_leftovers()
-    folder.write_note(settings, start.fingerprint)
     json_lines.replace(folder.runs, raw)
     return start, raw
 

@@ -31,10 +31,10 @@ def draw(path: Path, summaries: Sequence[Summary], title: str) -> None:
         axes.set(xlabel="forward passes", ylabel=panels[name])
         if name == "report_loss" and (target := reference_loss(summaries)) is not None:
             axes.axhline(target, color="0.6", linewidth=0.8, zorder=0)
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     if shown:
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(shown), fontsize="small")
     with writing(path):
         figure.savefig(path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 
@@ -23,6 +22,13 @@ class Start:
 
     A learning rate that is chosen for its loss on some examples looks better on these than it is. So one
     half chooses and the other is reported.
+
+    Attributes:
+        evaluation: what ``evaluate`` gives at the first weights.
+        fingerprint: a hash of examples and weights; a comparison that is resumed must find the same.
+
+    Raises:
+        UserError: if there are too few held-out examples, or the loss of one half is not finite.
     """
 
     def __init__(self, problem: Problem, batch_size: int, device: torch.device) -> None:
@@ -31,28 +37,13 @@ class Start:
         self.selection, self.report = halves(problem.valid)
         self._batch_size = batch_size
         self._weights = weights.copy_of(problem.model)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the examples and of the weights: those of a comparison that is resumed are the same."""
-        examples = fingerprint(self.problem.train, self.problem.valid)
-        return f"{examples} {weights.digest(self.problem.model)}"
-
-    @cached_property
-    def evaluation(self) -> Record:
-        """``evaluate()`` at the first weights.
-
-        Raises:
-            UserError: if a loss is not finite there.
-        """
-        self.reset()
-        record = self.evaluate()
-        if not math.isfinite(record["selection_loss"] + record["report_loss"]):
+        self.fingerprint = f"{fingerprint(problem.train, problem.valid)} {weights.digest(problem.model)}"
+        self.evaluation = self.evaluate()
+        if not math.isfinite(self.evaluation["selection_loss"] + self.evaluation["report_loss"]):
             raise UserError(
                 "the held-out loss is not finite before the first step; give another --model, or "
                 "--dtype float32"
             )
-        return record
 
     def reset(self) -> None:
         weights.put(self.problem.model, self._weights)
