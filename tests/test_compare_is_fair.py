@@ -4,6 +4,7 @@ of forward passes; every method is swept over as many learning rates, MeZO up to
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_grids_are_of_equal_size_and_that_of_mezo_reaches_4_times(
     grids = [settings.grid(method) for method in ALL]
     assert len({len(grid) for grid in grids}) == 1
     for grid in grids:
-        ratios = [b / a for a, b in zip(grid, grid[1:], strict=False)]
+        ratios = [after / before for before, after in pairwise(grid)]
         assert ratios == pytest.approx([2.0] * len(ratios))
 
 
@@ -141,5 +142,5 @@ def test_one_half_of_what_is_held_out_chooses_and_the_other_is_reported() -> Non
 
 
 def test_too_few_held_out_examples_for_two_halves() -> None:
-    with pytest.raises(UserError, match="only 3 distinct held-out texts.*--valid-data"):
+    with pytest.raises(UserError, match=r"only 3 distinct held-out texts.*--valid-data"):
         halves([Example((i % 3, 1), 0) for i in range(9)])
