@@ -22,8 +22,8 @@ def render(settings: ComparisonSettings, start: Start, summaries: Sequence[Summa
     ]
     if sweeps := tables.sweeps(settings, summaries):
         parts += [
-            f"Held-out loss after {settings.sweep_budget} forwards ({_seeds(settings.sweep_seeds)}), on the "
-            "examples that choose, at multiples of the usual lr; the best is bold:",
+            f"Held-out loss after {settings.sweep_budget} forwards ({_count(settings.sweep_seeds, 'seed')}), on "
+            "the examples that choose, at multiples of the usual lr; the best is bold:",
             markdown.table(sweeps),
         ]
     return "\n\n".join(parts) + "\n"
@@ -32,8 +32,8 @@ def render(settings: ComparisonSettings, start: Start, summaries: Sequence[Summa
 def _notes(settings: ComparisonSettings, start: Start, summaries: Sequence[Summary]) -> list[str]:
     notes = [
         "Loss and accuracy: at the start → at the budget, mean ± standard error over "
-        f"{_seeds(settings.seeds)}, on {len(start.report)} held-out examples; {len(start.selection)} others "
-        "chose the lr.",
+        f"{_count(settings.seeds, 'seed')}, on {len(start.report)} held-out examples; "
+        f"{len(start.selection)} others chose the lr.",
         *_notes_on_the_choice(settings, summaries),
         f"Equal for all: mu {settings.mu:g}, batch {settings.batch_size}, weight decay "
         f"{settings.weight_decay:g}, {settings.dtype}; seed by seed the same batches in the same order. An "
@@ -46,7 +46,7 @@ def _notes(settings: ComparisonSettings, start: Start, summaries: Sequence[Summa
             f"{settings.evaluation_interval} forwards; - where it never is."
         )
     machine = environment()
-    where = f"{torch.get_num_threads()} threads" if start.device.type == "cpu" else str(start.device)
+    where = _count(torch.get_num_threads(), "thread") if start.device.type == "cpu" else str(start.device)
     notes.append(
         f"Seconds: the steps of these runs, evaluations left out; {machine['processor']}, {where}, "
         f"torch {machine['torch']}. Extra MiB: the peak of memory of two steps beyond that of a forward."
@@ -61,8 +61,8 @@ def _notes_on_the_choice(settings: ComparisonSettings, summaries: Sequence[Summa
     if settings.sweep_budget == settings.forwards:
         reused = min(settings.sweep_seeds, settings.seeds)
         notes.append(
-            f"{_seeds(reused)} of these took part in the choice, and may owe a little to luck, for every "
-            "optimizer alike."
+            f"{_count(reused, 'seed')} of these took part in the choice, and may owe a little to luck, for "
+            "every optimizer alike."
         )
     extended = [summary.method for summary in summaries if summary.sweep.added is not None]
     if extended:
@@ -74,5 +74,5 @@ def _notes_on_the_choice(settings: ComparisonSettings, summaries: Sequence[Summa
     return notes
 
 
-def _seeds(number: int) -> str:
-    return f"{number} seed" + ("" if number == 1 else "s")
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

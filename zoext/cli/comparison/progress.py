@@ -40,7 +40,9 @@ class Progress:
             return
         name = "report_loss" if phase == FINAL else "selection_loss"
         losses = [evaluation[name] for evaluation in outcome.evaluations]
-        result = outcome.end["diverged"] or f"held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+        result = f"held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+        if outcome.diverged:
+            result = f"diverged: {outcome.end['diverged']}"
         self._bar.write(f"{phase}: {describe(run)}: {result}")
 
 
