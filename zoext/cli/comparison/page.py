@@ -22,8 +22,9 @@ def render(settings: ComparisonSettings, start: Start, summaries: Sequence[Summa
     ]
     if sweeps := tables.sweeps(settings, summaries):
         parts += [
-            f"Held-out loss after {settings.sweep_budget} forwards ({_count(settings.sweep_seeds, 'seed')}), on "
-            "the examples that choose, at multiples of the usual lr; the best is bold:",
+            f"Held-out loss after {settings.sweep_budget} forwards, "
+            f"{_count(settings.sweep_seeds, 'seed')}, on the examples that choose, at multiples of the "
+            "usual lr; the best is bold:",
             markdown.table(sweeps),
         ]
     return "\n\n".join(parts) + "\n"
