@@ -57,16 +57,12 @@ def test_weights_of_the_guiding_vector(dtype: torch.dtype, count: int, ratio: fl
 
 
 def test_equal_losses_keep_their_order() -> None:
-    estimate = zoext.GuidingVector(pool_size=4).estimate(
-        Table([2.0] * 4, 1.0, 0.0, torch.float32), SEEDS[:4], 0.5
-    )
-    assert estimate.coefficients.tolist() == [0.5, 0.5, -0.5, -0.5]
-    centered = zoext.GuidingVector(pool_size=4, weighting="centered")
-    assert centered.estimate(Table([2.0] * 4, 1.0, 0.0, torch.float32), SEEDS[:4], 0.5).finite
-    greedy = zoext.GreedyPool(pool_size=3).estimate(
-        Table([7.0, 2.0, 2.0], 1.0, 0.0, torch.float32), SEEDS[:3], MU
-    )
-    assert greedy.seeds.tolist() == [101]
+    for weighting in ("ranked", "centered"):
+        table = Table([2.0] * 4, 1.0, 0.0, torch.float32)
+        guiding = zoext.GuidingVector(pool_size=4, weighting=weighting)
+        assert guiding.estimate(table, SEEDS[:4], 0.5).coefficients.tolist() == [0.5, 0.5, -0.5, -0.5]
+    table = Table([7.0, 2.0, 2.0], 1.0, 0.0, torch.float32)
+    assert zoext.GreedyPool(pool_size=3).estimate(table, SEEDS[:3], MU).seeds.tolist() == [101]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -138,10 +134,10 @@ def test_a_step_whose_estimate_is_not_finite_moves_no_bit(probe: str) -> None:
 
         def loss(model: torch.nn.Linear = model, calls: list[int] = calls) -> Tensor:
             calls[0] += 1
-            return model.weight.sum() * 0 + model(torch.ones(5)).sum() + (math.nan if calls[0] > 4 else 0.0)
+            return model(torch.ones(5)).sum() + (math.nan if calls[0] > 4 else 0.0)
 
-        optimizer = recipe(model, lr=0.1, pool_size=4, probe="inplace", nonfinite="skip", weight_decay=0.1)
+        optimizer = recipe(model, lr=0.1, pool_size=4, probe=probe, nonfinite="skip", weight_decay=0.1)
         optimizer.step(loss)
         assert optimizer.nonfinite_steps == 1
         for parameter, old in zip(model.parameters(), before, strict=True):
-            assert torch.allclose(parameter, old, rtol=0, atol=1e-6)
+            assert (parameter - old).abs().max() <= (1e-6 if probe == "inplace" else 0)
