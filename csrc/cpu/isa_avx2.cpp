@@ -26,6 +26,7 @@ constexpr char name[] = "avx2";
 
 }  // namespace
 
+#include "rows.inl"
 #include "tiles.inl"
 
 }  // namespace zoext::cpu::avx2

@@ -27,6 +27,7 @@ constexpr char name[] = "avx512";
 
 }  // namespace
 
+#include "rows.inl"
 #include "tiles.inl"
 
 }  // namespace zoext::cpu::avx512

@@ -14,6 +14,7 @@ constexpr char name[] = "neon";
 
 }  // namespace
 
+#include "rows.inl"
 #include "tiles.inl"
 
 }  // namespace zoext::cpu::neon

@@ -11,6 +11,7 @@ constexpr char name[] = "scalar";
 
 }  // namespace
 
+#include "rows.inl"
 #include "tiles.inl"
 
 }  // namespace zoext::cpu::scalar

@@ -142,7 +142,15 @@ void write(Storage* out, const typename Arithmetic<Storage>::type* sum, int64_t 
 }
 
 template <class Storage>
-constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>};
+void to_single(const Storage* from, int64_t count, float* out) {
+  int64_t i = 0;
+  if constexpr (can_round<Storage>)
+    for (; i + lanes <= count; i += lanes) store(out + i, load(from + i));
+  for (; i < count; ++i) out[i] = static_cast<float>(widen(from[i]));
+}
+
+template <class Storage>
+constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_single<Storage>};
 
 const InstructionSet instruction_set{
     name,
@@ -153,4 +161,5 @@ const InstructionSet instruction_set{
     storage_loops<double>,
     storage_loops<BFloat16>,
     storage_loops<Half>,
+    row_loops,
 };
