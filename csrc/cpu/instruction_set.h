@@ -8,6 +8,7 @@
 
 #include "../core/combine.h"
 #include "../core/moments.h"
+#include "../core/power_iteration.h"
 #include "../core/sign.h"
 #include "../core/storage.h"
 
@@ -99,6 +100,18 @@ struct StorageLoops {
   void (*displace)(Storage* out, const Storage* theta, const Number* sum, Number decay, int64_t count,
                    const uint16_t* random);
   void (*write)(Storage* out, const Number* sum, int64_t count);
+  void (*to_single)(const Storage* from, int64_t count, float* out);
+};
+
+constexpr int most_rows = 4;  // of a call of these loops
+
+// Rows of `length` numbers each, and a vector of that length; sums in the order of core/power_iteration.h.
+struct RowLoops {
+  // products[t] = <rows[t], vector>
+  void (*dot)(const float* const* rows, int count, const float* vector, int64_t length, float* products);
+  // sum = weights[0] rows[0] + weights[1] rows[1] + ..., or that added to the sum
+  void (*start)(const float* const* rows, int count, const float* weights, int64_t length, float* sum);
+  void (*add)(const float* const* rows, int count, const float* weights, int64_t length, float* sum);
 };
 
 struct InstructionSet {
@@ -110,6 +123,7 @@ struct InstructionSet {
   StorageLoops<double> float64;
   StorageLoops<BFloat16> bfloat16;
   StorageLoops<Half> float16;
+  RowLoops rows;
 
   template <class Number>
   const ArithmeticLoops<Number>& arithmetic() const {

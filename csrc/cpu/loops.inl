@@ -7,6 +7,7 @@
 #include "window.inl"
 #include "factored.inl"
 #include "storage.inl"
+#include "rows.inl"
 // clang-format on
 
 template <class Number>
@@ -18,7 +19,7 @@ constexpr ArithmeticLoops<Number> arithmetic_loops{
 };
 
 template <class Storage>
-constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>};
+constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_single<Storage>};
 
 const InstructionSet instruction_set{
     name,
@@ -29,4 +30,5 @@ const InstructionSet instruction_set{
     storage_loops<double>,
     storage_loops<BFloat16>,
     storage_loops<Half>,
+    row_loops,
 };

@@ -86,6 +86,13 @@ inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
   return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(word.v))};
 }
 
+// The sum of the lanes: l and l + 4, then l and l + 2, 1.
+inline float halving_sum(Floats a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
 struct Pairs {
   Ints first[vectors], second[vectors];

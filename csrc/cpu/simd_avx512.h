@@ -93,6 +93,14 @@ inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(word.v), b.v, a.v)};
 }
 
+// The sum of the lanes: l and l + 8, then l and l + 4, 2, 1.
+inline float halving_sum(Floats a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
 struct Pairs {
   Ints first[vectors], second[vectors];

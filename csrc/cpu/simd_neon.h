@@ -66,6 +66,12 @@ inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
   return {vbslq_f32(spread_top_bit(word).v, a.v, b.v)};
 }
 
+// The sum of the lanes: l and l + 2, then l and l + 1.
+inline float halving_sum(Floats a) {
+  const float32x2_t two = vadd_f32(vget_low_f32(a.v), vget_high_f32(a.v));
+  return vget_lane_f32(vpadd_f32(two, two), 0);
+}
+
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
 struct Pairs {
   Ints first[vectors], second[vectors];

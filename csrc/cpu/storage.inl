@@ -37,3 +37,11 @@ template <class Storage>
 void write(Storage* out, const typename Arithmetic<Storage>::type* sum, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = round_to_nearest<Storage>(sum[i]);
 }
+
+template <class Storage>
+void to_single(const Storage* from, int64_t count, float* out) {
+  int64_t i = 0;
+  if constexpr (can_round<Storage>)
+    for (; i + lanes <= count; i += lanes) store(out + i, load(from + i));
+  for (; i < count; ++i) out[i] = static_cast<float>(widen(from[i]));
+}
