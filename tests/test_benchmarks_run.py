@@ -49,6 +49,7 @@ def check(document: dict, names: set[str]) -> None:
             "dense_pass",
             ["usual loop / fused pass", "signs / plain pass", "fused pass, one thread / fused pass"],
         ),
+        ("adam_update", ["plain update / fused update", "fused update / noise only"]),
         ("mezo_step", ["MeZO, streamed, outside forwards", "MeZO, inplace, outside forwards"]),
         ("step_memory", ["MeZO, inplace, beyond a forward", "MeZO, streamed, beyond a forward"]),
     ],
@@ -91,7 +92,7 @@ def test_every_program_is_tested_and_described() -> None:
     programs = {
         path.stem for path in BENCHMARKS.glob("*.py") if "argparse.ArgumentParser(" in path.read_text()
     }
-    assert programs == {"dense_pass", "mezo_step", "step_memory"}
+    assert programs == {"adam_update", "dense_pass", "mezo_step", "step_memory"}
     page = (BENCHMARKS / "README.md").read_text()
     assert all(f"{program}.py" in page for program in programs)
 

@@ -156,9 +156,9 @@ def noise_adam_(
 
     With ``g_h = sum_k coefficients[h, k] z(seeds[h, k])`` for each of the H steps of a window,
     ``m = sum_h first_weights[h] g_h`` and ``v = sum_h second_weights[h] g_h**2``. ``seeds`` is int64
-    [H, K], ``coefficients`` float32 [H, K], the weights float32 [H], the rest float32 []. The last step is the
-    newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all zero
-    is left out; where ``lr`` is zero nothing but the decay moves theta.
+    [H, K], ``coefficients`` float32 [H, K], the weights float32 [H], the rest float32 []. The last step is
+    the newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all
+    zero is left out; where ``lr`` is zero nothing but the decay moves theta.
     """
     torch.ops.zoext.noise_adam_(
         list(theta),

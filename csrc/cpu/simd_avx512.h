@@ -83,8 +83,10 @@ inline Ints spread_top_bit(Ints a) { return {_mm512_srai_epi32(a.v, 31)}; }
 inline Floats signed_to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints bits_of(Floats a) { return {_mm512_castps_si512(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
@@ -129,6 +131,10 @@ inline Floats load(const BFloat16* p) {
 }
 inline Floats load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// The first `count` lanes from memory, the others zero; nothing beyond is read.
+inline Floats load_first(const float* p, int count) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
 }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 inline void store(uint32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }

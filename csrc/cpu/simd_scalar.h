@@ -34,6 +34,7 @@ template <class Storage>
 inline Floats load(const Storage* p) {
   return widen(*p);
 }
+inline Floats load_first(const float* p, int) { return *p; }
 template <class Storage>
 inline void store(Storage* p, Floats a) {
   *p = round_to_nearest<Storage>(a);

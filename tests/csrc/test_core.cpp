@@ -285,7 +285,7 @@ bool same(Number a, Number b) {
 }
 
 template <class Number, class Core>
-void terms_are_the_cores(const InstructionSet& set, const cpu::TermLoops<Number>& loops, Core core) {
+void terms_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<Number>& loops, Core core) {
   const Field one{11, 2, 6}, other{~0ull, 2, 6};
   const Number guard = 77;
   for (uint64_t start : starts)
