@@ -23,9 +23,9 @@ void factored_axpy_(std::vector<Tensor> theta, std::vector<Tensor> left, std::ve
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Rounding how = checked_rounding(rounding);
-  check_factors(theta, left, right, seeds.numel());
   if (theta.empty()) return;
   check_seeds(seeds, coefficients, theta[0]);
+  check_factors(theta, left, right, seeds.numel());
   check_scalar("decay", decay, ScalarType::Float, theta[0]);
   displace_all(theta, theta, left, right, combination_of(seeds, coefficients), floats_of(decay), places, how);
 }
@@ -38,9 +38,9 @@ void factored_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, std::vec
   check_copy(out, theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Rounding how = checked_rounding(rounding);
-  check_factors(theta, left, right, seeds.numel());
   if (theta.empty()) return;
   check_seeds(seeds, coefficients, theta[0]);
+  check_factors(theta, left, right, seeds.numel());
   displace_all(out, theta, left, right, combination_of(seeds, coefficients), nullptr, places, how);
 }
 

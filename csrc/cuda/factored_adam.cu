@@ -11,9 +11,9 @@ void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> left, std::ve
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Rounding how = checked_rounding(rounding);
-  check_factors(theta, left, right, seeds.numel());
   if (theta.empty()) return;
   const Window window = checked_window(seeds, coefficients, first_weights, second_weights, theta[0]);
+  check_factors(theta, left, right, seeds.numel());
   const StepSize size = checked_step_size(lr, eps, decay, theta[0]);
   const torch::stable::accelerator::DeviceGuard guard(theta[0].get_device_index());
   const cudaStream_t stream = current_stream(theta[0]);
