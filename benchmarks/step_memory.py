@@ -3,17 +3,14 @@
     python benchmarks/step_memory.py --json step_memory.json
 
 Counts what torch's allocator hands out, from the making of the optimizer to the end of its second
-step. The profiler writes it down on a CPU, the caching allocator on a GPU.
+step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from opt_model import BATCH, TOKENS, closure_of, random_opt
@@ -22,50 +19,9 @@ from usual_step import UsualStep
 
 import zoext
 from zoext.benchmarking import arguments as options
+from zoext.benchmarking.memory import MIB, peak
 from zoext.benchmarking.report import Bar, Report, at_most
 from zoext.benchmarking.timing import Spread, threads
-
-MIB = 2**20
-
-
-def peak(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes in use during ``work`` beyond those in use before it.
-
-    It runs twice and the second run counts, so that what it keeps between runs is there before, and
-    so that the profiler has seen the making of all that it then sees freed.
-    """
-    return _peak_on_cuda(work, device) if device.type == "cuda" else _peak_on_cpu(work)
-
-
-def _peak_on_cuda(work: Callable[[], object], device: torch.device) -> int:
-    work()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _peak_on_cpu(work: Callable[[], object]) -> int:
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-        with torch.profiler.record_function("second run"):
-            work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    began = next(event["ts"] for event in events if event["name"] == "second run")
-    in_use = before = highest = 0
-    for change in sorted((e for e in events if e["name"] == "[memory]"), key=lambda event: event["ts"]):
-        in_use += change["args"]["Bytes"]
-        if change["ts"] < began:
-            before = highest = in_use
-        highest = max(highest, in_use)
-    return highest - before
 
 
 def largest_module(model: nn.Module) -> int:

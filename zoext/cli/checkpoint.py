@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoext.cli import atomic, plain
 from zoext.cli.errors import UserError, writing
+from zoext.cli.weights import put, tensors_of
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 KEPT = 2  # the newest, and one to fall back on should that be damaged later
@@ -45,14 +46,7 @@ class Checkpoint:
         """Puts model and optimizer where they were when the checkpoint was written."""
         self.check_fits(model)
         optimizer.load_state_dict(self.optimizer)
-        with torch.no_grad():
-            for name, tensor in tensors_of(model).items():
-                tensor.copy_(self.weights[name])
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        put(model, self.weights)
 
 
 def _outline(tensors: dict[str, Tensor]) -> dict[str, str]:

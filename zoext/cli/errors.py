@@ -24,6 +24,15 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {reason}; put that right or give another --out") from None
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """An OSError of a file that is read becomes a UserError; those that are written have ``writing``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from None
+
+
 def require(modules: tuple[str, ...], extra: str) -> None:
     """Raises a UserError that names the extra of this package which brings the missing ``modules``."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]

@@ -32,11 +32,14 @@ class Evaluation:
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy}"
         return f"loss {self.loss}{accuracy}"
 
-    def record(self) -> dict[str, float]:
-        """The flat form for the metrics file."""
-        record = {"valid_loss": self.loss.value, "valid_loss_error": self.loss.error}
+    def record(self, part: str = "valid") -> dict[str, float]:
+        """The flat form for a file of records: "valid_loss", "valid_loss_error" and so on."""
+        record = {f"{part}_loss": self.loss.value, f"{part}_loss_error": self.loss.error}
         if self.accuracy is not None:
-            record |= {"valid_accuracy": self.accuracy.value, "valid_accuracy_error": self.accuracy.error}
+            record |= {
+                f"{part}_accuracy": self.accuracy.value,
+                f"{part}_accuracy_error": self.accuracy.error,
+            }
         return record
 
     @classmethod

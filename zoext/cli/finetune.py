@@ -14,18 +14,17 @@ checkpoints/, curve.png and model/ (for from_pretrained of transformers).
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from pathlib import Path
-from typing import Any
 
-from zoext.cli import checkpoint, demo, devices, metrics, optimizers, plot, problem
+from zoext.cli import checkpoint, demo, devices, metrics, optimizers, plot
 from zoext.cli.arguments import add_arguments as add_arguments
-from zoext.cli.errors import UserError, require
+from zoext.cli.errors import UserError, reading, require
 from zoext.cli.interrupt import StopRequest
-from zoext.cli.models import choose_trainable
+from zoext.cli.loading import load
+from zoext.cli.output_folder import fingerprint
 from zoext.cli.progress import Progress
+from zoext.cli.resolving import Request
 from zoext.cli.result import report, write_model
-from zoext.cli.run_folder import RunFolder, fingerprint, unused
+from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
 from zoext.cli.training import Training
 
@@ -38,21 +37,17 @@ RESUMABLE = {"steps", "device", "eval_every", "checkpoint_every"}
 def run(arguments: argparse.Namespace) -> int:
     """Trains, evaluates before and after, and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
-    try:
-        return _run(arguments)
-    except OSError as error:  # of a file that is read; those that are written see to it themselves
-        raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from None
+    with reading():
+        return _run(Request.of(arguments))
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    given = vars(arguments)
-    out: Path | None = given.pop("out", None)
-    resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
-    settings, folder = _resolve(given, out, resume, overwrite)
-    training = _prepare(settings, folder, resume)
-    if not quiet:
+def _run(request: Request) -> int:
+    folder = RunFolder(request.path("demo" if request.is_demo else "finetune"))
+    settings = request.settings(folder, demo.SETTINGS if request.is_demo else Settings(), RESUMABLE)
+    training = _prepare(settings, folder, request.resume)
+    if not request.quiet:
         _introduce(training)
-    with StopRequest() as stop, Progress(training.step, settings.steps, quiet) as progress:
+    with StopRequest() as stop, Progress(training.step, settings.steps, request.quiet) as progress:
         training.run(stop, progress)
     records = metrics.read(folder.metrics)
     plot.draw(folder.curve, records, training.problem.title)
@@ -60,53 +55,22 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"stopped after step {training.step}; to go on: zoext finetune --out {folder.path} --resume")
         return 130
     write_model(folder.model, training.problem)
-    if not quiet:
+    if not request.quiet:
         print(report(records, folder))
     return 0
-
-
-def _resolve(
-    given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool
-) -> tuple[Settings, RunFolder]:
-    """The settings of the run and its folder, which may or may not hold a run; nothing is written yet."""
-    if resume and (out is None or overwrite):
-        raise UserError(
-            "--resume needs --out DIR" if out is None else "--resume and --overwrite exclude each other"
-        )
-    is_demo = "model" not in given and "data" not in given
-    folder = RunFolder(out or unused(Path("runs"), "demo" if is_demo else "finetune"))
-    if not resume:
-        settings = dataclasses.replace(demo.SETTINGS if is_demo else Settings(), **given)
-        folder.check_spares_inputs(settings)
-        folder.check_free(overwrite)
-        return settings, folder
-    settings, _ = folder.read_settings()
-    folder.check_spares_inputs(settings)
-    for name, value in given.items():
-        if name not in RESUMABLE and value != getattr(settings, name):
-            option = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{option} {value}: the run in {out} has {getattr(settings, name)}; "
-                f"leave {option} out to resume it"
-            )
-    return dataclasses.replace(settings, **given), folder
 
 
 def _prepare(settings: Settings, folder: RunFolder, resume: bool) -> Training:
     """Loads and checks everything; only then is the folder changed."""
     device = devices.choose(settings.device)
-    loaded = (
-        demo.load(settings) if settings.model is None and settings.data is None else problem.load(settings)
-    )
-    choose_trainable(loaded.model, settings.trainable)
-    loaded.model.to(device)
+    loaded = load(settings, device)
     optimizer = optimizers.make(loaded.model, settings)
     training = Training(loaded, optimizer, settings, folder, device)
     data = fingerprint(loaded.train, loaded.valid)
     if not resume:
         folder.start(settings, data)
         return training
-    if folder.read_settings()[1] != data:
+    if folder.read_note()[1] != data:
         raise UserError(
             f"--out {folder.path}: its run saw other data; resume with the same data and tokenizer"
         )
@@ -115,7 +79,7 @@ def _prepare(settings: Settings, folder: RunFolder, resume: bool) -> Training:
         raise UserError(f"--steps {settings.steps}: the run in {folder.path} is at step {saved.step} already")
     training.resume(saved)
     folder.remove_leftovers()
-    folder.note(settings, data)
+    folder.write_note(settings, data)
     return training
 
 

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from zoext.cli import atomic
-from zoext.cli.errors import UserError, writing
-
-Record = dict[str, Any]
+from zoext.cli import json_lines
+from zoext.cli.json_lines import Record
 
 
 def read(path: Path) -> list[Record]:
-    """The whole lines of ``path``; a last line that a killed process left torn is dropped."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines[:-1], 1):  # after the last newline: nothing, or a torn line
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if not _is_record(record):
-            raise UserError(f"{path}: line {number} is damaged; start again with --overwrite")
-        records.append(record)
-    return records
+    """The records of ``path``, each of which is of a step or of an evaluation."""
+    return json_lines.read(path, _is_record)
 
 
 def _is_record(value: Any) -> bool:
@@ -42,18 +27,9 @@ def _is_record(value: Any) -> bool:
 
 def keep_until(path: Path, step: int) -> None:
     """Drops what was recorded after ``step``: a run that resumes there records it again."""
-    kept = [record for record in read(path) if record["step"] <= step]
-    with writing(path):
-        atomic.write_text(path, "".join(_line(record) for record in kept))
+    json_lines.replace(path, [record for record in read(path) if record["step"] <= step])
 
 
 def append(path: Path, records: list[Record]) -> None:
-    """Adds ``records``, each of which has a "step"."""
-    with writing(path):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(_line(record) for record in records))
-        atomic.sync(path)  # a checkpoint that is on the disk must find its metrics there
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
+    """Adds ``records``: a checkpoint that is on the disk must find its metrics there."""
+    json_lines.append(path, records)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zoext.cli.errors import writing
-from zoext.cli.metrics import Record
+from zoext.cli.json_lines import Record
 
 SMOOTHING = 0.98  # of the training loss, an exponential mean without bias
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from zoext.cli import atomic
 from zoext.cli.errors import writing
 from zoext.cli.evaluation import Evaluation
-from zoext.cli.metrics import Record
+from zoext.cli.json_lines import Record
 from zoext.cli.models import quiet_transformers
 from zoext.cli.problem import Problem
 from zoext.cli.run_folder import RunFolder

@@ -1,121 +1,25 @@
-"""The folder of a run: its settings, metrics, checkpoints, curve and final model."""
+"""The folder of ``zoext finetune``: its settings, metrics, checkpoints, curve and final model."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from zoext.cli import arguments, atomic
-from zoext.cli.errors import UserError, writing
-from zoext.cli.objectives import Example
+from zoext.cli import arguments, atomic, stored_settings
+from zoext.cli.output_folder import OutputFolder
 from zoext.cli.settings import Settings
 
 
-class RunFolder:
+class RunFolder(OutputFolder[Settings]):
     """Paths below ``--out``."""
 
     def __init__(self, path: Path) -> None:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
-        self.path = path
-        self.run = path / "run.json"
-        self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.curve = path / "curve.png"
-        self.model = path / "model"
+        super().__init__(path, "run.json", ("checkpoints", "model", "metrics.jsonl", "curve.png"))
+        self.checkpoints, self.model, self.metrics, self.curve = self._results
 
-    @property
-    def _written(self) -> tuple[Path, ...]:
-        """Everything that a run writes here."""
-        return self.run, self.metrics, self.curve, self.checkpoints, self.model
-
-    @property
-    def holds_run(self) -> bool:
-        return self.run.is_file()
-
-    def read_settings(self) -> tuple[Settings, str]:
-        """The settings of the run, and the fingerprint of its data."""
-        if not self.holds_run:
-            raise UserError(f"--out {self.path}: holds no run to resume; leave out --resume to start one")
-        try:
-            record = json.loads(self.run.read_text(encoding="utf-8"))
-            return arguments.parse_settings(record["settings"]), str(record["data"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.run}: damaged ({error!r}); start again with --overwrite") from None
-
-    def check_spares_inputs(self, settings: Settings) -> None:
-        """Raises a UserError if a run here would replace the model or the data that it reads."""
-        for field in ("model", "data", "valid_data"):
-            given = getattr(settings, field)
-            if given is None or not Path(given).exists():  # the demo's, or a name on the hub
-                continue
-            real = Path(given).resolve()
-            for ours in self._written:
-                # samefile and no comparison of names: case may not matter, and links may lead here.
-                if ours.exists() and any(ours.samefile(path) for path in (real, *real.parents)):
-                    raise UserError(
-                        f"--{field.replace('_', '-')} {given}: the run would replace {ours}, where this is; "
-                        "give another --out, or copy it elsewhere"
-                    )
-
-    def check_free(self, overwrite: bool) -> None:
-        """Raises a UserError if a new run here would replace anything but, on ``overwrite``, a run."""
-        if self.holds_run:
-            if not overwrite:
-                raise UserError(
-                    f"--out {self.path}: holds a run already; give --resume, --overwrite or another folder"
-                )
-            return
-        for path in self._written:
-            if path.exists() or path.is_symlink():
-                raise UserError(
-                    f"--out {self.path}: {path} is there, but no run.json of a run that wrote it; "
-                    "move it away or give another folder"
-                )
-
-    def start(self, settings: Settings, data: str) -> None:
-        """Removes the run that was here, if there was one, and notes the settings of the new one."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self.holds_run:
-                self._remove_results()
-        self.note(settings, data)
-
-    def _remove_results(self) -> None:
-        # run.json stays until it is replaced: without it, what a killed process leaves would be no run's.
-        for path in (self.checkpoints, self.model, self.metrics, self.curve):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-    def note(self, settings: Settings, data: str) -> None:
-        record = {"settings": dataclasses.asdict(settings), "data": data}
-        with writing(self.run):
-            atomic.write_text(self.run, json.dumps(record, indent=1) + "\n")
+    def _parse(self, record: Any) -> Settings:
+        return stored_settings.parse(record, Settings, arguments.add_arguments)
 
     def remove_leftovers(self) -> None:
-        for path in (self.run, self.metrics, self.model, self.checkpoints / "step-*"):
-            atomic.remove_leftovers(path)
-
-
-def unused(parent: Path, name: str) -> Path:
-    """The first of ``name-1``, ``name-2``, ... that is not there yet."""
-    number = 1
-    while (parent / f"{name}-{number}").exists():
-        number += 1
-    return parent / f"{name}-{number}"
-
-
-def fingerprint(*parts: Iterable[Example]) -> str:
-    """A hash of the tokenised examples: a run that is resumed must see the same."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for example in part:
-            digest.update(repr((example.tokens, example.label)).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+        super().remove_leftovers()
+        atomic.remove_leftovers(self.checkpoints / "step-*")

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoext import StreamedProbeError, ZerothOrderOptimizer
-from zoext.cli import checkpoint, metrics
-from zoext.cli.batches import batch_indices
+from zoext import ZerothOrderOptimizer
+from zoext.cli import checkpoint, metrics, step
 from zoext.cli.errors import UserError
 from zoext.cli.evaluation import Evaluation, evaluate
 from zoext.cli.interrupt import StopRequest
@@ -66,7 +65,7 @@ class Training:
             self._evaluate(progress, "before")
         while self.step < settings.steps and not stop.received:
             loss = self._one_step()
-            progress.step(self._last_forwards)
+            progress.step(step.forwards_of(self.optimizer))
             record = {"step": self.step, "forwards": self.forwards, "seconds": time.monotonic() - started}
             self._unread.append((record, loss))
             evaluation_due = self.step == settings.steps or self.step % settings.eval_every == 0
@@ -81,28 +80,19 @@ class Training:
         self._save()
 
     def _one_step(self) -> Tensor:
-        settings, problem = self.settings, self.problem
-        chosen = batch_indices(settings.seed, self.step, settings.batch_size, len(problem.train))
-        batch = problem.objective.collate([problem.train[index] for index in chosen], self.device)
         try:
-            loss = self.optimizer.step(lambda: problem.objective.scores(problem.model, batch).mean_loss())
+            loss = step.take(self.problem, self.optimizer, self.settings, self.step, self.device)
         except FloatingPointError as error:
             self._write_losses()
             raise UserError(
                 f"step {self.step + 1}: {error}; a smaller --lr or another --mu may help"
             ) from None
-        except StreamedProbeError as error:
+        except UserError:
             self._write_losses()
-            read_elsewhere = str(error).partition(". ")[0]
-            raise UserError(f"{read_elsewhere}; give --probe inplace, with --overwrite") from None
+            raise
         self.step += 1
-        self.forwards += self._last_forwards
+        self.forwards += step.forwards_of(self.optimizer)
         return loss
-
-    @property
-    def _last_forwards(self) -> int:
-        estimate = self.optimizer.last_estimate
-        return 0 if estimate is None else estimate.forwards
 
     def _write_losses(self) -> float:
         """Writes the losses of the steps since the last time; returns their mean."""

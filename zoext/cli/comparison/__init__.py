@@ -1,0 +1,1 @@
+"""What ``zoext compare`` is made of: which runs, one run, its records, the table and the picture."""
