@@ -24,33 +24,35 @@ class Method:
     variant: bool = False
 
 
-# The scales are powers of ten near the best lr on the demo and on the fables of docs/methods.md: they
-# centre the grids of a sweep, which then finds out.
+# The scales come from short runs on the demo and on the fables of docs/methods.md. They centre the grids
+# of a sweep, which then finds out.
 OPTIMIZERS: dict[str, Method] = {
     "mezo": Method(zoext.MeZO),
     "adamezo": Method(zoext.AdaMeZO, lr_scale=10),
-    "agzo": Method(zoext.AGZO, lr_scale=3),
+    "agzo": Method(zoext.AGZO, lr_scale=4),
     "lozo": Method(zoext.LOZO),
     "mezo-gv": Method(zoext.MeZOGV),
     "mezo-greedy": Method(zoext.MeZOGreedy),
     "mezo-momentum": Method(partial(zoext.AdaMeZO, betas=(0.7, 0.0)), variant=True),
-    "agzo-matched": Method(partial(zoext.AGZO, balance="matched"), variant=True),
-    "agzo-still": Method(partial(zoext.AGZO, balance="still"), lr_scale=100, variant=True),
+    "agzo-matched": Method(partial(zoext.AGZO, balance="matched"), lr_scale=0.05, variant=True),
+    "agzo-still": Method(partial(zoext.AGZO, balance="still"), lr_scale=4, variant=True),
     "agzo-central": Method(
         partial(
             zoext.ZerothOrderOptimizer,
-            direction=zoext.ActivationSubspace(balance="matched"),
+            direction=zoext.ActivationSubspace(),
             estimator=zoext.CentralDifference(),
         ),
+        lr_scale=4,
         variant=True,
     ),
     "agzo-momentum": Method(
         partial(
             zoext.ZerothOrderOptimizer,
-            direction=zoext.ActivationSubspace(balance="matched"),
+            direction=zoext.ActivationSubspace(),
             estimator=zoext.ForwardDifference(),
             update=zoext.AdamReplay(betas=(0.7, 0.0)),
         ),
+        lr_scale=4,
         variant=True,
     ),
     "mezo-gv-centered": Method(partial(zoext.MeZOGV, weighting="centered"), variant=True),
