@@ -21,14 +21,17 @@ using torch::stable::Tensor;
 
 enum class Distribution : int64_t { normal = 0, sign = 1 };
 
+inline bool is_storage(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
 inline void check_tensors(const char* name, const std::vector<Tensor>& tensors) {
   for (size_t t = 0; t < tensors.size(); ++t) {
     const Tensor& tensor = tensors[t];
     STD_TORCH_CHECK(tensor.is_contiguous(), name, "[", t, "] is not contiguous; pass tensor.contiguous()");
-    const ScalarType type = tensor.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-                        type == ScalarType::Half,
-                    name, "[", t, "] must be float32, float64, bfloat16 or float16");
+    STD_TORCH_CHECK(is_storage(tensor.scalar_type()), name, "[", t,
+                    "] must be float32, float64, bfloat16 or float16");
     STD_TORCH_CHECK(tensor.device() == tensors[0].device(), name, "[", t, "] is on another device than ", name,
                     "[0]; call the operator once per device");
   }

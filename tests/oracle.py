@@ -202,6 +202,83 @@ def direction(seed: int, key: int, at: NDArray[np.uint64], distribution: Distrib
     return (signs if distribution == Distribution.SIGN else normals)(seed, key, at)
 
 
+class Window(NamedTuple):
+    """The steps of AdaMeZO (arXiv 2605.00650, section 3), oldest first, and how they move theta."""
+
+    coefficients: Sequence[Sequence[float]]
+    first_weights: Sequence[float]
+    second_weights: Sequence[float]
+    lr: float
+    eps: float
+    decay: float = 0.0
+
+
+def whole(theta: Tensor) -> Span:
+    return (0, max(theta.numel(), 1), 0)
+
+
+def estimate(directions: Sequence[NDArray], coefficients: Sequence[float], like: NDArray) -> NDArray:
+    """``sum_k c_k D_k`` in the dtype of ``like``: it starts at minus zero and takes one fused
+    multiply-add per term, in the order of k; terms with coefficient zero are left out."""
+    total = np.full_like(like, -0.0)
+    for term, coefficient in zip(directions, np.asarray(coefficients, dtype=np.float32), strict=True):
+        if coefficient != 0:
+            total = fused_multiply_add(coefficient, term, total)
+    return total
+
+
+def step_of(window: Window, directions: Sequence[Sequence[NDArray]], like: NDArray) -> NDArray:
+    """``-lr m / sqrt(v + eps)`` in the dtype of ``like``, every operation rounded once.
+
+    A step whose coefficients are all zero is left out. Where none is left, or ``lr`` is zero, the
+    result is minus zero, which moves nothing.
+    """
+    weights = np.asarray([window.first_weights, window.second_weights], dtype=np.float32).T
+    m, v = np.full_like(like, -0.0), np.zeros_like(like)
+    steps = [
+        (terms, coefficients, *pair)
+        for terms, coefficients, pair in zip(directions, window.coefficients, weights, strict=True)
+        if np.asarray(coefficients, dtype=np.float32).any()
+    ]
+    lr, eps = like.dtype.type(np.float32(window.lr)), like.dtype.type(np.float32(window.eps))
+    if lr == 0 or not steps:
+        return m
+    with np.errstate(all="ignore"):
+        for terms, coefficients, first, second in steps:
+            g = estimate(terms, coefficients, like)
+            m, v = fused_multiply_add(first, g, m), fused_multiply_add(second, g * g, v)
+        return -lr * (m / np.sqrt(v + eps))
+
+
+def factored_directions(left: Tensor, right: Tensor, terms: int, dtype: np.dtype) -> list[NDArray]:
+    """``left_k^T right_k`` of every term, flat: a chain of fused multiply-adds over the rank, from -0."""
+    directions = []
+    for k in range(terms):
+        columns, rows = (factor[k % len(factor)].numpy().astype(dtype) for factor in (left, right))
+        total = np.full((columns.shape[1], rows.shape[1]), -0.0, dtype=dtype)
+        for column, row in zip(columns, rows, strict=True):
+            total = fused_multiply_add(column[:, None], row[None, :], total)
+        directions.append(total.reshape(-1))
+    return directions
+
+
+def newest_rounding_bits(
+    seeds: Sequence[Sequence[int]], key: int, at: NDArray[np.uint64], rounding: Rounding
+) -> NDArray[np.uint32] | None:
+    has_seeds = len(seeds) > 0 and len(seeds[-1]) > 0
+    return rounding_bits(seeds[-1][0], key, at) if rounding == Rounding.STOCHASTIC and has_seeds else None
+
+
+def displaced(theta: Tensor, change: NDArray, decay: float, random: NDArray[np.uint32] | None) -> Tensor:
+    """``theta + (change - decay theta)``, rounded once to the dtype of theta."""
+    value = numbers(theta)
+    if decay != 0:
+        change = fused_multiply_add(-np.float32(decay), value, change)
+    with np.errstate(all="ignore"):
+        moved = value + change
+    return round_to(moved, theta.dtype, random).reshape(theta.shape)
+
+
 def combination(
     theta: Tensor,
     seeds: Sequence[int],
@@ -219,18 +296,68 @@ def combination(
     float32 (float64 for float64); terms with coefficient zero are left out. One addition joins it to
     theta, one rounding stores it; rounding bits come from the first seed.
     """
-    value = numbers(theta)
-    at = indices(theta.numel(), span or (0, max(theta.numel(), 1), 0))
-    change = np.full_like(value, -0.0)
-    for seed, coefficient in zip(seeds, np.asarray(coefficients, dtype=np.float32), strict=True):
-        if coefficient != 0:
-            change = fused_multiply_add(coefficient, direction(seed, key, at, distribution), change)
-    if decay != 0:
-        change = fused_multiply_add(-np.float32(decay), value, change)
-    with np.errstate(all="ignore"):
-        moved = value + change
+    at = indices(theta.numel(), span or whole(theta))
+    directions = [direction(seed, key, at, distribution) for seed in seeds]
+    change = estimate(directions, coefficients, numbers(theta))
     random = rounding_bits(seeds[0], key, at) if rounding == Rounding.STOCHASTIC and len(seeds) else None
-    return round_to(moved, theta.dtype, random).reshape(theta.shape)
+    return displaced(theta, change, decay, random)
+
+
+def adam(
+    theta: Tensor,
+    seeds: Sequence[Sequence[int]],
+    window: Window,
+    *,
+    key: int = 0,
+    span: Span | None = None,
+    distribution: Distribution = Distribution.NORMAL,
+    rounding: Rounding = Rounding.NEAREST,
+) -> Tensor:
+    """What ``noise_adam_`` makes of theta, to the bit. ``seeds`` are those of each step, oldest first."""
+    at = indices(theta.numel(), span or whole(theta))
+    directions = [[direction(seed, key, at, distribution) for seed in step] for step in seeds]
+    random = newest_rounding_bits(seeds, key, at, rounding)
+    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random)
+
+
+def factored_combination(
+    theta: Tensor,
+    left: Tensor,
+    right: Tensor,
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    decay: float = 0.0,
+    *,
+    key: int = 0,
+    span: Span | None = None,
+    rounding: Rounding = Rounding.NEAREST,
+) -> Tensor:
+    """What ``factored_axpy_`` makes of theta, to the bit."""
+    at = indices(theta.numel(), span or whole(theta))
+    directions = factored_directions(left, right, len(seeds), numbers(theta).dtype)
+    change = estimate(directions, coefficients, numbers(theta))
+    random = rounding_bits(seeds[0], key, at) if rounding == Rounding.STOCHASTIC and len(seeds) else None
+    return displaced(theta, change, decay, random)
+
+
+def factored_adam(
+    theta: Tensor,
+    left: Tensor,
+    right: Tensor,
+    seeds: Sequence[Sequence[int]],
+    window: Window,
+    *,
+    key: int = 0,
+    span: Span | None = None,
+    rounding: Rounding = Rounding.NEAREST,
+) -> Tensor:
+    """What ``factored_adam_`` makes of theta, to the bit: factors are numbered step by step."""
+    at = indices(theta.numel(), span or whole(theta))
+    count = sum(len(step) for step in seeds)
+    flat = iter(factored_directions(left, right, count, numbers(theta).dtype))
+    directions = [[next(flat) for _ in step] for step in seeds]
+    random = newest_rounding_bits(seeds, key, at, rounding)
+    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random)
 
 
 # --- Comparison -------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ def check(document: dict, names: set[str]) -> None:
             "dense_pass",
             ["usual loop / fused pass", "signs / plain pass", "fused pass, one thread / fused pass"],
         ),
+        ("adam_update", ["plain update / fused update", "fused update / noise only"]),
+        ("factored_pass", ["fused pass / plain pass, rank 1", "plain / fused Adam step"]),
         ("mezo_step", ["MeZO, streamed, outside forwards", "MeZO, inplace, outside forwards"]),
         ("step_memory", ["MeZO, inplace, beyond a forward", "MeZO, streamed, beyond a forward"]),
     ],
@@ -92,7 +94,7 @@ def test_every_program_is_tested_and_described() -> None:
     programs = {
         path.stem for path in BENCHMARKS.glob("*.py") if "argparse.ArgumentParser(" in path.read_text()
     }
-    assert programs == {"dense_pass", "mezo_step", "step_memory"}
+    assert programs == {"adam_update", "dense_pass", "factored_pass", "mezo_step", "step_memory"}
     page = (BENCHMARKS / "README.md").read_text()
     assert all(f"{program}.py" in page for program in programs)
 
@@ -128,6 +130,41 @@ def test_rivals_do_the_same_work(dtype: torch.dtype) -> None:
     assert work.elements == 35 + 3 + 64 * 33
     assert sum(piece.numel() for piece in work._pieces) >= work.elements
     assert work._bytes.nbytes == work.elements * dtype.itemsize
+
+
+def test_factored_rivals_move_weights_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from factored_pass import FactoredPass
+
+    def moved(name: str, *arguments: int) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        work = FactoredPass([(5, 7), (64, 33)], torch.float32, CPU)
+        before = [matrix.clone() for matrix in work.matrices]
+        getattr(work, name)(*arguments)
+        return [now - then for now, then in zip(work.matrices, before, strict=True)]
+
+    for names, arguments in (
+        (("plain", "fused"), (1,)),
+        (("plain", "fused"), (2,)),
+        (("plain_adam", "fused_adam"), ()),
+    ):
+        for plain, fused in zip(*(moved(name, *arguments) for name in names), strict=True):
+            assert (plain != 0).float().mean() > 0.9
+            torch.testing.assert_close(plain, fused, rtol=1e-2, atol=1e-8)
+
+
+def test_adam_rivals_move_weights_by_steps_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They draw other noise, so only the size of their steps can be compared."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from adam_update import AdamUpdate
+
+    sizes = []
+    for name in ("plain", "fused"):
+        update = AdamUpdate([(300, 400)], torch.float32, CPU)
+        before = update.parameters[0].clone()
+        getattr(update, name)()
+        sizes.append((update.parameters[0] - before).square().mean().sqrt().item())
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
 
 
 def test_rounds_are_interleaved_after_a_warm_up() -> None:

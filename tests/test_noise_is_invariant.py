@@ -16,8 +16,8 @@ from zoext import _C, ops
 from zoext.ops import Distribution, Rounding, Span, Stream
 
 
-class Change(NamedTuple):
-    """What is applied: everything of a call but the tensors."""
+class Combination(NamedTuple):
+    """Everything of a call of ``noise_axpy_`` but the tensors."""
 
     terms: int
     decay: float
@@ -44,20 +44,86 @@ class Change(NamedTuple):
             rounding=self.rounding,
         )
 
-    def apply(self, theta: Sequence[Tensor], keys: Sequence[int], spans: Sequence[Span]) -> list[Tensor]:
-        """Moved copies of theta."""
-        moved = [tensor.clone() for tensor in theta]
-        self.move_(moved, keys, spans)
-        return moved
+    def expected(self, theta: Tensor, key: int, span: Span) -> Tensor:
+        return oracle.combination(
+            theta,
+            self.seeds,
+            self.coefficients,
+            self.decay,
+            key=key,
+            span=span,
+            distribution=self.distribution,
+            rounding=self.rounding,
+        )
 
 
-# No terms, one and several, each with both distributions and both roundings.
-CHANGES = [
-    Change(terms, decay, distribution, rounding)
-    for terms, decay in ((0, 0.03), (1, 0.0), (3, 0.03))
-    for distribution in Distribution
-    for rounding in Rounding
+class AdamStep(NamedTuple):
+    """Everything of a call of ``noise_adam_`` but the tensors, over a window of three steps."""
+
+    terms: int
+    distribution: Distribution
+    rounding: Rounding
+
+    @property
+    def seeds(self) -> list[list[int]]:
+        return [[2**62 + 11, 4], [-5, 2**40], [7, -1]] if self.terms == 2 else [[2**62 + 11], [-5], [7]]
+
+    @property
+    def window(self) -> oracle.Window:
+        coefficients = [[0.25, 3.0][: self.terms], [-1.5, 0.0][: self.terms], [3e-3, -0.4][: self.terms]]
+        return oracle.Window(coefficients, [0.1, 0.2, 0.4], [0.3, 0.1, 0.2], lr=0.02, eps=1e-3, decay=0.03)
+
+    def move_(self, theta: Sequence[Tensor], keys: Sequence[int], spans: Sequence[Span]) -> None:
+        ops.noise_adam_(
+            theta,
+            torch.tensor(self.seeds),
+            *(torch.tensor(numbers) for numbers in self.window),
+            keys,
+            spans,
+            distribution=self.distribution,
+            rounding=self.rounding,
+        )
+
+    def expected(self, theta: Tensor, key: int, span: Span) -> Tensor:
+        return oracle.adam(
+            theta,
+            self.seeds,
+            self.window,
+            key=key,
+            span=span,
+            distribution=self.distribution,
+            rounding=self.rounding,
+        )
+
+
+Change = Combination | AdamStep
+
+
+def apply(
+    change: Change, theta: Sequence[Tensor], keys: Sequence[int], spans: Sequence[Span]
+) -> list[Tensor]:
+    """Moved copies of theta."""
+    moved = [tensor.clone() for tensor in theta]
+    change.move_(moved, keys, spans)
+    return moved
+
+
+ADAM_STEPS: list[Change] = [
+    AdamStep(1, Distribution.NORMAL, Rounding.STOCHASTIC),
+    AdamStep(1, Distribution.SIGN, Rounding.NEAREST),
+    AdamStep(2, Distribution.NORMAL, Rounding.NEAREST),
+    AdamStep(2, Distribution.SIGN, Rounding.STOCHASTIC),
 ]
+# No terms, one and several, each with both distributions and both roundings.
+NO_TERMS, ONE_TERM, THREE_TERMS = (
+    [
+        Combination(terms, decay, distribution, rounding)
+        for distribution in Distribution
+        for rounding in Rounding
+    ]
+    for terms, decay in ((0, 0.03), (1, 0.0), (3, 0.03))
+)
+CHANGES: list[Change] = [*NO_TERMS, *ONE_TERM, *THREE_TERMS, *ADAM_STEPS]
 MARGIN = 1200
 every_dtype = pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 
@@ -79,10 +145,10 @@ def test_threads(dtype: torch.dtype, set_threads: Callable[[int], None]) -> None
     keys, spans = [4, 3, 2, 1, 0], [(i, max(t.numel(), 1), 0) for i, t in enumerate(theta)]
     for change in CHANGES:
         set_threads(1)
-        alone = change.apply(theta, keys, spans)
+        alone = apply(change, theta, keys, spans)
         for threads in (2, 7):
             set_threads(threads)
-            assert_all_same(change.apply(theta, keys, spans), alone, (change, threads))
+            assert_all_same(apply(change, theta, keys, spans), alone, (change, threads))
 
 
 @every_dtype
@@ -91,9 +157,9 @@ def test_instruction_sets(dtype: torch.dtype, instruction_set: str) -> None:
     keys, spans = list(range(6)), [(31 * i, max(t.numel(), 1), 0) for i, t in enumerate(theta)]
     for change in CHANGES:
         _C.use_instruction_set(instruction_set)
-        actual = change.apply(theta, keys, spans)
+        actual = apply(change, theta, keys, spans)
         _C.use_instruction_set("scalar")
-        assert_all_same(actual, change.apply(theta, keys, spans), change)
+        assert_all_same(actual, apply(change, theta, keys, spans), change)
 
 
 @pytest.mark.parametrize("distribution", Distribution)
@@ -117,16 +183,16 @@ def test_lists_and_single_calls(dtype: torch.dtype) -> None:
     keys = [9, 2**32 - 1, 0, 5, 5, 1]
     spans = [(3 * i, max(t.numel(), 1), 0) for i, t in enumerate(theta)]
     for change in CHANGES:
-        singly = [change.apply([t], [k], [s])[0] for t, k, s in zip(theta, keys, spans, strict=True)]
-        assert_all_same(change.apply(theta, keys, spans), singly, change)
+        singly = [apply(change, [t], [k], [s])[0] for t, k, s in zip(theta, keys, spans, strict=True)]
+        assert_all_same(apply(change, theta, keys, spans), singly, change)
 
 
 def test_lists_may_mix_dtypes() -> None:
     theta = [weights(777, dtype=dtype) for dtype in oracle.DTYPES]
     keys, spans = [0, 1, 2, 3], [ops.span_of(t) for t in theta]
     for change in CHANGES:
-        singly = [change.apply([t], [k], [s])[0] for t, k, s in zip(theta, keys, spans, strict=True)]
-        assert_all_same(change.apply(theta, keys, spans), singly, change)
+        singly = [apply(change, [t], [k], [s])[0] for t, k, s in zip(theta, keys, spans, strict=True)]
+        assert_all_same(apply(change, theta, keys, spans), singly, change)
 
 
 @every_dtype
@@ -138,8 +204,8 @@ def test_one_dimensional_shards(dtype: torch.dtype, instruction_set: str) -> Non
     parts = [whole[begin:end] for begin, end in shards]
     spans = [(begin, max(end - begin, 1), 0) for begin, end in shards]
     for change in CHANGES:
-        expected = change.apply([whole], [6], [ops.span_of(whole)])[0]
-        moved = change.apply(parts, [6] * len(parts), spans)
+        expected = apply(change, [whole], [6], [ops.span_of(whole)])[0]
+        moved = apply(change, parts, [6] * len(parts), spans)
         oracle.assert_same_bits(torch.cat(moved), expected, str(change))
 
 
@@ -156,8 +222,8 @@ def test_two_dimensional_blocks(dtype: torch.dtype, instruction_set: str) -> Non
     blocks = [whole[block].contiguous() for block in grid]
     spans = [(r.start * columns + c.start, c.stop - c.start, columns) for r, c in grid]
     for change in CHANGES:
-        expected = change.apply([whole], [6], [ops.span_of(whole)])[0]
-        moved = change.apply(blocks, [6] * len(blocks), spans)
+        expected = apply(change, [whole], [6], [ops.span_of(whole)])[0]
+        moved = apply(change, blocks, [6] * len(blocks), spans)
         assert_all_same(moved, [expected[block] for block in grid], change)
 
 
@@ -165,16 +231,7 @@ def test_two_dimensional_blocks(dtype: torch.dtype, instruction_set: str) -> Non
 def expected_about(border: int, dtype: torch.dtype, change: Change) -> tuple[Tensor, Tensor]:
     """Weights about an index far out, and what the oracle makes of them."""
     theta = weights(2 * MARGIN, dtype=dtype)
-    moved = oracle.combination(
-        theta,
-        change.seeds,
-        change.coefficients,
-        change.decay,
-        key=8,
-        span=(border - MARGIN, 2 * MARGIN, 0),
-        distribution=change.distribution,
-        rounding=change.rounding,
-    )
+    moved = change.expected(theta, key=8, span=(border - MARGIN, 2 * MARGIN, 0))
     return theta, moved
 
 
@@ -183,11 +240,11 @@ def expected_about(border: int, dtype: torch.dtype, change: Change) -> tuple[Ten
 def test_far_elements(dtype: torch.dtype, border: int, instruction_set: str) -> None:
     """Across the indices where 32 bits end and where the block counter carries: at 2**34 for normals, at
     2**35 for rounding bits, at 2**39 for signs. A tile that fills its buffer may start anywhere."""
-    for change in CHANGES[-4:]:
+    for change in (*THREE_TERMS, *ADAM_STEPS):
         theta, expected = expected_about(2**border, dtype, change)
         for start in (0, 1, MARGIN - 581, MARGIN - 448, MARGIN - 192, MARGIN - 64, MARGIN - 3, MARGIN):
             span = (2**border - MARGIN + start, theta.numel(), 0)
-            moved = change.apply([theta[start:]], [8], [span])[0]
+            moved = apply(change, [theta[start:]], [8], [span])[0]
             oracle.assert_same_bits(moved, expected[start:], f"{change}, start {start}")
 
 
@@ -198,9 +255,9 @@ def test_far_blocks(dtype: torch.dtype) -> None:
     for base, stride in ((2**34 - 50, 41), (2**34 - 50, 60), (2**33 + 1, 2**39)):
         span = (base, 41, stride)
         expected_at = [(base + row * stride, 41, 0) for row in range(3)]
-        for change in CHANGES[-4:]:
-            rows = torch.stack(change.apply(list(theta), [8] * 3, expected_at))
-            oracle.assert_same_bits(change.apply([theta], [8], [span])[0], rows, str(change))
+        for change in (*THREE_TERMS, *ADAM_STEPS):
+            rows = torch.stack(apply(change, list(theta), [8] * 3, expected_at))
+            oracle.assert_same_bits(apply(change, [theta], [8], [span])[0], rows, str(change))
 
 
 @every_dtype
@@ -209,8 +266,9 @@ def test_every_start_and_length(dtype: torch.dtype, instruction_set: str) -> Non
     whole = weights(160, dtype=dtype)
     lengths = list(range(68))
     packed = torch.empty(sum(lengths), dtype=dtype)
-    for change in CHANGES[4:8] if dtype in oracle.FORMATS else CHANGES[4:8:2]:  # only 16 bits are rounded
-        expected = change.apply([whole], [2], [ops.span_of(whole)])[0]
+    combinations = ONE_TERM if dtype in oracle.FORMATS else ONE_TERM[::2]  # only 16 bits are rounded
+    for change in (*combinations, *ADAM_STEPS):
+        expected = apply(change, [whole], [2], [ops.span_of(whole)])[0]
         for start in range(68):
             torch.cat([whole[start : start + length] for length in lengths], out=packed)
             spans = [(start, max(length, 1), 0) for length in lengths]
@@ -236,11 +294,11 @@ def test_streams_keep_their_numbers() -> None:
 def test_flushing_subnormals_to_zero(dtype: torch.dtype, instruction_set: str) -> None:
     theta = [(weights(333, dtype=torch.float64) * torch.finfo(dtype).tiny).to(dtype)]
     for change in CHANGES:
-        expected = change.apply(theta, [3], [(0, 333, 0)])
+        expected = apply(change, theta, [3], [(0, 333, 0)])
         if not torch.set_flush_denormal(True):
             pytest.skip("this processor cannot flush subnormals to zero")
         try:
-            actual = change.apply(theta, [3], [(0, 333, 0)])
+            actual = apply(change, theta, [3], [(0, 333, 0)])
         finally:
             torch.set_flush_denormal(False)
         assert_all_same(actual, expected, change)

@@ -32,7 +32,21 @@ def numbers(seed: int = 5, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     return torch.tensor([seed, -seed]), torch.tensor([0.5, -2.0]) * scale
 
 
-# The three operators with one signature, to be run over a list of tensors.
+def window(steps: int = 2) -> list[Tensor]:
+    """Seeds, coefficients, weights, lr, eps and decay of as many steps of one term."""
+    one = torch.ones(steps)
+    rates = [torch.tensor(number) for number in (0.01, 1e-3, 0.1)]
+    return [torch.arange(steps)[:, None], one[:, None] / 2, one / 4, one / 8, *rates]
+
+
+def factors(theta: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Left factors of rank 3 for each of two terms, a right one for both; a vector is a matrix of one row."""
+    shapes = [t.shape if t.dim() == 2 else (1, t.numel()) for t in theta]
+    left = [torch.linspace(-1, 1, 6 * rows).reshape(2, 3, rows) for rows, _ in shapes]
+    return left, [torch.linspace(-1, 1, 3 * columns).reshape(1, 3, columns) for _, columns in shapes]
+
+
+# The operators with one signature, to be run over a list of tensors.
 def axpy(theta: list[Tensor]) -> list[Tensor]:
     ops.noise_axpy_(theta, *numbers(), torch.tensor(0.1), KEYS, SPANS)
     return theta
@@ -49,7 +63,30 @@ def normal(theta: list[Tensor]) -> list[Tensor]:
     return theta
 
 
-every_operator = pytest.mark.parametrize("operator", [axpy, copy, normal], ids=lambda f: f.__name__)
+def adam(theta: list[Tensor]) -> list[Tensor]:
+    ops.noise_adam_(theta, *window(), KEYS, SPANS)
+    return theta
+
+
+def factored_axpy(theta: list[Tensor]) -> list[Tensor]:
+    ops.factored_axpy_(theta, *factors(theta), *numbers(), torch.tensor(0.1), KEYS, SPANS)
+    return theta
+
+
+def factored_copy(theta: list[Tensor]) -> list[Tensor]:
+    out = [torch.empty_like(t) for t in theta]
+    ops.factored_copy_(out, theta, *factors(theta), *numbers(), KEYS, SPANS)
+    return out
+
+
+def factored_adam(theta: list[Tensor]) -> list[Tensor]:
+    ops.factored_adam_(theta, *factors(theta), *window(), KEYS, SPANS)
+    return theta
+
+
+COPIES = [copy, factored_copy]
+OPERATORS = [axpy, *COPIES, normal, adam, factored_axpy, factored_adam]
+every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
 
 
 @pytest.mark.parametrize("distribution", Distribution)
@@ -63,6 +100,21 @@ def test_opcheck(dtype: torch.dtype, distribution: Distribution) -> None:
         (zoext.normal_, (tensors(dtype), field, KEYS, spans, 1, int(distribution))),
         (zoext.noise_axpy_, (tensors(dtype), seeds, coefficients, torch.tensor(0.1), KEYS, spans, *options)),
         (zoext.noise_copy_, (tensors(dtype), tensors(dtype), seeds, coefficients, KEYS, spans, *options)),
+        (zoext.noise_adam_, (tensors(dtype), *window(), KEYS, spans, *options)),
+    ):
+        report = torch.library.opcheck(operator.default, arguments)
+        assert set(report.values()) == {"SUCCESS"}
+
+
+@every_dtype
+def test_opcheck_of_factored_operators(dtype: torch.dtype) -> None:
+    seeds, coefficients = numbers()
+    places = KEYS, [n for span in SPANS for n in span], int(Rounding.STOCHASTIC)
+    theta, sides, zoext = tensors(dtype), factors(tensors(dtype)), torch.ops.zoext
+    for operator, arguments in (
+        (zoext.factored_axpy_, (theta, *sides, seeds, coefficients, torch.tensor(0.1), *places)),
+        (zoext.factored_copy_, (tensors(dtype), theta, *sides, seeds, coefficients, *places)),
+        (zoext.factored_adam_, (theta, *sides, *window(), *places)),
     ):
         report = torch.library.opcheck(operator.default, arguments)
         assert set(report.values()) == {"SUCCESS"}
@@ -95,6 +147,11 @@ def test_compiled_steps_are_compiled_once_and_change_no_bit(backend: str) -> Non
         out = [torch.zeros_like(t) for t in theta]
         ops.noise_copy_(out, theta, seeds, c, keys, spans)
         ops.normal_(theta[:1], seeds[:1], keys[:1], spans[:1])
+        steps = seeds[:, None], c[:, None], c * c, c * c, c[0], c[1] * c[1], decay
+        ops.noise_adam_(theta, *steps, keys, spans)
+        ops.factored_axpy_(theta, *factors(theta), seeds, c, decay, keys, spans)
+        ops.factored_copy_(out, theta, *factors(theta), seeds, c, keys, spans, rounding=Rounding.STOCHASTIC)
+        ops.factored_adam_(theta, *factors(theta), *steps, keys, spans)
         return [t + 0 for t in (*theta, *out)]
 
     torch._dynamo.reset()
@@ -115,12 +172,12 @@ def test_compiled_steps_are_compiled_once_and_change_no_bit(backend: str) -> Non
 
 
 def test_versions_of_written_tensors_are_bumped() -> None:
-    for operator, writes_theta in ((axpy, True), (copy, False), (normal, True)):
+    for operator in OPERATORS:
         theta = tensors()
         before = [t._version for t in theta]
         out = operator(theta)
         bumped = [t._version > v for t, v in zip(theta, before, strict=True)]
-        assert bumped == [writes_theta] * 2, operator.__name__
+        assert bumped == [operator not in COPIES] * 2, operator.__name__
         assert all(t._version > 0 for t in out), operator.__name__
 
 
@@ -130,7 +187,7 @@ def test_autograd_notices_that_a_saved_tensor_was_overwritten(operator: Callable
     losses = [(t**2).sum() for t in theta]
     with torch.no_grad():
         operator(theta)
-    if operator is copy:
+    if operator in COPIES:
         losses[0].backward()
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -183,6 +240,13 @@ def test_empty_lists_and_empty_tensors_are_fine() -> None:
     ops.normal_([], torch.tensor([1]), [], [])
     empty = torch.empty(0, 7)
     ops.noise_axpy_([empty], *numbers(), torch.tensor(0.0), [0], [(0, 1, 0)])
+    ops.noise_adam_([], *window(), [], [])
+    ops.noise_adam_([empty], *window(), [0], [(0, 1, 0)])
+    for matrices in ([], [empty], [empty.T.contiguous()]):
+        place = [0] * len(matrices), [(0, 1, 0)] * len(matrices)
+        ops.factored_axpy_(matrices, *factors(matrices), *numbers(), torch.tensor(0.1), *place)
+        ops.factored_copy_(matrices, matrices, *factors(matrices), *numbers(), *place)
+        ops.factored_adam_(matrices, *factors(matrices), *window(), *place)
 
 
 PEAK_MEMORY = """
@@ -201,16 +265,24 @@ def run(theta, out):
             options = {"distribution": distribution, "rounding": rounding}
             ops.noise_axpy_([theta], seeds, coefficients, torch.tensor(0.1), *place, **options)
             ops.noise_copy_([out], [theta], seeds, coefficients, *place, **options)
+            window = seeds[:, None], coefficients[:, None], coefficients, coefficients
+            rates = torch.tensor(0.1), torch.tensor(0.1), torch.tensor(0.1)
+            ops.noise_adam_([theta], *window, *rates, *place, **options)
+            sides = [torch.ones(1, 2, theta.shape[0])], [torch.ones(3, 2, theta.shape[1])]
+            options = {"rounding": rounding}
+            ops.factored_axpy_([theta], *sides, seeds, coefficients, torch.tensor(0.1), *place, **options)
+            ops.factored_copy_([out], [theta], *sides, seeds, coefficients, *place, **options)
+            ops.factored_adam_([theta], *sides, *window, *rates, *place, **options)
         ops.normal_([out], seeds[:1], *place, distribution=distribution)
 
-run(torch.zeros(300_000, dtype=torch.bfloat16), torch.zeros(300_000, dtype=torch.bfloat16))
-count = 2**24
-theta, out = torch.zeros(count, dtype=torch.bfloat16), torch.zeros(count, dtype=torch.bfloat16)
+run(torch.zeros(300, 1000, dtype=torch.bfloat16), torch.zeros(300, 1000, dtype=torch.bfloat16))
+rows, columns = 2**11, 2**13
+theta, out = (torch.zeros(rows, columns, dtype=torch.bfloat16) for _ in range(2))
 before = peak()
 run(theta, out)
 used = peak() - before
 theta + out
-print(used, peak() - before, 2 * count)
+print(used, peak() - before, 2 * rows * columns)
 """
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from extreme_values import weights, with_payloads
 from torch import Tensor
 
 from zoext import ops
@@ -21,23 +22,6 @@ every_dtype = pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 every_distribution = pytest.mark.parametrize("distribution", Distribution)
 every_rounding = pytest.mark.parametrize("rounding", Rounding)
 every_16_bit_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-def extreme_values(dtype: torch.dtype) -> Tensor:
-    """Zeros, the borders of the subnormal, normal and infinite numbers, and NaN, of both signs."""
-    info = torch.finfo(dtype)
-    positive = [0.0, info.tiny, info.tiny / 2, 1.0, info.max, info.max / 2, float("inf"), float("nan"), 3.0]
-    smallest = 2.0 ** int(np.log2(info.tiny) + np.log2(info.eps)) if dtype != torch.float64 else 5e-324
-    positive += [smallest, 3 * smallest, info.tiny - smallest, 1 + info.eps, info.eps, info.eps / 2]
-    return torch.tensor([*positive, *(-value for value in positive)], dtype=torch.float64).to(dtype)
-
-
-def weights(dtype: torch.dtype) -> Tensor:
-    """Ordinary weights of many sizes, then the extreme values several times over; an odd number."""
-    generator = torch.Generator().manual_seed(4)
-    ordinary = torch.randn(101, generator=generator, dtype=torch.float64)
-    scales = torch.logspace(-6, 1, 101, dtype=torch.float64)
-    return torch.cat([(ordinary * scales).to(dtype), *[extreme_values(dtype)] * 3])
 
 
 def axpy(
@@ -118,9 +102,7 @@ def test_normal(dtype: torch.dtype, distribution: Distribution, instruction_set:
 @every_dtype
 def test_zero_coefficients_move_no_bit(dtype: torch.dtype, rounding: Rounding, instruction_set: str) -> None:
     """Not of -0, nor of a NaN with a payload: what an estimate of a loss that was not finite does."""
-    payloads = torch.full((9,), float("nan"), dtype=dtype)
-    oracle.bits(payloads).add_(torch.arange(9).to(oracle.bits(payloads).dtype))
-    theta = torch.cat([weights(dtype), payloads])
+    theta = with_payloads(weights(dtype))
     for coefficients in ([], [0.0], [0.0, -0.0, 0.0]):
         moved = axpy(theta, SEEDS[: len(coefficients)], coefficients, rounding=rounding)
         assert torch.equal(oracle.bits(moved), oracle.bits(theta))

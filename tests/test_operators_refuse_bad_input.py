@@ -76,6 +76,59 @@ BAD_COPIES = [
     ({"out": [five(), five()]}, r"out\[1\] must have the size, the dtype and the device of theta\[1\]"),
     ({"out": [five(torch.float16), rows()]}, r"out\[0\] must have the size, the dtype and the device"),
 ]
+BAD_WINDOWS = [
+    (
+        {"seeds": torch.tensor([1, 2])},
+        "seeds must be a contiguous int64 tensor of two dimensions: steps and terms",
+    ),
+    ({"seeds": torch.ones(3, 2)}, "seeds must be a contiguous int64 tensor of two dimensions"),
+    ({"seeds": torch.ones(2, 3, dtype=torch.int64).T}, "seeds must be a contiguous int64"),
+    (
+        {"coefficients": torch.ones(3)},
+        "coefficients must be a contiguous float32 tensor with one element per seed",
+    ),
+    ({"coefficients": torch.ones(2, 3)}, "coefficients must be .* with one element per seed"),
+    ({"coefficients": torch.ones(3, 2).double()}, "coefficients must be a contiguous float32"),
+    ({"first_weights": torch.ones(2)}, "first_weights and second_weights must be .* one element per step"),
+    ({"first_weights": torch.ones(3).double()}, "first_weights and second_weights must be .* float32"),
+    ({"second_weights": torch.ones(3, 1)}, "first_weights and second_weights must be"),
+    ({"second_weights": torch.ones(6)[::2]}, "first_weights and second_weights must be contiguous"),
+]
+BAD_RATES = [
+    ({"lr": torch.zeros(2)}, "lr must hold one float32 number"),
+    ({"lr": 0.1}, "'lr'"),
+    ({"eps": torch.zeros(()).double()}, "eps must hold one float32 number"),
+    ({"eps": torch.zeros(0)}, "eps must hold one float32 number"),
+]
+
+
+def left(*, terms: int, rank: int = 2, rows: int = 2) -> list[Tensor]:
+    return [torch.ones(terms, rank, 1), torch.ones(terms, rank, rows)]
+
+
+def right(*, terms: int, rank: int = 2, columns: int = 3) -> list[Tensor]:
+    return [torch.ones(terms, rank, 5), torch.ones(terms, rank, columns)]
+
+
+def bad_factors(terms: int) -> list[tuple[dict[str, Any], str]]:
+    return [
+        ({"left": left(terms=terms)[:1]}, "there are 2 matrices, 1 left and 2 right factors"),
+        ({"right": []}, "there are 2 matrices, 2 left and 0 right factors"),
+        ({"left": [torch.ones(1, 2, 1).double(), *left(terms=1)[1:]]}, r"left\[0\] must be .* float32"),
+        ({"right": [right(terms=1)[0], torch.ones(1, 3, 2).mT]}, r"right\[1\] must be a contiguous"),
+        ({"right": [torch.ones(2, 5), right(terms=1)[1]]}, r"right\[0\] must be .* of three dimensions"),
+        (
+            {"left": left(terms=terms + 1)},
+            rf"left\[0\] must have a factor for each of {terms} terms, or one for all, not {terms + 1}",
+        ),
+        ({"right": right(terms=0)}, rf"right\[0\] must have a factor for each of {terms} terms, .* not 0"),
+        ({"left": left(terms=1, rank=3)}, r"left\[0\] and right\[0\] must have one rank, not 3 and 2"),
+        (
+            {"left": left(terms=1, rows=3)},
+            r"theta\[1\] has 6 elements, but its factors are those of a matrix of 3 x 3",
+        ),
+        ({"right": right(terms=1, columns=2)}, r"theta\[1\] has 6 elements, .* a matrix of 2 x 2"),
+    ]
 
 
 def with_tensors(name: str) -> list[tuple[dict[str, Any], str]]:
@@ -121,6 +174,79 @@ def test_copy(bad: dict[str, Any], message: str) -> None:
     refused(ops.noise_copy_, good, bad, message)
 
 
+def window() -> dict[str, Any]:
+    """Three steps of two terms."""
+    weights = {"first_weights": torch.ones(3), "second_weights": torch.ones(3)}
+    rates = {"lr": torch.tensor(0.1), "eps": torch.tensor(0.1), "decay": torch.tensor(0.0)}
+    return {
+        **ARRANGEMENT,
+        "seeds": torch.arange(6).reshape(3, 2),
+        "coefficients": torch.ones(3, 2),
+        **weights,
+        **rates,
+    }
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        *with_tensors("theta"),
+        *BAD_PLACES,
+        *BAD_WINDOWS,
+        *BAD_RATES,
+        *BAD_DECAYS,
+        *BAD_CHOICES,
+        *BAD_ROUNDINGS,
+    ],
+)
+def test_adam(bad: dict[str, Any], message: str) -> None:
+    refused(ops.noise_adam_, {"theta": [five(), rows()], **window()}, bad, message)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [*with_tensors("theta"), *BAD_PLACES, *BAD_SEEDS, *bad_factors(2), *BAD_DECAYS, *BAD_ROUNDINGS],
+)
+def test_factored_axpy(bad: dict[str, Any], message: str) -> None:
+    good = {"theta": [five(), rows()], "left": left(terms=2), "right": right(terms=1)}
+    refused(ops.factored_axpy_, {**good, "decay": torch.tensor(0.0), **combination()}, bad, message)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        *with_tensors("theta"),
+        *with_tensors("out"),
+        *BAD_PLACES,
+        *BAD_SEEDS,
+        *bad_factors(2),
+        *BAD_COPIES,
+        *BAD_ROUNDINGS,
+    ],
+)
+def test_factored_copy(bad: dict[str, Any], message: str) -> None:
+    good = {"out": [five(), rows()], "theta": [five(), rows()]}
+    sides = {"left": left(terms=2), "right": right(terms=1)}
+    refused(ops.factored_copy_, {**good, **sides, **combination()}, bad, message)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        *with_tensors("theta"),
+        *BAD_PLACES,
+        *BAD_WINDOWS,
+        *BAD_RATES,
+        *bad_factors(6),
+        *BAD_DECAYS,
+        *BAD_ROUNDINGS,
+    ],
+)
+def test_factored_adam(bad: dict[str, Any], message: str) -> None:
+    good = {"theta": [five(), rows()], "left": left(terms=6), "right": right(terms=1)}
+    refused(ops.factored_adam_, {**good, **window()}, bad, message)
+
+
 @pytest.mark.parametrize(("bad", "message"), [*with_tensors("out"), *BAD_PLACES, *BAD_SEED, *BAD_CHOICES])
 def test_normal(bad: dict[str, Any], message: str) -> None:
     refused(ops.normal_, {"out": [five(), rows()], "seed": torch.tensor([1]), **ARRANGEMENT}, bad, message)
@@ -132,6 +258,15 @@ def test_good_arguments_of_these_tests_are_good() -> None:
     ops.noise_copy_(out, theta, **combination())
     assert not torch.equal(out[0], theta[0])
     ops.normal_(out, torch.tensor([1]), **ARRANGEMENT)
+    assert not any((tensor == GUARD).any() for tensor in (*theta, *out))
+    theta = [five(), rows()]
+    ops.noise_adam_(theta, **window())
+    assert not any((tensor == GUARD).any() for tensor in theta)
+    theta = [five(), rows()]
+    sides = left(terms=2), right(terms=1)
+    ops.factored_axpy_(theta, *sides, decay=torch.tensor(0.0), **combination())
+    ops.factored_copy_(out, theta, *sides, **combination())
+    ops.factored_adam_(theta, left(terms=6), right(terms=1), **window())
     assert not any((tensor == GUARD).any() for tensor in (*theta, *out))
 
 

@@ -1,26 +1,43 @@
 """Forward-only (zeroth-order) fine-tuning for PyTorch."""
 
 from zoext import noise
-from zoext.directions import Direction, Gaussian, Rademacher
-from zoext.estimators import CentralDifference, Estimate, Estimator, ForwardDifference
+from zoext.directions import ActivationSubspace, Direction, Gaussian, LowRank, Rademacher
+from zoext.estimators import (
+    CentralDifference,
+    Estimate,
+    Estimator,
+    ForwardDifference,
+    GreedyPool,
+    GuidingVector,
+)
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import InplaceProbe, Probe, StreamedProbe
-from zoext.recipes import MeZO
+from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
 from zoext.swap import StreamedProbeError
-from zoext.updates import SGD, Update
+from zoext.updates import SGD, AdamReplay, Update
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGZO",
+    "LOZO",
     "SGD",
+    "ActivationSubspace",
+    "AdaMeZO",
+    "AdamReplay",
     "CentralDifference",
     "Direction",
     "Estimate",
     "Estimator",
     "ForwardDifference",
     "Gaussian",
+    "GreedyPool",
+    "GuidingVector",
     "InplaceProbe",
+    "LowRank",
     "MeZO",
+    "MeZOGV",
+    "MeZOGreedy",
     "Probe",
     "Rademacher",
     "StreamedProbe",

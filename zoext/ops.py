@@ -156,9 +156,9 @@ def noise_adam_(
 
     With ``g_h = sum_k coefficients[h, k] z(seeds[h, k])`` for each of the H steps of a window,
     ``m = sum_h first_weights[h] g_h`` and ``v = sum_h second_weights[h] g_h**2``. ``seeds`` is int64
-    [H, K], ``coefficients`` float32 [H, K], the weights float32 [H], the rest float32 []. The last step is the
-    newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all zero
-    is left out; where ``lr`` is zero nothing but the decay moves theta.
+    [H, K], ``coefficients`` float32 [H, K], the weights float32 [H], the rest float32 []. The last step is
+    the newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all
+    zero is left out; where ``lr`` is zero nothing but the decay moves theta.
     """
     torch.ops.zoext.noise_adam_(
         list(theta),
@@ -275,21 +275,37 @@ def factored_adam_(
 
 
 def power_iteration(
-    activations: Tensor, mask: Tensor | None, seed: Tensor, *, rank: int, iterations: int
+    input: Tensor, mask: Tensor | None, seed: Tensor, *, rank: int, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the leading ``rank`` right singular vectors of the rows of ``activations``.
+    """An orthonormal basis of the leading ``rank`` right singular vectors of the rows of ``input``.
 
     Args:
-        activations: [..., d], of any floating-point dtype; the arithmetic is float32.
-        mask: bool [...], which rows count; None counts all.
-        seed: int64, one element; the start is drawn from the noise field.
-        rank: how many vectors, at most d.
-        iterations: how many products with the Gram matrix.
+        input: [..., d], contiguous, of any floating-point dtype; the arithmetic is float32.
+        mask: bool [...], which rows count; None counts all. The others may hold anything.
+        seed: int64, one element; the start is drawn from the noise field, with key 0 whatever the layer.
+        rank: how many vectors, 1 to d.
+        iterations: how many products with the Gram matrix, 0 or more.
 
     Returns:
-        The basis, float32 [rank, d], one vector a row, and the singular values, float32 [rank]. Vectors
-        beyond the rank of the input are zero. If a row that counts is not finite the basis is zero and
-        the values are NaN.
+        The basis, float32 [rank, d], one vector a row, and the singular values, float32 [rank], in
+        descending order. Vectors beyond the rank of the input are zero, and so are their values; without
+        rows that count, all are. The rank is that of float32: values below 1e-6 of the largest are lost
+        in its rounding. If a row that counts is not finite, also once it is float32, or exceeds 1e36,
+        the basis is zero and the values are NaN.
+
+    The method is a block Krylov iteration with Rayleigh-Ritz (Musco and Musco, NeurIPS 2015, algorithm 2)
+    on ``H^T H`` for the rows ``H``: as many products with ``H`` as the usual power iteration, and far
+    more accurate.
     """
-    basis, values = torch.ops.zoext.power_iteration(activations, mask, seed, rank, iterations)
+    basis, values = torch.ops.zoext.power_iteration(input, mask, seed, rank, iterations)
     return basis, values
+
+
+def _fake_power_iteration(
+    input: Tensor, mask: Tensor | None, seed: Tensor, rank: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    basis = input.new_empty((rank, input.shape[-1]), dtype=torch.float32)
+    return basis, input.new_empty((rank,), dtype=torch.float32)
+
+
+torch.library.register_fake("zoext::power_iteration", _fake_power_iteration)

@@ -6,18 +6,20 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from zoext import interrupts, noise, parameters, probes
-from zoext.directions import Combination, Direction, Gaussian
+from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, Step, Terms
 from zoext.estimators import CentralDifference, Estimate, Estimator, average
 from zoext.nonfinite import NonfiniteWatch
 from zoext.parameters import Parameters
 from zoext.randomness import RandomState
-from zoext.updates import SGD, Update
+from zoext.updates import SGD, State, Update
 
 Closure = Callable[[], Tensor | float]
 
@@ -87,7 +89,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{axis} must be a {kind.__name__}, not {member!r}")
         self._watch = NonfiniteWatch(nonfinite)
         noise.signed(seed)
-        module = params if isinstance(params, nn.Module) else None
+        self._module = params if isinstance(params, nn.Module) else getattr(probe, "module", None)
         defaults = {
             "lr": lr,
             "mu": mu,
@@ -95,16 +97,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "seed": seed,
             "step": 0,
             "recipe": self._axes.recipe(),
+            "update_state": {},
         }
         self._pending: list[Estimate] = []
         self._seeds: tuple[int, Tensor] | None = None
         self._groups: list[Parameters] = []
         self._mus: list[float] = []
+        self._frame: Frame | None = None
         self._estimating = False
         self.last_estimate: Estimate | None = None
-        given: Any = list(module.named_parameters()) if module is not None else params
+        given: Any = list(params.named_parameters()) if isinstance(params, nn.Module) else params
         super().__init__(given, defaults)
-        self._probe = probes.choose(probe, module, parameters.trainable(self.param_groups))
+        whole = params if isinstance(params, nn.Module) else None
+        self._probe = probes.choose(probe, whole, parameters.trainable(self.param_groups))
+        self._axes.direction.check(self._module, parameters.trainable(self.param_groups))
 
     # torch.optim.Optimizer
 
@@ -143,12 +149,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     "build it with the same direction, estimator and update"
                 )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            devices = {tensor.device for tensor in group["params"] if tensor.requires_grad}
+            for device in devices:  # one, or none where all are frozen
+                group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
-        own = ("_axes", "_watch", "_probe", "_mus", "_estimating", "last_estimate")
-        fresh: dict[str, Any] = {"_pending": [], "_seeds": None, "_groups": []}
+        own = ("_axes", "_watch", "_module", "_probe", "_mus", "_estimating", "last_estimate")
+        fresh: dict[str, Any] = {"_pending": [], "_seeds": None, "_groups": [], "_frame": None}
         return {**super().__getstate__(), **fresh, **{name: self.__dict__[name] for name in own}}
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -174,10 +184,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             estimate = average(self._pending)
             for group, movable, mu in zip(self.param_groups, self._groups, self._mus, strict=True):
                 if len(movable):
-                    self._update(group, movable, mu, estimate)
+                    group["update_state"] = self._update(group, movable, mu, estimate)
             for group in self.param_groups:
                 group["step"] += 1
             self._pending.clear()
+            self._frame = None
             self.last_estimate = estimate
         return estimate.loss
 
@@ -226,30 +237,32 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 parameters.check(tensor, name)
         self._mus = [float(group["mu"]) for group in self.param_groups]
         seeds = self._step_seeds(movable[0].device)
+        observer = self._begin_frame()
         with self._probe.session() as evaluate:
-            estimate = self._axes.estimator.estimate(self._loss_at(evaluate, closure), seeds, self._mus[0])
+            losses = _Losses(self, evaluate, closure, observer)
+            estimate = self._axes.estimator.estimate(losses, seeds, self._mus[0])
+        estimate = losses.complete(estimate)
         self._watch.note(estimate.finite)
         return estimate
 
-    def _loss_at(self, evaluate: probes.Evaluate, closure: Closure) -> Callable[[Tensor, Tensor], Tensor]:
-        groups, mus = self._groups, self._mus
-        device = next(group.device for group in groups if len(group))
-        state = RandomState(device)
-        first = True
+    def _begin_frame(self) -> Observer | None:
+        """Makes the frame of a new step, or returns what will make it out of a forward at theta."""
+        if self._pending and self._frame is not None:
+            return None
+        first = self.param_groups[0]
+        step = Step(first["step"], first["seed"], self._groups)
+        observer = self._axes.direction.observer(self._module, step)
+        self._frame = self._axes.direction.frame(step) if observer is None else None
+        return observer
 
-        def loss_at(seeds: Tensor, coefficients: Tensor) -> Tensor:
-            nonlocal first
-            if not first:
-                state.restore()
-            first = False
-            terms = tuple(
-                (group, coefficients * mu) for group, mu in zip(groups, mus, strict=True) if len(group)
-            )
-            loss = evaluate(Combination(self._axes.direction, seeds, terms), closure)
-            self._check_unchanged("the closure began; change them between steps")
-            return _as_loss(loss, device)
-
-        return loss_at
+    def _combination(self, seeds: Tensor, coefficients: Tensor) -> Combination:
+        """The combination at scale mu, in the frame of the step; at theta there need be none yet."""
+        terms = tuple(
+            (group, Terms(seeds, coefficients * mu, self._frame or Frame()))
+            for group, mu in zip(self._groups, self._mus, strict=True)
+            if len(group)
+        )
+        return Combination(self._axes.direction, seeds, terms)
 
     def _check_unchanged(self, since: str) -> None:
         known = self._groups
@@ -279,16 +292,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # Updates
 
-    def _update(self, group: dict[str, Any], movable: Parameters, mu: float, estimate: Estimate) -> None:
+    def _update(self, group: dict[str, Any], movable: Parameters, mu: float, estimate: Estimate) -> State:
         # Coefficients are per mu of the first group; a direction of another length scales them.
         relative = self._mus[0] / mu
         coefficients = estimate.coefficients if relative == 1 else estimate.coefficients * relative
-        self._axes.update.apply(
+        assert self._frame is not None
+        terms = Terms(estimate.seeds, coefficients, self._frame)
+        return self._axes.update.apply(
             self._axes.direction,
             movable,
-            estimate.seeds,
-            coefficients,
-            estimate.finite,
+            self._axes.direction.gradient(terms),
+            group["update_state"],
+            estimate=estimate,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
         )
@@ -297,6 +312,72 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def nonfinite_steps(self) -> int:
         """How many estimates had a loss that was not finite, since this object was made. Waits for them."""
         return self._watch.count
+
+
+class _Losses:
+    """The probe that an estimator is given: losses of the closure at displaced weights.
+
+    ``observer`` makes the frame of the step out of the first forward at theta. If the estimator begins
+    with another one, there is one more forward before it.
+    """
+
+    def __init__(
+        self,
+        optimizer: ZerothOrderOptimizer,
+        evaluate: probes.Evaluate,
+        closure: Closure,
+        observer: Observer | None,
+    ) -> None:
+        self._optimizer = optimizer
+        self._evaluate = evaluate
+        self._closure = closure
+        self._observer = observer
+        self._device = next(group.device for group in optimizer._groups if len(group))
+        self._random = RandomState(self._device)
+        self._forwards = 0
+        self._own_forwards = 0
+        self._observed_finite: Tensor | None = None
+
+    def __call__(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
+        if self._observer is not None:
+            if len(seeds):
+                self._own_forwards += 1
+                self._observe(seeds[:0], coefficients[:0])
+            else:
+                return self._observe(seeds, coefficients)
+        return self._loss(seeds, coefficients)
+
+    def _observe(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
+        observer, self._observer = self._observer, None
+        assert observer is not None
+        with observer.watching():
+            loss = self._loss(seeds, coefficients)
+        self._optimizer._frame, self._observed_finite = observer.frame()
+        return loss
+
+    def _loss(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
+        if self._forwards:  # all probes of a step see the same random numbers
+            self._random.restore()
+        self._forwards += 1
+        loss = self._evaluate(self._optimizer._combination(seeds, coefficients), self._closure)
+        self._optimizer._check_unchanged("the closure began; change them between steps")
+        return _as_loss(loss, self._device)
+
+    def complete(self, estimate: Estimate) -> Estimate:
+        """The estimate with the forward of our own, and without effect if what it saw was not finite."""
+        if self._observed_finite is None:
+            return estimate
+        finite = estimate.finite & self._observed_finite
+        return dataclasses.replace(
+            estimate,
+            coefficients=torch.where(finite, estimate.coefficients, 0.0),
+            forwards=estimate.forwards + self._own_forwards,
+            finite=finite,
+        )
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _as_loss(loss: object, device: torch.device) -> Tensor:

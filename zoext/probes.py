@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zoext import interrupts
-from zoext.directions import Combination, Direction
+from zoext.directions import Combination, Direction, Terms
 from zoext.parameters import Parameters
 from zoext.swap import ModuleSwap, StreamedProbeError
 from zoext.unperturbed import UnperturbedReads
@@ -67,27 +67,26 @@ class _Displaced(NamedTuple):
 
     direction: Direction
     parameters: Parameters
-    seeds: Tensor
-    coefficients: Tensor
+    terms: Terms
 
 
 def _move(displaced: list[_Displaced], combination: Combination) -> None:
     """Moves theta from where it is to the combination; ``displaced`` is true after each kernel."""
-    known = displaced[0].seeds if displaced else None
-    if known is not combination.seeds:
+    if displaced and displaced[0].terms.seeds is not combination.seeds:
         _restore(displaced)
-    for position, (parameters, coefficients) in enumerate(combination.terms):
-        there = position < len(displaced)
-        change = coefficients - displaced[position].coefficients if there else coefficients
-        combination.direction.axpy_(parameters, combination.seeds, change)
-        now = _Displaced(combination.direction, parameters, combination.seeds, coefficients)
-        displaced[position : position + 1] = [now]
+    for position, (parameters, terms) in enumerate(combination.terms):
+        change = terms
+        if position < len(displaced):
+            step = terms.coefficients - displaced[position].terms.coefficients
+            change = Terms(terms.seeds, step, terms.frame)
+        combination.direction.axpy_(parameters, change)
+        displaced[position : position + 1] = [_Displaced(combination.direction, parameters, terms)]
 
 
 def _restore(displaced: list[_Displaced]) -> None:
     while displaced:
-        direction, parameters, seeds, coefficients = displaced[-1]
-        direction.axpy_(parameters, seeds, -coefficients)
+        direction, parameters, terms = displaced[-1]
+        direction.axpy_(parameters, Terms(terms.seeds, -terms.coefficients, terms.frame))
         displaced.pop()
 
 
@@ -104,15 +103,15 @@ class StreamedProbe(Probe):
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self._swap = ModuleSwap(module)
-        self._module = module
         self._watched: set[tuple[frozenset[int], tuple[bool, ...]]] = set()
         self._watch_next = True
         self._sessions = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """The module alone: all else is found again."""
-        return {"module": self._module}
+        return {"module": self.module}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["module"])  # type: ignore[misc]

@@ -7,11 +7,11 @@ from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
-from zoext.directions import Gaussian
-from zoext.estimators import CentralDifference
+from zoext.directions import ActivationSubspace, Gaussian, LowRank
+from zoext.estimators import CentralDifference, ForwardDifference, GreedyPool, GuidingVector
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import Probe
-from zoext.updates import SGD
+from zoext.updates import SGD, AdamReplay
 
 
 class Options(TypedDict, total=False):
@@ -45,6 +45,183 @@ class MeZO(ZerothOrderOptimizer):
             params,
             direction=Gaussian(),
             estimator=CentralDifference(samples=samples),
+            update=SGD(),
+            lr=lr,
+            mu=mu,
+            weight_decay=weight_decay,
+            seed=seed,
+            **options,
+        )
+
+
+class AdaMeZO(ZerothOrderOptimizer):
+    """MeZO with Adam's moments, replayed from the seeds of a window (arXiv 2605.00650).
+
+        m = (1 - b1) sum_lag b1^lag g_lag,   v = (1 - b2) sum_lag b2^lag g_lag^2,   g = p z
+        theta <- theta - lr m / sqrt(v + eps) - lr weight_decay theta
+
+    over the last ``horizon`` steps; ``bias_correction`` divides the moments by the mass of the window.
+    Two forwards a step and no memory for moments; an update draws ``horizon`` normals an element. lr is
+    that of Adam: the length of a step hardly depends on the slope. The published code's lr 1e-7 has an
+    unexplained factor of 100, so that it is 1e-5 here. ``betas=(b, 0)`` means momentum only.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-5,
+        mu: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        *,
+        betas: tuple[float, float] = (0.7, 0.9),
+        horizon: int = 10,
+        eps: float = 1e-8,
+        bias_correction: bool = True,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            direction=Gaussian(),
+            estimator=CentralDifference(),
+            update=AdamReplay(betas=betas, horizon=horizon, eps=eps, bias_correction=bias_correction),
+            lr=lr,
+            mu=mu,
+            weight_decay=weight_decay,
+            seed=seed,
+            **options,
+        )
+
+
+class AGZO(ZerothOrderOptimizer):
+    """Zeroth-order SGD in the subspaces of the activations (arXiv 2601.17261).
+
+        A = basis of the layer's input H (d_in x rank),   Delta = R A^T,   R ~ N(0, 1)
+        g = (L(theta + mu Delta) - L(theta)) / mu,   theta <- theta - lr (g Delta + weight_decay theta)
+
+    for the weights of linear layers, dense normals for all else; see ``ActivationSubspace`` for ``mask`` and
+    ``balance``. Two forwards a step, since A is made during the one at theta. The paper's mu of 1e-7 is
+    a few units in the last place of a float32 loss; 1e-4 to 1e-3 is better.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-6,
+        mu: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        *,
+        rank: int = 1,
+        power_iterations: int = 3,
+        mask: str | None = "attention_mask",
+        balance: str = "printed",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            direction=ActivationSubspace(
+                rank=rank, power_iterations=power_iterations, mask=mask, balance=balance
+            ),
+            estimator=ForwardDifference(),
+            update=SGD(),
+            lr=lr,
+            mu=mu,
+            weight_decay=weight_decay,
+            seed=seed,
+            **options,
+        )
+
+
+class MeZOGV(ZerothOrderOptimizer):
+    """MeZO along a guiding vector (arXiv 2601.04710, algorithms 1 and 2); see ``GuidingVector``.
+
+    ``pool_size + 2`` forwards a step. At equal lr it moves like MeZO at 2 to 2.5 times the lr: compare it
+    with that.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-6,
+        mu: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        *,
+        pool_size: int = 4,
+        elite_ratio: float = 0.5,
+        weighting: str = "ranked",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            direction=Gaussian(),
+            estimator=GuidingVector(pool_size=pool_size, elite_ratio=elite_ratio, weighting=weighting),
+            update=SGD(),
+            lr=lr,
+            mu=mu,
+            weight_decay=weight_decay,
+            seed=seed,
+            **options,
+        )
+
+
+class MeZOGreedy(ZerothOrderOptimizer):
+    """MeZO along the best direction of a pool (arXiv 2601.04710, algorithms 3 and 4); see ``GreedyPool``.
+
+    ``pool_size + 1`` forwards a step, or ``pool_size + 2`` as printed with ``reuse=False``.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-6,
+        mu: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        *,
+        pool_size: int = 4,
+        reuse: bool = True,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            direction=Gaussian(),
+            estimator=GreedyPool(pool_size=pool_size, reuse=reuse),
+            update=SGD(),
+            lr=lr,
+            mu=mu,
+            weight_decay=weight_decay,
+            seed=seed,
+            **options,
+        )
+
+
+class LOZO(ZerothOrderOptimizer):
+    """MeZO along low-rank directions with a lazily redrawn factor (arXiv 2410.07698); see ``LowRank``.
+
+        c = (L(theta + mu U V^T) - L(theta - mu U V^T)) / (2 mu),   theta <- theta - lr c U V^T / rank
+
+    for matrices, dense normals for vectors. Two forwards a step.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-6,
+        mu: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        *,
+        rank: int = 2,
+        refresh_interval: int = 50,
+        scale: str = "paper",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            direction=LowRank(rank=rank, refresh_interval=refresh_interval, scale=scale),
+            estimator=CentralDifference(),
             update=SGD(),
             lr=lr,
             mu=mu,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from zoext.directions import Combination
+from zoext.directions import Combination, Terms
 from zoext.interrupts import Signals
 from zoext.parameters import Parameters
 
@@ -136,7 +136,7 @@ class ModuleSwap:
         self._outline: list[tuple[int, list[int]]] = []
         self._own: dict[nn.Module, list[tuple[int, Parameters]]] = {}
         self._originals: dict[int, Tensor] = {}
-        self._terms: dict[nn.Module, list[tuple[Parameters, Tensor]]] = {}
+        self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
         self._combination: Combination | None = None
         self._device = torch.device("cpu")
         self._find_written = False
@@ -190,7 +190,7 @@ class ModuleSwap:
                 self._restore(module)
             self._combination, self._terms, self._originals = None, {}, {}
 
-    def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Tensor]]]:
+    def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
         if not len(combination):
             return {}
         groups = [parameters for parameters, _ in combination.terms]
@@ -200,9 +200,9 @@ class ModuleSwap:
             self._own = self._owners(groups)
             self._scratch.forget_views()
             self._groups = groups
-        coefficients = [coefficients for _, coefficients in combination.terms]
+        terms = [terms for _, terms in combination.terms]
         return {
-            module: [(parameters, coefficients[group]) for group, parameters in own]
+            module: [(parameters, terms[group]) for group, parameters in own]
             for module, own in self._own.items()
         }
 
@@ -279,7 +279,7 @@ class ModuleSwap:
         running.rows = self._rows_to_read(module, args)
         if running.rows is not None:
             return
-        for parameters, coefficients in self._terms.get(module, ()):
+        for parameters, terms in self._terms.get(module, ()):
             # A weight that a running parent shares with this module is displaced already.
             fresh = parameters
             if any(id(tensor) in self._swapped for tensor in parameters.tensors):
@@ -291,7 +291,7 @@ class ModuleSwap:
                 displaced = self._scratch.take_again(fresh)
             if not len(fresh):
                 continue
-            self._combination.direction.copy_(displaced, fresh, self._combination.seeds, coefficients)
+            self._combination.direction.copy_(displaced, fresh, terms)
             for tensor, replacement in zip(fresh.tensors, displaced, strict=True):
                 running.parameters.append((tensor, self._originals[id(tensor)]))
                 self._swapped.add(id(tensor))
@@ -341,20 +341,25 @@ class ModuleSwap:
         index = args[0] if args and isinstance(args[0], Tensor) else None
         if index is None or not 0 < index.numel() * ROW_OVERHEAD <= module.num_embeddings:
             return None
+        if module not in self._terms:
+            return None
+        ((parameters, terms),) = self._terms[module]
+        if terms.frame.holds(parameters.keys[0]):  # its entries depend on more than their index
+            return None
         rows: list[int] = index.flatten().tolist()
-        return rows if module in self._terms else None
+        return rows
 
     def _displace_rows(self, module: nn.Module, rows: list[int], output: Tensor) -> None:
         """Adds the combination to rows that were read from the original table: the same bits."""
         assert self._combination is not None
-        ((parameters, coefficients),) = self._terms[module]
+        ((parameters, terms),) = self._terms[module]
         width = output.shape[-1]
         tensors = output.view(-1, width).unbind(0)
         count = len(tensors)
         spans = tuple((row * width, width, 0) for row in rows)
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
         read = Parameters(tensors, parameters.keys * count, spans, parameters.names * count, addresses)
-        self._combination.direction.axpy_(read, self._combination.seeds, coefficients)
+        self._combination.direction.axpy_(read, terms)
 
     def _restore(self, module: nn.Module) -> None:
         """Puts everything back; may be called again where an interrupt cut it short."""

@@ -3,9 +3,12 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../core/combine.h"
+#include "../core/moments.h"
+#include "../core/power_iteration.h"
 #include "../core/sign.h"
 #include "../core/storage.h"
 
@@ -33,17 +36,62 @@ struct Upcoming {
 
 constexpr Upcoming nothing{nullptr, nullptr, 0};
 
-// A term of a combination over an aligned stretch of a parameter: `start` sets sum to coefficient *
-// direction, `add` adds it.
+// A term that contributes to a combination; `number` is its place in the operator's list of terms.
+struct Term {
+  int64_t number;
+  uint64_t seed;
+  float coefficient;
+};
+
+// A step that contributes to a window. Like the other arguments of loops these are plain pointers:
+// no function of the standard library may be compiled with the instructions of one set.
+struct Step {
+  float first_weight, second_weight;
+  const Term* terms;
+  int64_t count;
+};
+
+// The factors of a matrix of rows x columns, and how far it is from those of a term to the next one's.
+struct Factors {
+  const float *left, *right;
+  int64_t rows, columns, rank, left_stride, right_stride;
+};
+
+// A direction over an aligned stretch of a parameter: `start` sets sum to coefficient * direction,
+// `add` adds it, `add_moments` adds the step that has no other term to m and v.
 template <class Number>
-struct TermLoops {
+struct DirectionLoops {
   using Loop = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum, Upcoming);
   Loop start, add;
+  void (*add_moments)(const Field&, Number coefficient, Number first_weight, Number second_weight, uint64_t index,
+                      int64_t count, Number* m, Number* v, Upcoming);
+};
+
+// Over as many numbers as an aligned stretch has.
+template <class Number>
+struct WindowLoops {
+  void (*add_moments)(Number first_weight, Number second_weight, const Number* g, int64_t count, Number* m,
+                      Number* v);
+  void (*step)(Number minus_lr, Number eps, const Number* m, const Number* v, int64_t count, Number* change);
+};
+
+constexpr int widest_pack = 16;  // lanes of the widest instruction set
+
+// Over elements from, from + 1, ... of a matrix. The last pack is written whole: up to `widest_pack` - 1
+// numbers beyond the last element.
+template <class Number>
+struct FactoredLoops {
+  void (*combine)(const Factors&, const Term* terms, int64_t terms_count, int64_t from, int64_t count, Number* sum,
+                  Upcoming);
+  void (*step)(const Factors&, const Step* steps, int64_t steps_count, Number minus_lr, Number eps, int64_t from,
+               int64_t count, Number* change, Upcoming);
 };
 
 template <class Number>
-struct DirectionLoops {
-  TermLoops<Number> normals, signs;
+struct ArithmeticLoops {
+  DirectionLoops<Number> normals, signs;
+  WindowLoops<Number> window;
+  FactoredLoops<Number> factored;
 };
 
 template <class Storage>
@@ -52,20 +100,33 @@ struct StorageLoops {
   void (*displace)(Storage* out, const Storage* theta, const Number* sum, Number decay, int64_t count,
                    const uint16_t* random);
   void (*write)(Storage* out, const Number* sum, int64_t count);
+  void (*to_single)(const Storage* from, int64_t count, float* out);
+};
+
+constexpr int most_rows = 4;  // of a call of these loops
+
+// Rows of `length` numbers each, and a vector of that length; sums in the order of core/power_iteration.h.
+struct RowLoops {
+  // products[t] = <rows[t], vector>
+  void (*dot)(const float* const* rows, int count, const float* vector, int64_t length, float* products);
+  // sum = weights[0] rows[0] + weights[1] rows[1] + ..., or that added to the sum
+  void (*start)(const float* const* rows, int count, const float* weights, int64_t length, float* sum);
+  void (*add)(const float* const* rows, int count, const float* weights, int64_t length, float* sum);
 };
 
 struct InstructionSet {
   const char* name;
   void (*words)(const Field&, uint64_t block, int64_t blocks, uint32_t* out);
-  DirectionLoops<float> single;
-  DirectionLoops<double> twice;
+  ArithmeticLoops<float> single;
+  ArithmeticLoops<double> twice;
   StorageLoops<float> float32;
   StorageLoops<double> float64;
   StorageLoops<BFloat16> bfloat16;
   StorageLoops<Half> float16;
+  RowLoops rows;
 
   template <class Number>
-  const DirectionLoops<Number>& direction() const {
+  const ArithmeticLoops<Number>& arithmetic() const {
     if constexpr (sizeof(Number) == 4)
       return single;
     else

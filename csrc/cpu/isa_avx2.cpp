@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__clang__)
@@ -26,7 +27,7 @@ constexpr char name[] = "avx2";
 
 }  // namespace
 
-#include "tiles.inl"
+#include "loops.inl"
 
 }  // namespace zoext::cpu::avx2
 

@@ -14,7 +14,7 @@ constexpr char name[] = "neon";
 
 }  // namespace
 
-#include "tiles.inl"
+#include "loops.inl"
 
 }  // namespace zoext::cpu::neon
 

@@ -11,6 +11,6 @@ constexpr char name[] = "scalar";
 
 }  // namespace
 
-#include "tiles.inl"
+#include "loops.inl"
 
 }  // namespace zoext::cpu::scalar

@@ -76,12 +76,21 @@ inline Ints spread_top_bit(Ints a) { return {_mm256_srai_epi32(a.v, 31)}; }
 inline Floats signed_to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Ints bits_of(Floats a) { return {_mm256_castps_si256(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
   return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(word.v))};
+}
+
+// The sum of the lanes: l and l + 4, then l and l + 2, 1.
+inline float halving_sum(Floats a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
@@ -118,6 +127,11 @@ inline Floats load(const BFloat16* p) {
 }
 inline Floats load(const Half* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// The first `count` lanes from memory, the others zero; nothing beyond is read.
+inline Floats load_first(const float* p, int count) {
+  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return {_mm256_maskload_ps(p, mask)};
 }
 inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a.v); }
 inline void store(uint32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }

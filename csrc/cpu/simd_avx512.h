@@ -83,12 +83,22 @@ inline Ints spread_top_bit(Ints a) { return {_mm512_srai_epi32(a.v, 31)}; }
 inline Floats signed_to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints bits_of(Floats a) { return {_mm512_castps_si512(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(word.v), b.v, a.v)};
+}
+
+// The sum of the lanes: l and l + 8, then l and l + 4, 2, 1.
+inline float halving_sum(Floats a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
@@ -129,6 +139,10 @@ inline Floats load(const BFloat16* p) {
 }
 inline Floats load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// The first `count` lanes from memory, the others zero; nothing beyond is read.
+inline Floats load_first(const float* p, int count) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
 }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 inline void store(uint32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }

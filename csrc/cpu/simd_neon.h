@@ -56,12 +56,20 @@ inline Ints spread_top_bit(Ints a) { return {vreinterpretq_u32_s32(vshrq_n_s32(v
 inline Floats signed_to_float(Ints a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.v))}; }
 inline Ints bits_of(Floats a) { return {vreinterpretq_u32_f32(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {vreinterpretq_f32_u32(a.v)}; }
+inline Floats operator+(Floats a, Floats b) { return {vaddq_f32(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {vsubq_f32(a.v, b.v)}; }
 inline Floats multiply(Floats a, Floats b) { return {vmulq_f32(a.v, b.v)}; }
+inline Floats divide(Floats a, Floats b) { return {vdivq_f32(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {vsqrtq_f32(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
   return {vbslq_f32(spread_top_bit(word).v, a.v, b.v)};
+}
+
+// The sum of the lanes: l and l + 2, then l and l + 1.
+inline float halving_sum(Floats a) {
+  const float32x2_t two = vadd_f32(vget_low_f32(a.v), vget_high_f32(a.v));
+  return vget_lane_f32(vpadd_f32(two, two), 0);
 }
 
 // Words of a group as pairs: words 0 and 2 of each block side by side, and words 1 and 3.
@@ -97,6 +105,12 @@ inline Floats load(const BFloat16* p) {
 }
 inline Floats load(const Half* p) {
   return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+}
+// The first `count` lanes from memory, the others zero; nothing beyond is read.
+inline Floats load_first(const float* p, int count) {
+  float padded[lanes] = {};
+  for (int j = 0; j < count; ++j) padded[j] = p[j];
+  return {vld1q_f32(padded)};
 }
 inline void store(float* p, Floats a) { vst1q_f32(p, a.v); }
 inline void store(uint32_t* p, Ints a) { vst1q_u32(p, a.v); }

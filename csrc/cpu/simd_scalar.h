@@ -17,6 +17,8 @@ constexpr int blocks_per_group = 1;
 
 inline Counters consecutive_blocks(uint32_t first) { return first; }
 
+inline float halving_sum(Floats a) { return a; }
+
 // Words of a group as two streams of pairs: words 0 and 2 of each block, and words 1 and 3.
 struct Pairs {
   Ints first[2], second[2];
@@ -34,6 +36,7 @@ template <class Storage>
 inline Floats load(const Storage* p) {
   return widen(*p);
 }
+inline Floats load_first(const float* p, int) { return *p; }
 template <class Storage>
 inline void store(Storage* p, Floats a) {
   *p = round_to_nearest<Storage>(a);

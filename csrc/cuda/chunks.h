@@ -47,16 +47,17 @@ struct Slot {
 };
 
 // Passed by value, so that a launch neither allocates nor copies; parameters may have 32,764 bytes.
+template <class TensorSlot>
 struct Table {
-  static constexpr int capacity = 480;
+  static constexpr int capacity = 30720 / sizeof(TensorSlot);
 
-  Slot slots[capacity];
+  TensorSlot slots[capacity];
   int count = 0;
   uint32_t chunks = 0;
 
   // Adds a tensor that is not empty.
   template <class Tiling>
-  void add(Slot slot) {
+  void add(TensorSlot slot) {
     Span& span = slot.span;
     if (span.run >= slot.count || span.run == span.stride) span = {span.base, slot.count, 0};
     const int64_t runs = (slot.count + span.run - 1) / span.run;
@@ -70,7 +71,7 @@ struct Table {
   }
 
   // The slot that a chunk belongs to: the last one that begins at or before it.
-  ZOEXT_HD const Slot& slot_of(uint32_t chunk) const {
+  ZOEXT_HD const TensorSlot& slot_of(uint32_t chunk) const {
     int low = 0, high = count;
     while (high - low > 1) {
       const int middle = (low + high) / 2;
@@ -79,8 +80,6 @@ struct Table {
     return slots[low];
   }
 };
-static_assert(sizeof(Table) <= 32000, "leave room for the other parameters");
-
 // Where a group lies in its local tensor, and which of its elements are there: [first, last).
 struct Part {
   int64_t local;

@@ -16,28 +16,38 @@ inline cudaStream_t current_stream(const Tensor& like) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// f(Storage{}, slots) for every storage type in the list. `theta` is what is read, `out` what is
-// written; they may be the same.
-template <class F>
-void for_each_storage(const std::vector<Tensor>& out, const std::vector<Tensor>& theta,
-                      const std::vector<Place>& places, F f) {
+inline const float* floats_of(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+inline const int64_t* seeds_of(const Tensor& tensor) {
+  return static_cast<const int64_t*>(tensor.const_data_ptr());
+}
+
+// One tensor of a list: `theta` is what is read, `out` what is written; they may be the same.
+inline Slot slot_of(const Tensor& out, const Tensor& theta, const Place& place) {
+  return {out.mutable_data_ptr(), theta.const_data_ptr(), out.numel(), place.span, place.key};
+}
+
+// f(Storage{}, slots) for every storage type in the list, with make_slot(t) for each tensor of it that
+// is not empty.
+template <class MakeSlot, class F>
+void for_each_storage(const std::vector<Tensor>& tensors, MakeSlot make_slot, F f) {
   for (ScalarType type : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
-    std::vector<Slot> slots;
-    for (size_t t = 0; t < out.size(); ++t)
-      if (out[t].scalar_type() == type && out[t].numel() > 0)
-        slots.push_back(
-            {out[t].mutable_data_ptr(), theta[t].const_data_ptr(), out[t].numel(), places[t].span, places[t].key});
+    std::vector<decltype(make_slot(size_t{0}))> slots;
+    for (size_t t = 0; t < tensors.size(); ++t)
+      if (tensors[t].scalar_type() == type && tensors[t].numel() > 0) slots.push_back(make_slot(t));
     if (!slots.empty()) for_storage(type, [&](auto storage) { f(storage, slots); });
   }
 }
 
-// One launch, or one for every `Table::capacity` tensors.
-template <class Tiling, class... Parameters>
-void launch(void (*kernel)(Table, Parameters...), const std::vector<Slot>& slots, cudaStream_t stream,
-            Parameters... parameters) {
-  for (size_t first = 0; first < slots.size(); first += Table::capacity) {
-    Table table;
-    for (size_t s = first; s < slots.size() && table.count < Table::capacity; ++s) table.add<Tiling>(slots[s]);
+// One launch, or one for every `capacity` tensors of a table.
+template <class Tiling, class TensorSlot, class... Parameters>
+void launch(void (*kernel)(Table<TensorSlot>, Parameters...), const std::vector<TensorSlot>& slots,
+            cudaStream_t stream, Parameters... parameters) {
+  static_assert(sizeof(Table<TensorSlot>) + (sizeof(Parameters) + ... + 0) <= 32764, "too many parameters");
+  for (size_t first = 0; first < slots.size(); first += Table<TensorSlot>::capacity) {
+    Table<TensorSlot> table;
+    for (size_t s = first; s < slots.size() && table.count < table.capacity; ++s)
+      table.template add<Tiling>(slots[s]);
     kernel<<<table.chunks, threads_per_chunk, 0, stream>>>(table, parameters...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/combine.h"
+#include "core/moments.h"
 #include "core/normal.h"
 #include "core/sign.h"
 #include "core/span.h"
@@ -223,6 +224,18 @@ void an_empty_sum_moves_no_bit() {
   CHECK(add_term(2.0f, 3.0f, 1.0f) == 7.0f && add_decay(0.5f, 4.0f, 1.0f) == -1.0f, "one term, one decay");
 }
 
+void a_step_is_adams() {
+  // Estimates 3 and -1 with weights 1/4 and 1/2 in m, 1/4 and 3/4 in v: m = 1/4, v = 3, and with eps 1
+  // -lr m / sqrt(v + eps) is -lr / 8.
+  float m = empty_sum, v = 0;
+  add_moments(0.25f, 0.25f, 3.0f, m, v);
+  add_moments(0.5f, 0.75f, -1.0f, m, v);
+  CHECK(m == 0.25f && v == 3.0f, "m %a, v %a", m, v);
+  CHECK(moments_step(-16.0f, 1.0f, m, v) == -2.0f, "%a", moments_step(-16.0f, 1.0f, m, v));
+  const double third = moments_step(-1.0, 0.0, 1.0, 9.0);
+  CHECK(third == -1.0 / 3, "%a", third);
+}
+
 void spans_find_the_place_in_the_whole() {
   // Rows 2 to 4 and columns 3 to 7 of a matrix of 11 columns.
   const Span block{2 * 11 + 3, 5, 11};
@@ -285,7 +298,7 @@ bool same(Number a, Number b) {
 }
 
 template <class Number, class Core>
-void terms_are_the_cores(const InstructionSet& set, const cpu::TermLoops<Number>& loops, Core core) {
+void terms_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<Number>& loops, Core core) {
   const Field one{11, 2, 6}, other{~0ull, 2, 6};
   const Number guard = 77;
   for (uint64_t start : starts)
@@ -304,6 +317,91 @@ void terms_are_the_cores(const InstructionSet& set, const cpu::TermLoops<Number>
       for (int i = 0; i < 16; ++i)
         CHECK(buffer[i] == guard && sum[count + i] == guard, "%s writes beyond the tile", set.name);
     }
+}
+
+template <class Number, class Core>
+void moments_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<Number>& loops, Core core) {
+  const Field older{11, 2, 6}, newer{~0ull, 2, 6};
+  const cpu::WindowLoops<Number>& window = set.arithmetic<Number>().window;
+  const Number guard = 77, minus_lr = -0.1f, eps = 1e-3f;
+  for (uint64_t start : starts)
+    for (int64_t count : {tile_alignment, 5 * tile_alignment}) {
+      std::vector<Number> m(count + 16, guard), v(count + 16, guard), g(count), change(count + 16, guard);
+      std::fill_n(m.data(), count, Number{empty_sum});
+      std::fill_n(v.data(), count, Number{0});
+      loops.add_moments(older, Number(0.3f), Number(0.2f), Number(0.4f), start, count, m.data(), v.data(),
+                        cpu::nothing);
+      loops.start(newer, Number(-1.7f), start, count, g.data(), cpu::nothing);
+      loops.add(older, Number(0.9f), start, count, g.data(), cpu::nothing);
+      window.add_moments(Number(0.5f), Number(0.1f), g.data(), count, m.data(), v.data());
+      window.step(minus_lr, eps, m.data(), v.data(), count, change.data());
+      for (int64_t i = 0; i < count; ++i) {
+        const uint64_t index = start + static_cast<uint64_t>(i);
+        const Number old_z = core(older, index), new_z = core(newer, index);
+        Number mean{empty_sum}, square{0};
+        add_moments<Number>(0.2f, 0.4f, add_term<Number>(0.3f, old_z, Number{empty_sum}), mean, square);
+        const Number first = add_term<Number>(-1.7f, new_z, Number{empty_sum});
+        add_moments<Number>(0.5f, 0.1f, add_term<Number>(0.9f, old_z, first), mean, square);
+        CHECK(same(m[i], mean) && same(v[i], square), "%s: moments of element %llu are %a and %a", set.name,
+              static_cast<unsigned long long>(index), double(m[i]), double(v[i]));
+        CHECK(same(change[i], moments_step(minus_lr, eps, mean, square)), "%s: step of element %llu is %a",
+              set.name, static_cast<unsigned long long>(index), double(change[i]));
+      }
+      for (int i = 0; i < 16; ++i)
+        CHECK(m[count + i] == guard && v[count + i] == guard && change[count + i] == guard,
+              "%s writes beyond the stretch", set.name);
+    }
+}
+
+// A matrix whose factors lie in memory without a number to spare.
+struct FactoredMatrix {
+  int64_t rows, columns, rank;
+  std::vector<float> left, right;
+
+  FactoredMatrix(int64_t rows, int64_t columns, int64_t rank) : rows(rows), columns(columns), rank(rank) {
+    const Field field{21, 0, 0};
+    for (int64_t i = 0; i < 2 * rank * rows; ++i) left.push_back(core_normal(field, i));
+    for (int64_t i = 0; i < 2 * rank * columns; ++i) right.push_back(core_normal(field, 1000000 + i));
+  }
+
+  // Of term `term`: the sum over the rank, in its order.
+  template <class Number>
+  Number entry(int64_t term, int64_t element) const {
+    const int64_t row = element / columns, column = element % columns;
+    Number sum{empty_sum};
+    for (int64_t q = term * rank; q < (term + 1) * rank; ++q)
+      sum = add_term<Number>(left[q * rows + row], right[q * columns + column], sum);
+    return sum;
+  }
+};
+
+template <class Number>
+void entries_are_the_cores(const InstructionSet& set, const FactoredMatrix& matrix) {
+  const cpu::Term terms[] = {{1, 0, 0.3f}, {0, 0, -1.7f}};
+  const cpu::Step steps[] = {{0.2f, 0.4f, terms, 1}, {0.5f, 0.1f, terms, 2}};
+  const cpu::Factors factors{
+      matrix.left.data(),        matrix.right.data(),         matrix.rows, matrix.columns, matrix.rank,
+      matrix.rank * matrix.rows, matrix.rank * matrix.columns};
+  const cpu::FactoredLoops<Number>& loops = set.arithmetic<Number>().factored;
+  const Number minus_lr = -0.1f, eps = 1e-3f;
+  const int64_t elements = matrix.rows * matrix.columns;
+  for (int64_t from : {int64_t{0}, elements / 3, elements - 1}) {
+    const int64_t count = std::min<int64_t>(elements - from, tile_elements);
+    std::vector<Number> sum(count + cpu::widest_pack - 1), change(sum);
+    loops.combine(factors, terms, 2, from, count, sum.data(), cpu::nothing);
+    loops.step(factors, steps, 2, minus_lr, eps, from, count, change.data(), cpu::nothing);
+    for (int64_t i = 0; i < count; ++i) {
+      const Number one = add_term<Number>(0.3f, matrix.entry<Number>(1, from + i), Number{empty_sum});
+      const Number both = add_term<Number>(-1.7f, matrix.entry<Number>(0, from + i), one);
+      Number m{empty_sum}, v{0};
+      add_moments<Number>(0.2f, 0.4f, one, m, v);
+      add_moments<Number>(0.5f, 0.1f, both, m, v);
+      CHECK(same(sum[i], both), "%s: element %d is %a, not %a", set.name, int(from + i), double(sum[i]),
+            double(both));
+      CHECK(same(change[i], moments_step(minus_lr, eps, m, v)), "%s: step of element %d is %a", set.name,
+            int(from + i), double(change[i]));
+    }
+  }
 }
 
 template <class Storage>
@@ -364,6 +462,15 @@ void loops_are_the_cores(const InstructionSet& set) {
   terms_are_the_cores(set, set.single.signs, core_sign);
   terms_are_the_cores(set, set.twice.normals, core_normal);
   terms_are_the_cores(set, set.twice.signs, core_sign);
+  moments_are_the_cores(set, set.single.normals, core_normal);
+  moments_are_the_cores(set, set.single.signs, core_sign);
+  moments_are_the_cores(set, set.twice.normals, core_normal);
+  moments_are_the_cores(set, set.twice.signs, core_sign);
+  for (int64_t columns : {1, 2, 7, 16, 17, 64, 131, 1500})
+    for (int64_t rank : {0, 1, 3}) {
+      entries_are_the_cores<float>(set, {70, columns, rank});
+      entries_are_the_cores<double>(set, {70, columns, rank});
+    }
   displacements_are_the_cores(set, all_sizes<float>());
   displacements_are_the_cores(set, all_sizes<double>());
   displacements_are_the_cores(set, all_patterns<BFloat16>());
@@ -380,6 +487,7 @@ int main() {
   conversions_are_exact<BFloat16>();
   conversions_are_exact<Half>();
   an_empty_sum_moves_no_bit();
+  a_step_is_adams();
   spans_find_the_place_in_the_whole();
   std::string names;
   for (const std::string& name : cpu::available_instruction_sets()) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from zoext.cli import numbers, options
-from zoext.cli.comparison.settings import DEMO, EVALUATIONS, ComparisonSettings
+from zoext.cli.comparison.settings import DEMO, EVALUATIONS, ComparisonSettings, of_papers
 from zoext.cli.optimizers import OPTIMIZERS
 
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizers",
         type=_methods,
         metavar="NAME,...",
-        help=f"out of {', '.join(OPTIMIZERS)} (default all)",
+        help=f"out of {', '.join(OPTIMIZERS)} (default {','.join(of_papers())})",
     )
     defaults.add(what, "forwards", numbers.count, "N", "forward passes of a run")
     defaults.add(what, "seeds", numbers.count, "N", "runs of each optimizer at its best lr: seeds 0 ... N-1")

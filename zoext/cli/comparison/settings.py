@@ -13,11 +13,16 @@ from zoext.cli.settings import CommonSettings, Settings
 EVALUATIONS = 10  # of a run beside that of the start
 
 
+def of_papers() -> tuple[str, ...]:
+    """The methods as their papers have them: what is compared by default."""
+    return tuple(name for name, method in OPTIMIZERS.items() if not method.variant)
+
+
 @dataclass(frozen=True)
 class ComparisonSettings(CommonSettings):
     """The arguments of ``zoext compare`` and their defaults; ``lr`` is MeZO's usual one on the task."""
 
-    optimizers: tuple[str, ...] = field(default_factory=lambda: tuple(OPTIMIZERS))
+    optimizers: tuple[str, ...] = field(default_factory=of_papers)
     lrs: dict[str, float] = field(default_factory=dict)
     lr_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     forwards: int = 2000

@@ -1,44 +1,13 @@
-// Directions on the device: what one thread's share of a tensor gets from a seed.
+// Dense directions: the noise field on the share of a thread.
 #pragma once
 
-#include "../core/combine.h"
 #include "../core/normal.h"
 #include "../core/sign.h"
-#include "../core/storage.h"
 #include "chunks.h"
-
-#if __has_include(<curand_philox4x32_x.h>)
-#include <curand_philox4x32_x.h>
-#define ZOEXT_CURAND_ROUNDS
-#endif
+#include "combination.cuh"
+#include "launch.h"
 
 namespace zoext::cuda {
-
-// cuRAND's own rounds, and those of csrc/core where the toolkit has no cuRAND; the words are equal.
-__device__ __forceinline__ Words<uint32_t> words_of(const Field& field, uint64_t block) {
-#if defined(ZOEXT_CURAND_ROUNDS)
-  const Words<uint32_t> counter = field.counter(block);
-  const uint4 words =
-      curand_Philox4x32_10(make_uint4(counter.w[0], counter.w[1], counter.w[2], counter.w[3]),
-                           make_uint2(static_cast<uint32_t>(field.seed), static_cast<uint32_t>(field.seed >> 32)));
-  return {{words.x, words.y, words.z, words.w}};
-#else
-  return field.words(block);
-#endif
-}
-
-// One number for each element of a share; an empty sum at first.
-template <class Number, class Tiling>
-struct Sum {
-  Number of[Tiling::groups][Tiling::vector];
-
-  __device__ Sum() {
-#pragma unroll
-    for (auto& group : of)
-#pragma unroll
-      for (Number& number : group) number = Number{empty_sum};
-  }
-};
 
 struct Normals {
   static constexpr Stream stream = Stream::dense;
@@ -85,5 +54,31 @@ struct Signs {
     }
   }
 };
+
+// The direction of a seed on one share of a tensor.
+template <class Noise, class StorageType>
+class Dense {
+ public:
+  using Storage = StorageType;
+  using Tiling = typename Noise::template Tiling<Storage>;
+  using TensorSlot = Slot;
+
+  __device__ Dense(const Slot& slot, const Share<Tiling>& share) : key_(slot.key), index_(share.index) {}
+
+  template <class Number>
+  __device__ void add(const Term& term, Number coefficient, Sum<Number, Tiling>& sum) const {
+    Noise::template add<Number>({term.seed, key_, static_cast<uint32_t>(Noise::stream)}, coefficient, index_, sum);
+  }
+
+ private:
+  const uint32_t key_;
+  const uint64_t index_;
+};
+
+// f(Noise{}) with the noise of a distribution.
+template <class F>
+void for_noise(Distribution distribution, F f) {
+  distribution == Distribution::sign ? f(Signs{}) : f(Normals{});
+}
 
 }  // namespace zoext::cuda

@@ -1,0 +1,34 @@
+// The loops of one instruction set, over stretches of a parameter short enough to stay in the
+// first-level cache. Included once per instruction set, inside the namespace of its lane types.
+
+// clang-format off: each builds on those above it
+#include "packs.inl"
+#include "directions.inl"
+#include "window.inl"
+#include "factored.inl"
+#include "storage.inl"
+#include "rows.inl"
+// clang-format on
+
+template <class Number>
+constexpr ArithmeticLoops<Number> arithmetic_loops{
+    {&add_normals<Number, true>, &add_normals<Number, false>, &add_moments_of_normals<Number>},
+    {&add_signs<Number, true>, &add_signs<Number, false>, &add_moments_of_signs<Number>},
+    {&add_moments_of_estimates<Number>, &step<Number>},
+    {&combine_factored<Number>, &step_factored<Number>},
+};
+
+template <class Storage>
+constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_single<Storage>};
+
+const InstructionSet instruction_set{
+    name,
+    words,
+    arithmetic_loops<float>,
+    arithmetic_loops<double>,
+    storage_loops<float>,
+    storage_loops<double>,
+    storage_loops<BFloat16>,
+    storage_loops<Half>,
+    row_loops,
+};

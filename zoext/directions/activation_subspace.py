@@ -1,0 +1,101 @@
+"""Directions in the subspace that the activations of linear layers span."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from zoext.directions.activations import ActivationObserver, Layer, linear_layers
+from zoext.directions.base import Frame, Observer, Step
+from zoext.directions.factored import Factored
+from zoext.parameters import Parameters
+
+BALANCES = ("printed", "matched", "still")
+
+
+@dataclass(frozen=True)
+class ActivationSubspace(Factored):
+    """``D(s) = R(s) A^T`` for the weights of linear layers (AGZO, arXiv 2601.17261), else dense normals.
+
+    The gradient of a linear layer's weight is ``Q H^T`` with H (d_in x tokens) the layer's input, so its
+    rows lie in the span of H. A (d_in x rank) is an orthonormal basis of the leading part of that span,
+    found by power iteration during a forward at theta; R (d_out x rank) has standard normal entries. H is
+    dropped at once. That forward is the centre of a one-sided difference; an estimator that asks for no
+    centre pays for one more. Layers are ``nn.Linear`` and the ``Conv1D`` of transformers; a weight that
+    another kind of module uses too (a head tied to an embedding) has dense directions. Estimates of
+    one step, as from micro-batches, share the basis of the first.
+
+    Args:
+        rank: columns of A, at most d_in of the narrowest layer.
+        power_iterations: products with the Gram matrix H H^T.
+        mask: the argument of the model's forward that tells with 0 which positions are padding, shape
+            [batch, positions]; these do not count for the basis. None lets all of them count.
+        balance: "printed" (default) is the paper's rule. There the dense directions of the other
+            parameters carry nearly all of the squared norm. "matched" scales ``R A^T`` by
+            ``sqrt(d_in / rank)``, so that every parameter's direction has the norm that MeZO gives it, and
+            lr and mu mean what they mean there. "still" leaves the other parameters where they are.
+
+    Raises:
+        ValueError: for arguments out of range, without a module, for a module without linear layers that
+            move, for a layer narrower than ``rank``, and for a layer that the forward does not call.
+    """
+
+    rank: int = 1
+    power_iterations: int = 3
+    mask: str | None = "attention_mask"
+    balance: str = "printed"
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("power_iterations", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if self.balance not in BALANCES:
+            raise ValueError(f"balance must be one of {', '.join(BALANCES)}, not {self.balance!r}")
+        if self.mask is not None and not isinstance(self.mask, str):
+            raise TypeError(f"mask must be the name of an argument of the model's forward, not {self.mask!r}")
+
+    @property
+    def dense_scale(self) -> float:  # type: ignore[override]
+        return 0.0 if self.balance == "still" else 1.0
+
+    def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
+        self._layers(module, groups)
+
+    def frame(self, step: Step) -> Frame:
+        raise RuntimeError("ActivationSubspace makes its frame out of a forward: use observer()")
+
+    def observer(self, module: nn.Module | None, step: Step) -> Observer:
+        layers = self._layers(module, step.groups)
+        assert module is not None
+        return ActivationObserver(
+            module,
+            layers,
+            step.seed_of(step.number),
+            rank=self.rank,
+            iterations=self.power_iterations,
+            mask=self.mask,
+            match_norms=self.balance == "matched",
+        )
+
+    def _layers(self, module: nn.Module | None, groups: Sequence[Parameters]) -> list[Layer]:
+        if module is None:
+            raise ValueError(
+                "ActivationSubspace needs the nn.Module whose activations it watches: pass the module as "
+                "params, or probe=zoext.StreamedProbe(module) with parameter groups"
+            )
+        layers = linear_layers(module, groups)
+        if not layers:
+            raise ValueError(
+                "ActivationSubspace needs a linear layer whose weight requires grad, and the module has "
+                "none; unfreeze some, or use another direction"
+            )
+        for layer in layers:
+            if layer.width < self.rank:
+                raise ValueError(
+                    f"rank must be at most the width of every linear layer's input, not {self.rank}: "
+                    f"{layer.name} has {layer.width}; lower it, or freeze that weight"
+                )
+        return layers

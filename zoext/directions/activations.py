@@ -1,0 +1,172 @@
+"""Watches what goes into linear layers, and keeps no more of it than an orthonormal basis."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zoext import ops
+from zoext.directions.base import Frame
+from zoext.parameters import Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer whose weight moves."""
+
+    module: nn.Module
+    name: str  # of its weight
+    key: int
+    transposed: bool  # the weight is [d_in, d_out], not [d_out, d_in]
+
+    @property
+    def width(self) -> int:
+        """d_in."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0 if self.transposed else 1]
+
+
+def linear_layers(module: nn.Module, groups: Sequence[Parameters]) -> list[Layer]:
+    """The linear layers below ``module`` whose weights are in ``groups`` and belong to nothing else."""
+    names = {
+        id(tensor): (key, name)
+        for group in groups
+        for tensor, key, name in zip(group.tensors, group.keys, group.names, strict=True)
+    }
+    layers, used_otherwise = [], set()
+    for part in module.modules():
+        linear = _is_linear(part)
+        for own, parameter in part._parameters.items():
+            if linear is None or own != "weight":
+                used_otherwise.add(id(parameter))
+            elif id(parameter) in names:
+                key, name = names[id(parameter)]
+                layers.append(Layer(part, name, key, linear == "transposed"))
+    return [layer for layer in layers if id(layer.module.weight) not in used_otherwise]
+
+
+def _is_linear(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return "usual"
+    # GPT-2's layer is a linear one that stores its weight transposed. Not imported: that takes seconds.
+    transformers: Any = sys.modules.get("transformers.pytorch_utils")
+    if transformers is not None and isinstance(module, transformers.Conv1D):
+        return "transposed"
+    return None
+
+
+class ActivationObserver:
+    """Runs a power iteration on each layer's input as soon as it is there."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: Sequence[Layer],
+        seed: Tensor,
+        *,
+        rank: int,
+        iterations: int,
+        mask: str | None,
+        match_norms: bool,
+    ) -> None:
+        self._root = root
+        self._layers = layers
+        self._seed = seed
+        self._rank = rank
+        self._iterations = iterations
+        self._mask_name = mask
+        self._match_norms = match_norms
+        self._mask: Tensor | None = None
+        self._found: dict[int, _Subspace] = {}
+        self._last: tuple[weakref.ref[Tensor], int, _Subspace] | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block there are hooks on the layers."""
+        handles: list[RemovableHandle] = []
+        try:
+            if self._mask_name is not None:
+                handles.append(self._root.register_forward_pre_hook(self._see_mask, with_kwargs=True))
+            for layer in self._layers:
+                handles.append(layer.module.register_forward_pre_hook(self._hook_of(layer), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._mask, self._last = None, None
+
+    def frame(self) -> tuple[Frame, Tensor]:
+        for layer in self._layers:
+            if layer.key not in self._found:
+                raise ValueError(
+                    f"ActivationSubspace: the forward did not call the linear layer of {layer.name}, so "
+                    "nothing is known of its activations; freeze it with requires_grad_(False), or have the "
+                    "model call the layer instead of reading its weight"
+                )
+        left: dict[int, Tensor] = {}
+        right: dict[int, Tensor] = {}
+        for layer in self._layers:
+            (left if layer.transposed else right)[layer.key] = self._scaled(self._found[layer.key].basis)
+        finite = torch.isfinite(torch.cat([subspace.values for subspace in self._found.values()])).all()
+        return Frame(left=left, right=right), finite
+
+    def _scaled(self, basis: Tensor) -> Tensor:
+        return basis * (basis.shape[1] / self._rank) ** 0.5 if self._match_norms else basis
+
+    def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = inspect.signature(module.forward).parameters if args else ()
+        given = {**dict(zip(names, args, strict=False)), **kwargs}.get(str(self._mask_name))
+        self._mask = given != 0 if isinstance(given, Tensor) else None
+
+    def _hook_of(self, layer: Layer) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering = args[0] if args else next(iter(kwargs.values()))
+            subspace = self._subspace_of(entering)
+            seen = self._found.get(layer.key)
+            if seen is not None and seen is not subspace:  # the layer runs again, or shares its weight
+                subspace = self._merged(seen, subspace)
+            self._found[layer.key] = subspace
+
+        return before
+
+    def _subspace_of(self, activations: Tensor) -> _Subspace:
+        version = 0 if activations.is_inference() else activations._version
+        # Queries, keys and values are made of the same tensor: one power iteration serves them all. A
+        # weak reference, since the activations are not to live longer than the model lets them.
+        if self._last is not None and self._last[0]() is activations and self._last[1] == version:
+            return self._last[2]
+        found = self._iterate(activations, self._mask_of(activations))
+        self._last = (weakref.ref(activations), version, found)
+        return found
+
+    def _mask_of(self, activations: Tensor) -> Tensor | None:
+        if self._mask is None or self._mask.numel() * activations.shape[-1] != activations.numel():
+            return None
+        return self._mask.reshape(activations.shape[:-1]).to(activations.device).contiguous()
+
+    def _iterate(self, activations: Tensor, mask: Tensor | None) -> _Subspace:
+        basis, values = ops.power_iteration(
+            activations.detach().contiguous(), mask, self._seed, rank=self._rank, iterations=self._iterations
+        )
+        return _Subspace(basis, values)
+
+    def _merged(self, *parts: _Subspace) -> _Subspace:
+        """The leading subspace of several inputs together, as far as their own leading parts tell it."""
+        rows = torch.cat([part.values.unsqueeze(1) * part.basis for part in parts])
+        return self._iterate(rows, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subspace:
+    basis: Tensor
+    values: Tensor

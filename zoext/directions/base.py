@@ -1,0 +1,131 @@
+"""What all directions share: their operations, and the frame that the directions of a step are in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zoext import noise
+from zoext.parameters import Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What the directions of a step have in common beside their seeds.
+
+    For each matrix (m x n) whose directions are of low rank, by the key of its parameter, the factor
+    that is not drawn from a seed: float32 [rank, n] in ``right``, or [rank, m] in ``left``. All other
+    parameters have dense directions.
+    """
+
+    left: Mapping[int, Tensor] = field(default_factory=dict)
+    right: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def holds(self, key: int) -> bool:
+        """Whether directions of the parameter ``key`` are of low rank."""
+        return key in self.left or key in self.right
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """``sum_k coefficients[k] D(seeds[k])`` in one frame: int64 [K], float32 [K]."""
+
+    seeds: Tensor
+    coefficients: Tensor
+    frame: Frame
+
+    def __len__(self) -> int:
+        return self.seeds.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The gradient estimates of some steps, oldest first, and what makes moments of them.
+
+    With ``g_h`` the sum of ``steps[h]``: ``m = sum_h first_weights[h] g_h`` and
+    ``v = sum_h second_weights[h] g_h**2``. The weights are float32 [H].
+    """
+
+    steps: Sequence[Terms]
+    first_weights: Tensor
+    second_weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The step that a frame is for: its number, the seed of the run, and the parameters that move."""
+
+    number: int
+    seed: int
+    groups: Sequence[Parameters]
+
+    @property
+    def device(self) -> torch.device:
+        return next(group.device for group in self.groups if len(group))
+
+    def seed_of(self, number: int) -> Tensor:
+        """The seed of draw 0 of step ``number``, int64 [1] on the device, without waiting for it."""
+        seed = noise.signed(noise.step_seed(self.seed, number))
+        return torch.full((1,), seed, dtype=torch.int64, device=self.device)
+
+
+class Observer(Protocol):
+    """Makes the frame of a step out of a forward at theta."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """The block in which that forward runs."""
+
+    def frame(self) -> tuple[Frame, Tensor]:
+        """The frame, and whether what it is made of was finite (bool [])."""
+
+
+class Direction(ABC):
+    """How the entries of ``D(s)`` are drawn from seed ``s``."""
+
+    @abstractmethod
+    def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
+        """``theta += sum_k c_k D(s_k) - decay * theta``, in place; ``decay`` is float32 []."""
+
+    @abstractmethod
+    def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
+        """``out = theta + sum_k c_k D(s_k)``; theta is only read."""
+
+    @abstractmethod
+    def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
+        """``theta += -lr * m / sqrt(v + eps) - decay * theta``, in place, with the moments of a window.
+
+        ``lr``, ``eps`` and ``decay`` are float32 [].
+        """
+
+    def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:  # noqa: B027
+        """Raises a ValueError for a model that there are no such directions for."""
+
+    def frame(self, step: Step) -> Frame:
+        """The frame of a step, where no forward is needed to know it."""
+        return Frame()
+
+    def observer(self, module: nn.Module | None, step: Step) -> Observer | None:
+        """What watches a forward at theta to make the frame; None where ``frame`` makes it."""
+        return None
+
+    def gradient(self, terms: Terms) -> Terms:
+        """The terms of the gradient estimate, from projected gradients along ``D(s_k)``."""
+        return terms
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """``sum_k c_k D(s_k)``, with coefficients of its own for each group of parameters."""
+
+    direction: Direction
+    seeds: Tensor
+    terms: tuple[tuple[Parameters, Terms], ...]
+
+    def __len__(self) -> int:
+        return self.seeds.numel()

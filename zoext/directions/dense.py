@@ -1,0 +1,72 @@
+"""Directions with independent entries, straight from the noise field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoext import ops
+from zoext.directions.base import Direction, Terms, Window
+from zoext.directions.window import rectangle
+from zoext.parameters import Parameters
+
+
+class _Dense(Direction):
+    distribution: ops.Distribution
+
+    def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
+        if decay is None:
+            decay = torch.zeros((), device=terms.seeds.device)
+        ops.noise_axpy_(
+            parameters.tensors,
+            terms.seeds,
+            terms.coefficients,
+            decay,
+            parameters.keys,
+            parameters.spans,
+            distribution=self.distribution,
+        )
+
+    def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
+        ops.noise_copy_(
+            out,
+            parameters.tensors,
+            terms.seeds,
+            terms.coefficients,
+            parameters.keys,
+            parameters.spans,
+            distribution=self.distribution,
+        )
+
+    def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
+        seeds, coefficients = rectangle(window)
+        ops.noise_adam_(
+            parameters.tensors,
+            seeds,
+            coefficients,
+            window.first_weights,
+            window.second_weights,
+            lr,
+            eps,
+            decay,
+            parameters.keys,
+            parameters.spans,
+            distribution=self.distribution,
+        )
+
+
+@dataclass(frozen=True)
+class Gaussian(_Dense):
+    """Independent standard normals (MeZO, arXiv 2305.17333)."""
+
+    distribution = ops.Distribution.NORMAL
+
+
+@dataclass(frozen=True)
+class Rademacher(_Dense):
+    """Independent signs, +1 or -1 with equal probability (Spall's SPSA; FZOO, arXiv 2506.09034)."""
+
+    distribution = ops.Distribution.SIGN

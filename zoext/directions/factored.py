@@ -1,0 +1,145 @@
+"""Directions of low rank for matrices: one factor from the seed, the other one from the frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoext import ops
+from zoext.directions.base import Direction, Frame, Terms, Window
+from zoext.directions.dense import Gaussian
+from zoext.directions.window import rectangle
+from zoext.parameters import Parameters
+
+_DENSE = Gaussian()
+
+
+class _Factors(NamedTuple):
+    left: list[Tensor]
+    right: list[Tensor]
+
+
+class Factored(Direction):
+    """``D(s) = L^T R`` for the matrices in the frame, dense normals for all other parameters.
+
+    The factor that is not in the frame has standard normal entries, drawn from the seed.
+    """
+
+    #: Scale of the dense directions.
+    dense_scale: float = 1.0
+
+    def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
+        if decay is None:
+            decay = torch.zeros((), device=terms.seeds.device)
+        # Without terms all there is to do is the decay, which knows of no factors.
+        dense, matrices = _split(parameters, [terms.frame] if len(terms) else [])
+        if dense:
+            _DENSE.axpy_(parameters.take(dense), self._of_dense(terms), decay)
+        if matrices:
+            these = parameters.take(matrices)
+            factors = _factors(these, terms.seeds, [terms.frame] * len(terms))
+            ops.factored_axpy_(
+                these.tensors, *factors, terms.seeds, terms.coefficients, decay, these.keys, these.spans
+            )
+
+    def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
+        dense, matrices = _split(parameters, [terms.frame] if len(terms) else [])
+        if dense:
+            _DENSE.copy_([out[i] for i in dense], parameters.take(dense), self._of_dense(terms))
+        if matrices:
+            these = parameters.take(matrices)
+            factors = _factors(these, terms.seeds, [terms.frame] * len(terms))
+            ops.factored_copy_(
+                [out[i] for i in matrices],
+                these.tensors,
+                *factors,
+                terms.seeds,
+                terms.coefficients,
+                these.keys,
+                these.spans,
+            )
+
+    def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
+        dense, matrices = _split(parameters, [step.frame for step in window.steps])
+        if dense:
+            steps = [self._of_dense(step) for step in window.steps]
+            scaled = Window(steps, window.first_weights, window.second_weights)
+            _DENSE.adam_(parameters.take(dense), scaled, lr, eps, decay)
+        if matrices:
+            these = parameters.take(matrices)
+            seeds, coefficients = rectangle(window)
+            frames = [step.frame for step in window.steps for _ in range(seeds.shape[1])]
+            factors = _factors(these, seeds.flatten(), frames)
+            ops.factored_adam_(
+                these.tensors,
+                *factors,
+                seeds,
+                coefficients,
+                window.first_weights,
+                window.second_weights,
+                lr,
+                eps,
+                decay,
+                these.keys,
+                these.spans,
+            )
+
+    def _of_dense(self, terms: Terms) -> Terms:
+        if self.dense_scale == 1:
+            return terms
+        return Terms(terms.seeds, terms.coefficients * self.dense_scale, terms.frame)
+
+
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """A parameter of two dimensions or more as a matrix: rows, and all else as columns."""
+    return tensor.shape[0], tensor.numel() // max(tensor.shape[0], 1)
+
+
+def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
+    """The positions of dense parameters, and of matrices that a frame holds."""
+    parts: tuple[list[int], list[int]] = ([], [])
+    for position, key in enumerate(parameters.keys):
+        parts[any(frame.holds(key) for frame in frames)].append(position)
+    return parts
+
+
+def _factors(matrices: Parameters, seeds: Tensor, frames: Sequence[Frame]) -> _Factors:
+    """Left (float32 [T or 1, rank, m]) and right factors ([T or 1, rank, n]) of T terms, by matrix.
+
+    ``seeds`` is int64 [T]; ``frames`` has an entry for each of them.
+    """
+    pairs = zip(matrices.keys, matrices.tensors, strict=True)
+    drawn = [_empty_drawn(key, tensor, frames) for key, tensor in pairs]
+    # The same stream whichever side it is: a layer that stores its weight transposed draws the same.
+    stream = ops.Stream.LEFT_FACTOR
+    spans = [ops.span_of(factor[0]) for factor in drawn]
+    for k in range(seeds.numel()):
+        ops.normal_([factor[k] for factor in drawn], seeds[k : k + 1], matrices.keys, spans, stream=stream)
+    factors = _Factors([], [])
+    for key, factor in zip(matrices.keys, drawn, strict=True):
+        given = _given(key, frames)
+        is_right = any(key in frame.right for frame in frames)
+        factors.left.append(factor if is_right else given)
+        factors.right.append(given if is_right else factor)
+    return factors
+
+
+def _empty_drawn(key: int, tensor: Tensor, frames: Sequence[Frame]) -> Tensor:
+    known = next(frame for frame in frames if frame.holds(key))
+    rows, columns = matrix_shape(tensor)
+    draws_left = key in known.right
+    rank = (known.right if draws_left else known.left)[key].shape[0]
+    return torch.empty((len(frames), rank, rows if draws_left else columns), device=tensor.device)
+
+
+def _given(key: int, frames: Sequence[Frame]) -> Tensor:
+    """What the frames hold for a matrix: once where it is the same for all terms."""
+    held = [frame.right.get(key, frame.left.get(key)) for frame in frames]
+    known = next(factor for factor in held if factor is not None)
+    if all(factor is known for factor in held):
+        return known.unsqueeze(0)
+    # A matrix that was frozen when a frame was made has no direction in it.
+    return torch.stack([torch.zeros_like(known) if factor is None else factor for factor in held])

@@ -1,0 +1,79 @@
+"""Low-rank directions with a lazily redrawn right factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zoext import ops
+from zoext.directions.base import Frame, Step, Terms
+from zoext.directions.factored import Factored, matrix_shape
+from zoext.parameters import Parameters
+
+SCALES = ("paper", "code")
+
+
+@dataclass(frozen=True)
+class LowRank(Factored):
+    """``D(s) = U(s) V^T`` for matrices (LOZO, arXiv 2410.07698, algorithm 1), dense normals for vectors.
+
+    U (m x rank) is drawn anew for every seed, V (n x rank) once in ``refresh_interval`` steps, both with
+    standard normal entries. A parameter of more than two dimensions is the matrix of its first against
+    all others. The probe and the update see the same U and V on every step.
+
+    Args:
+        rank: columns of U and V.
+        refresh_interval: steps between two draws of V, the paper's nu.
+        scale: "paper" (default) divides the gradient estimate by the rank, ``c U V^T / rank``, which
+            makes it unbiased; "code" leaves the division out, as the authors' published code does.
+            Either way the probe is at ``mu U V^T``.
+
+    Raises:
+        ValueError: for arguments out of range, and for a matrix with fewer columns than ``rank``.
+    """
+
+    rank: int = 2
+    refresh_interval: int = 50
+    scale: str = "paper"
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "refresh_interval"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be 'paper' or 'code', not {self.scale!r}")
+
+    def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
+        for group in groups:
+            for tensor, name in zip(group.tensors, group.names, strict=True):
+                rows, columns = matrix_shape(tensor)
+                if tensor.dim() > 1 and 0 < columns < self.rank:
+                    raise ValueError(
+                        f"rank must be at most the number of columns of every matrix, not {self.rank}: "
+                        f"{name} is {rows} x {columns}; lower it, or freeze that parameter"
+                    )
+
+    def frame(self, step: Step) -> Frame:
+        """V of every matrix, from the seed of the step at which it was last drawn."""
+        right = {
+            key: torch.empty((self.rank, matrix_shape(tensor)[1]), device=tensor.device)
+            for group in step.groups
+            for key, tensor in zip(group.keys, group.tensors, strict=True)
+            if tensor.dim() > 1 and tensor.numel()
+        }
+        factors = list(right.values())
+        seed = step.seed_of(step.number - step.number % self.refresh_interval)
+        spans = [ops.span_of(factor) for factor in factors]
+        ops.normal_(factors, seed, list(right), spans, stream=ops.Stream.RIGHT_FACTOR)
+        return Frame(right=right)
+
+    def gradient(self, terms: Terms) -> Terms:
+        if self.scale == "code" or self.rank == 1:
+            return terms
+        scale = 1 / self.rank  # a product, whose bits are the same on every device; a quotient's may differ
+        scaled = {key: factor * scale for key, factor in terms.frame.right.items()}
+        return Terms(terms.seeds, terms.coefficients, Frame(right=scaled))

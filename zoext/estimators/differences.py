@@ -1,0 +1,62 @@
+"""Finite differences along independent directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoext.estimators.base import Estimate, Estimator, Probe, assemble, check_count
+
+
+@dataclass(frozen=True)
+class CentralDifference(Estimator):
+    """Two-sided differences along ``samples`` directions (SPSA; MeZO, arXiv 2305.17333, algorithm 1).
+
+        g = 1/n sum_k (L(theta + mu D_k) - L(theta - mu D_k)) / (2 mu) D_k
+
+    ``2 * samples`` forwards a step; the loss is the mean over all of them.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples, 1, "directions")
+
+    @property
+    def draws(self) -> int:
+        return self.samples
+
+    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
+        one = torch.ones(1, device=seeds.device)
+        losses = [probe(seed, side) for seed in seeds.split(1) for side in (one, -one)]
+        slopes = [(plus - minus) / (2 * mu) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
+        return assemble(seeds, torch.stack(slopes) / self.samples, losses)
+
+
+@dataclass(frozen=True)
+class ForwardDifference(Estimator):
+    """One-sided differences along ``samples`` directions that share their centre.
+
+        g = 1/n sum_k (L(theta + mu D_k) - L(theta)) / mu D_k
+
+    ``samples + 1`` forwards a step. Half the price of a central difference, with an error of order mu
+    from the curvature along the direction. The loss is the mean over all forwards.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples, 1, "directions")
+
+    @property
+    def draws(self) -> int:
+        return self.samples
+
+    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
+        one = torch.ones(1, device=seeds.device)
+        centre = probe(seeds[:0], one[:0])
+        losses = [probe(seed, one) for seed in seeds.split(1)]
+        slopes = [(loss - centre) / mu for loss in losses]
+        return assemble(seeds, torch.stack(slopes) / self.samples, losses, centre)

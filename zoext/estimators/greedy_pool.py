@@ -1,0 +1,50 @@
+"""The best of a pool of candidate directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoext.estimators.base import Estimate, Estimator, Probe, assemble, check_count, without_gaps
+
+
+@dataclass(frozen=True)
+class GreedyPool(Estimator):
+    """A central difference along the best of a pool (MeZO-Greedy, arXiv 2601.04710, algorithms 3 and 4).
+
+        i = argmin_i L(theta + mu z_i),   g = (L(theta + mu z_i) - L(theta - mu z_i)) / (2 mu) z_i
+
+    The first of equals wins, and a candidate whose loss is not finite never does.
+
+    Args:
+        pool_size: candidates, M >= 2.
+        reuse: take L(theta + mu z_i) from the pool: M + 1 forwards a step. False evaluates it again, as
+            printed, M + 2; the same estimate where the closure is deterministic.
+
+    Raises:
+        ValueError: for a pool of less than two.
+    """
+
+    pool_size: int = 4
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("pool_size", self.pool_size, 2, "candidates, of which the best is chosen")
+        if not isinstance(self.reuse, bool):
+            raise ValueError(f"reuse must be True or False, not {self.reuse!r}")
+
+    @property
+    def draws(self) -> int:
+        return self.pool_size
+
+    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
+        one = torch.ones(1, device=seeds.device)
+        losses = torch.stack([probe(seed, one) for seed in seeds.split(1)])
+        best = torch.where(torch.isfinite(losses), losses, torch.inf).argmin().unsqueeze(0)
+        winner = seeds.gather(0, best)
+        plus = losses.gather(0, best).squeeze(0) if self.reuse else probe(winner, one)
+        minus = probe(winner, -one)
+        evaluated = [*without_gaps(losses), *([] if self.reuse else [plus]), minus]
+        return assemble(winner, (plus - minus).unsqueeze(0) / (2 * mu), evaluated)

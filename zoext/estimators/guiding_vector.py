@@ -1,0 +1,100 @@
+"""A direction made of the better minus the worse of a pool of candidates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoext.estimators.base import Estimate, Estimator, Probe, assemble, check_count, without_gaps
+
+WEIGHTINGS = ("ranked", "centered")
+
+
+@dataclass(frozen=True)
+class GuidingVector(Estimator):
+    """A central difference along a guiding vector (MeZO-GV, arXiv 2601.04710, algorithms 1 and 2).
+
+        l_i = L(theta + mu z_i), i = 1 .. M;  the floor(alpha M) lowest are the top, the others the bottom
+        v = mean of z_i over the top - mean of z_i over the bottom
+        g = (L(theta + mu v) - L(theta - mu v)) / (2 mu) v
+
+    with M = ``pool_size`` and alpha = ``elite_ratio``. v is never made: it is a combination of M seeds.
+    ``pool_size + 2`` forwards a step. At M = 2, alpha = 1/2 this is MeZO along (z_1 - z_2) / sqrt(2) with
+    twice the lr and sqrt(2) mu, whatever the candidates' losses. Candidates with equal losses keep their
+    order; one whose loss is not finite ranks last and is left out. Without a finite candidate on either
+    side the step does nothing and counts as not finite.
+
+    Args:
+        pool_size: candidates, M >= 2.
+        elite_ratio: alpha, in (0, 1), such that both groups have a member.
+        weighting: "ranked" (default) is the paper's rule; "centered" weighs candidates by their losses
+            less the mean loss, with the same sum of squares, which lets every loss count and not only
+            on which side it lies.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    pool_size: int = 4
+    elite_ratio: float = 0.5
+    weighting: str = "ranked"
+
+    def __post_init__(self) -> None:
+        check_count(
+            "pool_size", self.pool_size, 2, "candidates, of which there must be better and worse ones"
+        )
+        ratio = self.elite_ratio
+        if not isinstance(ratio, int | float) or not 0 < ratio < 1:
+            raise ValueError(
+                f"elite_ratio must be between 0 and 1, not {ratio!r}; it is the share of the better ones"
+            )
+        if not 0 < self._top < self.pool_size:
+            raise ValueError(
+                f"elite_ratio must leave at least one of {self.pool_size} candidates on either side, but "
+                f"{ratio} puts {self._top} at the top; use one of at least {1 / self.pool_size:.3g}"
+            )
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be 'ranked' or 'centered', not {self.weighting!r}")
+
+    @property
+    def _top(self) -> int:
+        # Or 0.29 of 100 would be 28: the product of the floats is 28.999999999999996.
+        return math.floor(self.elite_ratio * self.pool_size * (1 + 1e-12))
+
+    @property
+    def draws(self) -> int:
+        return self.pool_size
+
+    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
+        one = torch.ones(1, device=seeds.device)
+        candidates = torch.stack([probe(seed, one) for seed in seeds.split(1)])
+        weights, usable = self._ranked(candidates)
+        if self.weighting == "centered":
+            weights = _centered(candidates, weights)
+        weights = weights.to(torch.float32)
+        plus, minus = probe(seeds, weights), probe(seeds, -weights)
+        slope = (plus - minus) / (2 * mu)
+        return assemble(seeds, slope * weights, [*without_gaps(candidates), plus, minus], usable=usable)
+
+    def _ranked(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of v, [M], and whether either side has a finite candidate (bool [])."""
+        known = torch.isfinite(losses)
+        order = torch.argsort(torch.where(known, losses, torch.inf), stable=True)
+        on_top = torch.arange(self.pool_size, device=losses.device) < self._top
+        top, bottom = on_top & known[order], ~on_top & known[order]
+        ordered = top / top.sum() - bottom / bottom.sum()
+        usable = top.any() & bottom.any()
+        weights = torch.zeros_like(losses).scatter(0, order, ordered.to(losses.dtype))
+        return torch.where(usable, weights, 0.0), usable
+
+
+def _centered(losses: Tensor, ranked: Tensor) -> Tensor:
+    """Minus the centred losses, with the sum of squares of ``ranked``; ``ranked`` where all are equal."""
+    known = torch.isfinite(losses)
+    finite = torch.where(known, losses, 0.0)
+    below = torch.where(known, finite.sum() / known.sum() - finite, 0.0)
+    length = below.norm()
+    return torch.where(length > 0, below * (ranked.norm() / length), ranked)
