@@ -32,10 +32,15 @@ def largest_module(model: nn.Module) -> int:
     )
 
 
-def two_steps(model: nn.Module, closure: Callable[[], Tensor], probe: str) -> None:
-    optimizer = zoext.MeZO(model, probe=probe)
+def two_steps(make: Callable[[], zoext.ZerothOrderOptimizer], closure: Callable[[], Tensor]) -> None:
+    optimizer = make()
     optimizer.step(closure)
     optimizer.step(closure)
+
+
+def size_of_bases(model: nn.Module) -> int:
+    """Bytes of AGZO's bases of rank 1, one for each linear layer as if none were shared."""
+    return sum(4 * module.in_features for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def measure(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -> None:
@@ -47,14 +52,29 @@ def measure(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -
     inference = peak(forward, arguments.device)
     report.add(f"{label}: a forward", Spread((inference / MIB,)), "MiB")
     report.add(f"{label}: largest module", Spread((largest,)), "MiB")
-    cases: list[tuple[str, Callable[[], object], Bar | None]] = [
-        ("MeZO, inplace", partial(two_steps, model, closure, "inplace"), at_most(1)),
-        ("MeZO, streamed", partial(two_steps, model, closure, "streamed"), at_most(largest + 1)),
-        ("usual step", partial(UsualStep(model), closure), None),
-    ]
-    for name, work, bar in cases:
-        extra = [(peak(work, arguments.device) - inference) / MIB for _ in range(arguments.repeats)]
-        report.add(f"{label}: {name}, beyond a forward", Spread(tuple(extra)), "MiB", bar)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    bars = {"inplace": at_most(1), "streamed": at_most(largest + 1)}
+    for probe, bar in bars.items():
+        cases: list[tuple[str, Callable[[], object], Bar | None]] = [
+            (f"MeZO, {probe}", partial(two_steps, partial(zoext.MeZO, model, probe=probe), closure), bar),
+            (
+                f"AdaMeZO, {probe}",
+                partial(two_steps, partial(zoext.AdaMeZO, model, probe=probe), closure),
+                bar,
+            ),
+            (f"AGZO, {probe}", partial(two_steps, partial(zoext.AGZO, model, probe=probe), closure), None),
+        ]
+        peaks = {}
+        for name, work, promised in cases:
+            rounds = tuple(peak(work, arguments.device) for _ in range(arguments.repeats))
+            extra = tuple((value - inference) / MIB for value in rounds)
+            report.add(f"{label}: {name}, beyond a forward", Spread(extra), "MiB", promised)
+            peaks[name] = Spread(tuple(float(weights + value) for value in rounds))
+        without_bases = tuple(value - size_of_bases(model) for value in peaks[f"AGZO, {probe}"].rounds)
+        ratio = Spread(without_bases) / peaks[f"MeZO, {probe}"]
+        report.add(f"{label}: AGZO less its bases / MeZO, {probe}, with weights", ratio, "x", at_most(1.02))
+    usual = tuple((peak(partial(UsualStep(model), closure), arguments.device) - inference) / MIB for _ in "1")
+    report.add(f"{label}: usual step, beyond a forward", Spread(usual), "MiB")
 
 
 def main() -> None:

@@ -53,7 +53,15 @@ def check(document: dict, names: set[str]) -> None:
         ("adam_update", ["plain update / fused update", "fused update / noise only"]),
         ("factored_pass", ["fused pass / plain pass, rank 1", "plain / fused Adam step"]),
         ("mezo_step", ["MeZO, streamed, outside forwards", "MeZO, inplace, outside forwards"]),
-        ("step_memory", ["MeZO, inplace, beyond a forward", "MeZO, streamed, beyond a forward"]),
+        ("agzo_forward", ["forward with hooks, rank 1 / forward"]),
+        (
+            "step_memory",
+            [
+                "MeZO, inplace, beyond a forward",
+                "AdaMeZO, streamed, beyond a forward",
+                "AGZO less its bases / MeZO, streamed, with weights",
+            ],
+        ),
     ],
 )
 def test_program_writes_finite_figures(program: str, names: list[str], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from zoext.cli import demo, numbers, options
+from zoext.cli import demo, method_options, numbers, options
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.cli.settings import Settings
 
@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_task(parser, defaults)
     how = parser.add_argument_group("how to learn", "defaults, and in brackets those of the demo")
     how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help=f"default {Settings.optimizer}")
+    how.add_argument(
+        "--options",
+        type=method_options.parse,
+        metavar="NAME=VALUE,...",
+        help="of the optimizer, as in rank=4,balance=still or betas=0.9/0.99,horizon=20",
+    )
     defaults.add(how, "lr", numbers.positive, "X", "learning rate")
     defaults.add(how, "steps", numbers.count, "N", "optimizer steps")
     defaults.add(how, "seed", numbers.seed, "N", "determines the whole run")

@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 import zoext
+from zoext.cli import method_options
 from zoext.cli.errors import UserError
 from zoext.cli.settings import Settings
 
@@ -71,14 +72,16 @@ OPTIMIZERS: dict[str, Method] = {
 
 def make(model: nn.Module, settings: Settings) -> zoext.ZerothOrderOptimizer:
     """The optimizer that the settings name, over the parameters of ``model`` that require grad."""
+    construct = OPTIMIZERS[settings.optimizer].make
     try:
-        return OPTIMIZERS[settings.optimizer].make(
+        return construct(
             model,
             lr=settings.lr,
             mu=settings.mu,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             probe=settings.probe,
+            **method_options.typed(construct, settings.options),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {settings.optimizer}: {error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TASKS = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16")
@@ -38,6 +38,7 @@ class Settings(CommonSettings):
     """The arguments of ``zoext finetune`` and their defaults."""
 
     optimizer: str = "mezo"
+    options: dict[str, str] = field(default_factory=dict)
     steps: int = 1000
     seed: int = 0
     eval_every: int = 100
