@@ -52,6 +52,7 @@ def check(document: dict, names: set[str]) -> None:
         ),
         ("adam_update", ["plain update / fused update", "fused update / noise only"]),
         ("factored_pass", ["fused pass / plain pass, rank 1", "plain / fused Adam step"]),
+        ("power_iteration", ["power iterations in a forward", "plain / fused power iterations"]),
         ("mezo_step", ["MeZO, streamed, outside forwards", "MeZO, inplace, outside forwards"]),
         ("agzo_forward", ["forward with hooks, rank 1 / forward"]),
         (
@@ -102,7 +103,14 @@ def test_every_program_is_tested_and_described() -> None:
     programs = {
         path.stem for path in BENCHMARKS.glob("*.py") if "argparse.ArgumentParser(" in path.read_text()
     }
-    assert programs == {"adam_update", "dense_pass", "factored_pass", "mezo_step", "step_memory"}
+    assert programs == {
+        "adam_update",
+        "dense_pass",
+        "factored_pass",
+        "mezo_step",
+        "power_iteration",
+        "step_memory",
+    }
     page = (BENCHMARKS / "README.md").read_text()
     assert all(f"{program}.py" in page for program in programs)
 
@@ -173,6 +181,19 @@ def test_adam_rivals_move_weights_by_steps_of_one_size(monkeypatch: pytest.Monke
         getattr(update, name)()
         sizes.append((update.parameters[0] - before).square().mean().sqrt().item())
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+
+def test_rivals_find_the_same_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from power_iteration import PowerIterations
+
+    work = PowerIterations(1, 32, torch.float32, CPU)
+    assert [tuple(rows.shape) for rows in work.activations] == [(256, 32)] * 3 + [(256, 128)]
+    for rows in work.activations:
+        rows[:, 5] *= 20
+    torch.manual_seed(3)
+    for plain, fused in zip(work.plain(), work.fused(), strict=True):
+        torch.testing.assert_close((plain @ fused.T).abs(), torch.ones(1, 1), rtol=1e-4, atol=0)
 
 
 def test_rounds_are_interleaved_after_a_warm_up() -> None:

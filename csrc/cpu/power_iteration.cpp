@@ -248,10 +248,13 @@ class BlockKrylov {
 
   static double exact_dot(const float* a, const float* b, int64_t length) {
     double lane[dot_lanes] = {};
-    for (int64_t i = 0; i < length; i += dot_lanes) {
-      const int64_t here = std::min<int64_t>(dot_lanes, length - i);
-      for (int64_t l = 0; l < here; ++l) lane[l] += static_cast<double>(a[i + l]) * static_cast<double>(b[i + l]);
-    }
+    const auto add = [&](int64_t begin, int count) __attribute__((always_inline)) {
+      for (int l = 0; l < count; ++l)
+        lane[l] += static_cast<double>(a[begin + l]) * static_cast<double>(b[begin + l]);
+    };
+    const int64_t whole = length / dot_lanes * dot_lanes;
+    for (int64_t i = 0; i < whole; i += dot_lanes) add(i, dot_lanes);  // a constant, to be unrolled
+    add(whole, static_cast<int>(length - whole));
     for (int half = dot_lanes / 2; half > 0; half /= 2)
       for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
     return lane[0];

@@ -2,10 +2,12 @@
 // orthonormalisation and the Rayleigh-Ritz step, is the work of one block.
 #include <tuple>
 
+#include "../core/normal.h"
+#include "../core/storage.h"
 #include "../power_iteration.h"
 #include "block.cuh"
-#include "direction.cuh"
 #include "launch.h"
+#include "words.cuh"
 
 namespace zoext::cuda {
 namespace {
@@ -39,7 +41,7 @@ struct Buffers {
 
 // Omega, in the place of the first block of Y: four elements a thread.
 __global__ void __launch_bounds__(threads) draw(KrylovShape shape, const int64_t* seed, float* products) {
-  const Field field{static_cast<uint64_t>(*seed), 0, static_cast<uint32_t>(Stream::power_iteration)};
+  const Field field{seed_at(seed, 0), 0, static_cast<uint32_t>(Stream::power_iteration)};
   const int64_t count = shape.tokens * shape.rank, block = int64_t{blockIdx.x} * threads + threadIdx.x;
   if (4 * block >= count) return;
   const Words<uint32_t> words = words_of(field, static_cast<uint64_t>(block));

@@ -10,6 +10,7 @@
 #include "core/combine.h"
 #include "core/moments.h"
 #include "core/normal.h"
+#include "core/power_iteration.h"
 #include "core/sign.h"
 #include "core/span.h"
 #include "core/storage.h"
@@ -249,6 +250,91 @@ void spans_find_the_place_in_the_whole() {
   CHECK(far.index(3 * 1000 + 2) == (uint64_t{1} << 62) - 7 + 1000 * (uint64_t{1} << 33) + 2, "64 bits");
 }
 
+// --- Power iteration -----------------------------------------------------------------------------
+
+struct OneThread {
+  static int64_t first() { return 0; }
+  static int64_t step() { return 1; }
+  static void wait() {}
+  template <class F>
+  auto once(F f) const {
+    return f();
+  }
+};
+
+// A symmetric matrix whose element (i, j) is `entry(i, j)` for i >= j.
+template <class Entry>
+void check_eigenvectors(const char* name, int64_t size, Entry entry) {
+  std::vector<double> matrix(size * size), memory(Eigenproblem::doubles(size) + 1, 77.0);
+  const Eigenproblem problem = Eigenproblem::in(memory.data(), size);
+  double norm = 0;
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t j = 0; j < size; ++j) {
+      const double value = matrix[i * size + j] = i < j ? entry(j, i) : entry(i, j);
+      problem.matrix[i * size + j] = value;
+      norm += value * value;
+    }
+  norm = std::sqrt(norm);
+  solve(OneThread{}, problem);
+  CHECK(memory.back() == 77.0, "%s of %d: writes beyond its memory", name, int(size));
+  for (int64_t a = 0; a < size; ++a)
+    for (int64_t i = 0; i < size; ++i) {
+      double image = 0, product = 0;
+      for (int64_t j = 0; j < size; ++j) {
+        image += matrix[i * size + j] * problem.vectors[a * size + j];
+        product += problem.vectors[a * size + j] * problem.vectors[i * size + j];
+      }
+      const double residual = image - problem.values[a] * problem.vectors[a * size + i];
+      CHECK(std::fabs(residual) <= 1e-13 * norm, "%s of %d: residual %g of vector %d", name, int(size), residual,
+            int(a));
+      CHECK(std::fabs(product - (a == i)) <= 1e-13, "%s of %d: product %g of vectors %d, %d", name, int(size),
+            product, int(a), int(i));
+    }
+}
+
+void eigenvectors_solve_their_equation() {
+  for (int64_t size : {1, 2, 3, 5, 16, 33, 64}) {
+    const auto random = [&](int64_t i, int64_t j) {
+      return static_cast<double>(Field{1, 0, 0}.words(i * size + j).w[0]) * 0x1p-31 - 1;
+    };
+    check_eigenvectors("random", size, random);
+    check_eigenvectors("zero", size, [](int64_t, int64_t) { return 0.0; });
+    check_eigenvectors("identity", size, [](int64_t i, int64_t j) { return i == j ? 1.0 : 0.0; });
+    check_eigenvectors("ones", size, [](int64_t, int64_t) { return 1.0; });
+    check_eigenvectors("tiny", size, [&](int64_t i, int64_t j) { return 1e-120 * random(i, j); });
+    check_eigenvectors("graded", size, [&](int64_t i, int64_t j) {
+      return std::pow(10.0, -(double)(i + j) / 4) * (i == j ? 2 : random(i, j));
+    });
+    check_eigenvectors("with empty rows", size,
+                       [&](int64_t i, int64_t j) { return i % 3 && j % 3 ? random(i, j) : 0.0; });
+  }
+}
+
+void scales_are_powers_of_two_near_one() {
+  for (float magnitude : {1.0f, 1.99f, 3e-25f, 7e30f, 0x1p-126f, 0x1.8p126f}) {
+    const float scaled = magnitude * scale_to_one(magnitude);
+    CHECK(scaled >= 1 && scaled < 2, "%a becomes %a", magnitude, scaled);
+  }
+  for (float magnitude : {0.0f, 1e-45f, 0x1.fffffep127f, INFINITY, NAN})
+    CHECK(std::isfinite(scale_to_one(magnitude)) && scale_to_one(magnitude) > 0, "scale of %a", magnitude);
+}
+
+void dependent_vectors_are_dropped() {
+  CHECK(inverse_norm(4, 4, 4) == 0.5f, "an independent vector");
+  CHECK(inverse_norm(4, 1e-11f, 1e-11f) > 0, "a remainder of 1.6e-6");
+  CHECK(inverse_norm(4, 3e-12f, 3e-12f) == 0, "a remainder below 1e-6");
+  CHECK(inverse_norm(4, 1e-11f, 2e-12f) == 0, "a remainder that was rounding errors");
+  CHECK(inverse_norm(0, 0, 0) == 0, "no vector");
+  CHECK(std::isnan(inverse_norm(NAN, NAN, NAN)), "not a number");
+}
+
+void more_blocks_than_the_space_has_room_for_are_left_out() {
+  CHECK(KrylovShape::of(1000, 500, 4, 3).blocks == 4, "few of many");
+  CHECK(KrylovShape::of(1000, 10, 4, 99).blocks == 4, "ten features are three blocks of four, and a last one");
+  CHECK(KrylovShape::of(1, 10, 4, 99).blocks == 2, "one token");
+  CHECK(KrylovShape::of(0, 10, 4, 99).blocks == 1, "no tokens");
+}
+
 // --- The loops of an instruction set -------------------------------------------------------------
 
 using cpu::InstructionSet;
@@ -437,6 +523,45 @@ void displacements_are_the_cores(const InstructionSet& set, const std::vector<St
     CHECK(same(out[i], round_to_nearest<Storage>(sum[i])), "%s: element %d written", set.name, int(i));
 }
 
+// The dot product of core/power_iteration.h, as it is described there.
+float plain_dot(const float* a, const float* b, int64_t length) {
+  float lane[dot_lanes] = {};
+  for (int64_t i = 0; i < length; ++i) lane[i % dot_lanes] = fused_multiply_add(a[i], b[i], lane[i % dot_lanes]);
+  for (int half = dot_lanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+void rows_are_the_cores(const InstructionSet& set, int64_t length, int count) {
+  // Of their exact size, so that the sanitizer sees a read beyond the end.
+  std::vector<std::vector<float>> rows(cpu::most_rows, std::vector<float>(length));
+  std::vector<float> vector(length), weights(cpu::most_rows);
+  const float* pointers[cpu::most_rows];
+  for (int t = 0; t < cpu::most_rows; ++t) {
+    pointers[t] = rows[t].data();
+    weights[t] = core_normal({3, 7, 7}, t);
+    for (int64_t i = 0; i < length; ++i) rows[t][i] = core_normal({3, static_cast<uint32_t>(t), 7}, i);
+  }
+  for (int64_t i = 0; i < length; ++i) vector[i] = core_normal({4, 0, 7}, i);
+
+  float products[cpu::most_rows] = {77, 77, 77, 77};
+  set.rows.dot(pointers, count, vector.data(), length, products);
+  for (int t = 0; t < cpu::most_rows; ++t) {
+    const float expected = t < count ? plain_dot(pointers[t], vector.data(), length) : 77;
+    CHECK(same(products[t], expected), "%s: product %d of %d, length %d, is %a, not %a", set.name, t, count,
+          int(length), products[t], expected);
+  }
+  for (bool first : {true, false}) {
+    std::vector<float> sum = vector;
+    (first ? set.rows.start : set.rows.add)(pointers, count, weights.data(), length, sum.data());
+    for (int64_t i = 0; i < length; ++i) {
+      float expected = first ? 0 : vector[i];
+      for (int t = 0; t < count; ++t) expected = fused_multiply_add(weights[t], rows[t][i], expected);
+      CHECK(same(sum[i], expected), "%s: element %d of %d rows, length %d", set.name, int(i), count, int(length));
+    }
+  }
+}
+
 template <class Storage>
 std::vector<Storage> all_patterns() {
   std::vector<Storage> patterns;
@@ -471,6 +596,8 @@ void loops_are_the_cores(const InstructionSet& set) {
       entries_are_the_cores<float>(set, {70, columns, rank});
       entries_are_the_cores<double>(set, {70, columns, rank});
     }
+  for (int64_t length : {1, 3, 4, 8, 15, 16, 31, 32, 33, 40, 63, 64, 100, 131, 1000})
+    for (int count = 1; count <= cpu::most_rows; ++count) rows_are_the_cores(set, length, count);
   displacements_are_the_cores(set, all_sizes<float>());
   displacements_are_the_cores(set, all_sizes<double>());
   displacements_are_the_cores(set, all_patterns<BFloat16>());
@@ -489,6 +616,10 @@ int main() {
   an_empty_sum_moves_no_bit();
   a_step_is_adams();
   spans_find_the_place_in_the_whole();
+  eigenvectors_solve_their_equation();
+  scales_are_powers_of_two_near_one();
+  dependent_vectors_are_dropped();
+  more_blocks_than_the_space_has_room_for_are_left_out();
   std::string names;
   for (const std::string& name : cpu::available_instruction_sets()) {
     cpu::use_instruction_set(name);
