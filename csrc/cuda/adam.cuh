@@ -84,15 +84,15 @@ __global__ void __launch_bounds__(threads_per_chunk)
 inline Window checked_window(const Tensor& seeds, const Tensor& coefficients, const Tensor& first_weights,
                              const Tensor& second_weights, const Tensor& like) {
   check_window(seeds, coefficients, first_weights, second_weights, like);
-  return {seeds_of(seeds),           floats_of(coefficients), floats_of(first_weights),
-          floats_of(second_weights), seeds.size(0),           seeds.size(1)};
+  return {seeds_in(seeds),           floats_in(coefficients), floats_in(first_weights),
+          floats_in(second_weights), seeds.size(0),           seeds.size(1)};
 }
 
 inline StepSize checked_step_size(const Tensor& lr, const Tensor& eps, const Tensor& decay, const Tensor& like) {
   check_scalar("lr", lr, ScalarType::Float, like);
   check_scalar("eps", eps, ScalarType::Float, like);
   check_scalar("decay", decay, ScalarType::Float, like);
-  return {floats_of(lr), floats_of(eps), floats_of(decay)};
+  return {floats_in(lr), floats_in(eps), floats_in(decay)};
 }
 
 template <class Direction>

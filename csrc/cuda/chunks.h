@@ -46,10 +46,11 @@ struct Slot {
   ZOEXT_HD bool is_one_run() const { return span.run >= count; }
 };
 
-// Passed by value, so that a launch neither allocates nor copies; parameters may have 32,764 bytes.
+// Passed by value, so that a launch neither allocates nor copies; parameters may have 32,764 bytes, of
+// which a table takes 30 KiB.
 template <class TensorSlot>
 struct Table {
-  static constexpr int capacity = 30720 / sizeof(TensorSlot);
+  static constexpr int capacity = 30 * 1024 / sizeof(TensorSlot);
 
   TensorSlot slots[capacity];
   int count = 0;

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(threads_per_chunk)
 }
 
 inline Combination combination_of(const Tensor& seeds, const Tensor& coefficients) {
-  return {seeds_of(seeds), floats_of(coefficients), seeds.numel()};
+  return {seeds_in(seeds), floats_in(coefficients), seeds.numel()};
 }
 
 template <class Direction>

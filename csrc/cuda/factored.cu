@@ -27,7 +27,7 @@ void factored_axpy_(std::vector<Tensor> theta, std::vector<Tensor> left, std::ve
   check_seeds(seeds, coefficients, theta[0]);
   check_factors(theta, left, right, seeds.numel());
   check_scalar("decay", decay, ScalarType::Float, theta[0]);
-  displace_all(theta, theta, left, right, combination_of(seeds, coefficients), floats_of(decay), places, how);
+  displace_all(theta, theta, left, right, combination_of(seeds, coefficients), floats_in(decay), places, how);
 }
 
 void factored_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, std::vector<Tensor> left,

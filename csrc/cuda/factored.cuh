@@ -7,7 +7,7 @@
 
 namespace zoext::cuda {
 
-// A share is one access: each of its elements has reads of its own, so that two do not save any.
+// A share is one access: a second one would save no read of a factor, and cost registers.
 template <class Storage>
 using FactoredTiling = Tiling<vector_elements<Storage>, 1, 8, 4>;
 
@@ -17,15 +17,15 @@ struct FactoredSlot : Slot {
   const float* right;
   int64_t rank, rows, columns;
   // From the factor of a term to that of the next; zero where all terms share one.
-  int64_t left_step, right_step;
+  int64_t left_stride, right_stride;
 };
 
 inline FactoredSlot slot_of(const Tensor& out, const Tensor& theta, const Place& place, const Tensor& left,
                             const Tensor& right) {
   const int64_t rank = left.size(1), rows = left.size(2), columns = right.size(2);
   return {slot_of(out, theta, place),
-          floats_of(left),
-          floats_of(right),
+          floats_in(left),
+          floats_in(right),
           rank,
           rows,
           columns,
@@ -33,7 +33,7 @@ inline FactoredSlot slot_of(const Tensor& out, const Tensor& theta, const Place&
           right.size(0) == 1 ? 0 : rank * columns};
 }
 
-// The direction of a term on one share of a matrix: a few neighbours in a row, or where a row ends in two.
+// The direction of a term on one share of a matrix, a stretch of its elements row by row.
 template <class StorageType>
 class Factored {
  public:
@@ -56,8 +56,8 @@ class Factored {
   // sum += coefficient * sum_q left_q right_q
   template <class Number>
   __device__ void add(const Term& term, Number coefficient, Sum<Number, Tiling>& sum) const {
-    const float* left = slot_.left + term.number * slot_.left_step;
-    const float* right = slot_.right + term.number * slot_.right_step;
+    const float* left = slot_.left + term.number * slot_.left_stride;
+    const float* right = slot_.right + term.number * slot_.right_stride;
     Sum<Number, Tiling> product{Number{empty_sum}};
     if (is_fast_)
       multiply_in_row(left + row_, right + column_, product.of[0]);

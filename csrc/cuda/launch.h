@@ -16,9 +16,9 @@ inline cudaStream_t current_stream(const Tensor& like) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline const float* floats_of(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+inline const float* floats_in(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
-inline const int64_t* seeds_of(const Tensor& tensor) {
+inline const int64_t* seeds_in(const Tensor& tensor) {
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 

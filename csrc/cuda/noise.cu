@@ -47,7 +47,7 @@ void noise_axpy_(std::vector<Tensor> theta, Tensor seeds, Tensor coefficients, T
   if (theta.empty()) return;
   check_seeds(seeds, coefficients, theta[0]);
   check_scalar("decay", decay, ScalarType::Float, theta[0]);
-  displace_all(theta, theta, combination_of(seeds, coefficients), floats_of(decay), places, checked, how);
+  displace_all(theta, theta, combination_of(seeds, coefficients), floats_in(decay), places, checked, how);
 }
 
 void noise_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, Tensor seeds, Tensor coefficients,
@@ -78,7 +78,7 @@ void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, st
     using Storage = decltype(storage);
     for_noise(checked, [&](auto noise) {
       using Noise = decltype(noise);
-      launch<typename Noise::template Tiling<Storage>>(&write<Storage, Noise>, slots, current, seeds_of(seed),
+      launch<typename Noise::template Tiling<Storage>>(&write<Storage, Noise>, slots, current, seeds_in(seed),
                                                        static_cast<uint32_t>(stream));
     });
   });
