@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TENSOR, TUPLE, PAIRS = "$tensor", "$tuple", "$pairs"
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """``value`` in JSON's types; its tensors go into ``tensors``, with their names in their place.
+    """``value`` in JSON's types; copies of its tensors go into ``tensors``, with their names in their place.
+
+    A tensor that occurs several times, as a basis that layers share, is kept once.
 
     Raises:
         TypeError: for anything but None, bool, int, float, str, list, tuple, dict and Tensor.
     """
+    return _pack(value, tensors, {})
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous()
-        return {TENSOR: name}
+        if id(value) not in names:
+            names[id(value)] = name = str(len(tensors))
+            # Copies: safetensors refuses tensors that share memory.
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {TENSOR: names[id(value)]}
     if isinstance(value, list):
-        return [pack(item, tensors) for item in value]
+        return [_pack(item, tensors, names) for item in value]
     if isinstance(value, tuple):
-        return {TUPLE: [pack(item, tensors) for item in value]}
+        return {TUPLE: [_pack(item, tensors, names) for item in value]}
     if isinstance(value, dict):
-        return {PAIRS: [[pack(key, tensors), pack(item, tensors)] for key, item in value.items()]}
+        pairs = [[_pack(key, tensors, names), _pack(item, tensors, names)] for key, item in value.items()]
+        return {PAIRS: pairs}
     raise TypeError(
         f"optimizer state holds a {type(value).__name__}; only plain data and tensors can be saved"
     )
