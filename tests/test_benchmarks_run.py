@@ -104,6 +104,7 @@ def test_every_program_is_tested_and_described() -> None:
         path.stem for path in BENCHMARKS.glob("*.py") if "argparse.ArgumentParser(" in path.read_text()
     }
     assert programs == {
+        "agzo_forward",
         "adam_update",
         "dense_pass",
         "factored_pass",
