@@ -172,6 +172,64 @@ def test_padding_does_not_count(by_name: bool) -> None:
     assert angle(subspace(counted[0], 2), leading(text.reshape(12, 8), 2)) > 0.1
 
 
+class Transposing(Padded):
+    """Runs its layer on [positions, batch, d], as nn.Transformer does by default."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.layer(x.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+class Flattening(Padded):
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize(("kind", "masked"), [(Transposing, False), (Flattening, True)])
+def test_a_mask_is_used_where_it_fits_the_rows(kind: type[Padded], masked: bool) -> None:
+    """Elsewhere it would leave out other positions than the padding."""
+    torch.manual_seed(2)
+    text, padding = activations(12, 8).reshape(3, 4, 8), 100 * torch.randn(3, 2, 8)
+    x = torch.cat([text, padding], 1)
+    mask = torch.tensor([1, 1, 1, 1, 0, 0]).expand(3, 6)
+    model = kind()
+    moved, _ = displacement(model, lambda: model(x, attention_mask=mask).sum(), rank=2, power_iterations=5)
+    rows = text.reshape(12, 8) if masked else x.reshape(18, 8)
+    assert angle(subspace(moved[0], 2), leading(rows, 2)) < 1e-3
+
+
+def test_attention_reads_its_output_weight_and_never_calls_it() -> None:
+    """So that weight is dense, and everything else of the layer has its subspace."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    moved, _ = displacement(model, lambda: model(x).square().sum(), probe="inplace")
+    ranks = {
+        name: int(torch.linalg.matrix_rank(change, rtol=1e-2))
+        for (name, _), change in zip(model.named_parameters(), moved, strict=True)
+        if change.dim() == 2
+    }
+    assert ranks["self_attn.out_proj.weight"] == 8
+    assert ranks["linear1.weight"] == 1
+
+
+def test_micro_batches_after_activations_that_were_not_finite_move_nothing() -> None:
+    model = nn.Linear(4, 3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    bad, good = torch.full((2, 4), float("inf")), torch.ones(2, 4)
+    for update in (zoext.SGD(), zoext.AdamReplay()):
+        optimizer = zoext.ZerothOrderOptimizer(
+            model,
+            direction=zoext.ActivationSubspace(),
+            estimator=zoext.ForwardDifference(),
+            update=update,
+            lr=1.0,
+            nonfinite="skip",
+        )
+        for x in (bad, good):
+            optimizer.estimate(lambda x=x: 0 * torch.nan_to_num(model(x)).sum() + model(good).sum())
+        optimizer.step()
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
 def test_a_layer_that_runs_twice_gets_the_subspace_of_all_its_inputs() -> None:
     """Two inputs of rank one, along different axes: the basis of rank two spans both."""
     model = nn.Linear(6, 6, bias=False)

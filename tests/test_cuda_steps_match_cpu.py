@@ -14,6 +14,7 @@ import zoext
 
 pytestmark = [
     pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, real or simulated"),
 ]
 

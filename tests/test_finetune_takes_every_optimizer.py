@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import zoext
-from zoext.cli import optimizers
+from zoext.cli import main, optimizers
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.cli.settings import Settings
 
@@ -53,7 +53,7 @@ def test_runs_and_resumes(command: Command, name: str) -> None:
             {
                 "update": {
                     "name": "AdamReplay",
-                    "betas": (0.5, 0.25),
+                    "betas": [0.5, 0.25],
                     "horizon": 7,
                     "eps": 1e-3,
                     "bias_correction": False,
@@ -79,6 +79,16 @@ def test_options_reach_the_optimizer(name: str, options: dict[str, str], expecte
     optimizer = optimizers.make(nn.Linear(4, 3), Settings(optimizer=name, options=options))
     recipe = optimizer.param_groups[0]["recipe"]
     assert {axis: recipe[axis] for axis in expected} == expected
+
+
+def test_an_lr_that_is_not_given_is_the_optimizers_own(command: Command) -> None:
+    for name, scale in (("mezo", 1.0), ("adamezo", OPTIMIZERS["adamezo"].lr_scale)):
+        command.works("--optimizer", name, "--lr=0.25", "--steps=1", "--overwrite")
+        assert json.loads((command.out / "run.json").read_text())["settings"]["lr"] == 0.25
+        arguments = [part for part in command.arguments("--optimizer", name) if not part.startswith("--lr")]
+        assert main([*arguments, "--steps=1", "--overwrite"]) == 0
+        settings = json.loads((command.out / "run.json").read_text())["settings"]
+        assert settings["lr"] == pytest.approx(Settings.lr * scale)
 
 
 def test_options_are_kept_for_resuming(command: Command) -> None:

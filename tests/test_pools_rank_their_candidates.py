@@ -124,6 +124,20 @@ def test_greedy_without_a_finite_candidate_moves_nothing() -> None:
     assert estimate.coefficients.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("weighting", ["ranked", "centered"])
+@pytest.mark.parametrize("size", [1e38, 1e20, 1e-20, 1e-38])
+def test_no_finite_loss_gives_a_weight_that_is_not(weighting: str, size: float) -> None:
+    """Sums and squares of such losses are beyond float32. A weight that is not a number could not be
+    taken back by a probe in place."""
+    estimator = zoext.GuidingVector(pool_size=4, weighting=weighting)
+    for candidates in ([size, 2 * size, 3 * size, -size], [0.0, size, 0.0, 0.0]):
+        table = Table(candidates, 1.0, 0.0, torch.float32)
+        estimate = estimator.estimate(table, SEEDS[:4], 0.5)
+        assert estimate.finite
+        expected = guiding_weights(candidates, 0.5, weighting)
+        assert torch.allclose(estimate.coefficients, torch.tensor(expected), rtol=1e-5)
+
+
 @pytest.mark.parametrize("probe", ["streamed", "inplace"])
 def test_a_step_whose_estimate_is_not_finite_moves_no_bit(probe: str) -> None:
     """The candidates are finite, the sides of the difference are not."""

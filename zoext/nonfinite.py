@@ -52,6 +52,6 @@ class NonfiniteWatch:
     @staticmethod
     def _raise(which: str) -> None:
         raise FloatingPointError(
-            f"a loss of {which} step was not finite; theta was not moved by it. Lower lr or mu, check the "
-            "batch, or pass nonfinite='skip' to leave such steps out"
+            f"a loss of {which} step, or what a layer was fed, was not finite; theta was not moved by it. "
+            "Lower lr or mu, check the batch, or pass nonfinite='skip' to leave such steps out"
         )

@@ -32,7 +32,7 @@ class _Axes(NamedTuple):
     def recipe(self) -> dict[str, dict[str, Any]]:
         """The axes by name and fields: plain data, for checkpoints."""
         return {
-            axis: {"name": type(member).__name__, **dataclasses.asdict(member)}
+            axis: {"name": type(member).__name__, **dataclasses.asdict(member, dict_factory=_plain_dict)}
             for axis, member in self._asdict().items()
         }
 
@@ -104,6 +104,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._groups: list[Parameters] = []
         self._mus: list[float] = []
         self._frame: Frame | None = None
+        self._frame_finite: Tensor | None = None
         self._estimating = False
         self.last_estimate: Estimate | None = None
         given: Any = list(params.named_parameters()) if isinstance(params, nn.Module) else params
@@ -150,15 +151,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            devices = {tensor.device for tensor in group["params"] if tensor.requires_grad}
-            for device in devices:  # one, or none where all are frozen
-                group["update_state"] = tree_map(partial(_to, device), group["update_state"])
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
         own = ("_axes", "_watch", "_module", "_probe", "_mus", "_estimating", "last_estimate")
-        fresh: dict[str, Any] = {"_pending": [], "_seeds": None, "_groups": [], "_frame": None}
+        fresh: dict[str, Any] = {
+            "_pending": [],
+            "_seeds": None,
+            "_groups": [],
+            "_frame": None,
+            "_frame_finite": None,
+        }
         return {**super().__getstate__(), **fresh, **{name: self.__dict__[name] for name in own}}
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -182,12 +188,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._check_unchanged("the estimate was made, so it does not fit any more")
         with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
             estimate = average(self._pending)
+            self._pending.clear()  # first: should an update raise, no group is to move twice
             for group, movable, mu in zip(self.param_groups, self._groups, self._mus, strict=True):
-                if len(movable):
-                    group["update_state"] = self._update(group, movable, mu, estimate)
+                group["update_state"] = self._update(group, movable, mu, estimate)
             for group in self.param_groups:
                 group["step"] += 1
-            self._pending.clear()
             self._frame = None
             self.last_estimate = estimate
         return estimate.loss
@@ -197,9 +202,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def estimate(self, closure: Closure) -> Estimate:
         """Probes only: theta is unchanged. ``step()`` applies the mean of all estimates since the last step.
 
-        Several calls before a ``step()`` see the same directions, so equal micro-batches give the
-        estimate of the whole batch: do not divide their losses. One that raises discards them all;
-        ``step(closure)`` does too.
+        Several calls before a ``step()`` see the same directions, so with finite differences equal
+        micro-batches give the estimate of the whole batch: do not divide their losses. Pools choose for
+        each micro-batch on its own, and the step takes the mean of what was chosen. One that raises
+        discards them all; ``step(closure)`` does too.
 
         Raises:
             TypeError, ValueError: for a closure that does not return one number.
@@ -249,6 +255,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Makes the frame of a new step, or returns what will make it out of a forward at theta."""
         if self._pending and self._frame is not None:
             return None
+        self._frame_finite = None
         first = self.param_groups[0]
         step = Step(first["step"], first["seed"], self._groups)
         observer = self._axes.direction.observer(self._module, step)
@@ -314,6 +321,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return self._watch.count
 
 
+def _plain_dict(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """With lists for tuples: what a file of JSON gives back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
+
+
 class _Losses:
     """The probe that an estimator is given: losses of the closure at displaced weights.
 
@@ -336,7 +348,6 @@ class _Losses:
         self._random = RandomState(self._device)
         self._forwards = 0
         self._own_forwards = 0
-        self._observed_finite: Tensor | None = None
 
     def __call__(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
         if self._observer is not None:
@@ -352,7 +363,7 @@ class _Losses:
         assert observer is not None
         with observer.watching():
             loss = self._loss(seeds, coefficients)
-        self._optimizer._frame, self._observed_finite = observer.frame()
+        self._optimizer._frame, self._optimizer._frame_finite = observer.frame()
         return loss
 
     def _loss(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
@@ -365,14 +376,14 @@ class _Losses:
 
     def complete(self, estimate: Estimate) -> Estimate:
         """The estimate with the forward of our own, and without effect if what it saw was not finite."""
-        if self._observed_finite is None:
+        seen = self._optimizer._frame_finite
+        if seen is None:
             return estimate
-        finite = estimate.finite & self._observed_finite
         return dataclasses.replace(
             estimate,
-            coefficients=torch.where(finite, estimate.coefficients, 0.0),
+            coefficients=torch.where(seen, estimate.coefficients, 0.0),
             forwards=estimate.forwards + self._own_forwards,
-            finite=finite,
+            finite=estimate.finite & seen,
         )
 
 

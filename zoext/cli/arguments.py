@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE,...",
         help="of the optimizer, as in rank=4,balance=still or betas=0.9/0.99,horizon=20",
     )
-    defaults.add(how, "lr", numbers.positive, "X", "learning rate")
+    defaults.add(how, "lr", numbers.positive, "X", "learning rate; the default is MeZO's, others scale it")
     defaults.add(how, "steps", numbers.count, "N", "optimizer steps")
     defaults.add(how, "seed", numbers.seed, "N", "determines the whole run")
     options.add_step(how, defaults)

@@ -14,12 +14,14 @@ checkpoints/, curve.png and model/ (for from_pretrained of transformers).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from zoext.cli import checkpoint, demo, devices, metrics, optimizers, plot
 from zoext.cli.arguments import add_arguments as add_arguments
 from zoext.cli.errors import UserError, reading, require
 from zoext.cli.interrupt import StopRequest
 from zoext.cli.loading import load
+from zoext.cli.optimizers import OPTIMIZERS
 from zoext.cli.output_folder import fingerprint
 from zoext.cli.progress import Progress
 from zoext.cli.resolving import Request
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(request: Request) -> int:
     folder = RunFolder(request.path("demo" if request.is_demo else "finetune"))
-    settings = request.settings(folder, demo.SETTINGS if request.is_demo else Settings(), RESUMABLE)
+    settings = request.settings(folder, _usual(request), RESUMABLE)
     training = _prepare(settings, folder, request.resume)
     if not request.quiet:
         _introduce(training)
@@ -81,6 +83,13 @@ def _prepare(settings: Settings, folder: RunFolder, resume: bool) -> Training:
     folder.remove_leftovers()
     folder.write_note(settings, data)
     return training
+
+
+def _usual(request: Request) -> Settings:
+    """What holds for options that are not given; the lr is that of the optimizer, in its own size."""
+    usual = demo.SETTINGS if request.is_demo else Settings()
+    chosen = request.given.get("optimizer", usual.optimizer)
+    return dataclasses.replace(usual, lr=usual.lr * OPTIMIZERS[chosen].lr_scale)
 
 
 def _introduce(training: Training) -> None:

@@ -34,8 +34,8 @@ class ActivationSubspace(Factored):
             [batch, positions]; these do not count for the basis. None lets all of them count.
         balance: "printed" (default) is the paper's rule. There the dense directions of the other
             parameters carry nearly all of the squared norm. "matched" scales ``R A^T`` by
-            ``sqrt(d_in / rank)``, so that every parameter's direction has the norm that MeZO gives it, and
-            lr and mu mean what they mean there. "still" leaves the other parameters where they are.
+            ``sqrt(d_in / rank)``, so that every parameter's direction has the norm that MeZO gives it.
+            "still" leaves the other parameters where they are; they do not decay either.
 
     Raises:
         ValueError: for arguments out of range, without a module, for a module without linear layers that

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 from zoext import ops
@@ -56,6 +57,8 @@ def linear_layers(module: nn.Module, groups: Sequence[Parameters]) -> list[Layer
 
 
 def _is_linear(module: nn.Module) -> str | None:
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its weight and never calls it
+        return None
     if isinstance(module, nn.Linear):
         return "usual"
     # GPT-2's layer is a linear one that stores its weight transposed. Not imported: that takes seconds.
@@ -106,6 +109,12 @@ class ActivationObserver:
             self._mask, self._last = None, None
 
     def frame(self) -> tuple[Frame, Tensor]:
+        if not self._found:
+            raise ValueError(
+                "ActivationSubspace: the forward called no linear layer of the module; have the closure run "
+                "that module. A model compiled by torch.compile that has run before does not see new hooks: "
+                "compile it after the first step, or train the model it was made from"
+            )
         for layer in self._layers:
             if layer.key not in self._found:
                 raise ValueError(
@@ -126,7 +135,9 @@ class ActivationObserver:
     def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(module.forward).parameters if args else ()
         given = {**dict(zip(names, args, strict=False)), **kwargs}.get(str(self._mask_name))
-        self._mask = given != 0 if isinstance(given, Tensor) else None
+        # The two halves of an encoder-decoder have positions of their own: the mask fits one of them only.
+        both = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        self._mask = given != 0 if isinstance(given, Tensor) and not both else None
 
     def _hook_of(self, layer: Layer) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -140,9 +151,11 @@ class ActivationObserver:
         return before
 
     def _subspace_of(self, activations: Tensor) -> _Subspace:
-        version = 0 if activations.is_inference() else activations._version
+        if activations.is_inference():  # has no version, so a change in between would go unseen
+            return self._iterate(activations, self._mask_of(activations))
         # Queries, keys and values are made of the same tensor: one power iteration serves them all. A
         # weak reference, since the activations are not to live longer than the model lets them.
+        version = activations._version
         if self._last is not None and self._last[0]() is activations and self._last[1] == version:
             return self._last[2]
         found = self._iterate(activations, self._mask_of(activations))
@@ -150,9 +163,12 @@ class ActivationObserver:
         return found
 
     def _mask_of(self, activations: Tensor) -> Tensor | None:
-        if self._mask is None or self._mask.numel() * activations.shape[-1] != activations.numel():
+        """The mask for a layer whose rows are the batch's positions, as they are or flattened."""
+        rows = activations.shape[:-1]
+        if self._mask is None or (rows != self._mask.shape and rows != (self._mask.numel(),)):
             return None
-        return self._mask.reshape(activations.shape[:-1]).to(activations.device).contiguous()
+        mask = self._mask.reshape(rows).contiguous()
+        return mask.to(activations.device, non_blocking=True)
 
     def _iterate(self, activations: Tensor, mask: Tensor | None) -> _Subspace:
         basis, values = ops.power_iteration(

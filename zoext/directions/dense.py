@@ -19,7 +19,7 @@ class _Dense(Direction):
 
     def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
         if decay is None:
-            decay = torch.zeros((), device=terms.seeds.device)
+            decay = torch.zeros((), dtype=torch.float32, device=terms.seeds.device)
         ops.noise_axpy_(
             parameters.tensors,
             terms.seeds,

@@ -28,15 +28,15 @@ class Factored(Direction):
     The factor that is not in the frame has standard normal entries, drawn from the seed.
     """
 
-    #: Scale of the dense directions.
+    #: Scale of the dense directions; with 0 their parameters do not move at all, not even by decay.
     dense_scale: float = 1.0
 
     def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
         if decay is None:
-            decay = torch.zeros((), device=terms.seeds.device)
+            decay = torch.zeros((), dtype=torch.float32, device=terms.seeds.device)
         # Without terms all there is to do is the decay, which knows of no factors.
         dense, matrices = _split(parameters, [terms.frame] if len(terms) else [])
-        if dense:
+        if dense and self.dense_scale:
             _DENSE.axpy_(parameters.take(dense), self._of_dense(terms), decay)
         if matrices:
             these = parameters.take(matrices)
@@ -64,7 +64,7 @@ class Factored(Direction):
 
     def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
         dense, matrices = _split(parameters, [step.frame for step in window.steps])
-        if dense:
+        if dense and self.dense_scale:
             steps = [self._of_dense(step) for step in window.steps]
             scaled = Window(steps, window.first_weights, window.second_weights)
             _DENSE.adam_(parameters.take(dense), scaled, lr, eps, decay)
@@ -132,7 +132,8 @@ def _empty_drawn(key: int, tensor: Tensor, frames: Sequence[Frame]) -> Tensor:
     rows, columns = matrix_shape(tensor)
     draws_left = key in known.right
     rank = (known.right if draws_left else known.left)[key].shape[0]
-    return torch.empty((len(frames), rank, rows if draws_left else columns), device=tensor.device)
+    shape = (len(frames), rank, rows if draws_left else columns)
+    return torch.empty(shape, dtype=torch.float32, device=tensor.device)
 
 
 def _given(key: int, frames: Sequence[Frame]) -> Tensor:

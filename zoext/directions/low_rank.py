@@ -59,8 +59,9 @@ class LowRank(Factored):
 
     def frame(self, step: Step) -> Frame:
         """V of every matrix, from the seed of the step at which it was last drawn."""
+        self.check(None, step.groups)  # parameters may have been thawed or added since
         right = {
-            key: torch.empty((self.rank, matrix_shape(tensor)[1]), device=tensor.device)
+            key: torch.empty((self.rank, matrix_shape(tensor)[1]), dtype=torch.float32, device=tensor.device)
             for group in step.groups
             for key, tensor in zip(group.keys, group.tensors, strict=True)
             if tensor.dim() > 1 and tensor.numel()

@@ -29,7 +29,7 @@ class CentralDifference(Estimator):
         return self.samples
 
     def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, device=seeds.device)
+        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
         losses = [probe(seed, side) for seed in seeds.split(1) for side in (one, -one)]
         slopes = [(plus - minus) / (2 * mu) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
         return assemble(seeds, torch.stack(slopes) / self.samples, losses)
@@ -55,7 +55,7 @@ class ForwardDifference(Estimator):
         return self.samples
 
     def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, device=seeds.device)
+        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
         centre = probe(seeds[:0], one[:0])
         losses = [probe(seed, one) for seed in seeds.split(1)]
         slopes = [(loss - centre) / mu for loss in losses]

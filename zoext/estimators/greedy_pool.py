@@ -40,7 +40,7 @@ class GreedyPool(Estimator):
         return self.pool_size
 
     def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, device=seeds.device)
+        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
         losses = torch.stack([probe(seed, one) for seed in seeds.split(1)])
         best = torch.where(torch.isfinite(losses), losses, torch.inf).argmin().unsqueeze(0)
         winner = seeds.gather(0, best)

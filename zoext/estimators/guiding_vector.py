@@ -69,12 +69,15 @@ class GuidingVector(Estimator):
         return self.pool_size
 
     def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, device=seeds.device)
+        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
         candidates = torch.stack([probe(seed, one) for seed in seeds.split(1)])
         weights, usable = self._ranked(candidates)
         if self.weighting == "centered":
             weights = _centered(candidates, weights)
         weights = weights.to(torch.float32)
+        # No probe may ever see them otherwise: one in place could not take them back.
+        sound = torch.isfinite(weights).all()
+        weights, usable = torch.where(sound, weights, 0.0), usable & sound
         plus, minus = probe(seeds, weights), probe(seeds, -weights)
         slope = (plus - minus) / (2 * mu)
         return assemble(seeds, slope * weights, [*without_gaps(candidates), plus, minus], usable=usable)
@@ -85,16 +88,18 @@ class GuidingVector(Estimator):
         order = torch.argsort(torch.where(known, losses, torch.inf), stable=True)
         on_top = torch.arange(self.pool_size, device=losses.device) < self._top
         top, bottom = on_top & known[order], ~on_top & known[order]
-        ordered = top / top.sum() - bottom / bottom.sum()
+        ordered = top.double() / top.sum() - bottom.double() / bottom.sum()
         usable = top.any() & bottom.any()
-        weights = torch.zeros_like(losses).scatter(0, order, ordered.to(losses.dtype))
+        weights = torch.zeros_like(ordered).scatter(0, order, ordered)
         return torch.where(usable, weights, 0.0), usable
 
 
 def _centered(losses: Tensor, ranked: Tensor) -> Tensor:
     """Minus the centred losses, with the sum of squares of ``ranked``; ``ranked`` where all are equal."""
     known = torch.isfinite(losses)
-    finite = torch.where(known, losses, 0.0)
+    finite = torch.where(known, losses.double(), 0.0)
+    # Divided by the largest, so that neither the mean nor the squares of any finite losses overflow.
+    finite = finite / finite.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     below = torch.where(known, finite.sum() / known.sum() - finite, 0.0)
     length = below.norm()
     return torch.where(length > 0, below * (ranked.norm() / length), ranked)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ class AdamReplay(Update):
 
     with n = min(step, horizon), so that the first steps have a shorter window and are otherwise alike.
     ``g_lag`` is the whole gradient estimate of a step, whatever the number of its terms. It is never
-    stored: the update draws the directions of the window again, element by element in registers. A
-    step whose loss was not finite enters the window as zero and moves nothing.
+    stored: the update draws the directions of the window again, element by element in registers. Terms
+    whose loss was not finite enter the window as zero; a step without any other moves nothing.
 
     Args:
         betas: (b1, b2), each in [0, 1). b2 = 0 means momentum only: theta <- theta - lr m.
@@ -68,45 +67,60 @@ class AdamReplay(Update):
         lr: float | Tensor,
         weight_decay: float,
     ) -> State:
-        remembered = [*state.get("window", ()), _plain(terms)][-self.horizon :]
-        device, count = terms.seeds.device, len(remembered)
+        window = [*state.get("window", ()), _plain(terms, parameters)][-self.horizon :]
+        device = terms.seeds.device
+        # Where some samples of a step were finite they count; where none was, momentum is not to move theta.
+        moves = estimate.finite | (terms.coefficients != 0).any()
+        lr_now = moves * torch.as_tensor(lr, dtype=torch.float32)
+        decay = estimate.finite * torch.as_tensor(lr * weight_decay, dtype=torch.float32)
         momentum_only = self.betas[1] == 0
-        window = Window(
-            [_terms(step) for step in remembered],
-            _weights(self.betas[0], count, self.bias_correction, device),
-            torch.zeros(count, device=device)
-            if momentum_only
-            else _weights(self.betas[1], count, self.bias_correction, device),
-        )
-        direction.adam_(
-            parameters,
-            window,
-            lr=estimate.finite * torch.as_tensor(lr, dtype=torch.float32),
-            eps=torch.full((), 1.0 if momentum_only else self.eps, device=device),
-            decay=estimate.finite * torch.as_tensor(lr * weight_decay, dtype=torch.float32),
-        )
-        return {"window": remembered}
+        eps = torch.full((), 1.0 if momentum_only else self.eps, dtype=torch.float32, device=device)
+        first, second = (self._weights(beta, len(window), device) for beta in self.betas)
+        if momentum_only:
+            second = torch.zeros_like(second)
+        for positions, took_part in _by_history(parameters, window):
+            steps = [_terms(step, took) for step, took in zip(window, took_part, strict=True)]
+            these = parameters if len(positions) == len(parameters) else parameters.take(positions)
+            direction.adam_(these, Window(steps, first, second), lr_now, eps, decay)
+        return {"window": window}
+
+    def _weights(self, beta: float, count: int, device: torch.device) -> Tensor:
+        """``(1 - beta) beta^lag`` for lag = count - 1 .. 0, divided by their sum if corrected."""
+        weights = torch.empty(count, dtype=torch.float32, device=device)
+        mass = 1 - beta**count if self.bias_correction else 1.0
+        for position in range(count):  # fill_ passes the value with the launch: no copy to wait for
+            weights[position].fill_((1 - beta) * beta ** (count - 1 - position) / mass)
+        return weights
 
 
-@lru_cache(maxsize=64)
-def _weights(beta: float, count: int, corrected: bool, device: torch.device) -> Tensor:
-    """``(1 - beta) beta^lag`` for lag = count - 1 .. 0, divided by their sum if ``corrected``."""
-    weights = torch.empty(count, device=device)
-    mass = 1 - beta**count if corrected else 1.0
-    for position in range(count):  # fill_ passes the value with the launch: no copy to wait for
-        weights[position].fill_((1 - beta) * beta ** (count - 1 - position) / mass)
-    return weights
+def _by_history(
+    parameters: Parameters, window: Sequence[Mapping[str, Any]]
+) -> Iterable[tuple[list[int], tuple[bool, ...]]]:
+    """Positions of parameters, by the steps of the window in which they moved: mostly all in all.
+
+    One that was frozen then was not displaced, so that those steps tell nothing of its gradient.
+    """
+    moved = [set(step["keys"]) for step in window]
+    histories: dict[tuple[bool, ...], list[int]] = {}
+    for position, key in enumerate(parameters.keys):
+        histories.setdefault(tuple(key in keys for keys in moved), []).append(position)
+    return [(positions, history) for history, positions in histories.items()]
 
 
-def _plain(terms: Terms) -> dict[str, Any]:
-    """Terms as plain data for ``state_dict``."""
-    step: dict[str, Any] = {"seeds": terms.seeds, "coefficients": terms.coefficients}
+def _plain(terms: Terms, parameters: Parameters) -> dict[str, Any]:
+    """The terms of a step and the keys of what they moved, as plain data for ``state_dict``."""
+    step: dict[str, Any] = {
+        "seeds": terms.seeds,
+        "coefficients": terms.coefficients,
+        "keys": list(parameters.keys),
+    }
     for side in ("left", "right"):
         if factors := getattr(terms.frame, side):
             step[side] = dict(factors)
     return step
 
 
-def _terms(step: Mapping[str, Any]) -> Terms:
+def _terms(step: Mapping[str, Any], took_part: bool) -> Terms:
     frame = Frame(left=step.get("left", {}), right=step.get("right", {}))
-    return Terms(step["seeds"], step["coefficients"], frame)
+    coefficients = step["coefficients"] if took_part else torch.zeros_like(step["coefficients"])
+    return Terms(step["seeds"], coefficients, frame)

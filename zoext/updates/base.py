@@ -38,7 +38,7 @@ class Update(ABC):
             parameters: the tensors of the group that move.
             terms: the gradient estimate of this group.
             state: what the last call returned, empty at first.
-            estimate: how the terms were come by; an estimate that is not finite moves nothing.
+            estimate: how the terms were come by; where nothing of it was finite nothing may move.
             lr: learning rate, a float or float32 [].
             weight_decay: decoupled, per unit of lr.
         """

@@ -21,8 +21,8 @@ class SGD(Update):
 
     Args:
         normalized: divide g by the spread of the losses it comes from, their sample standard deviation
-            (FZOO, arXiv 2506.09034): steps shorten where the loss is steep, and lr no longer depends on
-            its scale. Where all losses are equal nothing moves.
+            (FZOO, arXiv 2506.09034): the length of a step does not depend on how steep the loss is, and
+            lr not on its scale. Where all losses are equal nothing moves.
     """
 
     normalized: bool = False
