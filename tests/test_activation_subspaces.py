@@ -172,6 +172,13 @@ def test_padding_does_not_count(by_name: bool) -> None:
     assert angle(subspace(counted[0], 2), leading(text.reshape(12, 8), 2)) > 0.1
 
 
+def test_a_mask_that_no_forward_takes_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="mask must be an argument of the module's forward, not 'padding'; it has x"
+    ):
+        zoext.AGZO(Padded(), mask="padding")
+
+
 class Transposing(Padded):
     """Runs its layer on [positions, batch, d], as nn.Transformer does by default."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,14 @@ class ActivationSubspace(Factored):
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
         self._layers(module, groups)
+        if self.mask not in (None, "attention_mask") and module is not None:
+            arguments = inspect.signature(module.forward).parameters
+            takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+            if self.mask not in arguments and not takes_any:
+                raise ValueError(
+                    f"mask must be an argument of the module's forward, not {self.mask!r}; it has "
+                    f"{', '.join(arguments)}. None lets padding count"
+                )
 
     def frame(self, step: Step) -> Frame:
         raise RuntimeError("ActivationSubspace makes its frame out of a forward: use observer()")
