@@ -126,8 +126,7 @@ class PlainOptimizer:
                 entries.append(torch.from_numpy(flat).double().reshape(parameter.shape))
             else:
                 z = zoext.noise.normal(parameter.shape, seed=seed, key=key).double()
-                still = getattr(self.direction, "balance", None) == "still"
-                entries.append(z * 0 if still else z)
+                entries.append(z * 0 if self.leaves_still(key) else z)
         return entries
 
     def _unbiased(self, direction: Tensors) -> Tensors:
@@ -186,8 +185,13 @@ class PlainOptimizer:
         else:
             self.past = [*self.past, gradient][-self.update.horizon :]
             change = [-self.lr * step for step in self._adam_step()]
-        for parameter, moved in zip(self.model.parameters(), change, strict=True):
-            parameter += moved - self.lr * self.weight_decay * parameter
+        for key, (parameter, moved) in enumerate(zip(self.model.parameters(), change, strict=True)):
+            if not self.leaves_still(key):
+                parameter += moved - self.lr * self.weight_decay * parameter
+
+    def leaves_still(self, key: int) -> bool:
+        """Whether a parameter neither moves nor decays."""
+        return getattr(self.direction, "balance", None) == "still" and key not in self.given
 
     def _adam_step(self) -> Tensors:
         b1, b2 = self.update.betas
