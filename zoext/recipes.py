@@ -1,4 +1,4 @@
-"""Named optimizers: each fills the three axes and their defaults."""
+"""Named optimizers: each fills the axes in which it differs from MeZO, the default of all three."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
-from zoext.directions import ActivationSubspace, Gaussian, LowRank
+from zoext.directions import ActivationSubspace, LowRank
 from zoext.estimators import CentralDifference, ForwardDifference, GreedyPool, GuidingVector
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import Probe
-from zoext.updates import SGD, AdamReplay
+from zoext.updates import AdamReplay
 
 
 class Options(TypedDict, total=False):
-    """What every recipe passes on to ``ZerothOrderOptimizer``."""
+    """What every recipe passes on to ``ZerothOrderOptimizer``, which has the defaults."""
 
+    mu: float
+    weight_decay: float
+    seed: int
     probe: str | Probe
     nonfinite: str
 
@@ -34,24 +37,11 @@ class MeZO(ZerothOrderOptimizer):
         self,
         params: nn.Module | Iterable[Any],
         lr: float = 1e-6,
-        mu: float = 1e-3,
-        weight_decay: float = 0.0,
-        seed: int = 0,
         *,
         samples: int = 1,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            direction=Gaussian(),
-            estimator=CentralDifference(samples=samples),
-            update=SGD(),
-            lr=lr,
-            mu=mu,
-            weight_decay=weight_decay,
-            seed=seed,
-            **options,
-        )
+        super().__init__(params, estimator=CentralDifference(samples=samples), lr=lr, **options)
 
 
 class AdaMeZO(ZerothOrderOptimizer):
@@ -70,9 +60,6 @@ class AdaMeZO(ZerothOrderOptimizer):
         self,
         params: nn.Module | Iterable[Any],
         lr: float = 1e-5,
-        mu: float = 1e-3,
-        weight_decay: float = 0.0,
-        seed: int = 0,
         *,
         betas: tuple[float, float] = (0.7, 0.9),
         horizon: int = 10,
@@ -82,13 +69,8 @@ class AdaMeZO(ZerothOrderOptimizer):
     ) -> None:
         super().__init__(
             params,
-            direction=Gaussian(),
-            estimator=CentralDifference(),
             update=AdamReplay(betas=betas, horizon=horizon, eps=eps, bias_correction=bias_correction),
             lr=lr,
-            mu=mu,
-            weight_decay=weight_decay,
-            seed=seed,
             **options,
         )
 
@@ -108,9 +90,6 @@ class AGZO(ZerothOrderOptimizer):
         self,
         params: nn.Module | Iterable[Any],
         lr: float = 1e-6,
-        mu: float = 1e-3,
-        weight_decay: float = 0.0,
-        seed: int = 0,
         *,
         rank: int = 1,
         power_iterations: int = 3,
@@ -124,11 +103,7 @@ class AGZO(ZerothOrderOptimizer):
                 rank=rank, power_iterations=power_iterations, mask=mask, balance=balance
             ),
             estimator=ForwardDifference(),
-            update=SGD(),
             lr=lr,
-            mu=mu,
-            weight_decay=weight_decay,
-            seed=seed,
             **options,
         )
 
@@ -144,9 +119,6 @@ class MeZOGV(ZerothOrderOptimizer):
         self,
         params: nn.Module | Iterable[Any],
         lr: float = 1e-6,
-        mu: float = 1e-3,
-        weight_decay: float = 0.0,
-        seed: int = 0,
         *,
         pool_size: int = 4,
         elite_ratio: float = 0.5,
@@ -155,13 +127,8 @@ class MeZOGV(ZerothOrderOptimizer):
     ) -> None:
         super().__init__(
             params,
-            direction=Gaussian(),
             estimator=GuidingVector(pool_size=pool_size, elite_ratio=elite_ratio, weighting=weighting),
-            update=SGD(),
             lr=lr,
-            mu=mu,
-            weight_decay=weight_decay,
-            seed=seed,
             **options,
         )
 
@@ -176,25 +143,12 @@ class MeZOGreedy(ZerothOrderOptimizer):
         self,
         params: nn.Module | Iterable[Any],
         lr: float = 1e-6,
-        mu: float = 1e-3,
-        weight_decay: float = 0.0,
-        seed: int = 0,
         *,
         pool_size: int = 4,
         reuse: bool = True,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            direction=Gaussian(),
-            estimator=GreedyPool(pool_size=pool_size, reuse=reuse),
-            update=SGD(),
-            lr=lr,
-            mu=mu,
-            weight_decay=weight_decay,
-            seed=seed,
-            **options,
-        )
+        super().__init__(params, estimator=GreedyPool(pool_size=pool_size, reuse=reuse), lr=lr, **options)
 
 
 class LOZO(ZerothOrderOptimizer):
@@ -209,9 +163,6 @@ class LOZO(ZerothOrderOptimizer):
         self,
         params: nn.Module | Iterable[Any],
         lr: float = 1e-6,
-        mu: float = 1e-3,
-        weight_decay: float = 0.0,
-        seed: int = 0,
         *,
         rank: int = 2,
         refresh_interval: int = 50,
@@ -221,11 +172,6 @@ class LOZO(ZerothOrderOptimizer):
         super().__init__(
             params,
             direction=LowRank(rank=rank, refresh_interval=refresh_interval, scale=scale),
-            estimator=CentralDifference(),
-            update=SGD(),
             lr=lr,
-            mu=mu,
-            weight_decay=weight_decay,
-            seed=seed,
             **options,
         )
