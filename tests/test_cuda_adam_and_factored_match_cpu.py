@@ -326,10 +326,10 @@ def test_lists_of_matrices(dtypes: tuple[torch.dtype, ...]) -> None:
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_hundreds_of_tensors(more: int) -> None:
-    """A launch has room for 480 tensors, or for 256 matrices with their factors; empty ones take none."""
-    tensors = list_of_tensors([t % 13 for t in range(520 + 2 * more)], DTYPES[:1])
+    """A launch has room for 384 tensors, or for 202 matrices with their factors; empty ones take none."""
+    tensors = list_of_tensors([t % 13 for t in range(416 + 2 * more)], DTYPES[:1])
     assert_same_lists(ops.noise_adam_, [tensors], adam(1, 1), 1 + more)
-    shapes = [(t % 5, 1 + t % 7) for t in range(320 + 2 * more)]
+    shapes = [(t % 5, 1 + t % 7) for t in range(253 + 2 * more)]
     for operator, change in ((ops.factored_axpy_, combination(2)), (ops.factored_adam_, adam(2, 1))):
         assert_same_lists(operator, matrices(shapes, DTYPES[:1], 2), change, 1 + more)
 

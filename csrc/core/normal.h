@@ -29,17 +29,17 @@ ZOEXT_HD Float radius(Word word) {
   // -2 log(1 - w) / w for 0 < w <= 1/2, relative error 1.8e-7.
   constexpr float log_coefficients[8] = {0x1.fffffcp+0f, 0x1.0004cap+0f, 0x1.53d3ccp-1f,  0x1.16c8d8p-1f,
                                          0x1.3771dep-4f, 0x1.9223f8p+0f, -0x1.14dfc8p+1f, 0x1.2f57a6p+1f};
-  // In the upper half the logarithm is taken of 1 - nearer, with `nearer` formed from the
-  // complement of the word: the uniform itself would lose its low bits next to 1.
-  const Word upper = spread_top_bit(word);
-  const Float nearer = fused_multiply_add(signed_to_float(word ^ upper), L::fill(0x1p-32f), L::fill(0x1p-33f));
-  const Word bits = bits_of(nearer);
-  const Float mantissa = float_of_bits((bits & L::fill_word(0x007fffffu)) | L::fill_word(0x3f000000u));
-  const Float w = select_by_top_bit(word, nearer, L::fill(1.0f) - mantissa);
-  const Word exponent = (L::fill_word(126u) - (bits >> 23)) & ~upper;
+  // The word read as a signed integer: its uniform u where that is at most 1/2, else u - 1. So the
+  // upper half keeps the low bits that u itself would lose next to 1.
+  const Float nearest = fused_multiply_add(signed_to_float(word), L::fill(0x1p-32f), L::fill(0x1p-33f));
+  const Word bits = bits_of(nearest), none = L::fill_word(0u);
+  // u = mantissa 2^exponent with a mantissa in 1/2 .. 1; in the upper half u - 1 and 0 stand for them.
+  const Word exponent = smaller_signed((bits >> 23) - L::fill_word(126u), none);
+  const Float mantissa = float_of_bits(bits - (exponent << 23));
+  const Float w = unit_step(nearest) - mantissa;
   const Float log_mantissa = multiply(w, polynomial(w, log_coefficients));
-  const Float two_log_2 = L::fill(0x1.62e430p+0f);
-  return square_root(fused_multiply_add(signed_to_float(exponent), two_log_2, log_mantissa));
+  const Float minus_two_log_2 = L::fill(-0x1.62e430p+0f);
+  return square_root_of_normal(fused_multiply_add(signed_to_float(exponent), minus_two_log_2, log_mantissa));
 }
 
 // radius(first) * sin(t) and radius(first) * cos(t) with t = 2 pi (second + 1/2) / 2^32.

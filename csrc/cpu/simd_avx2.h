@@ -72,7 +72,7 @@ inline Ints operator~(Ints a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi32(
 inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Ints operator<<(Ints a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
 inline Ints operator>>(Ints a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
-inline Ints spread_top_bit(Ints a) { return {_mm256_srai_epi32(a.v, 31)}; }
+inline Ints smaller_signed(Ints a, Ints b) { return {_mm256_min_epi32(a.v, b.v)}; }
 inline Floats signed_to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Ints bits_of(Floats a) { return {_mm256_castps_si256(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
@@ -82,9 +82,8 @@ inline Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
-  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(word.v))};
-}
+inline Floats square_root_of_normal(Floats a) { return square_root(a); }
+inline Floats unit_step(Floats a) { return {_mm256_blendv_ps(_mm256_set1_ps(1.0f), _mm256_setzero_ps(), a.v)}; }
 
 // The sum of the lanes: l and l + 4, then l and l + 2, 1.
 inline float halving_sum(Floats a) {

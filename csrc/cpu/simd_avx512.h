@@ -79,7 +79,7 @@ inline Ints operator~(Ints a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi32(
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints operator<<(Ints a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 inline Ints operator>>(Ints a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
-inline Ints spread_top_bit(Ints a) { return {_mm512_srai_epi32(a.v, 31)}; }
+inline Ints smaller_signed(Ints a, Ints b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline Floats signed_to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints bits_of(Floats a) { return {_mm512_castps_si512(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
@@ -89,8 +89,9 @@ inline Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
-  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(word.v), b.v, a.v)};
+inline Floats square_root_of_normal(Floats a) { return square_root(a); }
+inline Floats unit_step(Floats a) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GE_OQ), _mm512_set1_ps(1.0f))};
 }
 
 // The sum of the lanes: l and l + 8, then l and l + 4, 2, 1.

@@ -52,7 +52,9 @@ inline Ints operator~(Ints a) { return {vmvnq_u32(a.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {vsubq_u32(a.v, b.v)}; }
 inline Ints operator<<(Ints a, int n) { return {vshlq_u32(a.v, vdupq_n_s32(n))}; }
 inline Ints operator>>(Ints a, int n) { return {vshlq_u32(a.v, vdupq_n_s32(-n))}; }
-inline Ints spread_top_bit(Ints a) { return {vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a.v), 31))}; }
+inline Ints smaller_signed(Ints a, Ints b) {
+  return {vreinterpretq_u32_s32(vminq_s32(vreinterpretq_s32_u32(a.v), vreinterpretq_s32_u32(b.v)))};
+}
 inline Floats signed_to_float(Ints a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.v))}; }
 inline Ints bits_of(Floats a) { return {vreinterpretq_u32_f32(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {vreinterpretq_f32_u32(a.v)}; }
@@ -62,9 +64,8 @@ inline Floats multiply(Floats a, Floats b) { return {vmulq_f32(a.v, b.v)}; }
 inline Floats divide(Floats a, Floats b) { return {vdivq_f32(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {vsqrtq_f32(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-inline Floats select_by_top_bit(Ints word, Floats a, Floats b) {
-  return {vbslq_f32(spread_top_bit(word).v, a.v, b.v)};
-}
+inline Floats square_root_of_normal(Floats a) { return square_root(a); }
+inline Floats unit_step(Floats a) { return {vbslq_f32(vcltzq_f32(a.v), vdupq_n_f32(0.0f), vdupq_n_f32(1.0f))}; }
 
 // The sum of the lanes: l and l + 2, then l and l + 1.
 inline float halving_sum(Floats a) {

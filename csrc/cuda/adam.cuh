@@ -35,7 +35,7 @@ struct Window {
   const float* coefficients;
   const float* first_weights;
   const float* second_weights;
-  int64_t steps, terms;
+  int steps, terms;
 
   ZOEXT_HD bool is_empty() const { return steps == 0 || terms == 0; }
 
@@ -46,10 +46,12 @@ struct Window {
   template <class Direction, class Number, class Tiling>
   __device__ bool add(const Direction& direction, Moments<Number, Tiling>& moments) const {
     bool any = false;
-    for (int64_t h = 0; h < steps; ++h) {
+    for (int h = 0; h < steps; ++h) {
       const Combination step{seeds + h * terms, coefficients + h * terms, terms, h * terms};
+      const int leading = step.contributing(0);
+      if (leading == terms) continue;
       Sum<Number, Tiling> g{Number{empty_sum}};
-      if (!step.add(direction, g)) continue;
+      step.add_from(leading, direction, g);
       moments.add(__ldg(first_weights + h), __ldg(second_weights + h), g);
       any = true;
     }
@@ -64,16 +66,16 @@ struct StepSize {
 
 // out = round(theta + (-lr m / sqrt(v + eps) - decay theta)) with the moments m and v of the window.
 template <class Direction, Rounding rounding>
-__global__ void __launch_bounds__(threads_per_chunk)
+__global__ void __launch_bounds__(threads_per_chunk, resident_blocks<Direction>(Direction::adam_blocks))
     adam(const __grid_constant__ Table<typename Direction::TensorSlot> table, Window window, StepSize size) {
   using Tiling = typename Direction::Tiling;
   using Storage = typename Direction::Storage;
   using Number = typename Arithmetic<Storage>::type;
   const float lr = __ldg(size.lr);
   const Number minus_lr = -lr, eps = __ldg(size.eps), decay = __ldg(size.decay);
-  for_each_share<Tiling>(table, [&](const auto& slot, const Share<Tiling>& share) {
+  for_each_share<Storage, Tiling>(table, [&](const auto& slot, const auto& share) {
     Moments<Number, Tiling> moments;
-    const bool moves = contributes(lr) && window.add(Direction(slot, share), moments);
+    const bool moves = contributes(lr) && window.add(Direction::on(slot, share), moments);
     if (moves) moments.make_step(minus_lr, eps);
     // Read last: the moments need the registers, and a window takes longer than memory.
     Weights<Storage, Tiling> weights(slot, share);
@@ -84,8 +86,8 @@ __global__ void __launch_bounds__(threads_per_chunk)
 inline Window checked_window(const Tensor& seeds, const Tensor& coefficients, const Tensor& first_weights,
                              const Tensor& second_weights, const Tensor& like) {
   check_window(seeds, coefficients, first_weights, second_weights, like);
-  return {seeds_in(seeds),           floats_in(coefficients), floats_in(first_weights),
-          floats_in(second_weights), seeds.size(0),           seeds.size(1)};
+  return {seeds_in(seeds),           floats_in(coefficients),         floats_in(first_weights),
+          floats_in(second_weights), static_cast<int>(seeds.size(0)), static_cast<int>(seeds.size(1))};
 }
 
 inline StepSize checked_step_size(const Tensor& lr, const Tensor& eps, const Tensor& decay, const Tensor& like) {

@@ -1,6 +1,7 @@
 // The work of a launch: a list of tensors, cut into chunks of one thread block each.
 #pragma once
 
+#include "../core/divisor.h"
 #include "../core/span.h"
 #include "../core/stream.h"
 
@@ -23,14 +24,14 @@ struct Tiling {
 template <class Storage>
 constexpr int vector_elements = sizeof(Storage) == 2 ? 8 : 4;
 
-// A share has two Philox blocks of normals, for any storage; eight neighbours fill a 128-byte line.
+// A share has four Philox blocks of normals, for any storage; eight neighbours fill a 128-byte line.
 template <class Storage>
 using NormalTiling = Tiling<vector_elements<Storage>, 8 / vector_elements<Storage>, 8, 4>;
 
-// A Philox block holds 128 signs, too many for one thread. A share has the same bits of each of its
-// four words, so that no thread needs a word of another one, nor an index into its words.
+// A Philox block holds 128 signs, too many for one thread. A share has the same bits of two neighbouring
+// words of its four, the first two or the last two.
 template <class Storage>
-using SignTiling = Tiling<vector_elements<Storage>, 4, 32 / vector_elements<Storage>, 1>;
+using SignTiling = Tiling<vector_elements<Storage>, 2, 32 / vector_elements<Storage>, 2>;
 
 struct Slot {
   // One tensor.
@@ -41,9 +42,15 @@ struct Slot {
   uint32_t key;
   // Its part of the grid.
   uint32_t first_chunk = 0;
-  int64_t shares_per_run = 0;
+  Divisor shares_per_run;
 
   ZOEXT_HD bool is_one_run() const { return span.run >= count; }
+
+  // Whether shares that are all there can be treated alike.
+  template <class Tiling>
+  ZOEXT_HD bool is_regular() const {
+    return true;
+  }
 };
 
 // Passed by value, so that a launch neither allocates nor copies; parameters may have 32,764 bytes, of
@@ -64,8 +71,8 @@ struct Table {
     const int64_t runs = (slot.count + span.run - 1) / span.run;
     const bool leads_are_equal = runs == 1 || span.stride % Tiling::unit == 0;
     const int64_t lead = leads_are_equal ? span.base % Tiling::unit : Tiling::unit - 1;
-    slot.shares_per_run = (lead + span.run + Tiling::unit - 1) / Tiling::unit * Tiling::lanes;
-    const int64_t shares = runs * slot.shares_per_run;
+    slot.shares_per_run = Divisor((lead + span.run + Tiling::unit - 1) / Tiling::unit * Tiling::lanes);
+    const int64_t shares = runs * slot.shares_per_run.value();
     slot.first_chunk = chunks;
     slots[count++] = slot;
     chunks += static_cast<uint32_t>((shares + Tiling::shares_per_chunk - 1) / Tiling::shares_per_chunk);
@@ -81,6 +88,7 @@ struct Table {
     return slots[low];
   }
 };
+
 // Where a group lies in its local tensor, and which of its elements are there: [first, last).
 struct Part {
   int64_t local;
@@ -99,6 +107,9 @@ struct Share {
 
   ZOEXT_HD bool is_empty() const { return begin >= local + Tiling::extent || end <= local; }
 
+  ZOEXT_HD const void* theta(const Slot& slot) const { return slot.theta; }
+  ZOEXT_HD void* out(const Slot& slot) const { return slot.out; }
+
   ZOEXT_HD Part group(int g) const {
     const int64_t start = local + g * Tiling::step;
     const int64_t first = begin - start, last = end - start;
@@ -109,8 +120,8 @@ struct Share {
 
 template <class Tiling>
 ZOEXT_HD Share<Tiling> share_of(const Slot& slot, int64_t number) {
-  const int64_t run = slot.is_one_run() ? 0 : number / slot.shares_per_run;
-  const int64_t in_run = number - run * slot.shares_per_run;
+  const int64_t run = slot.is_one_run() ? 0 : slot.shares_per_run.quotient(number);
+  const int64_t in_run = number - run * slot.shares_per_run.value();
   const int64_t begin = run * slot.span.run, end = begin + slot.span.run;
   const uint64_t first = static_cast<uint64_t>(slot.span.base + run * slot.span.stride);
   const uint64_t lead = first % Tiling::unit;
@@ -118,5 +129,59 @@ ZOEXT_HD Share<Tiling> share_of(const Slot& slot, int64_t number) {
   return {first - lead + static_cast<uint64_t>(offset), begin - static_cast<int64_t>(lead) + offset, begin,
           end < slot.count ? end : slot.count};
 }
+
+// A group that is all there, at an address for 16-byte accesses: so many elements after that of its share.
+struct WholePart {
+  int offset;
+};
+
+// The share of a thread in a chunk whose shares are all whole.
+template <class StorageType, class Tiling>
+struct WholeShare {
+  using Storage = StorageType;
+
+  uint64_t index;
+  const Storage* from;
+  Storage* to;
+
+  // Share `number` of a tensor that is one run, in a whole chunk.
+  ZOEXT_HD WholeShare(const Slot& slot, int64_t number) {
+    const int64_t local = local_of(slot, number);
+    index = static_cast<uint64_t>(slot.span.base + local);
+    from = static_cast<const Storage*>(slot.theta) + local;
+    to = static_cast<Storage*>(slot.out) + local;
+  }
+
+  // Whether the shares of the chunk that begins with share `number` are whole.
+  template <class TensorSlot>
+  static ZOEXT_HD bool is_whole_chunk(const TensorSlot& slot, int64_t number) {
+    constexpr int64_t elements = int64_t{Tiling::shares_per_chunk} * Tiling::vector * Tiling::groups;
+    const int64_t local = local_of(slot, number);
+    const uintptr_t offset = static_cast<uintptr_t>(local) * sizeof(Storage);
+    const auto is_aligned = [&](const void* tensor) {
+      return (reinterpret_cast<uintptr_t>(tensor) + offset) % sizeof(Access) == 0;
+    };
+    const bool is_inside = local >= 0 && local + elements <= slot.count;
+    return slot.is_one_run() && slot.template is_regular<Tiling>() && is_inside && is_aligned(slot.theta) &&
+           is_aligned(slot.out);
+  }
+
+  // Each is kept: an address made of the index for every share would take more instructions.
+  ZOEXT_HD void advance() { index += Tiling::stride, from += Tiling::stride, to += Tiling::stride; }
+
+  ZOEXT_HD const Storage* theta(const Slot&) const { return from; }
+  ZOEXT_HD Storage* out(const Slot&) const { return to; }
+  ZOEXT_HD WholePart group(int g) const { return {g * Tiling::step}; }
+
+ private:
+  struct Access {
+    uint32_t words[4];
+  };
+
+  static ZOEXT_HD int64_t local_of(const Slot& slot, int64_t number) {
+    const int64_t lead = static_cast<int64_t>(static_cast<uint64_t>(slot.span.base) % Tiling::unit);
+    return number / Tiling::lanes * Tiling::unit + number % Tiling::lanes * Tiling::vector - lead;
+  }
+};
 
 }  // namespace zoext::cuda

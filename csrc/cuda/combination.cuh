@@ -19,29 +19,32 @@ struct Sum {
   }
 };
 
-// What tells a direction from another one: its seed, or its number where it is given by factors.
+// A coefficient, and what tells its direction from another one: the seed, or the number where
+// directions are given by factors.
 struct Term {
+  float coefficient;
   uint64_t seed;
-  int64_t number;
+  int number;
 };
 
 struct Combination {
   const int64_t* seeds;
   const float* coefficients;
-  int64_t terms;
-  int64_t first_number = 0;
+  int terms;
+  int first_number = 0;
 
-  // sum += sum_k c_k D_k; whether a term contributed.
+  // The first term from `k` on that contributes, or `terms` where none does.
+  __device__ int contributing(int k) const {
+    while (k < terms && !contributes(__ldg(coefficients + k))) ++k;
+    return k;
+  }
+
+  __device__ Term term(int k) const { return {__ldg(coefficients + k), seed_at(seeds, k), first_number + k}; }
+
+  // sum += the terms from `k` on
   template <class Direction, class Number, class Tiling>
-  __device__ bool add(const Direction& direction, Sum<Number, Tiling>& sum) const {
-    bool any = false;
-    for (int64_t k = 0; k < terms; ++k) {
-      const float coefficient = __ldg(coefficients + k);
-      if (!contributes(coefficient)) continue;
-      direction.template add<Number>({seed_at(seeds, k), first_number + k}, coefficient, sum);
-      any = true;
-    }
-    return any;
+  __device__ void add_from(int k, const Direction& direction, Sum<Number, Tiling>& sum) const {
+    for (k = contributing(k); k < terms; k = contributing(k + 1)) direction.add(term(k), sum);
   }
 };
 

@@ -11,17 +11,20 @@ namespace zoext::cuda {
 
 struct Normals {
   static constexpr Stream stream = Stream::dense;
+  static constexpr int displace_blocks = 5, adam_blocks = 4;
   template <class Storage>
   using Tiling = NormalTiling<Storage>;
 
   // sum += coefficient * z on the share that begins at `index`.
   template <class Number, class Tiling>
   static __device__ void add(const Field& field, Number coefficient, uint64_t index, Sum<Number, Tiling>& sum) {
+    // A share begins at a multiple of its vector in a multiple of its unit: what follows has other bits.
+    const uint64_t first_block = index / 4;
 #pragma unroll
     for (int g = 0; g < Tiling::groups; ++g)
 #pragma unroll
       for (int i = 0; i < Tiling::vector; i += 4)
-        add_block(words_of(field, (index + g * Tiling::step + i) / 4), coefficient, &sum.of[g][i]);
+        add_block(words_of(field, first_block | (g * Tiling::step + i) / 4), coefficient, &sum.of[g][i]);
   }
 
  private:
@@ -39,15 +42,18 @@ struct Normals {
 
 struct Signs {
   static constexpr Stream stream = Stream::sign;
+  static constexpr int displace_blocks = 3, adam_blocks = 2;
   template <class Storage>
   using Tiling = SignTiling<Storage>;
 
   template <class Number, class Tiling>
   static __device__ void add(const Field& field, Number coefficient, uint64_t index, Sum<Number, Tiling>& sum) {
+    static_assert(Tiling::groups == 2 && Tiling::step == 32, "a share has bits of two words");
     const Words<uint32_t> words = words_of(field, index / signs_per_block);
+    const bool is_upper = index / Tiling::unit % 2 != 0;
 #pragma unroll
     for (int g = 0; g < Tiling::groups; ++g) {
-      const uint32_t bits = words.w[g] >> index % 32;
+      const uint32_t bits = (is_upper ? words.w[2 + g] : words.w[g]) >> index % 32;
 #pragma unroll
       for (int i = 0; i < Tiling::vector; ++i)
         sum.of[g][i] = add_term<Number>(coefficient, sign_of_bit(bits, i), sum.of[g][i]);
@@ -55,24 +61,30 @@ struct Signs {
   }
 };
 
-// The direction of a seed on one share of a tensor.
+// Directions on the share that begins at `index`.
+template <class Noise, class Tiling>
+struct DenseFrom {
+  uint32_t key;
+  uint64_t index;
+
+  template <class Number>
+  __device__ void add(const Term& term, Sum<Number, Tiling>& sum) const {
+    const Field field{term.seed, key, static_cast<uint32_t>(Noise::stream)};
+    Noise::template add<Number>(field, term.coefficient, index, sum);
+  }
+};
+
 template <class Noise, class StorageType>
-class Dense {
- public:
+struct Dense {
   using Storage = StorageType;
   using Tiling = typename Noise::template Tiling<Storage>;
   using TensorSlot = Slot;
+  static constexpr int displace_blocks = Noise::displace_blocks, adam_blocks = Noise::adam_blocks;
 
-  __device__ Dense(const Slot& slot, const Share<Tiling>& share) : key_(slot.key), index_(share.index) {}
-
-  template <class Number>
-  __device__ void add(const Term& term, Number coefficient, Sum<Number, Tiling>& sum) const {
-    Noise::template add<Number>({term.seed, key_, static_cast<uint32_t>(Noise::stream)}, coefficient, index_, sum);
+  template <class AnyShare>
+  static __device__ DenseFrom<Noise, Tiling> on(const Slot& slot, const AnyShare& share) {
+    return {slot.key, share.index};
   }
-
- private:
-  const uint32_t key_;
-  const uint64_t index_;
 };
 
 // f(Noise{}) with the noise of a distribution.

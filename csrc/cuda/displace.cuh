@@ -8,24 +8,41 @@ namespace zoext::cuda {
 
 // out = round(theta + (sum_k c_k D_k - decay theta)); no decay if the pointer is null.
 template <class Direction, Rounding rounding>
-__global__ void __launch_bounds__(threads_per_chunk)
+__global__ void __launch_bounds__(threads_per_chunk, resident_blocks<Direction>(Direction::displace_blocks))
     displace(const __grid_constant__ Table<typename Direction::TensorSlot> table, Combination combination,
              const float* decay) {
   using Tiling = typename Direction::Tiling;
   using Storage = typename Direction::Storage;
   using Number = typename Arithmetic<Storage>::type;
   const Number decay_value = decay ? __ldg(decay) : 0.0f;
-  for_each_share<Tiling>(table, [&](const auto& slot, const Share<Tiling>& share) {
+  const int leading = combination.contributing(0);
+  if (leading == combination.terms) {
+    for_each_share<Storage, Tiling>(table, [&](const auto& slot, const auto& share) {
+      Sum<Number, Tiling> nothing{Number{empty_sum}};
+      Weights<Storage, Tiling>(slot, share)
+          .template move<rounding>(slot, share, nothing, decay_value, combination.seeds);
+    });
+    return;
+  }
+  // Apart from the loop over the others: its sum starts from nothing, and its seed is read once.
+  const Term first = combination.term(leading);
+  for_each_share<Storage, Tiling>(table, [&](const auto& slot, const auto& share) {
     // Read first: weights travel from memory while the noise is computed.
-    Weights<Storage, Tiling> weights(slot, share);
+    const Weights<Storage, Tiling> weights(slot, share);
+    const auto direction = Direction::on(slot, share);
     Sum<Number, Tiling> sum{Number{empty_sum}};
-    combination.add(Direction(slot, share), sum);
+    int k = leading;
+    if constexpr (std::is_same_v<decltype(share), const WholeShare<Storage, Tiling>&>) {
+      direction.add(first, sum);
+      ++k;
+    }
+    combination.add_from(k, direction, sum);
     weights.template move<rounding>(slot, share, sum, decay_value, combination.seeds);
   });
 }
 
 inline Combination combination_of(const Tensor& seeds, const Tensor& coefficients) {
-  return {seeds_in(seeds), floats_in(coefficients), seeds.numel()};
+  return {seeds_in(seeds), floats_in(coefficients), static_cast<int>(seeds.numel())};
 }
 
 template <class Direction>

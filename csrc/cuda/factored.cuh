@@ -15,9 +15,17 @@ using FactoredTiling = Tiling<vector_elements<Storage>, 1, 8, 4>;
 struct FactoredSlot : Slot {
   const float* left;
   const float* right;
-  int64_t rank, rows, columns;
+  int64_t rank, rows;
+  Divisor columns;
   // From the factor of a term to that of the next; zero where all terms share one.
   int64_t left_stride, right_stride;
+
+  // Whether whole shares lie in one row each.
+  template <class Tiling>
+  ZOEXT_HD bool is_regular() const {
+    return columns.value() % Tiling::vector == 0 && span.base % Tiling::vector == 0 &&
+           reinterpret_cast<uintptr_t>(right) % sizeof(float4) == 0;
+  }
 };
 
 inline FactoredSlot slot_of(const Tensor& out, const Tensor& theta, const Place& place, const Tensor& left,
@@ -28,82 +36,105 @@ inline FactoredSlot slot_of(const Tensor& out, const Tensor& theta, const Place&
           floats_in(right),
           rank,
           rows,
-          columns,
+          Divisor(columns),
           left.size(0) == 1 ? 0 : rank * rows,
           right.size(0) == 1 ? 0 : rank * columns};
 }
 
-// The direction of a term on one share of a matrix, a stretch of its elements row by row.
-template <class StorageType>
-class Factored {
- public:
-  using Storage = StorageType;
-  using Tiling = FactoredTiling<Storage>;
-  using TensorSlot = FactoredSlot;
+// The factors of the direction of a term.
+struct Factors {
+  const float* left;
+  const float* right;
 
-  __device__ Factored(const FactoredSlot& slot, const Share<Tiling>& share) : slot_(slot), share_(share) {
-    const Part part = share.group(0);
-    const int64_t first = part.local + part.first;
-    row_ = first / slot.columns;
-    column_ = first - row_ * slot.columns;
-    const bool is_in_one_row =
-        part.first == 0 && part.last == Tiling::vector && column_ + Tiling::vector <= slot.columns;
-    const bool is_aligned =
-        slot.columns % 4 == 0 && reinterpret_cast<uintptr_t>(slot.right + column_) % sizeof(float4) == 0;
-    is_fast_ = is_in_one_row && is_aligned;
-  }
+  __device__ Factors(const FactoredSlot& slot, const Term& term)
+      : left(slot.left + term.number * slot.left_stride), right(slot.right + term.number * slot.right_stride) {}
+};
+
+// Directions on a share that lies in one row of a matrix, with right factors for 16-byte accesses.
+template <class Tiling>
+class FactoredInRow {
+ public:
+  __device__ FactoredInRow(const FactoredSlot& slot, int64_t local)
+      : slot_(slot), row_(slot.columns.quotient(local)), column_(local - row_ * slot.columns.value()) {}
 
   // sum += coefficient * sum_q left_q right_q
   template <class Number>
-  __device__ void add(const Term& term, Number coefficient, Sum<Number, Tiling>& sum) const {
-    const float* left = slot_.left + term.number * slot_.left_stride;
-    const float* right = slot_.right + term.number * slot_.right_stride;
+  __device__ void add(const Term& term, Sum<Number, Tiling>& sum) const {
+    const Factors factors(slot_, term);
+    const float *left = factors.left + row_, *right = factors.right + column_;
     Sum<Number, Tiling> product{Number{empty_sum}};
-    if (is_fast_)
-      multiply_in_row(left + row_, right + column_, product.of[0]);
-    else
-      multiply_anywhere(left, right, product.of[0]);
-#pragma unroll
-    for (int i = 0; i < Tiling::vector; ++i) sum.of[0][i] = add_term(coefficient, product.of[0][i], sum.of[0][i]);
-  }
-
- private:
-  // product += sum_q left_q right_q, from the factors of the first element on.
-  template <class Number>
-  __device__ void multiply_in_row(const float* left, const float* right, Number (&product)[Tiling::vector]) const {
-    for (int64_t q = 0; q < slot_.rank; ++q, left += slot_.rows, right += slot_.columns) {
+#pragma unroll 1
+    for (int64_t q = 0; q < slot_.rank; ++q, left += slot_.rows, right += slot_.columns.value()) {
       const Number l = __ldg(left);
 #pragma unroll
       for (int i = 0; i < Tiling::vector; i += 4) {
         const float4 r = __ldg(reinterpret_cast<const float4*>(right + i));
-        product[i] = add_term<Number>(l, r.x, product[i]);
-        product[i + 1] = add_term<Number>(l, r.y, product[i + 1]);
-        product[i + 2] = add_term<Number>(l, r.z, product[i + 2]);
-        product[i + 3] = add_term<Number>(l, r.w, product[i + 3]);
+        Number* const p = product.of[0] + i;
+        p[0] = add_term<Number>(l, r.x, p[0]);
+        p[1] = add_term<Number>(l, r.y, p[1]);
+        p[2] = add_term<Number>(l, r.z, p[2]);
+        p[3] = add_term<Number>(l, r.w, p[3]);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < Tiling::vector; ++i)
+      sum.of[0][i] = add_term<Number>(term.coefficient, product.of[0][i], sum.of[0][i]);
+  }
+
+ private:
+  const FactoredSlot& slot_;
+  const int64_t row_, column_;
+};
+
+// Directions on any share, one element after the other.
+template <class Tiling>
+class FactoredAnywhere {
+ public:
+  __device__ FactoredAnywhere(const FactoredSlot& slot, const Part& part) : slot_(slot), part_(part) {}
+
+  // sum += coefficient * sum_q left_q right_q
+  template <class Number>
+  __device__ void add(const Term& term, Sum<Number, Tiling>& sum) const {
+    const Factors factors(slot_, term);
+    // Not unrolled: few elements come here, and the places of all at once would take many registers.
+#pragma unroll 1
+    for (int i = part_.first; i < part_.last; ++i) {
+      const Number z = product<Number>(factors, part_.local + i);
+#pragma unroll
+      for (int j = 0; j < Tiling::vector; ++j)
+        if (j == i) sum.of[0][j] = add_term<Number>(term.coefficient, z, sum.of[0][j]);
     }
   }
 
-  // The same from the factors of the matrix's first element on, one element after the other.
+ private:
   template <class Number>
-  __device__ void multiply_anywhere(const float* left, const float* right,
-                                    Number (&product)[Tiling::vector]) const {
-    const Part part = share_.group(0);
-    for (int64_t q = 0; q < slot_.rank; ++q, left += slot_.rows, right += slot_.columns) {
-      int64_t row = row_, column = column_;
-#pragma unroll
-      for (int i = 0; i < Tiling::vector; ++i) {
-        if (i < part.first || i >= part.last) continue;
-        product[i] = add_term<Number>(__ldg(left + row), __ldg(right + column), product[i]);
-        if (++column == slot_.columns) column = 0, ++row;
-      }
-    }
+  __device__ Number product(const Factors& factors, int64_t local) const {
+    const int64_t columns = slot_.columns.value(), row = slot_.columns.quotient(local);
+    const float *left = factors.left + row, *right = factors.right + (local - row * columns);
+    Number sum{empty_sum};
+#pragma unroll 1
+    for (int64_t q = 0; q < slot_.rank; ++q, left += slot_.rows, right += columns)
+      sum = add_term<Number>(__ldg(left), __ldg(right), sum);
+    return sum;
   }
 
   const FactoredSlot& slot_;
-  const Share<Tiling>& share_;
-  int64_t row_, column_;  // of the share's first element that is there
-  bool is_fast_;          // the share is whole, in one row, and its right factors can be read 16 bytes at a time
+  const Part part_;
+};
+
+template <class StorageType>
+struct Factored {
+  using Storage = StorageType;
+  using Tiling = FactoredTiling<Storage>;
+  using TensorSlot = FactoredSlot;
+  static constexpr int displace_blocks = 3, adam_blocks = 2;
+
+  static __device__ FactoredInRow<Tiling> on(const FactoredSlot& slot, const WholeShare<Storage, Tiling>& share) {
+    return {slot, share.theta(slot) - static_cast<const Storage*>(slot.theta)};
+  }
+  static __device__ FactoredAnywhere<Tiling> on(const FactoredSlot& slot, const Share<Tiling>& share) {
+    return {slot, share.group(0)};
+  }
 };
 
 }  // namespace zoext::cuda

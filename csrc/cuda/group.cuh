@@ -1,6 +1,8 @@
 // A few consecutive elements in the registers of a thread.
 #pragma once
 
+#include <type_traits>
+
 #include "../core/storage.h"
 #include "chunks.h"
 
@@ -14,8 +16,18 @@ struct Group {
 
   union {
     uint4 quad[quads];
+    uint32_t word[4 * quads];
     Storage element[vector];
   };
+
+  // Element `i`, widened.
+  __device__ auto number(int i) const {
+    // nvcc takes the upper half of a word out before it shifts it back in.
+    if constexpr (std::is_same_v<Storage, BFloat16>)
+      return float_of_bits(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+    else
+      return widen(element[i]);
+  }
 
   static __device__ bool is_fast(const Storage* address, const Part& part) {
     return part.first == 0 && part.last == vector && reinterpret_cast<uintptr_t>(address) % sizeof(uint4) == 0;
@@ -30,6 +42,18 @@ struct Group {
 #pragma unroll
       for (int i = 0; i < vector; ++i) element[i] = i >= part.first && i < part.last ? from[i] : Storage{};
     }
+  }
+
+  __device__ void load(const Storage* share, const WholePart& part) {
+    const auto from = reinterpret_cast<const uint4*>(share + part.offset);
+#pragma unroll
+    for (int q = 0; q < quads; ++q) quad[q] = from[q];
+  }
+
+  __device__ void store(Storage* share, const WholePart& part) const {
+    const auto to = reinterpret_cast<uint4*>(share + part.offset);
+#pragma unroll
+    for (int q = 0; q < quads; ++q) __stwb(to + q, quad[q]);
   }
 
   __device__ void store(void* tensor, const Part& part) const {

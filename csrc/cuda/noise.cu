@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(threads_per_chunk)
   using Tiling = typename Noise::template Tiling<Storage>;
   using Number = typename Arithmetic<Storage>::type;
   const uint64_t seed_value = seed_at(seed, 0);
-  for_each_share<Tiling>(table, [&](const Slot& slot, const Share<Tiling>& share) {
+  for_each_share<Storage, Tiling>(table, [&](const Slot& slot, const auto& share) {
     Sum<Number, Tiling> z{Number{empty_sum}};
     Noise::template add<Number>({seed_value, slot.key, stream}, Number{1}, share.index, z);
 #pragma unroll
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(threads_per_chunk)
       Group<Storage, Tiling::vector> group;
 #pragma unroll
       for (int i = 0; i < Tiling::vector; ++i) group.element[i] = round_to_nearest<Storage>(z.of[g][i]);
-      group.store(slot.out, share.group(g));
+      group.store(share.out(slot), share.group(g));
     }
   });
 }

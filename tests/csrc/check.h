@@ -1,0 +1,22 @@
+// The checks of a test program, counted: main returns `finish()`.
+#pragma once
+
+#include <cstdio>
+
+inline long checks = 0, failures = 0;
+
+#define CHECK(condition, ...)                                           \
+  do {                                                                  \
+    ++checks;                                                           \
+    if (!(condition) && ++failures <= 20) {                             \
+      std::printf("%s:%d: %s fails: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                         \
+      std::printf("\n");                                                \
+    }                                                                   \
+  } while (false)
+
+// The exit status, after one line about the checks and what they were made with.
+inline int finish(const char* with) {
+  std::printf("%ld checks, %ld failures, %s\n", checks, failures, with);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,138 @@
+"""Chunks of which every element is there take another loop than edges do: it gives the CPU's bits too.
+
+A chunk has 8,192 elements or, of factored directions, half as many: these tensors begin and end with
+edges and have whole chunks between them. `tests/csrc/test_chunks.cpp` shows which chunk takes which loop.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_comparison import DTYPES, MARKS, device, same_bits, weights
+from torch import Tensor
+
+from zoext import ops
+from zoext.ops import Distribution, Rounding
+
+pytestmark = MARKS
+
+COUNT, SPAN = 25_003, (2**34 + 56, 25_003, 0)
+ROWS, COLUMNS = 157, 160
+SEEDS = torch.tensor([12345, -(2**63) + 9, 2**62 + 77, 4, -1, 8])
+#: Terms that are left out first, in the middle and last; and none at all.
+COEFFICIENTS = {
+    "one": [1.5e-3],
+    "many": [0.0, -0.0, 0.25, 0.0, -3.0, 0.0],
+    "zeros": [0.0, 0.0],
+}
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_distribution = pytest.mark.parametrize("distribution", Distribution)
+every_rounding = pytest.mark.parametrize("rounding", Rounding)
+every_combination = pytest.mark.parametrize("case", COEFFICIENTS)
+every_decay = pytest.mark.parametrize("decay", [0.0, 0.013])
+
+
+def combination(case: str) -> tuple[Tensor, Tensor]:
+    coefficients = torch.tensor(COEFFICIENTS[case])
+    return SEEDS[: len(coefficients)].clone(), coefficients
+
+
+def factors(terms: int, *, columns: int = COLUMNS) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(columns)
+    left = torch.randn(terms, 3, ROWS, generator=generator)
+    return [left], [torch.randn(terms, 3, columns, generator=generator)]
+
+
+@every_distribution
+@every_dtype
+def test_normal(dtype: torch.dtype, distribution: Distribution) -> None:
+    out = [torch.empty(COUNT, dtype=dtype), torch.empty(COUNT, dtype=dtype, device="cuda")]
+    for tensor in out:
+        seed = SEEDS[1:2].to(tensor.device)
+        ops.normal_([tensor], seed, [2**32 - 1], [SPAN], stream=3, distribution=distribution)
+    assert same_bits(out[1], out[0])
+
+
+@every_decay
+@every_combination
+@every_rounding
+@every_distribution
+@every_dtype
+def test_axpy(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding, case: str, decay: float
+) -> None:
+    theta, arguments = weights(COUNT, dtype), (*combination(case), torch.tensor(decay))
+    on_device = theta.cuda()
+    for tensor, given in ((theta, arguments), (on_device, device(*arguments))):
+        ops.noise_axpy_([tensor], *given, [9], [SPAN], distribution=distribution, rounding=rounding)
+    assert same_bits(on_device, theta)
+
+
+@every_combination
+@every_rounding
+@every_distribution
+@every_dtype
+def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, case: str) -> None:
+    theta = weights(COUNT, dtype)
+    results = []
+    for source in (theta, theta.cuda()):
+        out = torch.full_like(source, float("nan"))
+        given = [tensor.to(source.device) for tensor in combination(case)]
+        ops.noise_copy_([out], [source], *given, [9], [SPAN], distribution=distribution, rounding=rounding)
+        results.append(out)
+        assert same_bits(source, theta)
+    assert same_bits(results[1], results[0])
+
+
+def window(decay: float) -> tuple[Tensor, ...]:
+    """Three steps of two terms: a step of which one is left out, a step of none, a full one."""
+    coefficients = torch.tensor([[0.0, 0.3], [0.0, -0.0], [-1.25, 2.0]])
+    weights_of_moments = torch.tensor([0.07, 0.1, 0.2]), torch.tensor([0.06, 0.07, 0.3])
+    sizes = torch.tensor(0.03), torch.tensor(1e-4), torch.tensor(decay)
+    return SEEDS.view(3, 2), coefficients, *weights_of_moments, *sizes
+
+
+@every_decay
+@every_rounding
+@every_distribution
+@every_dtype
+def test_noise_adam(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, decay: float) -> None:
+    theta = weights(COUNT, dtype)
+    on_device = theta.cuda()
+    for tensor, given in ((theta, window(decay)), (on_device, device(*window(decay)))):
+        ops.noise_adam_([tensor], *given, [9], [SPAN], distribution=distribution, rounding=rounding)
+    assert same_bits(on_device, theta)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, COLUMNS - 1])
+@every_combination
+@every_rounding
+@every_dtype
+def test_factored_axpy(dtype: torch.dtype, rounding: Rounding, case: str, columns: int) -> None:
+    """Rows of whole accesses, and rows of which none begins like the one before."""
+    seeds, coefficients = combination(case)
+    theta = weights(ROWS * columns, dtype)
+    on_device = theta.cuda()
+    left, right = factors(len(seeds), columns=columns)
+    span = (0, ROWS * columns, 0)
+    arguments = (seeds, coefficients, torch.tensor(0.01))
+    ops.factored_axpy_([theta], left, right, *arguments, [9], [span], rounding=rounding)
+    on_device_factors = device(*left), device(*right)
+    ops.factored_axpy_([on_device], *on_device_factors, *device(*arguments), [9], [span], rounding=rounding)
+    assert same_bits(on_device, theta)
+
+
+@pytest.mark.parametrize("base", [0, 2**34 + 64, 2**34 + 3])
+@every_rounding
+@every_dtype
+def test_factored_adam(dtype: torch.dtype, rounding: Rounding, base: int) -> None:
+    theta = weights(ROWS * COLUMNS, dtype)
+    on_device = theta.cuda()
+    left, right = factors(6)
+    span = (base, ROWS * COLUMNS, 0)
+    ops.factored_adam_([theta], left, right, *window(0.013), [9], [span], rounding=rounding)
+    ops.factored_adam_(
+        [on_device], device(*left), device(*right), *device(*window(0.013)), [9], [span], rounding=rounding
+    )
+    assert same_bits(on_device, theta)
