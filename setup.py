@@ -3,7 +3,7 @@
 Switches, as environment variables:
     ZOEXT_CUDA=auto|0|1   auto: build the CUDA operators when torch is a CUDA build and nvcc is found
     ZOEXT_DEBUG=1         debug information and no optimisation
-    TORCH_CUDA_ARCH_LIST  GPU architectures, by default "8.0;9.0+PTX"
+    TORCH_CUDA_ARCH_LIST  GPU architectures, by default "8.0;9.0+PTX", and 10.0 from CUDA 12.8 on
     MAX_JOBS              parallel compilations
 """
 
@@ -65,6 +65,11 @@ def cuda_include_dirs() -> list[str]:
     return [str(folder) for folder in folders if list(folder.glob("curand*.h"))]
 
 
+def usual_architectures() -> str:
+    version = tuple(map(int, torch.version.cuda.split(".")[:2]))
+    return "8.0;9.0+PTX;10.0" if version >= (12, 8) else "8.0;9.0+PTX"
+
+
 def extensions() -> list:
     cpu = cpp_extension.CppExtension(
         "zoext._C",
@@ -74,7 +79,7 @@ def extensions() -> list:
     )
     if not wants_cuda():
         return [cpu]
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", usual_architectures())
     nvcc = ["-std=c++17", "-fmad=false", "-lineinfo", *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]), TARGET]
     # After the toolkit's own folders: the packages hold another version of its other headers.
     nvcc += [f"-Xcompiler=-idirafter{folder}" for folder in cuda_include_dirs()]

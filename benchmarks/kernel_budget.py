@@ -1,0 +1,295 @@
+"""What the CUDA kernels cost by their machine code, and how fast that lets them be: no GPU needed.
+
+    python benchmarks/kernel_budget.py --json kernel_budget.json
+
+Counts the instructions of the loops over whole chunks in the built ``zoext/_cuda*.so``, and from them and
+public peak rates predicts passes over weights in bfloat16 and float32. docs/performance.md explains both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from machine_code import Kernel, Loop, ToolMissing, kernels
+
+PACKAGE = Path(__file__).parents[1] / "zoext"
+THREADS = 256  # csrc/cuda/chunks.h, threads_per_chunk
+SIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
+#: The instruction that only the noise of normals has in a loop, once for two of them.
+ROOT = "MUFU.RSQ"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Public figures of a GPU: multiprocessors, GHz of the boost clock, GB/s of memory."""
+
+    name: str
+    architecture: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+
+
+GPUS = (
+    Gpu("A100 SXM 80 GB", "sm_80", 108, 1.41, 2039),
+    Gpu("H100 SXM", "sm_90", 132, 1.98, 3352),
+    Gpu("B200", "sm_100", 148, 1.98, 7700),
+)
+#: Results a clock of one multiprocessor, from the table of arithmetic throughput in the CUDA C++
+#: programming guide. All architectures issue 4 warps' instructions of 32 threads. What a "multiplier"
+#: computes is float32 and integer products and sums of products; only `integer multiplier` of these are
+#: integer products.
+RATES = {
+    "sm_80": {"issue": 128, "multiplier": 64, "integer multiplier": 64, "integer": 64, "special": 16},
+    "sm_90": {"issue": 128, "multiplier": 128, "integer multiplier": 64, "integer": 64, "special": 16},
+    "sm_100": {"issue": 128, "multiplier": 128, "integer multiplier": 64, "integer": 64, "special": 16},
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one kernel costs on one architecture; counts are of instructions a thread.
+
+    Attributes:
+        blocks: how many blocks of 256 threads the registers of a multiprocessor hold, of 8 at most.
+        local: bytes of local memory a thread, spilled registers among them.
+        elements: that a thread takes in one round of the loop over whole chunks.
+        first: instructions of a round for one element, with one term, or of an Adam step with none.
+        further: instructions of an element for one more term, or of an Adam step for each step of its
+            window; None where that is not counted.
+        narrowest: bytes of the narrowest access to global memory for weights in that loop.
+        units: how many of `first` each unit of the multiprocessor executes.
+        further_units: the same for `further`.
+    """
+
+    architecture: str
+    kernel: str
+    registers: int
+    blocks: int
+    local: int
+    elements: int
+    first: float
+    further: float | None
+    narrowest: int
+    units: dict[str, float]
+    further_units: dict[str, float] | None
+
+    @property
+    def storage(self) -> int:
+        """Bytes of an element."""
+        return storage_of(self.kernel)
+
+    def cycles(self, further: int = 0) -> tuple[float, str]:
+        """Cycles of a multiprocessor an element, with so many further terms, and the unit that sets them."""
+        total = Counter(self.units)
+        for unit, count in (self.further_units or {}).items():
+            total[unit] += further * count
+        return max((total[unit] / rate, unit) for unit, rate in RATES[self.architecture].items())
+
+
+def storage_of(kernel: str) -> int:
+    return SIZES[next(name for name in SIZES if re.search(rf"\b{name}\b", kernel))]
+
+
+def unit_counts(instructions: Sequence[str]) -> Counter[str]:
+    """How many of the instructions each unit executes; all of them are issued."""
+    counts: Counter[str] = Counter(issue=len(instructions))
+    for instruction in instructions:
+        operation = instruction.split()[0].split(".")[0]
+        if operation in ("FFMA", "FMUL", "FADD", "HFMA2"):
+            counts["multiplier"] += 1
+        elif operation == "IMAD":
+            counts["multiplier"] += 1
+            counts["integer multiplier"] += 1
+        elif operation in ("MUFU", "I2F"):
+            counts["special"] += 1
+        elif not re.match(r"U[A-Z]|LD|ST|BRA|BSSY|BSYNC|S2|R2UR|CS2R|NOP|EXIT|WARPSYNC", operation):
+            counts["integer"] += 1
+    return counts
+
+
+def whole_loop(kernel: Kernel) -> Loop | None:
+    """The loop over the shares of a whole chunk: that which writes 16 bytes at a time and nothing less.
+    Of several the one that makes most of the noise."""
+
+    def writes(loop: Loop) -> list[str]:
+        return [line for line in kernel.code(loop) if line.startswith("STG")]
+
+    candidates = [
+        loop
+        for loop in kernel.loops()
+        if writes(loop) and all(".128" in instruction for instruction in writes(loop))
+    ]
+    return max(candidates, key=lambda loop: loop.latch - loop.head, default=None)
+
+
+def budget(kernel: Kernel) -> Budget | None:
+    """None for a kernel that does not go over weights."""
+    loop = whole_loop(kernel)
+    if loop is None:
+        return None
+    once = kernel.shortest_round(loop)
+    accesses = [line for line in once if re.match(r"(LDG|STG)\S*(?<!CONSTANT) ", line)]
+    written = sum(line.startswith("STG") for line in once) * 16
+    elements = written // storage_of(kernel.name)
+    term = _term(kernel, loop) if "Normals" in kernel.name else None
+    return Budget(
+        kernel.architecture,
+        kernel.name,
+        kernel.registers,
+        min(65536 // (THREADS * -(-kernel.registers // 8) * 8), 2048 // THREADS),
+        kernel.stack,
+        elements,
+        len(once) / elements,
+        len(term) / elements if term else None,
+        min(16 if ".128" in line else 8 if ".64" in line else 4 for line in accesses),
+        {unit: count / elements for unit, count in unit_counts(once).items()},
+        {unit: count / elements for unit, count in unit_counts(term).items()} if term else None,
+    )
+
+
+def _term(kernel: Kernel, whole: Loop) -> list[str] | None:
+    """A round of the outermost loop within that makes noise: over terms, or over the steps of a window."""
+    inner = [loop for loop in kernel.loops() if whole.holds(loop) and _makes_noise(kernel, loop)]
+    if not inner:
+        return None
+    return kernel.shortest_round(max(inner, key=lambda loop: loop.latch - loop.head), through=ROOT)
+
+
+def _makes_noise(kernel: Kernel, loop: Loop) -> bool:
+    code = kernel.code(loop)
+    return any(ROOT in line for line in code) and any("IMAD.WIDE.U32" in line for line in code)
+
+
+def budgets(shared_object: Path) -> list[Budget]:
+    """Those of all kernels that go over weights."""
+    found = (budget(kernel) for kernel in kernels(shared_object))
+    return [each for each in found if each is not None]
+
+
+# Predictions
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How long a pass takes beside a copy of the same bytes, and what sets its time."""
+
+    gpu: str
+    operator: str
+    dtype: str
+    bound: str
+    of_copy: float
+    elements_per_second: float
+
+
+#: Operators by the kernel that runs them and the terms, or steps, beyond those of its `first`.
+PASSES = {
+    "noise_axpy_, one term": ("displace<Dense<Normals, {}>, nearest>", 0),
+    "noise_axpy_, four terms": ("displace<Dense<Normals, {}>, nearest>", 3),
+    "noise_axpy_, stochastic rounding": ("displace<Dense<Normals, {}>, stochastic>", 0),
+    "noise_axpy_, signs": ("displace<Dense<Signs, {}>, nearest>", 0),
+    "noise_adam_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 10),
+}
+
+
+def predict(found: Sequence[Budget]) -> list[Prediction]:
+    by_name = {(each.architecture, each.kernel): each for each in found}
+    predictions = []
+    for gpu in GPUS:
+        for operator, (kernel, further) in PASSES.items():
+            for dtype, storage in (("bfloat16", "BFloat16"), ("float32", "float")):
+                each = by_name.get((gpu.architecture, kernel.format(storage)))
+                if each is None:  # float32 is not rounded, and an architecture may be left out
+                    continue
+                cycles, unit = each.cycles(further)
+                computing = cycles / (gpu.multiprocessors * gpu.clock)  # ns an element
+                copying = 2 * each.storage / gpu.bandwidth
+                bound = "memory" if copying >= computing else unit
+                slower = max(computing, copying)
+                predictions.append(
+                    Prediction(gpu.name, operator, dtype, bound, slower / copying, 1e9 / slower)
+                )
+    return predictions
+
+
+# Report
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def as_rows(found: Sequence[Budget]) -> list[list[object]]:
+    return [
+        [
+            each.kernel,
+            each.architecture,
+            each.registers,
+            f"{each.blocks} of {2048 // THREADS}",
+            each.local,
+            f"{each.first:.1f}",
+            "" if each.further is None else f"{each.further:.1f}",
+            each.narrowest,
+        ]
+        for each in sorted(found, key=lambda each: (each.kernel, int(each.architecture[3:])))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument(
+        "--shared-object", type=Path, metavar="FILE", help="default: that of the package beside this program"
+    )
+    arguments = parser.parse_args()
+    built = arguments.shared_object or next(iter(sorted(PACKAGE.glob("_cuda*.so"))), None)
+    if built is None:
+        print(
+            f"there is no _cuda*.so in {PACKAGE}: build it with CUDA, or pass --shared-object",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        found = budgets(built)
+    except ToolMissing as error:
+        print(error, file=sys.stderr)
+        return 2
+    predictions = predict(found)
+    head = ("kernel", "", "registers", "blocks", "local", "instructions", "further", "access")
+    print(table(head, as_rows(found)), end="\n\n")
+    rows = [
+        [
+            each.operator,
+            each.dtype,
+            each.gpu,
+            f"{each.of_copy:.2f}",
+            each.bound,
+            f"{each.elements_per_second:.3g}",
+        ]
+        for each in predictions
+    ]
+    print(table(("pass", "", "", "time / copy", "bound by", "elements/s"), rows))
+    if arguments.json:
+        document: dict[str, Any] = {
+            "kernels": [dataclasses.asdict(each) for each in found],
+            "predictions": [dataclasses.asdict(each) for each in predictions],
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What the machine code of the CUDA kernels may cost; no GPU is needed to see it.
+
+docs/performance.md says what follows from these figures, and why registers do not fill a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoext import ops
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+machine_code = pytest.importorskip("machine_code", reason=f"{BENCHMARKS} is not there")
+kernel_budget = pytest.importorskip("kernel_budget")
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+#: The instructions an element that a kernel may take, by its name: with one term, with one more term or
+#: step, and the blocks that a multiprocessor has registers for. The first name that fits counts.
+MOST = [
+    (r"write<\w+, Normals>", 36, None, 6),
+    (r"write<\w+, Signs>", 13, None, 6),
+    (r"displace<Dense<Normals, double>", 40, 38, 3),
+    (r"displace<Dense<Normals, \w+>, nearest>", 40, 38, 5),
+    (r"displace<Dense<Normals, \w+>, stochastic>", 54, 38, 5),
+    (r"displace<Dense<Signs, \w+>, nearest>", 19, None, 3),
+    (r"displace<Dense<Signs, \w+>, stochastic>", 26, None, 3),
+    (r"displace<Factored", 27, None, 3),
+    (r"adam<Dense<Normals, double>", 9, 49, 3),
+    (r"adam<Dense<Normals, \w+>, nearest>", 9, 46, 4),
+    (r"adam<Dense<Normals, \w+>, stochastic>", 24, 46, 4),
+    (r"adam<.*, nearest>", 11, None, 2),
+    (r"adam<.*, stochastic>", 24, None, 2),
+]
+
+
+def built() -> Path | None:
+    return next(iter(sorted(Path(ops.__file__).parent.glob("_cuda*.so"))), None)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list:
+    shared_object = built()
+    if shared_object is None:
+        pytest.skip("the CUDA operators are not built")
+    try:
+        return machine_code.kernels(shared_object)
+    except machine_code.ToolMissing as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_keep_to_their_budget(kernels: list, architecture: str) -> None:
+    chosen = [kernel for kernel in kernels if kernel.architecture == architecture]
+    if not chosen:
+        pytest.skip(f"the CUDA operators are not built for {architecture}")
+    spilled = [kernel.name for kernel in chosen if kernel.stack]
+    assert not spilled, f"these kernels use local memory: {spilled}"
+    budgets = [budget for budget in map(kernel_budget.budget, chosen) if budget]
+    assert len(budgets) == 44, "write, displace and adam of all directions, dtypes and roundings"
+    for budget in budgets:
+        first, further, blocks = next(most for name, *most in MOST if re.match(name, budget.kernel))
+        assert budget.narrowest == 16, f"{budget}: accesses of {budget.narrowest} bytes"
+        assert budget.first <= first, f"{budget}: more than {first} instructions"
+        assert (budget.further is None) == (further is None), budget
+        assert further is None or budget.further <= further, f"{budget}: more than {further} instructions"
+        assert budget.blocks >= blocks, f"{budget}: room for {budget.blocks} blocks, not for {blocks}"
+
+
+@pytest.mark.cuda
+def test_the_counted_path_makes_noise(kernels: list) -> None:
+    """One root for two normals, ten rounds of two products for four: else something else was counted."""
+    seen = 0
+    for budget in filter(None, map(kernel_budget.budget, kernels)):
+        counts = budget.units if "adam" not in budget.kernel else budget.further_units
+        if "Normals" not in budget.kernel:
+            continue
+        seen += 1
+        conversions = 1.5 if budget.architecture == "sm_80" else 0  # three for two normals, in that unit
+        assert counts["special"] == 0.5 + conversions, budget
+        assert counts["integer multiplier"] >= 5, budget
+    assert seen >= 16
+
+
+@pytest.mark.cuda
+def test_nothing_is_approximated(kernels: list) -> None:
+    """Of the approximate functions only those that a correction follows: roots and quotients."""
+    for kernel in kernels:
+        used = {re.match(r"MUFU\.\w+", line)[0] for line in kernel.instructions if line.startswith("MUFU")}
+        assert used <= {"MUFU.RSQ", "MUFU.RCP", "MUFU.RSQ64H", "MUFU.RCP64H"}, (kernel.name, used)
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   MUFU.RSQ R0, R5 ;
+.L_x_1:
+        /*0040*/                   FFMA R4, R4, R5, R4 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/               @P2 EXIT ;
+.L_x_2:
+        /*0070*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0080*/                   BRA P3, `(.L_x_0) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   BRA `(.L_x_3);
+"""
+
+
+def test_a_listing_is_read() -> None:
+    usage = {"REG": 40, "STACK": 0, "LOCAL": 8, "SHARED": 0}
+    try:
+        kernel = machine_code._kernel("sm_90", "_Z5writev", LISTING, usage)
+    except machine_code.ToolMissing as error:
+        pytest.skip(str(error))
+    assert (kernel.name, kernel.registers, kernel.stack) == ("write", 40, 8)
+    inner, outer, trap = kernel.loops()
+    assert outer.holds(inner)
+    assert not inner.holds(outer)
+    assert (trap.head, trap.latch) == (10, 10)
+    names = [line.split()[0] for line in kernel.shortest_round(outer)]
+    assert names == ["LDG.E.128", "BRA", "STG.E.128", "BRA"]
+    names = [line.split()[0] for line in kernel.shortest_round(outer, through="MUFU")]
+    assert names == ["LDG.E.128", "BRA", "MUFU.RSQ", "FFMA", "BRA", "EXIT", "STG.E.128", "BRA"]
+    assert kernel_budget.whole_loop(kernel) == outer
