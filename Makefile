@@ -18,10 +18,10 @@ CONSTRAINT := $(STAMPS)/constraint.txt
 INSTALLED := $(STAMPS)/installed
 BUILT := $(STAMPS)/built
 SOURCES := setup.py $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build lint bench test-cuda-build distribution torch clean
+.PHONY: help demo test build lint bench bench-cpp test-cuda-build distribution torch clean
 
 help: ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -43,6 +43,10 @@ lint: $(STAMPS)/dev ## Check style and types
 
 bench: $(STAMPS)/demo $(BUILT) ## Measure this machine: nothing else should run on it
 	$(BIN)/zoext bench $(ARGS)
+
+bench-cpp: ## Measure the C++ loops alone: needs Google Benchmark, but neither Python nor torch
+	@$(MAKE) --no-print-directory -C benchmarks/csrc
+	build/bench-cpp/bench-cpp $(ARGS)
 
 test-cuda-build: ## Build for CUDA, without a GPU: needs nvcc and a CUDA build of torch
 	@ZOEXT_CUDA=1 $(MAKE) --no-print-directory VENV=$(VENV)-cuda build

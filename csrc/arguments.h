@@ -19,8 +19,6 @@ namespace zoext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Distribution : int64_t { normal = 0, sign = 1 };
-
 inline bool is_storage(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
          type == ScalarType::Half;

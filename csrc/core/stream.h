@@ -16,6 +16,9 @@ enum class Stream : uint32_t {
   sign = 6,             // signs of a dense Rademacher direction
 };
 
+// What a dense direction is made of.
+enum class Distribution : int64_t { normal = 0, sign = 1 };
+
 // The field of one direction on one parameter: a function of the block number alone.
 struct Field {
   uint64_t seed;

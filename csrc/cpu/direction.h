@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "../arguments.h"
-#include "tiles.h"
+#include "../core/stream.h"
+#include "tile.h"
 
 namespace zoext::cpu {
 

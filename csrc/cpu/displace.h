@@ -1,24 +1,16 @@
-// What all operators but normal_ end in: the change of a tile, joined to theta and rounded.
+// What all operators but normal_ end in: the change of every tile, joined to theta and rounded.
 #pragma once
 
 #include <optional>
 #include <vector>
 
 #include "../arguments.h"
+#include "displace_tile.h"
 #include "tiles.h"
 
 namespace zoext::cpu {
 
-// 16 random bits for each element of the tile's aligned stretch.
-inline void fill_rounding_bits(const InstructionSet& set, const Tile& tile, uint64_t seed, uint32_t key,
-                               uint32_t* words) {
-  const Field field{seed, key, static_cast<uint32_t>(Stream::rounding)};
-  set.words(field, tile.aligned_index() / roundings_per_block, tile.aligned_count() / roundings_per_block, words);
-}
-
-// out = round(theta + (change - decay theta)), with the bits of `rounding_seed` if there is one.
-// `write_change(tile, upcoming, change)` writes the tile's change from change[tile.lead()] on; it may
-// write to anything before and to `widest_pack` numbers behind.
+// `displace_tile` for every tile of every tensor, in parallel.
 template <class WriteChange>
 void displace(const InstructionSet& set, const std::vector<Tensor>& out, const std::vector<Tensor>& theta,
               const std::vector<Place>& places, float decay, std::optional<uint64_t> rounding_seed,
@@ -27,20 +19,9 @@ void displace(const InstructionSet& set, const std::vector<Tensor>& out, const s
     const Tensor &to = out[tile.tensor], &from = theta[tile.tensor];
     for_storage(from.scalar_type(), [&](auto storage) {
       using Storage = decltype(storage);
-      using Number = typename Arithmetic<Storage>::type;
-      const Storage* const weights = static_cast<const Storage*>(from.const_data_ptr()) + tile.local;
-      Storage* const displaced = static_cast<Storage*>(to.mutable_data_ptr()) + tile.local;
-      const auto* const next_read = reinterpret_cast<const char*>(weights + tile.count);
-      const auto* const next_write = reinterpret_cast<const char*>(displaced + tile.count);
-      const Upcoming next_tile{next_read, next_read == next_write ? nullptr : next_write, sizeof(Storage)};
-      alignas(64) Number change[tile_elements + widest_pack];
-      alignas(64) uint32_t random[tile_elements / 2];
-      write_change(tile, next_tile, change);
-      const bool stochastic = can_round<Storage> && rounding_seed;
-      if (stochastic) fill_rounding_bits(set, tile, *rounding_seed, places[tile.tensor].key, random);
-      set.storage<Storage>().displace(
-          displaced, weights, change + tile.lead(), Number{decay}, tile.count,
-          stochastic ? reinterpret_cast<const uint16_t*>(random) + tile.lead() : nullptr);
+      displace_tile(set, tile, places[tile.tensor].key, static_cast<Storage*>(to.mutable_data_ptr()) + tile.local,
+                    static_cast<const Storage*>(from.const_data_ptr()) + tile.local, decay, rounding_seed,
+                    write_change);
     });
   });
 }

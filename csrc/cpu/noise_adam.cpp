@@ -1,26 +1,10 @@
 // The Adam step of a window of dense estimates on the CPU.
-#include "direction.h"
 #include "displace.h"
+#include "noise_step.h"
 #include "terms.h"
 
 namespace zoext::cpu {
 namespace {
-
-// The step that a window makes on the tile's aligned stretch: m lies where the change will.
-template <class Number>
-void write_step(const InstructionSet& set, const DenseDirection& direction, const Window& window, const Tile& tile,
-                uint32_t key, Upcoming upcoming, Number* change) {
-  const int64_t count = tile.aligned_count();
-  std::fill_n(change, count, Number{empty_sum});
-  if (window.steps().empty()) return;
-  alignas(64) Number v[tile_elements];
-  std::fill_n(v, count, Number{0});
-  for (const Step& step : window.steps()) {
-    direction.add_moments(step, tile, key, upcoming, change, v);
-    upcoming = nothing;
-  }
-  set.arithmetic<Number>().window.step(window.minus_lr(), window.eps(), change, v, count, change);
-}
 
 void noise_adam_(std::vector<Tensor> theta, Tensor seeds, Tensor coefficients, Tensor first_weights,
                  Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, std::vector<int64_t> keys,
@@ -40,7 +24,9 @@ void noise_adam_(std::vector<Tensor> theta, Tensor seeds, Tensor coefficients, T
   const DenseDirection direction(set, checked);
   displace(set, theta, theta, places, *floats_in(decay), newest_rounding_seed(how, seeds),
            [&](const Tile& tile, Upcoming upcoming, auto* change) {
-             write_step(set, direction, window, tile, places[tile.tensor].key, upcoming, change);
+             const std::vector<Step>& steps = window.steps();
+             write_step(set, direction, steps.data(), static_cast<int64_t>(steps.size()), window.minus_lr(),
+                        window.eps(), tile, places[tile.tensor].key, upcoming, change);
            });
 }
 
