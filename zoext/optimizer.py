@@ -18,6 +18,7 @@ from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, 
 from zoext.estimators import CentralDifference, Estimate, Estimator, average
 from zoext.nonfinite import NonfiniteWatch
 from zoext.parameters import Parameters
+from zoext.profiling import Phase, record
 from zoext.randomness import RandomState
 from zoext.updates import SGD, State, Update
 
@@ -186,7 +187,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not self._pending:
             raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
         self._check_unchanged("the estimate was made, so it does not fit any more")
-        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
+        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred(), record(Phase.UPDATE):
             estimate = average(self._pending)
             self._pending.clear()  # first: should an update raise, no group is to move twice
             for group, movable, mu in zip(self.param_groups, self._groups, self._mus, strict=True):
@@ -217,7 +218,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._estimating = True
         try:
             # Outside of inference mode: what is kept here must be usable by later steps.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), record(Phase.ESTIMATE):
                 estimate = self._estimate(closure)
         except BaseException:
             self._pending.clear()
