@@ -304,18 +304,18 @@ with torch.autograd.profiler.emit_nvtx():
 
 @pytest.fixture(scope="module")
 def nvtx_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library in the place of Nsight Systems, which prints the ranges of the process that loads it."""
+    """A library that prints the ranges of the process that loads it: see ``tests/csrc/nvtx_log.cpp``."""
     if torch.version.cuda is None:
         pytest.skip("torch is a CPU build")
     from torch.utils.cpp_extension import CUDA_HOME
 
     folders = [Path(CUDA_HOME or "/usr/local/cuda") / "include"]
     folders += Path(torch.__file__).parents[1].glob("nvidia/**/include")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or not any((folder / "nvtx3").is_dir() for folder in folders):
-        pytest.skip("needs a C compiler and the headers of NVTX")
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler) or not any((folder / "nvtx3").is_dir() for folder in folders):
+        pytest.skip("needs a C++ compiler and the headers of NVTX")
     library = tmp_path_factory.mktemp("nvtx") / "nvtx_log.so"
-    source = Path(__file__).parent / "csrc" / "nvtx_log.c"
+    source = Path(__file__).parent / "csrc" / "nvtx_log.cpp"
     options = ["-shared", "-fPIC", *(f"-I{folder}" for folder in folders)]
     subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
     return library

@@ -44,7 +44,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     A step evaluates the closure at displaced weights, turns the losses into a gradient estimate
     ``sum_k c_k D(s_k)`` and moves theta along it. A torch.optim.Optimizer in every habit: parameter
     groups with ``lr``, ``mu`` and ``weight_decay``, schedulers, hooks, and a ``state_dict`` of plain
-    data from which training continues bit for bit.
+    data from which training continues bit for bit. Profilers see its phases, ``zoext.estimate`` (with
+    ``zoext.perturb``, ``zoext.forward`` and ``zoext.restore`` in it) and ``zoext.update``, as events.
 
     Args:
         params: an ``nn.Module``, or what torch.optim takes (tensors, dicts, ``named_parameters()``).
