@@ -18,6 +18,7 @@ from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, 
 from zoext.estimators import CentralDifference, Estimate, Estimator, average
 from zoext.nonfinite import NonfiniteWatch
 from zoext.parameters import Parameters
+from zoext.profiling import Phase, record
 from zoext.randomness import RandomState
 from zoext.updates import SGD, State, Update
 
@@ -43,7 +44,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     A step evaluates the closure at displaced weights, turns the losses into a gradient estimate
     ``sum_k c_k D(s_k)`` and moves theta along it. A torch.optim.Optimizer in every habit: parameter
     groups with ``lr``, ``mu`` and ``weight_decay``, schedulers, hooks, and a ``state_dict`` of plain
-    data from which training continues bit for bit.
+    data from which training continues bit for bit. Profilers see its phases, ``zoext.estimate`` (with
+    ``zoext.perturb``, ``zoext.forward`` and ``zoext.restore`` in it) and ``zoext.update``, as events.
 
     Args:
         params: an ``nn.Module``, or what torch.optim takes (tensors, dicts, ``named_parameters()``).
@@ -186,7 +188,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not self._pending:
             raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
         self._check_unchanged("the estimate was made, so it does not fit any more")
-        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
+        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred(), record(Phase.UPDATE):
             estimate = average(self._pending)
             self._pending.clear()  # first: should an update raise, no group is to move twice
             for group, movable, mu in zip(self.param_groups, self._groups, self._mus, strict=True):
@@ -217,7 +219,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._estimating = True
         try:
             # Outside of inference mode: what is kept here must be usable by later steps.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), record(Phase.ESTIMATE):
                 estimate = self._estimate(closure)
         except BaseException:
             self._pending.clear()

@@ -14,6 +14,7 @@ from torch import nn
 from zoext import interrupts
 from zoext.directions import Combination, Direction, Terms
 from zoext.parameters import Parameters
+from zoext.profiling import Phase, record
 from zoext.swap import ModuleSwap, StreamedProbeError
 from zoext.unperturbed import UnperturbedReads
 
@@ -51,7 +52,7 @@ class InplaceProbe(Probe):
         def evaluate(combination: Combination, closure: Closure) -> Any:
             _move(displaced, combination)
             torch.clear_autocast_cache()
-            with signals.allowed():
+            with record(Phase.FORWARD), signals.allowed():
                 return closure()
 
         with interrupts.deferred() as signals:
@@ -74,20 +75,22 @@ def _move(displaced: list[_Displaced], combination: Combination) -> None:
     """Moves theta from where it is to the combination; ``displaced`` is true after each kernel."""
     if displaced and displaced[0].terms.seeds is not combination.seeds:
         _restore(displaced)
-    for position, (parameters, terms) in enumerate(combination.terms):
-        change = terms
-        if position < len(displaced):
-            step = terms.coefficients - displaced[position].terms.coefficients
-            change = Terms(terms.seeds, step, terms.frame)
-        combination.direction.axpy_(parameters, change)
-        displaced[position : position + 1] = [_Displaced(combination.direction, parameters, terms)]
+    with record(Phase.PERTURB):
+        for position, (parameters, terms) in enumerate(combination.terms):
+            change = terms
+            if position < len(displaced):
+                step = terms.coefficients - displaced[position].terms.coefficients
+                change = Terms(terms.seeds, step, terms.frame)
+            combination.direction.axpy_(parameters, change)
+            displaced[position : position + 1] = [_Displaced(combination.direction, parameters, terms)]
 
 
 def _restore(displaced: list[_Displaced]) -> None:
-    while displaced:
-        direction, parameters, terms = displaced[-1]
-        direction.axpy_(parameters, Terms(terms.seeds, -terms.coefficients, terms.frame))
-        displaced.pop()
+    with record(Phase.RESTORE):
+        while displaced:
+            direction, parameters, terms = displaced[-1]
+            direction.axpy_(parameters, Terms(terms.seeds, -terms.coefficients, terms.frame))
+            displaced.pop()
 
 
 class StreamedProbe(Probe):
@@ -129,6 +132,7 @@ class StreamedProbe(Probe):
             with (
                 self._swap.displaced(combination, find_written_buffers=watch) as visited,
                 watching,
+                record(Phase.FORWARD),
                 signals.allowed(),
             ):
                 torch.clear_autocast_cache()

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from zoext.directions import Combination, Terms
 from zoext.interrupts import Signals
 from zoext.parameters import Parameters
+from zoext.profiling import Phase, record
 
 
 class StreamedProbeError(RuntimeError):
@@ -187,7 +188,8 @@ class ModuleSwap:
             yield self._visited
         finally:
             for module in reversed(list(self._running)):
-                self._restore(module)
+                with record(Phase.RESTORE):
+                    self._restore(module)
             self._combination, self._terms, self._originals = None, {}, {}
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
@@ -272,13 +274,16 @@ class ModuleSwap:
             return self._after(module, output)
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        assert self._combination is not None
         users = self._scratch.users()
         running = self._running[module] = _Running(self._scratch.top, users)
         self._visited.add(id(module))
         running.rows = self._rows_to_read(module, args)
-        if running.rows is not None:
-            return
+        if running.rows is None:
+            with record(Phase.PERTURB):
+                self._displace(module, running)
+
+    def _displace(self, module: nn.Module, running: _Running) -> None:
+        assert self._combination is not None
         for parameters, terms in self._terms.get(module, ()):
             # A weight that a running parent shares with this module is displaced already.
             fresh = parameters
@@ -309,12 +314,14 @@ class ModuleSwap:
         if running.depth:
             return None
         if running.rows is not None and output is not None:
-            self._displace_rows(module, running.rows, output)
+            with record(Phase.PERTURB):
+                self._displace_rows(module, running.rows, output)
         # What a module returns may be a view of its weights, whose memory the next module will use.
         borrowed = _distinct(output, self._scratch.holds)
         if borrowed:
             output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
-        self._restore(module)
+        with record(Phase.RESTORE):
+            self._restore(module)
         if self._scratch.users() > running.users + len(borrowed) and not torch.is_grad_enabled():
             names = ", ".join(
                 name for parameters, _ in self._terms.get(module, ()) for name in parameters.names
