@@ -21,7 +21,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build lint bench bench-cpp test-cuda-build distribution torch clean
+.PHONY: help demo test build lint bench bench-cpp bench-gpu test-cuda-build test-gpu gpu distribution torch clean
 
 help: ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -51,6 +51,20 @@ bench-cpp: ## Measure the C++ loops alone: needs Google Benchmark, but neither P
 test-cuda-build: ## Build for CUDA, without a GPU: needs nvcc and a CUDA build of torch
 	@ZOEXT_CUDA=1 $(MAKE) --no-print-directory VENV=$(VENV)-cuda build
 	$(VENV)-cuda/bin/python tools/check_cuda_kernels.py
+
+test-gpu: gpu ## Run the CUDA tests on this machine's GPU
+	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda $(VENV)-cuda/stamps/test
+	$(VENV)-cuda/bin/python -m pytest tests -m cuda $(ARGS)
+
+bench-gpu: gpu ## Measure this machine's GPU: nothing else should run on it
+	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda $(VENV)-cuda/stamps/demo
+	$(VENV)-cuda/bin/python benchmarks/gpu.py $(ARGS)
+
+# The CUDA build, after a look whether there is a GPU that it could run on.
+gpu:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda torch
+	@$(VENV)-cuda/bin/python tools/check_gpu.py
+	@$(MAKE) --no-print-directory test-cuda-build
 
 distribution: $(INSTALLED) ## Make dist/: the sdist, a wheel from it; check what they hold
 	rm -rf dist zoext.egg-info

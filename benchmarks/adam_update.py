@@ -39,6 +39,7 @@ class AdamUpdate:
         lags = range(HORIZON - 1, -1, -1)
         self.first_weights, self.second_weights = ([(1 - b) * b**lag for lag in lags] for b in BETAS)
         self._device = device
+        self._window = self._window_on(device)
 
     def plain(self) -> None:
         """The published algorithm in torch, as lean as it gets: no temporary but one tensor's noise, mean
@@ -62,18 +63,15 @@ class AdamUpdate:
 
     def fused(self) -> None:
         """The operator of this package."""
-        ops.noise_adam_(
-            self.parameters,
-            torch.tensor(self.seeds, device=self._device).reshape(HORIZON, 1),
-            torch.tensor(self.coefficients, device=self._device).reshape(HORIZON, 1),
-            torch.tensor(self.first_weights, device=self._device),
-            torch.tensor(self.second_weights, device=self._device),
-            torch.tensor(LR, device=self._device),
-            torch.tensor(EPS, device=self._device),
-            torch.zeros((), device=self._device),
-            range(len(self.parameters)),
-            [ops.span_of(parameter) for parameter in self.parameters],
-        )
+        spans = [ops.span_of(parameter) for parameter in self.parameters]
+        ops.noise_adam_(self.parameters, *self._window, range(len(self.parameters)), spans)
+
+    def _window_on(self, device: torch.device) -> list[torch.Tensor]:
+        """What the operator takes between the parameters and their keys."""
+        steps = [torch.tensor(numbers).reshape(HORIZON, 1) for numbers in (self.seeds, self.coefficients)]
+        weights = [torch.tensor(weights) for weights in (self.first_weights, self.second_weights)]
+        rates = [torch.tensor(rate) for rate in (LR, EPS, 0.0)]
+        return [tensor.to(device) for tensor in (*steps, *weights, *rates)]
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ class FactoredPass:
         self._places = range(len(shapes)), [ops.span_of(matrix) for matrix in self.matrices]
         self._seeds = torch.arange(HORIZON, device=device)
         self._weights = torch.full((HORIZON,), 0.1, device=device)
+        self._coefficients = torch.ones(HORIZON, 1, device=device)
+        self._scale = torch.tensor([SCALE], device=device)
         self._lr, self._eps, self._decay = (torch.tensor(number, device=device) for number in (LR, EPS, 0.0))
 
     def plain(self, rank: int) -> None:
@@ -52,9 +54,13 @@ class FactoredPass:
 
     def fused(self, rank: int) -> None:
         """The operator of this package."""
-        left, right = ([f[:1, :rank].contiguous() for f in side] for side in (self._left, self._right))
-        numbers = self._seeds[:1], SCALE * torch.ones_like(self._weights[:1]), self._decay
-        ops.factored_axpy_(self.matrices, left, right, *numbers, *self._places)
+        term = self._seeds[:1], self._scale, self._decay
+        ops.factored_axpy_(self.matrices, *self._first_factors(rank), *term, *self._places)
+
+    def fused_copy(self, out: list[torch.Tensor], rank: int) -> None:
+        """As ``fused``, into ``out``, which has the shapes of the matrices."""
+        term = self._seeds[:1], self._scale
+        ops.factored_copy_(out, self.matrices, *self._first_factors(rank), *term, *self._places)
 
     def plain_adam(self) -> None:
         """As lean as it gets: no temporary but one matrix's direction, mean and square."""
@@ -69,9 +75,12 @@ class FactoredPass:
 
     def fused_adam(self) -> None:
         """The operator of this package."""
-        steps = self._seeds[:, None], torch.ones_like(self._weights)[:, None], self._weights, self._weights
+        steps = self._seeds[:, None], self._coefficients, self._weights, self._weights
         rates = self._lr, self._eps, self._decay
         ops.factored_adam_(self.matrices, self._left, self._right, *steps, *rates, *self._places)
+
+    def _first_factors(self, rank: int) -> list[list[torch.Tensor]]:
+        return [[factor[:1, :rank] for factor in side] for side in (self._left, self._right)]
 
 
 def add_figures(report: Report, label: str, times: dict[str, Spread]) -> None:

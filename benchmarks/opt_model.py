@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +13,34 @@ from torch import Tensor, nn
 BATCH, TOKENS = 4, 64
 
 
-def random_opt(arguments: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
-    """An OPT decoder of the size that was asked for, in evaluation mode."""
-    try:
-        from transformers import OPTConfig, OPTForCausalLM
-    except ImportError:
+def require_transformers() -> None:
+    """Ends the program, saying what to do, where there is no transformers."""
+    if find_spec("transformers") is None:
         sys.exit("this benchmark needs transformers: pip install 'zoext[finetune]'")
+
+
+def random_opt(arguments: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+    """An OPT decoder of the size that was asked for, in evaluation mode, made on its device."""
+    require_transformers()
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    width_of_head = 64 if arguments.width < 4096 else 128
     config = OPTConfig(
         num_hidden_layers=arguments.layers,
         hidden_size=arguments.width,
         word_embed_proj_dim=arguments.width,
         ffn_dim=4 * arguments.width,
-        num_attention_heads=max(1, arguments.width // 64),
+        num_attention_heads=max(1, arguments.width // width_of_head),
         vocab_size=arguments.vocabulary,
     )
-    return OPTForCausalLM(config).to(arguments.device, dtype).eval()
+    with arguments.device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def closure_of(model: nn.Module, arguments: argparse.Namespace) -> Callable[[], Tensor]:
-    """The loss on a random batch of 4 x 64 tokens, the next token to be told."""
+def closure_of(
+    model: nn.Module, arguments: argparse.Namespace, *, batch: int = BATCH, tokens: int = TOKENS
+) -> Callable[[], Tensor]:
+    """The loss on a random batch of ``batch`` x ``tokens`` tokens, the next token to be told."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(arguments.vocabulary, (BATCH, TOKENS), generator=generator).to(arguments.device)
-    return lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    ids = torch.randint(arguments.vocabulary, (batch, tokens), generator=generator).to(arguments.device)
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss

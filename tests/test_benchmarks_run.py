@@ -108,6 +108,7 @@ def test_every_program_is_tested_and_described() -> None:
         "adam_update",
         "dense_pass",
         "factored_pass",
+        "gpu",
         "mezo_step",
         "power_iteration",
         "step_memory",
@@ -223,6 +224,17 @@ def test_table_says_whether_a_bar_is_met() -> None:
     lines = {line.split("  ")[0]: line for line in str(report).splitlines()}
     assert lines["fast enough"].endswith(">= 12 met")
     assert lines["too slow"].endswith("<= 1.5 MISSED")
+
+
+def test_figures_of_one_name_are_refused_and_notes_are_kept(tmp_path: Path) -> None:
+    report = Report("a title", {})
+    report.add("twice", Spread((1.0,)), "x")
+    with pytest.raises(ValueError, match="there is a figure called 'twice' already"):
+        report.add("twice", Spread((2.0,)), "x")
+    report.note("one thing was left out")
+    report.finish(tmp_path / "figures.json")
+    assert str(report).endswith("\none thing was left out")
+    assert read(tmp_path / "figures.json")["notes"] == ["one thing was left out"]
 
 
 def test_peak_of_memory_is_that_of_the_second_run() -> None:

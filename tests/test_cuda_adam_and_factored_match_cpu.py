@@ -387,6 +387,9 @@ def test_a_captured_graph_follows_its_window() -> None:
     theta, moved = torch.ones(4096, device="cuda"), torch.ones(4096, device="cuda")
     left, right = listed(*factors(64, 64, terms=6, rank=2))
     window = device(*adam(2, 3))
+    # The device loads a kernel when it first runs, and may not do so during a capture.
+    ops.noise_adam_([theta.clone()], *window, [3], [(0, 4096, 0)])
+    ops.factored_adam_([moved.clone()], left, right, *window, [3], [(0, 4096, 0)])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ops.noise_adam_([theta], *window, [3], [(0, 4096, 0)])

@@ -188,6 +188,8 @@ def test_runs_on_the_current_stream() -> None:
 def test_a_captured_graph_follows_its_seeds_and_coefficients() -> None:
     theta = torch.ones(4096, device="cuda")
     seeds, coefficients, decay = device(*seeds_and_coefficients(3), torch.tensor(0.0))
+    # The device loads a kernel when it first runs, and may not do so during a capture.
+    ops.noise_axpy_([torch.ones_like(theta)], seeds, coefficients, decay, [3], [(0, 4096, 0)])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ops.noise_axpy_([theta], seeds, coefficients, decay, [3], [(0, 4096, 0)])

@@ -5,23 +5,13 @@ from __future__ import annotations
 import pytest
 import spectra
 import torch
+from cuda_comparison import DTYPES, MARKS, fakegpu
 from torch import Tensor
 
 from zoext import ops
 
-try:
-    import fakegpu  # an emulator: it counts launches
-except ImportError:
-    fakegpu = None
+pytestmark = MARKS
 
-MISSING = "torch sees no CUDA device" if not torch.cuda.is_available() else ops.cuda_missing
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(MISSING is not None, reason=f"no CUDA: {MISSING}"),
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
-]
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SEED = torch.tensor([-(2**62) + 11])
 
 

@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_comparison import MARKS
 from torch import nn
 
 import zoext
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, real or simulated"),
-]
+pytestmark = MARKS
 
 STEPS = 4
 RECIPES: dict[str, Callable[..., zoext.ZerothOrderOptimizer]] = {

@@ -19,14 +19,14 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) ->
         "--device",
         type=_device,
         default=torch.device("cpu"),
-        help="cpu, cuda, cuda:1, ...; default: cpu",
+        help="cpu, cuda, cuda:1, ...; default: %(default)s",
     )
     parser.add_argument(
-        "--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s"
+        "--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s"
     )
     parser.add_argument(
         "--repeats",
-        type=_positive,
+        type=positive,
         default=repeats,
         help="rounds, after one to warm up; default: %(default)s",
     )
@@ -34,9 +34,9 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) ->
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The size of the OPT decoder; the defaults are OPT-125M."""
-    parser.add_argument("--layers", type=_positive, default=12, help="default: %(default)s")
-    parser.add_argument("--width", type=_positive, default=768, help="default: %(default)s")
-    parser.add_argument("--vocabulary", type=_positive, default=50272, help="default: %(default)s")
+    parser.add_argument("--layers", type=positive, default=12, help="default: %(default)s")
+    parser.add_argument("--width", type=positive, default=768, help="default: %(default)s")
+    parser.add_argument("--vocabulary", type=positive, default=50272, help="default: %(default)s")
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
@@ -64,7 +64,8 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text}") from None
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """For ``type`` of an option."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")

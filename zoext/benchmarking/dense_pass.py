@@ -14,6 +14,7 @@ Shape = tuple[int, ...]
 
 SEED = 1
 SCALE = 1e-3
+MOST_TERMS = 4
 
 
 def opt_shapes(
@@ -48,8 +49,8 @@ class DensePass:
         self.elements = sum(parameter.numel() for parameter in self.parameters)
         self._keys = range(len(shapes))
         self._spans = [ops.span_of(parameter) for parameter in self.parameters]
-        self._seeds = torch.tensor([SEED], device=device)
-        self._coefficients = torch.tensor([SCALE], device=device)
+        self._seeds = torch.arange(SEED, SEED + MOST_TERMS, device=device)
+        self._coefficients = torch.full((MOST_TERMS,), SCALE, device=device)
         self._decay = torch.zeros((), device=device)
         size = self.elements * dtype.itemsize
         self._bytes = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
@@ -66,21 +67,29 @@ class DensePass:
         """
         self._bytes.bitwise_not_()
 
+    def copy(self) -> None:
+        """Reads and writes as many bytes, as the device copies them: one half over the other, and back."""
+        half = len(self._bytes) // 2
+        first, second = self._bytes[:half], self._bytes[len(self._bytes) - half :]
+        second.copy_(first)
+        first.copy_(second)
+
     def noise_only(self) -> None:
         """As many normals, into memory that stays in a cache: the limit that arithmetic sets."""
         spans = [ops.span_of(piece) for piece in self._pieces]
-        ops.normal_(self._pieces, self._seeds, range(len(self._pieces)), spans)
+        ops.normal_(self._pieces, self._seeds[:1], range(len(self._pieces)), spans)
 
     def fused(
         self,
         distribution: ops.Distribution = ops.Distribution.NORMAL,
         rounding: ops.Rounding = ops.Rounding.NEAREST,
+        terms: int = 1,
     ) -> None:
-        """The operator of this package."""
+        """The operator of this package, with 1 to 4 terms ``c z``."""
         ops.noise_axpy_(
             self.parameters,
-            self._seeds,
-            self._coefficients,
+            self._seeds[:terms],
+            self._coefficients[:terms],
             self._decay,
             self._keys,
             self._spans,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zoext import _C
+from zoext.benchmarking.machine import environment
 from zoext.benchmarking.timing import Spread
 
 
@@ -69,12 +67,14 @@ class _Figure:
 class Report:
     """The figures of one program, in the order in which they were added.
 
-    ``settings`` is what the program was asked to do: plain data.
+    ``settings`` is what the program was asked to do: plain data. Its ``device``, if there is one, is
+    described as well.
     """
 
     title: str
     settings: dict[str, Any]
     _figures: list[_Figure] = field(default_factory=list)
+    _notes: list[str] = field(default_factory=list)
 
     def add_times(self, label: str, times: Mapping[str, Spread]) -> None:
         """Adds seconds, shown in milliseconds."""
@@ -83,18 +83,28 @@ class Report:
             self.add(f"{label}: {name}", milliseconds, "ms")
 
     def add(self, name: str, spread: Spread, unit: str, bar: Bar | None = None) -> None:
-        """Adds a figure; a ratio has the unit "x"."""
+        """Adds a figure; a ratio has the unit "x".
+
+        Raises:
+            ValueError: if there is a figure of that name, which the JSON would lose.
+        """
+        if any(figure.name == name for figure in self._figures):
+            raise ValueError(f"there is a figure called {name!r} already")
         self._figures.append(_Figure(name, spread, unit, bar))
+
+    def note(self, text: str) -> None:
+        """Adds a line of text, which stands below the table: what was left out, and why."""
+        self._notes.append(text)
 
     def __str__(self) -> str:
         head = ("", "median", "min", "max", "", "bar")
         rows = [head, *(figure.row() for figure in self._figures)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [self.title, ", ".join(f"{key} {value}" for key, value in environment().items()), ""]
+        lines = [self.title, ", ".join(f"{key} {value}" for key, value in self._environment().items()), ""]
         for row in rows:
             cells = zip((str.ljust, *3 * [str.rjust], str.ljust, str.ljust), row, widths, strict=True)
             lines.append("  ".join(align(cell, width) for align, cell, width in cells).rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *([""] if self._notes else []), *self._notes])
 
     def finish(self, path: Path | None) -> None:
         """Prints the table, and writes the JSON to ``path`` unless it is None."""
@@ -104,30 +114,11 @@ class Report:
         document = {
             "title": self.title,
             "settings": self.settings,
-            "environment": environment(),
+            "environment": self._environment(),
             "figures": {figure.name: figure.as_json() for figure in self._figures},
+            "notes": self._notes,
         }
         path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on besides the settings."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "instruction set": _C.instruction_set(),
-        "compiler": _C.compiler(),
-    }
-
-
-def _processor() -> str:
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    def _environment(self) -> dict[str, Any]:
+        return environment(torch.device(self.settings.get("device", "cpu")))

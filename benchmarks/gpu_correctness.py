@@ -1,0 +1,199 @@
+"""Every operator on a GPU against the same on the CPU, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoext import noise, ops
+from zoext.ops import Distribution, Rounding, Span
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+PATTERNS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+SEEDS = torch.tensor([[3, -(2**63) + 9], [2**62 + 5, -1], [12345, 2**33 + 1]])
+COEFFICIENTS = torch.tensor([[1.5e-3, -2.25], [0.0, 0.75], [-1.25, 5e-4]])
+FIRST_WEIGHTS, SECOND_WEIGHTS = torch.tensor([[0.1, 0.15, 0.2], [0.07, 0.08, 0.3]])
+LR, EPS, DECAY = torch.tensor([0.03, 1e-4, 0.01])
+COLUMNS, RANK = 1001, 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """``results(device)`` is what an operator makes there, of the same arguments each time."""
+
+    name: str
+    results: Callable[[torch.device], list[Tensor]]
+
+    def difference(self, device: torch.device) -> str | None:
+        """Where the device and the CPU differ first, and by what; None where they do not."""
+        pairs = zip(self.results(device), self.results(CPU), strict=True)
+        found = (first_difference(actual.cpu(), expected) for actual, expected in pairs)
+        return next((f"tensor {t}, {text}" for t, text in enumerate(found) if text), None)
+
+
+def first_difference(actual: Tensor, expected: Tensor) -> str | None:
+    """A NaN equals any NaN: which of its patterns it has, IEEE 754 leaves to the processor."""
+    pattern = PATTERNS[expected.element_size()]
+    actual, expected = actual.flatten(), expected.flatten()
+    differ = (actual.view(pattern) != expected.view(pattern)) & ~(actual.isnan() & expected.isnan())
+    if not differ.any():
+        return None
+    first = int(differ.nonzero()[0])
+    values = f"{actual[first].item()!r}, not {expected[first].item()!r} as on the CPU"
+    return f"element {first}: {values} ({int(differ.sum())} of {differ.numel()} differ)"
+
+
+def checks(elements: int) -> Iterator[Check]:
+    """Of every operator, in every dtype, distribution and rounding, on a little more than ``elements``."""
+    for dtype in DTYPES:
+        label = str(dtype).removeprefix("torch.")
+        for distribution, rounding in itertools.product(Distribution, Rounding):
+            dense = Dense(elements, dtype, distribution, rounding)
+            options = f"{label}, {distribution.name.lower()}, {rounding.name.lower()}"
+            if rounding == Rounding.NEAREST:  # it has no other
+                yield Check(f"normal_, {label}, {distribution.name.lower()}", dense.normal)
+            yield Check(f"noise_axpy_, {options}", dense.axpy)
+            yield Check(f"noise_copy_, {options}", dense.copy)
+            yield Check(f"noise_adam_, {options}", dense.adam)
+        for rounding in Rounding:
+            factored = Factored(elements, dtype, rounding)
+            options = f"{label}, {rounding.name.lower()}"
+            yield Check(f"factored_axpy_, {options}", factored.axpy)
+            yield Check(f"factored_copy_, {options}", factored.copy)
+            yield Check(f"factored_adam_, {options}", factored.adam)
+        activations = Activations(elements, dtype)
+        yield Check(f"power_iteration, {label}", activations.bases)
+        yield Check(f"power_iteration, {label}, masked", activations.masked_bases)
+
+
+class Dense:
+    """A list of parameters: a large one, an empty one, a single element, and parts of larger ones."""
+
+    def __init__(
+        self, elements: int, dtype: torch.dtype, distribution: Distribution, rounding: Rounding
+    ) -> None:
+        self._spans: list[Span] = [
+            (0, elements, 0),
+            (0, 1, 0),
+            (5, 1, 0),
+            (2**34 + 3, 8193, 0),
+            (2**35 + 7, 100, 333),
+        ]
+        self._weights = [weights(count, dtype) for count in (elements, 0, 1, 8193, 3000)]
+        self._keys = range(len(self._weights))
+        self._how = {"distribution": distribution, "rounding": rounding}
+
+    def normal(self, device: torch.device) -> list[Tensor]:
+        out = moved(self._weights, device)
+        seed, distribution = SEEDS[0, :1].to(device), self._how["distribution"]
+        ops.normal_(out, seed, self._keys, self._spans, distribution=Distribution(distribution))
+        return out
+
+    def axpy(self, device: torch.device) -> list[Tensor]:
+        theta = moved(self._weights, device)
+        ops.noise_axpy_(theta, *combination(device), DECAY.to(device), self._keys, self._spans, **self._how)
+        return theta
+
+    def copy(self, device: torch.device) -> list[Tensor]:
+        theta, out = moved(self._weights, device), moved(self._weights, device)
+        ops.noise_copy_(out, theta, *combination(device), self._keys, self._spans, **self._how)
+        return [*out, *theta]
+
+    def adam(self, device: torch.device) -> list[Tensor]:
+        theta = moved(self._weights, device)
+        ops.noise_adam_(theta, *window(device), self._keys, self._spans, **self._how)
+        return theta
+
+
+class Factored:
+    """A list of matrices, a large one, an empty one and small ones, and factors of each term."""
+
+    def __init__(self, elements: int, dtype: torch.dtype, rounding: Rounding) -> None:
+        shapes = [(max(1, elements // COLUMNS), COLUMNS), (0, 4), (1, 1), (37, 443)]
+        self._weights = [weights(rows * columns, dtype) for rows, columns in shapes]
+        self._left, self._right = (
+            [
+                noise.normal((SEEDS.numel(), RANK, shape[side]), seed=7 + side, key=t)
+                for t, shape in enumerate(shapes)
+            ]
+            for side in (0, 1)
+        )
+        self._places = range(len(shapes)), [ops.span_of(matrix) for matrix in self._weights]
+        self._rounding = rounding
+
+    def axpy(self, device: torch.device) -> list[Tensor]:
+        theta, factors = moved(self._weights, device), self._factors(device)
+        change = *combination(device), DECAY.to(device)
+        ops.factored_axpy_(theta, *factors, *change, *self._places, rounding=self._rounding)
+        return theta
+
+    def copy(self, device: torch.device) -> list[Tensor]:
+        theta, out = moved(self._weights, device), moved(self._weights, device)
+        factors = self._factors(device)
+        ops.factored_copy_(out, theta, *factors, *combination(device), *self._places, rounding=self._rounding)
+        return [*out, *theta]
+
+    def adam(self, device: torch.device) -> list[Tensor]:
+        theta, factors = moved(self._weights, device), self._factors(device)
+        ops.factored_adam_(theta, *factors, *window(device), *self._places, rounding=self._rounding)
+        return theta
+
+    def _factors(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        return [left.to(device) for left in self._left], [right.to(device) for right in self._right]
+
+
+class Activations:
+    """What a layer is fed, with three directions that stand out, and a mask of the tokens that count."""
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        tokens, features = max(RANK, min(4099, elements // 301)), 301
+        self._rows = noise.normal((tokens, features), seed=11)
+        self._rows[:, 5:8] *= torch.tensor([30.0, 20.0, 10.0])
+        self._rows = self._rows.to(dtype)
+        self._mask = torch.arange(tokens) % 5 != 3
+
+    def bases(self, device: torch.device) -> list[Tensor]:
+        return self._bases(device, None)
+
+    def masked_bases(self, device: torch.device) -> list[Tensor]:
+        return self._bases(device, self._mask.to(device))
+
+    def _bases(self, device: torch.device, mask: Tensor | None) -> list[Tensor]:
+        seed = SEEDS[0, :1].to(device)
+        return list(ops.power_iteration(self._rows.to(device), mask, seed, rank=RANK, iterations=3))
+
+
+def weights(count: int, dtype: torch.dtype) -> Tensor:
+    """Of every magnitude that weights have, and zeros, subnormals, infinities and a NaN."""
+    theta = noise.normal(count, seed=5, dtype=dtype)
+    theta *= torch.tensor([1.0, 1e-2, 1e-4]).to(dtype)[torch.arange(count) % 3]
+    limits = torch.finfo(dtype)
+    special = [0.0, -0.0, limits.max, -limits.max, limits.smallest_normal / 2, float("inf"), float("nan")]
+    if count >= 100:
+        theta[20 : 20 + len(special)] = torch.tensor(special, dtype=dtype)
+    return theta
+
+
+def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies on a device; every other one begins at an address that no wide access can have."""
+    copies = []
+    for t, tensor in enumerate(tensors):
+        buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=device)
+        copies.append(buffer[t % 2 : t % 2 + tensor.numel()].copy_(tensor))
+    return copies
+
+
+def combination(device: torch.device) -> tuple[Tensor, Tensor]:
+    return SEEDS.flatten().to(device), COEFFICIENTS.flatten().to(device)
+
+
+def window(device: torch.device) -> list[Tensor]:
+    """A window of three steps of two terms, and how far it moves theta."""
+    arguments = (SEEDS, COEFFICIENTS, FIRST_WEIGHTS, SECOND_WEIGHTS, LR, EPS, DECAY)
+    return [argument.to(device) for argument in arguments]

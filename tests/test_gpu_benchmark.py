@@ -1,0 +1,200 @@
+"""benchmarks/gpu.py finds a wrong bit before it times anything, and then times every operator."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cuda_comparison import MARKS
+from torch import Tensor
+
+from zoext import ops
+
+CPU = torch.device("cpu")
+TINY = ["--size", "1x32x70", "--elements", "1003", "--batch", "2", "--tokens", "8"]
+TINY += ["--threads", "1", "--repeats", "1"]
+OPERATORS = [
+    name.removeprefix("zoext::") for name in torch._C._dispatch_get_all_op_names() if "zoext::" in name
+]
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports the parts of the program."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return __import__
+
+
+def corrupt(monkeypatch: pytest.MonkeyPatch, on: Callable[[Tensor], bool]) -> None:
+    """Has ``noise_axpy_`` get one element wrong, by one unit in the last place, where ``on`` says so."""
+    right = ops.noise_axpy_
+
+    def wrong(theta: list[Tensor], *arguments: Any, **options: Any) -> None:
+        right(theta, *arguments, **options)
+        if theta[3].dtype == torch.bfloat16 and on(theta[3]):
+            theta[3].view(torch.int16)[17] ^= 1
+
+    monkeypatch.setattr(ops, "noise_axpy_", wrong)
+
+
+def test_every_operator_is_compared_and_differs_from_nothing(modules: Callable[[str], ModuleType]) -> None:
+    checks = list(modules("gpu_correctness").checks(1003))
+    assert {check.name.split(",")[0] for check in checks} == set(OPERATORS)
+    assert len({check.name for check in checks}) == len(checks)
+    for check in checks:
+        assert any(result.isfinite().any() for result in check.results(CPU)), check.name
+        assert check.difference(CPU) is None, check.name
+
+
+def test_a_wrong_bit_is_found_and_its_place_named(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+    corrupt(monkeypatch, lambda theta: calls.append(theta) or len(calls) % 2 == 1)  # the first of each pair
+    found = {check.name: check.difference(CPU) for check in modules("gpu_correctness").checks(1003)}
+    wrong = {name: text for name, text in found.items() if text}
+    assert {name for name in found if name.startswith("noise_axpy_, bfloat16")} == wrong.keys()
+    assert all(text.startswith("tensor 3, element 17: ") for text in wrong.values())
+    assert all(text.endswith("as on the CPU (1 of 8193 differ)") for text in wrong.values())
+
+
+def test_a_nan_is_any_nan_but_zeros_have_signs(modules: Callable[[str], ModuleType]) -> None:
+    first_difference = modules("gpu_correctness").first_difference
+    patterns = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0], dtype=torch.int32)
+    numbers, others = patterns.view(torch.float32), patterns.flip(0)[[1, 2, 0]].view(torch.float32)
+    assert first_difference(numbers, others) is None
+    assert first_difference(torch.tensor([0.0, -0.0]), torch.zeros(2)).startswith("element 1: -0.0, not 0.0")
+
+
+def test_without_a_gpu_it_says_so_in_a_line(
+    modules: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert modules("gpu").main(TINY) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.startswith(f"gpu.py: torch {torch.__version__} sees no GPU: install a CUDA build")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cpu"], "--device: must be cuda or cuda:N, not cpu"),
+        (["--size", "12x768"], "--size: must be 125m, 1.3b, 7b or LAYERSxWIDTHxVOCABULARY, not 12x768"),
+        (["--size", "1x0x70"], "--size: must be 125m, 1.3b, 7b or LAYERSxWIDTHxVOCABULARY, not 1x0x70"),
+        (["--elements", "0"], "--elements: must be at least 1, not 0"),
+    ],
+)
+def test_options_out_of_range_are_named(
+    modules: Callable[[str], ModuleType],
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        modules("gpu").main(options)
+    assert f"argument {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "millions"), [("125m", 125), ("1.3b", 1316), ("7b", 6658)])
+def test_sizes_are_those_of_opt(modules: Callable[[str], ModuleType], name: str, millions: int) -> None:
+    from zoext.benchmarking.dense_pass import opt_shapes
+
+    size = modules("gpu").SIZES[name]
+    shapes = opt_shapes(layers=size.layers, width=size.width, vocabulary=size.vocabulary)
+    assert round(sum(map(math.prod, shapes)) / 1e6) == millions
+
+
+@pytest.fixture
+def quick(modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run a sample, one dtype, and steps that were not warmed up."""
+    monkeypatch.setattr(modules("gpu_timing"), "SAMPLE_SECONDS", 1e-9)
+    monkeypatch.setattr(modules("gpu_kernels"), "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(modules("gpu_steps"), "WATCHED_STEPS", 1)
+
+
+def with_marks(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in MARKS:
+        test = mark(test)
+    return test
+
+
+@with_marks
+@pytest.mark.usefixtures("quick")
+def test_all_is_measured(modules: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the decoder is that of transformers")
+    out = tmp_path / "gpu.json"
+    assert modules("gpu").main([*TINY, "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    figures = document["figures"]
+    for name, figure in figures.items():
+        assert all(math.isfinite(value) for value in figure["rounds"]), name
+        assert figure["unit"] in {"ms", "x", "GB/s", "%", "MiB"}, name
+        assert figure["minimum"] > 0 or figure["unit"] in {"%", "MiB"}, name
+    timed = {
+        name.partition(": ")[2].split(",")[0] for name, figure in figures.items() if figure["unit"] == "ms"
+    }
+    assert set(OPERATORS) <= timed
+    assert {name for name, figure in figures.items() if figure["unit"] == "x"} >= {
+        "bfloat16, dense: usual loop / noise_axpy_",
+        "bfloat16, dense: torch.normal and foreach / noise_axpy_",
+        "1x32x70, bfloat16: usual step / MeZO, streamed",
+    }
+    assert "bfloat16, Adam: noise_adam_, 10 steps, of the copy's speed" in figures
+    assert document["notes"][0] == "All bits of 88 checks on 1003 elements are those of the CPU."
+    assert document["environment"]["GPU"] == torch.cuda.get_device_name()
+    assert document["settings"]["size"] == "1x32x70"
+
+
+@with_marks
+def test_nothing_is_timed_where_a_bit_is_wrong(
+    modules: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    corrupt(monkeypatch, lambda theta: theta.is_cuda)
+    arguments = [*TINY, "--parts", "kernels", "--json", str(tmp_path / "gpu.json")]
+    assert modules("gpu").main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Not the bits of the CPU:"
+    assert len(lines) == 1 + 4
+    assert all(line.startswith("noise_axpy_, bfloat16, ") for line in lines[1:])
+    assert all(": tensor 3, element 17: " in line for line in lines[1:])
+    assert not list(tmp_path.iterdir())
+
+
+@with_marks
+@pytest.mark.usefixtures("quick")
+def test_what_the_memory_is_too_small_for_is_left_out(modules: Callable[[str], ModuleType]) -> None:
+    def too_large(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    device = torch.device("cuda")
+    fine = torch.zeros(1, device=device)
+    times, left_out = modules("gpu_timing").timed(
+        {"large": too_large, "small": lambda: fine.add_(1)}, repeats=3, device=device
+    )
+    assert left_out == ["large"]
+    assert len(times["small"].rounds) == 3
+    report = modules("zoext.benchmarking.report").benchmarking.report.Report("a title", {})
+    modules("gpu_kernels").measure(report, too_large, "bfloat16", repeats=2, device=device)
+    assert str(report).endswith("left out, since the free memory is too small: no room")
+
+
+@with_marks
+def test_no_ratio_is_made_of_times_that_the_device_does_not_see(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda begin, end: 0.0)
+    with pytest.raises(RuntimeError, match="events show no time for 1000 runs of nothing"):
+        modules("gpu_timing").timed({"nothing": lambda: None}, repeats=1, device=torch.device("cuda"))
