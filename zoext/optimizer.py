@@ -118,6 +118,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "update_state": {},
         }
         self._pending: list[Estimate] = []
+        self._defaults = dict(defaults)  # torch adds its own to ``defaults`` when a state is loaded
         self._seeds: tuple[int, _StepSeeds] | None = None
         self._groups: list[Parameters] = []
         self._mus: list[float] = []
@@ -158,7 +159,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Continues from ``state_dict`` bit for bit; it must come from the same recipe."""
         recipe = self._axes.recipe()
         for group in state_dict["param_groups"]:
-            if missing := self.defaults.keys() - group.keys():
+            if missing := self._defaults.keys() - group.keys():
                 raise ValueError(
                     f"state_dict has no {', '.join(sorted(missing))}: it is not that of a zoext optimizer"
                 )
@@ -175,7 +176,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
-        own = ("_axes", "_watch", "_module", "_probe", "_mus", "_estimating", "last_estimate")
+        own = ("_axes", "_watch", "_module", "_probe", "_defaults", "_mus", "_estimating", "last_estimate")
         fresh: dict[str, Any] = {
             "_pending": [],
             "_seeds": None,
