@@ -105,7 +105,7 @@ class StreamedProbe(Probe):
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._swap = ModuleSwap(module)
-        self._watched: set[tuple[frozenset[int], tuple[bool, ...]]] = set()
+        self._watched: set[tuple[frozenset[int], tuple[tuple[int, bool], ...]]] = set()
         self._watch_next = True
         self._sessions = 0
 
@@ -123,8 +123,8 @@ class StreamedProbe(Probe):
             self._watch_next = True
 
         def evaluate(combination: Combination, closure: Closure) -> Any:
-            training = self._swap.training_flags()
-            watch = self._watch_next or all(training != flags for _, flags in self._watched)
+            modes = self._swap.modes()
+            watch = self._watch_next or all(modes != known for _, known in self._watched)
             watching = _watching(combination) if watch and len(combination) else nullcontext()
             with (
                 self._swap.displaced(combination, find_written_buffers=watch) as visited,
@@ -134,7 +134,7 @@ class StreamedProbe(Probe):
                 torch.clear_autocast_cache()
                 loss = closure()
             if len(combination):
-                route = (frozenset(visited), training)
+                route = (frozenset(visited), modes)
                 if watch:
                     self._watched.add(route)
                 # A route not seen before ran unwatched: watch it at the next probe.

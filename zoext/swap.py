@@ -142,8 +142,9 @@ class ModuleSwap:
         self._find_written = False
         self._visited: set[int] = set()
 
-    def training_flags(self) -> tuple[bool, ...]:
-        return tuple(module.training for module in self._root.modules())
+    def modes(self) -> tuple[tuple[int, bool], ...]:
+        """Which modules there are, and which of them are in training."""
+        return tuple((id(module), module.training) for module in self._root.modules())
 
     @contextmanager
     def hooked(self, signals: Signals) -> Iterator[None]:
