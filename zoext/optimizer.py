@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from zoext import interrupts, noise, parameters, probes
 from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, Step, Terms
 from zoext.estimators import CentralDifference, Estimate, Estimator, average
+from zoext.graphs import GraphedStep
 from zoext.nonfinite import NonfiniteWatch
 from zoext.parameters import Parameters
 from zoext.randomness import RandomState
@@ -117,8 +118,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "recipe": self._axes.recipe(),
             "update_state": {},
         }
-        self._pending: list[Estimate] = []
         self._defaults = dict(defaults)  # torch adds its own to ``defaults`` when a state is loaded
+        self._pending: list[Estimate] = []
         self._seeds: tuple[int, _StepSeeds] | None = None
         self._groups: list[Parameters] = []
         self._mus: list[float] = []
@@ -191,7 +192,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: takes nothing, evaluates the model on the step's batch and returns the loss, a
-                tensor of one element or a float. Runs several times, without gradients.
+                tensor of one element or a float. Runs several times, without gradients. Or a
+                ``GraphedStep`` of this optimizer.
 
         Returns:
             The mean of the losses evaluated, float32 [], on the device of the parameters.
@@ -201,6 +203,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 captured: use ``GraphedStep``.
         """
         _check_not_captured()
+        if isinstance(closure, GraphedStep):
+            return closure._advance(self)
+        return self._step(closure)
+
+    def _step(self, closure: Closure | None) -> Tensor:
         if closure is not None:
             self._pending.clear()
             self.estimate(closure)

@@ -58,6 +58,10 @@ class Scratch:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
 
     @property
+    def buffer(self) -> Tensor:
+        return self._buffer
+
+    @property
     def top(self) -> int:
         return self._top
 
@@ -141,6 +145,11 @@ class ModuleSwap:
         self._device = torch.device("cpu")
         self._find_written = False
         self._visited: set[int] = set()
+
+    @property
+    def memory(self) -> Tensor:
+        """Where displaced weights are, uint8 [bytes]; other memory when more is needed."""
+        return self._scratch.buffer
 
     def modes(self) -> tuple[tuple[int, bool], ...]:
         """Which modules there are, and which of them are in training."""
