@@ -43,6 +43,8 @@ class Place(NamedTuple):
         return cls(storage, offset, tensor.shape, stride, tensor.dtype, tensor.device)
 
     def tensor(self) -> Tensor:
+        if not self.shape.numel():  # no memory, so no address
+            return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         assert storage is not None, "the graph reads memory that was freed after it was captured"
         empty = torch.empty(0, dtype=self.dtype, device=self.device)

@@ -36,6 +36,21 @@ def test_no_operator_of_a_step_waits(recipe: str, probe: str) -> None:
         run.optimizer.step(run.closure)
 
 
+def test_a_number_that_goes_to_the_device() -> None:
+    with HostWaits():
+        torch.tensor([], device="cuda")  # nothing to copy
+        torch.where(torch.ones(2, device="cuda") > 0, 1.0, 0.0)
+        torch.ones(2, device="cuda").copy_(torch.ones(2).pin_memory(), non_blocking=True)
+        for copy in (
+            lambda: torch.tensor([1.0], device="cuda"),
+            lambda: torch.ones(2).cuda(),
+            lambda: torch.ones(2, device="cuda").cpu(),
+            lambda: torch.ones(2, device="cuda").copy_(torch.ones(2)),
+        ):
+            with pytest.raises(RuntimeError, match="copies between the host and the device"):
+                copy()
+
+
 @pytest.mark.parametrize(("recipe", "dtype", "probe"), [*STREAMED, *OTHERS])
 def test_over_a_run(recipe: str, dtype: torch.dtype, probe: str) -> None:
     eager, graphed = (

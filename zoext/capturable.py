@@ -46,7 +46,7 @@ def _crosses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether ordinary memory of the host is copied to or from a device; pinned memory may travel."""
     name = func.overloadpacket.__name__
     if name == "lift_fresh":  # torch.tensor(...), which has copied already
-        return bool(args[0].device.type != "cpu")
+        return bool(args[0].device.type != "cpu" and args[0].numel())
     if name == "_to_copy":
         source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
         non_blocking = kwargs.get("non_blocking", False)

@@ -23,19 +23,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PLAIN = {int, float, bool, str, type(None)}
+
 #: Steps without a graph before one is captured, as torch does: what is initialised late is then in place.
 WARM_UP = 3
 
 
 class GraphedStep:
-    """``optimizer.step(closure)`` from a CUDA graph: a step is one launch, with the same bits.
+    """``optimizer.step(closure)`` from a CUDA graph: one launch and a few small copies, the same bits.
 
     The first steps run as ever, until nothing but numbers differs from one to the next (three, and for
-    AdaMeZO as many more as its window has). Then a step is captured, with its forwards, its estimate and its
-    update, and from there on replayed. What the host decides anew for every step (seeds, learning rates,
-    the window of AdaMeZO) is written to the graph's memory before each replay. Where the parameters, ``mu``,
-    ``weight_decay``, the train and eval modes of the optimizer's module or the memory of any of its
-    weights and buffers changed, the graph is dropped, and steps run as ever until there is another one.
+    AdaMeZO as many more as its window has). Then a step is captured, with its forwards, its estimate and
+    its update, for which the host waits once, and replayed from there on. What the host decides anew for
+    every step (seeds, learning rates, the window of AdaMeZO) is written to the graph's memory before each
+    replay. Where the parameters, ``mu``, ``weight_decay``, the train and eval modes of the optimizer's module
+    or the memory of any of its weights and buffers changed, the graph is dropped, and steps run as ever
+    until there is another one.
 
     The batch is read from tensors that the caller overwrites in place, as with ``torch.cuda.graph``:
 
@@ -48,13 +51,14 @@ class GraphedStep:
             scheduler.step()
 
     Steps with and without it can be mixed, checkpoints are the same, and the hooks of the optimizer run at
-    every step.
+    every step. A model that asks whether it is captured, and takes other kernels then, has other bits then.
 
     Args:
         optimizer: any of zoext, with its parameters on a CUDA device.
         closure: as for ``optimizer.step``, but its Python code does not run again at a replay: it must
             return a tensor on the device of the parameters, wait for nothing on the device and draw no
-            random numbers (dropout), and what it reads through other functions must not be replaced.
+            random numbers (dropout). Its variables are watched; what it reads through other functions and
+            torch's modes (autocast, precision) are those of the capture, unseen.
 
     Raises:
         ValueError: for parameters that are not on a CUDA device.
@@ -63,7 +67,8 @@ class GraphedStep:
     def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[[], Tensor]) -> None:
         self._optimizer = optimizer
         self._closure = closure
-        self._device = next(tensor.device for tensor in _parameters_of(optimizer))
+        given = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        self._device = next((tensor.device for tensor in given if tensor.requires_grad), torch.device("cpu"))
         CudaGraph(self._device)
         self._fixed: Any = None
         self._alike = 0
@@ -245,21 +250,22 @@ def _step_on_the_device(
 
 def _fixed_by_a_graph(optimizer: ZerothOrderOptimizer) -> Any:
     """What a graph of a step holds as it was at the capture, as plain data."""
-    module = optimizer._module
     places = [(group.keys, group.spans) for group in optimizer._current_groups()]
     options = [
         (group["mu"], group["weight_decay"], _lr_dtype(group), _map(_outline, group["update_state"]))
         for group in optimizer.param_groups
     ]
-    memory = [(tensor.data_ptr(), *_outline(tensor)) for tensor in _parameters_of(optimizer)]
-    modes = [(id(part), part.training) for part in module.modules()] if module is not None else []
-    return places, options, memory, modes
+    memory = [_memory_of(group["params"]) for group in optimizer.param_groups]
+    parts = optimizer._module.modules() if optimizer._module is not None else ()
+    modules = [
+        (id(part), part.training, _memory_of(part._parameters.values()), _memory_of(part._buffers.values()))
+        for part in parts
+    ]
+    return places, options, memory, modules
 
 
-def _parameters_of(optimizer: ZerothOrderOptimizer) -> Iterable[Tensor]:
-    module = optimizer._module
-    given = (tensor for group in optimizer.param_groups for tensor in group["params"])
-    return given if module is None else chain(given, module.parameters(), module.buffers())
+def _memory_of(tensors: Iterable[Tensor | None]) -> list[Any]:
+    return [tensor if tensor is None else (tensor.data_ptr(), *_outline(tensor)) for tensor in tensors]
 
 
 def _outline(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
@@ -278,7 +284,7 @@ def _map(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _map(function, entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        if not any(isinstance(entry, Tensor | dict | list | tuple) for entry in value):
+        if _PLAIN.issuperset(map(type, value)):  # the keys of a step: hundreds, and looked at in vain
             return value
         entries = [_map(function, entry) for entry in value]
         return tuple(entries) if isinstance(value, tuple) else entries
