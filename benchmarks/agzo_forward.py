@@ -25,7 +25,8 @@ from zoext.directions import Step
 
 def forward_with_hooks(model: nn.Module, direction: zoext.ActivationSubspace, closure: object) -> None:
     groups = parameters.trainable([{"params": list(model.parameters())}])
-    observer = direction.observer(model, Step(number=0, seed=0, groups=groups))
+    seed = torch.zeros(1, dtype=torch.int64, device=groups[0].device)
+    observer = direction.observer(model, Step(seed, groups))
     assert observer is not None
     with torch.no_grad(), observer.watching():
         closure()  # type: ignore[operator]

@@ -59,6 +59,15 @@ def test_at_any_step(dtype: torch.dtype, axes: dict[str, object]) -> None:
         assert second[1].state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
+def test_a_state_can_be_loaded_again() -> None:
+    model, optimizer, scheduler = setup(torch.float32)
+    state = optimizer.state_dict()
+    for _ in range(2):
+        train(model, optimizer, scheduler, range(2))
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["step"] == 0
+
+
 def test_a_state_dict_is_a_snapshot_of_plain_data() -> None:
     model, optimizer, scheduler = setup(torch.float32)
     train(model, optimizer, scheduler, range(2))

@@ -83,6 +83,19 @@ def test_after_an_estimate(dtype: torch.dtype, training: bool, direction: zoext.
     assert_same(before, snapshot(model))
 
 
+def test_with_a_module_that_came_later() -> None:
+    """It writes to buffers that nobody has watched before; the third estimate is not a watched one."""
+    model = nn.Sequential(nn.Linear(7, 11), nn.Identity())
+    x = torch.randn(9, 7)
+    optimizer = zoext.MeZO(model)
+    for _ in range(2):
+        optimizer.estimate(lambda: model(x).square().mean())
+    model[1] = nn.BatchNorm1d(11, affine=False)
+    before = snapshot(model)
+    optimizer.step(lambda: model(x).square().mean())
+    assert torch.equal(before["1.running_mean"][0], model[1].running_mean)
+
+
 class Stop(BaseException):
     """Like KeyboardInterrupt, not an Exception."""
 

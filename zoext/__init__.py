@@ -10,6 +10,7 @@ from zoext.estimators import (
     GreedyPool,
     GuidingVector,
 )
+from zoext.graphs import GraphedStep
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import InplaceProbe, Probe, StreamedProbe
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
@@ -31,6 +32,7 @@ __all__ = [
     "Estimator",
     "ForwardDifference",
     "Gaussian",
+    "GraphedStep",
     "GreedyPool",
     "GuidingVector",
     "InplaceProbe",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 from zoext import interrupts, noise, parameters, probes
 from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, Step, Terms
 from zoext.estimators import CentralDifference, Estimate, Estimator, average
+from zoext.graphs import GraphedStep
 from zoext.nonfinite import NonfiniteWatch
 from zoext.parameters import Parameters
 from zoext.profiling import Phase, record
@@ -36,6 +38,23 @@ class _Axes(NamedTuple):
             axis: {"name": type(member).__name__, **dataclasses.asdict(member, dict_factory=_plain_dict)}
             for axis, member in self._asdict().items()
         }
+
+
+class _StepSeeds(NamedTuple):
+    """What tells the directions of a step from those of any other."""
+
+    draws: Tensor  # int64 [draws of the estimator]
+    frame: Tensor  # int64 [1]
+
+    @classmethod
+    def empty(cls, draws: int, device: torch.device) -> _StepSeeds:
+        return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (draws, 1)))
+
+    def fill(self, seed: int, step: int, origin: int) -> None:
+        """Writes the seeds of ``step``, and that of draw 0 of the step that its frame is drawn from."""
+        for draw in range(self.draws.numel()):  # fill_ passes the value with the launch: no copy to wait for
+            self.draws[draw].fill_(noise.signed(noise.step_seed(seed, step, draw)))
+        self.frame.fill_(noise.signed(noise.step_seed(seed, origin)))
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -101,8 +120,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "recipe": self._axes.recipe(),
             "update_state": {},
         }
+        self._defaults = dict(defaults)  # torch adds its own to ``defaults`` when a state is loaded
         self._pending: list[Estimate] = []
-        self._seeds: tuple[int, Tensor] | None = None
+        self._seeds: tuple[int, _StepSeeds] | None = None
         self._groups: list[Parameters] = []
         self._mus: list[float] = []
         self._frame: Frame | None = None
@@ -142,7 +162,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Continues from ``state_dict`` bit for bit; it must come from the same recipe."""
         recipe = self._axes.recipe()
         for group in state_dict["param_groups"]:
-            if missing := self.defaults.keys() - group.keys():
+            if missing := self._defaults.keys() - group.keys():
                 raise ValueError(
                     f"state_dict has no {', '.join(sorted(missing))}: it is not that of a zoext optimizer"
                 )
@@ -159,7 +179,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
-        own = ("_axes", "_watch", "_module", "_probe", "_mus", "_estimating", "last_estimate")
+        own = ("_axes", "_watch", "_module", "_probe", "_defaults", "_mus", "_estimating", "last_estimate")
         fresh: dict[str, Any] = {
             "_pending": [],
             "_seeds": None,
@@ -174,14 +194,22 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: takes nothing, evaluates the model on the step's batch and returns the loss, a
-                tensor of one element or a float. Runs several times, without gradients.
+                tensor of one element or a float. Runs several times, without gradients. Or a
+                ``GraphedStep`` of this optimizer.
 
         Returns:
             The mean of the losses evaluated, float32 [], on the device of the parameters.
 
         Raises:
-            RuntimeError: without a closure and without a preceding ``estimate``.
+            RuntimeError: without a closure and without a preceding ``estimate``, and while a CUDA graph is
+                captured: use ``GraphedStep``.
         """
+        _check_not_captured()
+        if isinstance(closure, GraphedStep):
+            return closure._advance(self)
+        return self._step(closure)
+
+    def _step(self, closure: Closure | None) -> Tensor:
         if closure is not None:
             self._pending.clear()
             self.estimate(closure)
@@ -192,12 +220,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             estimate = average(self._pending)
             self._pending.clear()  # first: should an update raise, no group is to move twice
             for group, movable, mu in zip(self.param_groups, self._groups, self._mus, strict=True):
-                group["update_state"] = self._update(group, movable, mu, estimate)
-            for group in self.param_groups:
-                group["step"] += 1
-            self._frame = None
-            self.last_estimate = estimate
+                group["update_state"] = self._update(
+                    movable, mu, estimate, group["update_state"], group["lr"], group["weight_decay"]
+                )
+            self._finish_step(estimate)
         return estimate.loss
+
+    def _finish_step(self, estimate: Estimate) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
+        self._frame = None
+        self.last_estimate = estimate
 
     # Estimates
 
@@ -212,22 +245,31 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: for a closure that does not return one number.
             FloatingPointError: for a loss that is not finite, with ``nonfinite="raise"``.
-            RuntimeError: for a closure that changes the parameters of the optimizer.
+            RuntimeError: for a closure that changes the parameters of the optimizer, and while a CUDA graph
+                is captured: use ``GraphedStep``.
         """
+        _check_not_captured()
+        try:
+            with self._estimation():
+                estimate = self._estimate(closure)
+        except BaseException:
+            self._pending.clear()
+            raise
+        self._pending.append(estimate)
+        return estimate
+
+    @contextmanager
+    def _estimation(self) -> Iterator[None]:
+        """The block in which closures run."""
         if self._estimating:
             raise RuntimeError("estimate() was called by its own closure; call it between steps")
         self._estimating = True
         try:
             # Outside of inference mode: what is kept here must be usable by later steps.
             with torch.inference_mode(False), torch.no_grad(), record(Phase.ESTIMATE):
-                estimate = self._estimate(closure)
-        except BaseException:
-            self._pending.clear()
-            raise
+                yield
         finally:
             self._estimating = False
-        self._pending.append(estimate)
-        return estimate
 
     def _estimate(self, closure: Closure) -> Estimate:
         self._watch.check()
@@ -244,22 +286,28 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for tensor, name in zip(group.tensors, group.names, strict=True):
                 parameters.check(tensor, name)
         self._mus = [float(group["mu"]) for group in self.param_groups]
-        seeds = self._step_seeds(movable[0].device)
-        observer = self._begin_frame()
-        with self._probe.session() as evaluate:
-            losses = _Losses(self, evaluate, closure, observer)
-            estimate = self._axes.estimator.estimate(losses, seeds, self._mus[0])
-        estimate = losses.complete(estimate)
+        device = movable[0].device
+        estimate = self._evaluate(closure, self._step_seeds(device), RandomState(device))
         self._watch.note(estimate.finite)
         return estimate
 
-    def _begin_frame(self) -> Observer | None:
+    def _evaluate(self, closure: Closure, seeds: _StepSeeds, random: RandomState | None) -> Estimate:
+        """The part of an estimate that happens on the device, all that depends on the step in ``seeds``.
+
+        ``random`` is the state of the generators that every probe is to begin with; None if none reads them.
+        """
+        observer = self._begin_frame(seeds.frame)
+        with self._probe.session() as evaluate:
+            losses = _Losses(self, evaluate, closure, observer, random)
+            estimate = self._axes.estimator.estimate(losses, seeds.draws, self._mus[0])
+        return losses.complete(estimate)
+
+    def _begin_frame(self, seed: Tensor) -> Observer | None:
         """Makes the frame of a new step, or returns what will make it out of a forward at theta."""
         if self._pending and self._frame is not None:
             return None
         self._frame_finite = None
-        first = self.param_groups[0]
-        step = Step(first["step"], first["seed"], self._groups)
+        step = Step(seed, self._groups)
         observer = self._axes.direction.observer(self._module, step)
         self._frame = self._axes.direction.frame(step) if observer is None else None
         return observer
@@ -289,19 +337,33 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._groups = now
         return self._groups
 
-    def _step_seeds(self, device: torch.device) -> Tensor:
-        """The seeds of the current step, int64 [draws]: one tensor for all estimates of the step."""
-        step, seed = self.param_groups[0]["step"], self.param_groups[0]["seed"]
+    def _step_seeds(self, device: torch.device) -> _StepSeeds:
+        """The seeds of the current step: the same tensors for all estimates of the step."""
+        step = self.param_groups[0]["step"]
         if self._seeds is None or self._seeds[0] != step or not self._pending:
-            seeds = torch.empty(self._axes.estimator.draws, dtype=torch.int64, device=device)
-            for draw in range(seeds.numel()):  # fill_ passes the value with the launch: no copy to wait for
-                seeds[draw].fill_(noise.signed(noise.step_seed(seed, step, draw)))
-            self._seeds = (step, seeds)
+            self._seeds = (step, self._empty_seeds(device))
+            self._fill_seeds(self._seeds[1])
         return self._seeds[1]
+
+    def _empty_seeds(self, device: torch.device) -> _StepSeeds:
+        return _StepSeeds.empty(self._axes.estimator.draws, device)
+
+    def _fill_seeds(self, seeds: _StepSeeds) -> None:
+        first = self.param_groups[0]
+        seeds.fill(first["seed"], first["step"], self._axes.direction.origin(first["step"]))
 
     # Updates
 
-    def _update(self, group: dict[str, Any], movable: Parameters, mu: float, estimate: Estimate) -> State:
+    def _update(
+        self,
+        movable: Parameters,
+        mu: float,
+        estimate: Estimate,
+        state: State,
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> State:
+        """Moves one group and returns its new state."""
         # Coefficients are per mu of the first group; a direction of another length scales them.
         relative = self._mus[0] / mu
         coefficients = estimate.coefficients if relative == 1 else estimate.coefficients * relative
@@ -311,10 +373,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._axes.direction,
             movable,
             self._axes.direction.gradient(terms),
-            group["update_state"],
+            state,
             estimate=estimate,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            lr=lr,
+            weight_decay=weight_decay,
         )
 
     @property
@@ -341,13 +403,14 @@ class _Losses:
         evaluate: probes.Evaluate,
         closure: Closure,
         observer: Observer | None,
+        random: RandomState | None,
     ) -> None:
         self._optimizer = optimizer
         self._evaluate = evaluate
         self._closure = closure
         self._observer = observer
         self._device = next(group.device for group in optimizer._groups if len(group))
-        self._random = RandomState(self._device)
+        self._random = random
         self._forwards = 0
         self._own_forwards = 0
 
@@ -369,7 +432,7 @@ class _Losses:
         return loss
 
     def _loss(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
-        if self._forwards:  # all probes of a step see the same random numbers
+        if self._forwards and self._random is not None:  # all probes of a step see the same random numbers
             self._random.restore()
         self._forwards += 1
         loss = self._evaluate(self._optimizer._combination(seeds, coefficients), self._closure)
@@ -386,6 +449,16 @@ class _Losses:
             coefficients=torch.where(seen, estimate.coefficients, 0.0),
             forwards=estimate.forwards + self._own_forwards,
             finite=estimate.finite & seen,
+        )
+
+
+def _check_not_captured() -> None:
+    # Asked only where CUDA is in use: it must not begin to be.
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step cannot be captured in a CUDA graph from outside: its seeds come from the host, so every "
+            "replay would go along the same directions. Use zoext.GraphedStep(optimizer, closure), which "
+            "captures the step and gives each replay its own seeds"
         )
 
 

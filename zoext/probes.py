@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoext import interrupts
 from zoext.directions import Combination, Direction, Terms
@@ -35,6 +35,14 @@ class Probe(ABC):
         ``evaluate`` returns ``closure()`` at ``theta + combination``. Theta is back when the block ends,
         however it ends.
         """
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """Within the block a session is recorded to be replayed, so nothing is read on the host.
+
+        Yields the memory that replays will use, to be filled when the block ends.
+        """
+        yield []
 
 
 class InplaceProbe(Probe):
@@ -108,9 +116,10 @@ class StreamedProbe(Probe):
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._swap = ModuleSwap(module)
-        self._watched: set[tuple[frozenset[int], tuple[bool, ...]]] = set()
+        self._watched: set[tuple[frozenset[int], tuple[tuple[int, bool], ...]]] = set()
         self._watch_next = True
         self._sessions = 0
+        self._recording = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The module alone: all else is found again."""
@@ -120,14 +129,32 @@ class StreamedProbe(Probe):
         self.__init__(state["module"])  # type: ignore[misc]
 
     @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        memory: list[Tensor] = []
+        self._recording, self._watch_next = True, False
+        try:
+            yield memory
+        finally:
+            self._recording = False
+        if self._watch_next:
+            raise StreamedProbeError(
+                "streamed probe: other modules ran while the step was recorded than in the steps before, so "
+                "nobody has looked whether they read weights that are not displaced. Run the same modules "
+                "at every step, or pass probe='inplace'"
+            )
+        memory.append(self._swap.memory)
+
+    @contextmanager
     def session(self) -> Iterator[Evaluate]:
-        self._sessions += 1
-        if self._sessions & (self._sessions - 1) == 0 or self._sessions % 100 == 0:
-            self._watch_next = True
+        if not self._recording:
+            self._sessions += 1
+            if self._sessions & (self._sessions - 1) == 0 or self._sessions % 100 == 0:
+                self._watch_next = True
 
         def evaluate(combination: Combination, closure: Closure) -> Any:
-            training = self._swap.training_flags()
-            watch = self._watch_next or all(training != flags for _, flags in self._watched)
+            modes = self._swap.modes()
+            unknown = self._watch_next or all(modes != known for _, known in self._watched)
+            watch = unknown and not self._recording
             watching = _watching(combination) if watch and len(combination) else nullcontext()
             with (
                 self._swap.displaced(combination, find_written_buffers=watch) as visited,
@@ -138,11 +165,12 @@ class StreamedProbe(Probe):
                 torch.clear_autocast_cache()
                 loss = closure()
             if len(combination):
-                route = (frozenset(visited), training)
+                route = (frozenset(visited), modes)
                 if watch:
                     self._watched.add(route)
                 # A route not seen before ran unwatched: watch it at the next probe.
-                self._watch_next = route not in self._watched
+                unwatched = route not in self._watched
+                self._watch_next = unwatched or (self._recording and self._watch_next)
             return loss
 
         with interrupts.deferred() as signals, self._swap.hooked(signals):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from typing import Any
@@ -24,6 +25,18 @@ class RandomState:
         numpy: Any = sys.modules.get("numpy")
         self._numpy_random = numpy.random if numpy else None
         self._numpy = numpy.random.get_state() if numpy else None
+
+    def read_since(self) -> list[str]:
+        """The modules whose generators were read since."""
+        now = RandomState(self._device or torch.device("cpu"))
+        moved = {"torch": not torch.equal(self._cpu, now._cpu), "random": self._python != now._python}
+        if self._cuda is not None and now._cuda is not None:
+            moved["torch.cuda"] = not torch.equal(self._cuda, now._cuda)
+        if self._numpy is not None and now._numpy is not None:
+            moved["numpy.random"] = any(map(operator.ne, self._numpy[2:], now._numpy[2:])) or bool(
+                (self._numpy[1] != now._numpy[1]).any()
+            )
+        return [name for name, differs in moved.items() if differs]
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)

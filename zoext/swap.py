@@ -59,6 +59,10 @@ class Scratch:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
 
     @property
+    def buffer(self) -> Tensor:
+        return self._buffer
+
+    @property
     def top(self) -> int:
         return self._top
 
@@ -143,8 +147,14 @@ class ModuleSwap:
         self._find_written = False
         self._visited: set[int] = set()
 
-    def training_flags(self) -> tuple[bool, ...]:
-        return tuple(module.training for module in self._root.modules())
+    @property
+    def memory(self) -> Tensor:
+        """Where displaced weights are, uint8 [bytes]; other memory when more is needed."""
+        return self._scratch.buffer
+
+    def modes(self) -> tuple[tuple[int, bool], ...]:
+        """Which modules there are, and which of them are in training."""
+        return tuple((id(module), module.training) for module in self._root.modules())
 
     @contextmanager
     def hooked(self, signals: Signals) -> Iterator[None]:

@@ -82,7 +82,7 @@ class ActivationSubspace(Factored):
         return ActivationObserver(
             module,
             layers,
-            step.seed_of(step.number),
+            step.seed,
             rank=self.rank,
             iterations=self.power_iterations,
             mask=self.mask,

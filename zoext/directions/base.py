@@ -8,10 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from zoext import noise
 from zoext.parameters import Parameters
 
 
@@ -59,20 +57,13 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The step that a frame is for: its number, the seed of the run, and the parameters that move."""
+    """The step that a frame is for: the parameters that move, and the seed of the frame.
 
-    number: int
-    seed: int
+    ``seed`` is int64 [1] on their device: that of draw 0 of the step that ``Direction.origin`` names.
+    """
+
+    seed: Tensor
     groups: Sequence[Parameters]
-
-    @property
-    def device(self) -> torch.device:
-        return next(group.device for group in self.groups if len(group))
-
-    def seed_of(self, number: int) -> Tensor:
-        """The seed of draw 0 of step ``number``, int64 [1] on the device, without waiting for it."""
-        seed = noise.signed(noise.step_seed(self.seed, number))
-        return torch.full((1,), seed, dtype=torch.int64, device=self.device)
 
 
 class Observer(Protocol):
@@ -105,6 +96,10 @@ class Direction(ABC):
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:  # noqa: B027
         """Raises a ValueError for a model that there are no such directions for."""
+
+    def origin(self, number: int) -> int:
+        """The number of the step whose seed the frame of step ``number`` is drawn from."""
+        return number
 
     def frame(self, step: Step) -> Frame:
         """The frame of a step, where no forward is needed to know it."""

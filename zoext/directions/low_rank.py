@@ -57,6 +57,9 @@ class LowRank(Factored):
                         f"{name} is {rows} x {columns}; lower it, or freeze that parameter"
                     )
 
+    def origin(self, number: int) -> int:
+        return number - number % self.refresh_interval
+
     def frame(self, step: Step) -> Frame:
         """V of every matrix, from the seed of the step at which it was last drawn."""
         self.check(None, step.groups)  # parameters may have been thawed or added since
@@ -67,9 +70,8 @@ class LowRank(Factored):
             if tensor.dim() > 1 and tensor.numel()
         }
         factors = list(right.values())
-        seed = step.seed_of(step.number - step.number % self.refresh_interval)
         spans = [ops.span_of(factor) for factor in factors]
-        ops.normal_(factors, seed, list(right), spans, stream=ops.Stream.RIGHT_FACTOR)
+        ops.normal_(factors, step.seed, list(right), spans, stream=ops.Stream.RIGHT_FACTOR)
         return Frame(right=right)
 
     def gradient(self, terms: Terms) -> Terms:

@@ -1,0 +1,64 @@
+"""What a CUDA graph cannot hold: the host waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class HostWaits(TorchDispatchMode):
+    """Raises a RuntimeError, before it runs, at an operator that a CUDA graph cannot hold, and names it.
+
+    That is one whose result the host must know, to branch on it or to allocate memory of its size, and
+    one that copies between the host's ordinary memory and a device.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _reads_values(func, args, kwargs):
+            raise RuntimeError(f"{func} makes the host wait for values on the device")
+        if _crosses(func, args, kwargs):
+            raise RuntimeError(f"{func} copies between the host and the device, which makes the host wait")
+        run: Callable[..., Any] = func
+        return run(*args, **kwargs)
+
+
+def _reads_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name = func.overloadpacket.__name__
+    if name in {"index", "index_put", "index_put_"}:  # a boolean index is turned into positions first
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    return torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None
+
+
+def _crosses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ordinary memory of the host is copied to or from a device; pinned memory may travel."""
+    name = func.overloadpacket.__name__
+    if name == "lift_fresh":  # torch.tensor(...), which has copied already
+        return bool(args[0].device.type != "cpu" and args[0].numel())
+    if name == "_to_copy":
+        source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+        non_blocking = kwargs.get("non_blocking", False)
+    elif name == "copy_":
+        source, target = args[1], args[0].device
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+    else:
+        return False
+    if "cpu" not in {source.device.type, target.type} or source.device.type == target.type:
+        return False
+    return not (non_blocking and _is_pinned(source if source.device.type == "cpu" else args[0]))
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_pinned()
