@@ -103,6 +103,6 @@ $(BUILT): $(SOURCES) | $(INSTALLED)
 	if find $(SOURCES) -newer $@ | grep -q .; then $(BIN)/python setup.py -q build_ext --inplace; fi
 	touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: $(INSTALLED)
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev $(STAMPS)/machine-code: $(STAMPS)/%: $(INSTALLED)
 	$(PIP) install --constraint $(CONSTRAINT) 'zoext[$*]'
 	touch $@

@@ -24,8 +24,8 @@ from machine_code import Kernel, Loop, ToolMissing, kernels
 PACKAGE = Path(__file__).parents[1] / "zoext"
 THREADS = 256  # csrc/cuda/chunks.h, threads_per_chunk
 SIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
-#: The instruction that only the noise of normals has in a loop, once for two of them.
-ROOT = "MUFU.RSQ"
+#: Instructions that tell what a loop does: a root for two normals, a quotient for an element of Adam's step.
+ROOT, QUOTIENT = "MUFU.RSQ", "MUFU.RCP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ class Budget:
         blocks: how many blocks of 256 threads the registers of a multiprocessor hold, of 8 at most.
         local: bytes of local memory a thread, spilled registers among them.
         elements: that a thread takes in one round of the loop over whole chunks.
-        first: instructions of a round for one element, with one term, or of an Adam step with none.
-        further: instructions of an element for one more term, or of an Adam step for each step of its
-            window; None where that is not counted.
+        first: instructions of a round for one element, with one term or a window of one step. The rank
+            of factored directions counts as zero.
+        further: instructions for one more term or step of the window; None where that is not counted.
         narrowest: bytes of the narrowest access to global memory for weights in that loop.
         units: how many of `first` each unit of the multiprocessor executes.
         further_units: the same for `further`.
@@ -137,11 +137,12 @@ def budget(kernel: Kernel) -> Budget | None:
     loop = whole_loop(kernel)
     if loop is None:
         return None
-    once = kernel.shortest_round(loop)
+    noise = _noise_loop(kernel, loop)
+    once = kernel.shortest_round(loop, _stops(kernel, loop, noise))
+    term = kernel.shortest_round(noise, [kernel.find(noise, ROOT)]) if noise else None
     accesses = [line for line in once if re.match(r"(LDG|STG)\S*(?<!CONSTANT) ", line)]
     written = sum(line.startswith("STG") for line in once) * 16
     elements = written // storage_of(kernel.name)
-    term = _term(kernel, loop) if "Normals" in kernel.name else None
     return Budget(
         kernel.architecture,
         kernel.name,
@@ -157,17 +158,24 @@ def budget(kernel: Kernel) -> Budget | None:
     )
 
 
-def _term(kernel: Kernel, whole: Loop) -> list[str] | None:
-    """A round of the outermost loop within that makes noise: over terms, or over the steps of a window."""
-    inner = [loop for loop in kernel.loops() if whole.holds(loop) and _makes_noise(kernel, loop)]
-    if not inner:
-        return None
-    return kernel.shortest_round(max(inner, key=lambda loop: loop.latch - loop.head), through=ROOT)
+def _noise_loop(kernel: Kernel, whole: Loop) -> Loop | None:
+    """The outermost loop within that makes normals: over terms, or over the steps of a window."""
+    inner = [loop for loop in kernel.loops() if whole.holds(loop) and _makes_normals(kernel, loop)]
+    return max(inner, key=lambda loop: loop.latch - loop.head, default=None)
 
 
-def _makes_noise(kernel: Kernel, loop: Loop) -> bool:
+def _stops(kernel: Kernel, whole: Loop, noise: Loop | None) -> list[int]:
+    """What a round of the whole loop must pass: in an Adam step its noise, if of normals, and the step."""
+    if not kernel.name.startswith("adam"):
+        return []
+    after = Loop(noise.latch, whole.latch) if noise else whole
+    found = [kernel.find(noise, ROOT) if noise else None, kernel.find(after, QUOTIENT)]
+    return [stop for stop in found if stop is not None]
+
+
+def _makes_normals(kernel: Kernel, loop: Loop) -> bool:
     code = kernel.code(loop)
-    return any(ROOT in line for line in code) and any("IMAD.WIDE.U32" in line for line in code)
+    return any(ROOT in line for line in code) and any("IMAD.WIDE" in line for line in code)
 
 
 def budgets(shared_object: Path) -> list[Budget]:
@@ -197,7 +205,7 @@ PASSES = {
     "noise_axpy_, four terms": ("displace<Dense<Normals, {}>, nearest>", 3),
     "noise_axpy_, stochastic rounding": ("displace<Dense<Normals, {}>, stochastic>", 0),
     "noise_axpy_, signs": ("displace<Dense<Signs, {}>, nearest>", 0),
-    "noise_adam_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 10),
+    "noise_adam_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 9),
 }
 
 

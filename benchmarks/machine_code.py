@@ -6,7 +6,6 @@ the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) and ``c++filt`` of 
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -63,22 +63,23 @@ class Kernel:
     def code(self, loop: Loop) -> Sequence[str]:
         return self.instructions[loop.head : loop.latch + 1]
 
-    def shortest_round(self, loop: Loop, through: str | None = None) -> list[str]:
-        """The fewest instructions from the head of a loop back to it: what runs where no inner loop
-        turns and no special case holds; with ``through``, by way of the first such instruction."""
-        stops = [loop.head, loop.latch]
-        if through is not None:
-            found = (i for i in range(loop.head, loop.latch) if through in self.instructions[i])
-            stops.insert(1, next(found))
+    def find(self, loop: Loop, text: str) -> int | None:
+        """The number of the first instruction in a loop that begins with ``text``."""
+        numbers = range(loop.head, loop.latch + 1)
+        return next((i for i in numbers if self.instructions[i].startswith(text)), None)
+
+    def shortest_round(self, loop: Loop, by_way_of: Sequence[int] = ()) -> list[str]:
+        """The fewest instructions from the head of a loop back to it, by way of some of them in this order:
+        what runs where no other loop within turns and no special case holds."""
         path = [loop.head]
-        for start, stop in itertools.pairwise(stops):
+        for start, stop in pairwise([loop.head, *by_way_of, loop.latch]):
             path += self._shortest_path(loop, start, stop)[1:]
         return [self.instructions[i] for i in path]
 
     def _shortest_path(self, loop: Loop, start: int, stop: int) -> list[int]:
         came_from = {start: start}
         queue = deque([start])
-        while queue and stop not in came_from:
+        while stop not in came_from:
             i = queue.popleft()
             for successor in self._successors(i):
                 if loop.head <= successor <= loop.latch and successor not in came_from:
@@ -90,15 +91,18 @@ class Kernel:
         return path[::-1]
 
     def _successors(self, i: int) -> Iterator[int]:
-        operation = self.instructions[i].split(".")[0].split()[0]
-        if operation == "BRA":
-            yield self.targets[i]
+        instruction, goes_on = self.instructions[i], True
+        operation = instruction.split(".")[0].split()[0]
+        if operation in ("BRA", "CALL"):
+            # Without a label it is a function for special cases, as square_root and divide have them.
+            if self.targets[i] >= 0:
+                yield self.targets[i]
             # A second predicate stands before the label: BRA P0, `(.L_x_2)
-            if not self.guarded[i] and not re.search(r"BRA\S* !?U?P", self.instructions[i]):
-                return
-        elif operation in ("EXIT", "RET") and not self.guarded[i]:
-            return
-        yield i + 1
+            goes_on = self.guarded[i] or re.search(r"BRA\S* !?U?P", instruction) is not None
+        elif operation in ("EXIT", "RET"):
+            goes_on = self.guarded[i]
+        if goes_on:
+            yield i + 1
 
 
 def kernels(shared_object: Path) -> list[Kernel]:
@@ -152,7 +156,8 @@ def _kernel(architecture: str, mangled: str, section: str, usage: dict[str, int]
             lines.append(instruction[1])
     targets = []
     for line in lines:
-        target = re.search(r"\bBRA.*?(\.L_x_\d+)", line)
+        # ptxas also calls where it leaves a loop for good.
+        target = re.search(r"\b(?:BRA|CALL)\b.*?(\.L_x_\d+)", line)
         targets.append(labels[target[1]] if target else -1)
     return Kernel(
         architecture,
