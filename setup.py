@@ -3,11 +3,12 @@
 Switches, as environment variables:
     ZOEXT_CUDA=auto|0|1   auto: build the CUDA operators when torch is a CUDA build and nvcc is found
     ZOEXT_DEBUG=1         debug information and no optimisation
-    TORCH_CUDA_ARCH_LIST  GPU architectures, by default "8.0;9.0+PTX", and 10.0 from CUDA 12.8 on
+    TORCH_CUDA_ARCH_LIST  GPU architectures, by default "8.0;9.0+PTX", and 10.0 where nvcc knows it
     MAX_JOBS              parallel compilations
 """
 
 import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -66,8 +67,9 @@ def cuda_include_dirs() -> list[str]:
 
 
 def usual_architectures() -> str:
-    version = tuple(map(int, torch.version.cuda.split(".")[:2]))
-    return "8.0;9.0+PTX;10.0" if version >= (12, 8) else "8.0;9.0+PTX"
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return "8.0;9.0+PTX;10.0" if "sm_100" in known.split() else "8.0;9.0+PTX"
 
 
 def extensions() -> list:

@@ -17,6 +17,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+#: How c++filt prints template arguments that have names in the sources.
+ENUMERATORS = {
+    "(Rounding)0": "nearest",
+    "(Rounding)1": "stochastic",
+    "(Room)0": "few",
+    "(Room)1": "many",
+}
+
 
 class ToolMissing(Exception):
     """A program that reads machine code is not there; the message says what to install."""
@@ -176,7 +184,8 @@ def _readable(mangled: str) -> str:
         raise ToolMissing("there is no c++filt: install the compiler's binutils")
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     name = re.sub(r"\(anonymous namespace\)::|zoext::cuda::|zoext::|^void ", "", name)
-    name = name.replace("(Rounding)0", "nearest").replace("(Rounding)1", "stochastic")
+    for printed, meant in ENUMERATORS.items():
+        name = name.replace(printed, meant)
     depth = 0
     for i, character in enumerate(name):  # up to the parameters
         depth += {"<": 1, ">": -1}.get(character, 0)

@@ -145,13 +145,24 @@ inline std::vector<Place> checked_places(const std::vector<Tensor>& tensors, con
   return places;
 }
 
+// Whether two tensors of one size share memory, but not all of it.
+inline bool overlap_in_part(const Tensor& a, const Tensor& b) {
+  const auto first = reinterpret_cast<uintptr_t>(a.const_data_ptr());
+  const auto second = reinterpret_cast<uintptr_t>(b.const_data_ptr());
+  const auto bytes = static_cast<uintptr_t>(a.numel()) * a.element_size();
+  return first != second && (first < second ? second - first : first - second) < bytes;
+}
+
 inline void check_copy(const std::vector<Tensor>& out, const std::vector<Tensor>& theta) {
   STD_TORCH_CHECK(out.size() == theta.size(), "out and theta must be lists of one length, not ", out.size(),
                   " and ", theta.size());
-  for (size_t t = 0; t < out.size(); ++t)
+  for (size_t t = 0; t < out.size(); ++t) {
     STD_TORCH_CHECK(out[t].numel() == theta[t].numel() && out[t].scalar_type() == theta[t].scalar_type() &&
                         out[t].device() == theta[t].device(),
                     "out[", t, "] must have the size, the dtype and the device of theta[", t, "]");
+    STD_TORCH_CHECK(!overlap_in_part(out[t], theta[t]), "out[", t, "] must be theta[", t,
+                    "] itself or lie apart from it, but they share a part of their memory");
+  }
 }
 
 // Calls f(Storage{}) with the storage type of a checked tensor.

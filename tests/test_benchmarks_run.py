@@ -109,6 +109,7 @@ def test_every_program_is_tested_and_described() -> None:
         "dense_pass",
         "factored_pass",
         "gpu",
+        "kernel_budget",
         "mezo_step",
         "power_iteration",
         "step_memory",

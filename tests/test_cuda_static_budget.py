@@ -5,9 +5,13 @@ docs/performance.md says what follows from these figures, and why registers do n
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -25,10 +29,10 @@ MOST = [
     (r"write<\w+, Normals>", 36, None, 6),
     (r"write<\w+, Signs>", 13, None, 6),
     (r"displace<Dense<Normals, double>", 40, 38, 3),
-    (r"displace<Dense<Normals, \w+>, nearest>", 40, 38, 5),
-    (r"displace<Dense<Normals, \w+>, stochastic>", 54, 38, 5),
-    (r"displace<Dense<Signs, \w+>, nearest>", 19, None, 3),
-    (r"displace<Dense<Signs, \w+>, stochastic>", 26, None, 3),
+    (r"displace<Dense<Normals, \w+>, nearest", 40, 38, 5),
+    (r"displace<Dense<Normals, \w+>, stochastic", 54, 38, 5),
+    (r"displace<Dense<Signs, \w+>, nearest", 19, None, 3),
+    (r"displace<Dense<Signs, \w+>, stochastic", 26, None, 3),
     (r"displace<Factored", 27, None, 3),
     (r"adam<Dense<Normals, double>", 98, 49, 3),
     (r"adam<Dense<Normals, \w+>, nearest>", 78, 46, 4),
@@ -51,7 +55,14 @@ def kernels() -> list:
     try:
         return machine_code.kernels(shared_object)
     except machine_code.ToolMissing as error:
-        pytest.skip(str(error))
+        skip_unless_in_ci(str(error))
+
+
+def skip_unless_in_ci(reason: str) -> NoReturn:
+    """CI builds all architectures and installs all tools: there a budget that is not looked at fails."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.mark.cuda
@@ -59,11 +70,11 @@ def kernels() -> list:
 def test_kernels_keep_to_their_budget(kernels: list, architecture: str) -> None:
     chosen = [kernel for kernel in kernels if kernel.architecture == architecture]
     if not chosen:
-        pytest.skip(f"the CUDA operators are not built for {architecture}")
+        skip_unless_in_ci(f"the CUDA operators are not built for {architecture}")
     spilled = [kernel.name for kernel in chosen if kernel.stack]
     assert not spilled, f"these kernels use local memory: {spilled}"
     budgets = [budget for budget in map(kernel_budget.budget, chosen) if budget]
-    assert len(budgets) == 44, "write, displace and adam of all directions, dtypes and roundings"
+    assert len(budgets) == 62, "write, displace (for few and many) and adam: directions, dtypes, roundings"
     for budget in budgets:
         first, further, blocks = next(most for name, *most in MOST if re.match(name, budget.kernel))
         assert budget.narrowest == 16, f"{budget}: accesses of {budget.narrowest} bytes"
@@ -90,10 +101,54 @@ def test_the_counted_path_makes_noise(kernels: list) -> None:
 
 @pytest.mark.cuda
 def test_nothing_is_approximated(kernels: list) -> None:
-    """Of the approximate functions only those that a correction follows: roots and quotients."""
+    """Of the approximate functions only those that a correction follows: roots and quotients. An estimate
+    of a root is corrected by what its square lacks to the number whose root it is; elsewhere, where
+    ptxas wrote that too, it moves registers about."""
     for kernel in kernels:
-        used = {re.match(r"MUFU\.\w+", line)[0] for line in kernel.instructions if line.startswith("MUFU")}
-        assert used <= {"MUFU.RSQ", "MUFU.RCP", "MUFU.RSQ64H", "MUFU.RCP64H"}, (kernel.name, used)
+        lines = kernel.instructions
+        for i, line in enumerate(lines):
+            if not line.startswith("MUFU"):
+                continue
+            function, _, number = line.split()[:3]
+            assert function in {"MUFU.RSQ", "MUFU.RCP", "MUFU.RSQ64H", "MUFU.RCP64H"}, (kernel.name, line)
+            if function == "MUFU.RSQ" and kernel.name.startswith(("write", "displace")):
+                lack = rf"FFMA R\d+, -(R\d+)(\.reuse)?, \1(\.reuse)?, {number}\b"
+                assert any(re.match(lack, later) for later in lines[i : i + 150]), (kernel.name, line)
+
+
+@pytest.mark.cuda
+def test_the_program_writes_its_figures(kernels: list, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "kernel_budget.py"), "--json", str(tmp_path / "budget.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "budget.json").read_text())
+    assert {kernel["kernel"] for kernel in document["kernels"]} <= {kernel.name for kernel in kernels}
+    assert all(prediction["of_copy"] >= 1 for prediction in document["predictions"])
+    assert "displace<Dense<Normals, BFloat16>, nearest, many>" in done.stdout
+
+
+def test_nothing_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(kernel_budget, "PACKAGE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kernel_budget.py"])
+    assert kernel_budget.main() == 2
+    assert "build it with CUDA" in capsys.readouterr().err
+
+
+def test_a_prediction_by_hand() -> None:
+    """On an H100, 128 instructions a clock: 40 of an element take 1.196 ps, its 4 bytes 1.193 ps."""
+    units = {"issue": 40.0, "multiplier": 20.0, "integer multiplier": 5.0, "integer": 10.0, "special": 0.5}
+    budget = kernel_budget.Budget(
+        "sm_90", "displace<Dense<Normals, BFloat16>, nearest, many>", 48, 5, 0, 8, 40, 30, 16, units, units
+    )
+    one, four = (each for each in kernel_budget.predict([budget]) if each.gpu == "H100 SXM")
+    assert one.operator == "noise_axpy_, one term"
+    assert one.bound == ("issue", "memory")
+    assert one.of_copy == pytest.approx(40 / 128 / (132 * 1.98) * 3352 / 4)
+    assert four.of_copy == pytest.approx(4 * one.of_copy)
+    assert four.bound == ("issue",)
+    assert four.elements_per_second == pytest.approx(1e9 * 132 * 1.98 * 128 / 160)
 
 
 LISTING = """

@@ -31,7 +31,7 @@ EDGES = sorted(
 )
 
 
-# SHA-256 of the first 2**20 normals of seed 42 as little-endian float32, as of the first release.
+# SHA-256 of the first 2**20 normals of seed 42 as little-endian float32, to be that of the first release.
 DIGEST = "3f5cd794dee91cb3e8384af6c68a193ed6dfe894487085a32ab32ffac458f4ed"
 
 

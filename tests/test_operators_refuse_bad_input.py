@@ -252,6 +252,21 @@ def test_normal(bad: dict[str, Any], message: str) -> None:
     refused(ops.normal_, {"out": [five(), rows()], "seed": torch.tensor([1]), **ARRANGEMENT}, bad, message)
 
 
+@pytest.mark.parametrize("shift", [1, 7])
+@pytest.mark.parametrize("operator", [ops.noise_copy_, ops.factored_copy_])
+def test_copy_over_a_part_of_itself(operator: Any, shift: int) -> None:
+    buffer = torch.ones(24)
+    theta, out = buffer[shift : shift + 15].view(5, 3), buffer[:15].view(5, 3)
+    sides = [] if operator is ops.noise_copy_ else [[torch.ones(1, 2, 5)], [torch.ones(1, 2, 3)]]
+    arguments = (*sides, torch.tensor([1]), torch.tensor([0.5]), [0], [(0, 15, 0)])
+    for first, second in ((out, theta), (theta, out)):
+        with pytest.raises(RuntimeError, match=r"out\[0\] must be theta\[0\] itself or lie apart from it"):
+            operator([first], [second], *arguments)
+    assert torch.equal(buffer, torch.ones(24))
+    operator([out], [out], *arguments)
+    assert not torch.equal(out, torch.ones(5, 3))
+
+
 def test_good_arguments_of_these_tests_are_good() -> None:
     theta, out = [five(), rows()], [five(), rows()]
     ops.noise_axpy_(theta, decay=torch.tensor(0.0), **combination())

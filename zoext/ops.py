@@ -123,7 +123,10 @@ def noise_copy_(
     distribution: Distribution = Distribution.NORMAL,
     rounding: Rounding = Rounding.NEAREST,
 ) -> None:
-    """``out = theta + sum_k coefficients[k] z(seeds[k])``, rounded once; theta is only read."""
+    """``out = theta + sum_k coefficients[k] z(seeds[k])``, rounded once; theta is only read.
+
+    A tensor of ``out`` is that of theta itself or shares no memory with it.
+    """
     torch.ops.zoext.noise_copy_(
         list(out),
         list(theta),

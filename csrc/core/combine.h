@@ -20,8 +20,13 @@ ZOEXT_HD Number add_term(Number coefficient, Number z, Number sum) {
 // Decoupled weight decay joins the sum, not theta: `(1 - decay) * theta` would lose a decay below
 // half a unit in the last place of 1.
 template <class Number>
+ZOEXT_HD Number subtract_decay_term(Number decay, Number theta, Number sum) {
+  return fused_multiply_add(-decay, theta, sum);
+}
+
+template <class Number>
 ZOEXT_HD Number add_decay(Number decay, Number theta, Number sum) {
-  return contributes(static_cast<float>(decay)) ? fused_multiply_add(-decay, theta, sum) : sum;
+  return contributes(static_cast<float>(decay)) ? subtract_decay_term(decay, theta, sum) : sum;
 }
 
 }  // namespace zoext

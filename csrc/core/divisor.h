@@ -9,10 +9,10 @@ namespace zoext {
 
 class Divisor {
  public:
-  Divisor() = default;
+  Divisor() = default;  // of nothing: a table of thousands of tensors begins without them
 
   // `divisor` from 1 to 2^63.
-  explicit Divisor(int64_t divisor) : divisor_(static_cast<uint64_t>(divisor)) {
+  explicit Divisor(int64_t divisor) : divisor_(static_cast<uint64_t>(divisor)), shift_(0) {
     while (shift_ < 63 && (uint64_t{1} << shift_) < divisor_) ++shift_;
     // ceil(2^(63 + shift) / divisor): too large by less than 2^-63 of itself, and below 2^64.
     const unsigned __int128 power = static_cast<unsigned __int128>(1) << (63 + shift_);
@@ -33,8 +33,8 @@ class Divisor {
   }
 
  private:
-  uint64_t divisor_ = 1, reciprocal_ = uint64_t{1} << 63;
-  uint32_t shift_ = 0;
+  uint64_t divisor_, reciprocal_;
+  uint32_t shift_;
 };
 
 }  // namespace zoext

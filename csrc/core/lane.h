@@ -60,9 +60,9 @@ ZOEXT_HD float square_root(float a) {
 // The same for a between 2^-100 and 2^127.
 ZOEXT_HD float square_root_of_normal(float a) {
 #if defined(__CUDA_ARCH__)
-  // What ptxas makes of sqrt.rn.f32, less its branch for other numbers. One correction is enough for the
-  // correctly rounded root, whatever the estimate within 3/4 of the error that PTX allows it: the
-  // C++ tests try all.
+  // What ptxas makes of sqrt.rn.f32, less its branch for other numbers. One correction gives the correctly
+  // rounded root for all estimates within 3/4 of the error that PTX allows them (the C++ tests try all);
+  // that those of the hardware are that good, is what ptxas relies on too.
   float estimate;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(a));
   return corrected_square_root(a, estimate);

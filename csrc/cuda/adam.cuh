@@ -67,7 +67,8 @@ struct StepSize {
 // out = round(theta + (-lr m / sqrt(v + eps) - decay theta)) with the moments m and v of the window.
 template <class Direction, Rounding rounding>
 __global__ void __launch_bounds__(threads_per_chunk, resident_blocks<Direction>(Direction::adam_blocks))
-    adam(const __grid_constant__ Table<typename Direction::TensorSlot> table, Window window, StepSize size) {
+    adam(const __grid_constant__ Table<typename Direction::TensorSlot, Room::many> table, Window window,
+         StepSize size) {
   using Tiling = typename Direction::Tiling;
   using Storage = typename Direction::Storage;
   using Number = typename Arithmetic<Storage>::type;
@@ -103,7 +104,8 @@ void launch_adam(const std::vector<typename Direction::TensorSlot>& slots, const
   auto* kernel = &adam<Direction, Rounding::nearest>;
   if constexpr (can_round<typename Direction::Storage>)
     if (rounding == Rounding::stochastic && !window.is_empty()) kernel = &adam<Direction, Rounding::stochastic>;
-  launch<typename Direction::Tiling>(kernel, slots, stream, window, size);
+  launch<typename Direction::Tiling, typename Direction::TensorSlot, Room::many>(kernel, slots, stream, window,
+                                                                                 size);
 }
 
 }  // namespace zoext::cuda

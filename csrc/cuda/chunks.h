@@ -24,7 +24,7 @@ struct Tiling {
 template <class Storage>
 constexpr int vector_elements = sizeof(Storage) == 2 ? 8 : 4;
 
-// A share has four Philox blocks of normals, for any storage; eight neighbours fill a 128-byte line.
+// A share has two Philox blocks of normals, for any storage; eight neighbours fill a 128-byte line.
 template <class Storage>
 using NormalTiling = Tiling<vector_elements<Storage>, 8 / vector_elements<Storage>, 8, 4>;
 
@@ -41,7 +41,7 @@ struct Slot {
   Span span;
   uint32_t key;
   // Its part of the grid.
-  uint32_t first_chunk = 0;
+  uint32_t first_chunk;
   Divisor shares_per_run;
 
   ZOEXT_HD bool is_one_run() const { return span.run >= count; }
@@ -53,11 +53,16 @@ struct Slot {
   }
 };
 
-// Passed by value, so that a launch neither allocates nor copies; parameters may have 32,764 bytes, of
-// which a table takes 30 KiB.
-template <class TensorSlot>
+// How many tensors a kernel has room for among its parameters. All of these are sent with every launch, so
+// that the few of one module should not take as long as the many of a model.
+enum class Room { few, many };
+
+// Passed by value, so that a launch neither allocates nor copies. Parameters may have 32,764 bytes; more
+// than 4,096 need a driver for CUDA 12.1 and a GPU from sm_70 on.
+template <class TensorSlot, Room room>
 struct Table {
-  static constexpr int capacity = 30 * 1024 / sizeof(TensorSlot);
+  static constexpr int bytes = room == Room::few ? 1024 : 30 * 1024;
+  static constexpr int capacity = bytes / sizeof(TensorSlot);
 
   TensorSlot slots[capacity];
   int count = 0;

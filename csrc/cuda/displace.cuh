@@ -1,15 +1,17 @@
 // theta + sum_k c_k D_k: the kernel of every axpy_ and copy_.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.h"
 #include "share.cuh"
 
 namespace zoext::cuda {
 
 // out = round(theta + (sum_k c_k D_k - decay theta)); no decay if the pointer is null.
-template <class Direction, Rounding rounding>
+template <class Direction, Rounding rounding, Room room>
 __global__ void __launch_bounds__(threads_per_chunk, resident_blocks<Direction>(Direction::displace_blocks))
-    displace(const __grid_constant__ Table<typename Direction::TensorSlot> table, Combination combination,
+    displace(const __grid_constant__ Table<typename Direction::TensorSlot, room> table, Combination combination,
              const float* decay) {
   using Tiling = typename Direction::Tiling;
   using Storage = typename Direction::Storage;
@@ -45,14 +47,25 @@ inline Combination combination_of(const Tensor& seeds, const Tensor& coefficient
   return {seeds_in(seeds), floats_in(coefficients), static_cast<int>(seeds.numel())};
 }
 
+template <class Direction, Room room>
+void launch_displace_with(const std::vector<typename Direction::TensorSlot>& slots, const Combination& combination,
+                          const float* decay, Rounding rounding, cudaStream_t stream) {
+  auto* kernel = &displace<Direction, Rounding::nearest, room>;
+  if constexpr (can_round<typename Direction::Storage>)
+    if (rounding == Rounding::stochastic && combination.terms > 0)
+      kernel = &displace<Direction, Rounding::stochastic, room>;
+  launch<typename Direction::Tiling, typename Direction::TensorSlot, room>(kernel, slots, stream, combination,
+                                                                           decay);
+}
+
+// Streamed probes displace the tensors of one module at a time.
 template <class Direction>
 void launch_displace(const std::vector<typename Direction::TensorSlot>& slots, const Combination& combination,
                      const float* decay, Rounding rounding, cudaStream_t stream) {
-  auto* kernel = &displace<Direction, Rounding::nearest>;
-  if constexpr (can_round<typename Direction::Storage>)
-    if (rounding == Rounding::stochastic && combination.terms > 0)
-      kernel = &displace<Direction, Rounding::stochastic>;
-  launch<typename Direction::Tiling>(kernel, slots, stream, combination, decay);
+  const bool are_few = slots.size() <= Table<typename Direction::TensorSlot, Room::few>::capacity;
+  auto* launch_them =
+      are_few ? &launch_displace_with<Direction, Room::few> : &launch_displace_with<Direction, Room::many>;
+  launch_them(slots, combination, decay, rounding, stream);
 }
 
 }  // namespace zoext::cuda

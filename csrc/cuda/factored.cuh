@@ -96,7 +96,7 @@ class FactoredAnywhere {
   template <class Number>
   __device__ void add(const Term& term, Sum<Number, Tiling>& sum) const {
     const Factors factors(slot_, term);
-    // Not unrolled: few elements come here, and the places of all at once would take many registers.
+    // Not unrolled: the places of all elements at once would take many registers.
 #pragma unroll 1
     for (int i = part_.first; i < part_.last; ++i) {
       const Number z = product<Number>(factors, part_.local + i);

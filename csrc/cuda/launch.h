@@ -39,13 +39,18 @@ void for_each_storage(const std::vector<Tensor>& tensors, MakeSlot make_slot, F 
   }
 }
 
+// A kernel with room for `room` tensors a launch.
+template <class TensorSlot, Room room, class... Parameters>
+using Kernel = void (*)(Table<TensorSlot, room>, Parameters...);
+
 // One launch, or one for every `capacity` tensors of a table.
-template <class Tiling, class TensorSlot, class... Parameters>
-void launch(void (*kernel)(Table<TensorSlot>, Parameters...), const std::vector<TensorSlot>& slots,
+template <class Tiling, class TensorSlot, Room room, class... Parameters>
+void launch(Kernel<TensorSlot, room, Parameters...> kernel, const std::vector<TensorSlot>& slots,
             cudaStream_t stream, Parameters... parameters) {
-  static_assert(sizeof(Table<TensorSlot>) + (sizeof(Parameters) + ... + 0) <= 32764, "too many parameters");
-  for (size_t first = 0; first < slots.size(); first += Table<TensorSlot>::capacity) {
-    Table<TensorSlot> table;
+  using List = Table<TensorSlot, room>;
+  static_assert(sizeof(List) + (sizeof(Parameters) + ... + 0) <= 32764, "too many parameters");
+  for (size_t first = 0; first < slots.size(); first += List::capacity) {
+    List table;
     for (size_t s = first; s < slots.size() && table.count < table.capacity; ++s)
       table.template add<Tiling>(slots[s]);
     kernel<<<table.chunks, threads_per_chunk, 0, stream>>>(table, parameters...);

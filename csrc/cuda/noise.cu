@@ -8,7 +8,7 @@ namespace {
 // out = round(z(seed)), drawn from stream `stream`.
 template <class Storage, class Noise>
 __global__ void __launch_bounds__(threads_per_chunk)
-    write(const __grid_constant__ Table<Slot> table, const int64_t* seed, uint32_t stream) {
+    write(const __grid_constant__ Table<Slot, Room::many> table, const int64_t* seed, uint32_t stream) {
   using Tiling = typename Noise::template Tiling<Storage>;
   using Number = typename Arithmetic<Storage>::type;
   const uint64_t seed_value = seed_at(seed, 0);
@@ -78,8 +78,8 @@ void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, st
     using Storage = decltype(storage);
     for_noise(checked, [&](auto noise) {
       using Noise = decltype(noise);
-      launch<typename Noise::template Tiling<Storage>>(&write<Storage, Noise>, slots, current, seeds_in(seed),
-                                                       static_cast<uint32_t>(stream));
+      launch<typename Noise::template Tiling<Storage>, Slot, Room::many>(
+          &write<Storage, Noise>, slots, current, seeds_in(seed), static_cast<uint32_t>(stream));
     });
   });
 }

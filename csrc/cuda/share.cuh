@@ -19,9 +19,9 @@ constexpr int resident_blocks(int blocks) {
 
 // f(slot, share) for every share of the calling thread. The loop of whole shares has no branch but those
 // of `f`; it is the one that nearly all blocks run.
-template <class Storage, class Tiling, class TensorSlot, class F>
-__device__ void for_each_share(const Table<TensorSlot>& table, F f) {
-  const TensorSlot& slot = table.slot_of(blockIdx.x);
+template <class Storage, class Tiling, class List, class F>
+__device__ void for_each_share(const List& table, F f) {
+  const auto& slot = table.slot_of(blockIdx.x);
   const int64_t first =
       static_cast<int64_t>(blockIdx.x - slot.first_chunk) * Tiling::shares_per_chunk + threadIdx.x;
   if (WholeShare<Storage, Tiling>::is_whole_chunk(slot, first - threadIdx.x)) {
@@ -51,6 +51,7 @@ class Weights {
   template <Rounding rounding, class AnyShare, class Number>
   __device__ void move(const Slot& slot, const AnyShare& share, Sum<Number, Tiling>& change, Number decay,
                        const int64_t* seeds) const {
+    // Once for all elements: nvcc would make predicates of as many questions.
     if (contributes(static_cast<float>(decay))) subtract_decay(decay, change);
 #pragma unroll
     for (int g = 0; g < Tiling::groups; ++g) {
@@ -81,7 +82,7 @@ class Weights {
     for (int g = 0; g < Tiling::groups; ++g)
 #pragma unroll
       for (int i = 0; i < Tiling::vector; ++i)
-        change.of[g][i] = add_decay<Number>(decay, groups_[g].number(i), change.of[g][i]);
+        change.of[g][i] = subtract_decay_term<Number>(decay, groups_[g].number(i), change.of[g][i]);
   }
 
   Group<Storage, Tiling::vector> groups_[Tiling::groups];

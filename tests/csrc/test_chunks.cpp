@@ -28,7 +28,7 @@ Slot slot_with(int64_t count, const Span& span, int64_t offset = 0) {
 
 // f(local, index) for all elements of a chunk, as a kernel walks them; whether their shares are whole.
 template <class Storage, class Tiling, class F>
-bool walk(const Table<Slot>& table, uint32_t chunk, F f) {
+bool walk(const Table<Slot, Room::many>& table, uint32_t chunk, F f) {
   const Slot& slot = table.slot_of(chunk);
   const int64_t first = int64_t{chunk - slot.first_chunk} * Tiling::shares_per_chunk;
   const bool whole = WholeShare<Storage, Tiling>::is_whole_chunk(slot, first);
@@ -62,7 +62,7 @@ bool walk(const Table<Slot>& table, uint32_t chunk, F f) {
 
 template <class Storage, class Tiling>
 void every_element_has_one_thread(int64_t count, const Span& span, int64_t offset) {
-  Table<Slot> table;
+  Table<Slot, Room::many> table;
   table.add<Tiling>(slot_with<Storage>(100, {0, 100, 0}));
   table.add<Tiling>(slot_with<Storage>(count, span, offset));
   table.add<Tiling>(slot_with<Storage>(1, {0, 1, 0}));
@@ -84,7 +84,7 @@ void every_element_has_one_thread(int64_t count, const Span& span, int64_t offse
 template <class Storage, class Tiling>
 void huge_tensors_are_divided(int64_t base) {
   const int64_t count = (int64_t{5} << 32) + 8195;
-  Table<Slot> table;
+  Table<Slot, Room::many> table;
   table.add<Tiling>(slot_with<Storage>(count, {base, count, 0}));
   constexpr int64_t elements = int64_t{Tiling::shares_per_chunk} * Tiling::vector * Tiling::groups;
   for (int64_t around : {int64_t{1} << 31, int64_t{1} << 32, int64_t{3} << 32, count - 1}) {
@@ -113,7 +113,7 @@ void tensors_are_divided() {
     }
   for (int64_t base : {int64_t{0}, int64_t{1} << 33, int64_t{77}}) huge_tensors_are_divided<Storage, Tiling>(base);
   // Nearly all chunks of an ordinary tensor are whole.
-  Table<Slot> table;
+  Table<Slot, Room::many> table;
   table.add<Tiling>(slot_with<Storage>(100000, {0, 100000, 0}));
   uint32_t whole = 0;
   for (uint32_t chunk = 0; chunk < table.chunks; ++chunk)
