@@ -34,7 +34,7 @@ def seeds_and_coefficients(terms: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("distribution", BOTH)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("seed", "key", "stream"), [(0, 0, 0), (-7, 2**32 - 1, 2), (2**63 - 1, 5, 2**32 - 1)]
 )
@@ -53,7 +53,7 @@ def test_normal(dtype: torch.dtype, distribution: Distribution, seed: int, key: 
 @pytest.mark.parametrize("terms", [0, 1, 3, 5])
 @pytest.mark.parametrize("rounding", tuple(Rounding))
 @pytest.mark.parametrize("distribution", BOTH)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_axpy(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding, terms: int, decay: float
 ) -> None:
@@ -73,7 +73,7 @@ def test_axpy(
 @pytest.mark.parametrize("terms", [0, 1, 3])
 @pytest.mark.parametrize("rounding", tuple(Rounding))
 @pytest.mark.parametrize("distribution", BOTH)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, terms: int) -> None:
     theta, span = weights(2055, dtype), (24, 2055, 0)
     expected = torch.full_like(theta, float("nan"))
@@ -93,7 +93,7 @@ def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding
 
 @pytest.mark.parametrize(("count", "span"), SPANS)
 @pytest.mark.parametrize("distribution", BOTH)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_spans(dtype: torch.dtype, distribution: Distribution, count: int, span: Span) -> None:
     theta = weights(count, dtype)
     arguments = (*seeds_and_coefficients(3), torch.tensor(0.25))
@@ -108,7 +108,7 @@ def test_spans(dtype: torch.dtype, distribution: Distribution, count: int, span:
 
 @pytest.mark.parametrize("rounding", tuple(Rounding))
 @pytest.mark.parametrize("distribution", BOTH)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_coefficients_of_zero_move_no_bit(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding
 ) -> None:
