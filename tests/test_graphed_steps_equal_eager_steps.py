@@ -205,7 +205,7 @@ def test_other_modules_in_the_last_step_before_a_capture(graph: type[RecordedGra
         def closure(run: Run = run, calls: list[int] = calls) -> torch.Tensor:
             calls.append(1)
             x = run.model[:4](run.x)
-            return nn.functional.cross_entropy(x[:, :3] if len(calls) <= 8 else run.model[4:](x), run.y)
+            return nn.functional.cross_entropy(x[:, :3] if len(calls) <= 11 else run.model[4:](x), run.y)
 
         run.closure = closure
         run._graphed = zoext.GraphedStep(run.optimizer, run.closure) if graphed else None

@@ -26,15 +26,15 @@ class ModuleState:
 
     def __init__(self, roots: Iterable[nn.Module], others: Iterable[Tensor]) -> None:
         parts = {id(part): (name, part) for root in roots for name, part in root.named_modules()}
-        self._parts = [part for _, part in parts.values()]
-        self._modes = [part.training for part in self._parts]
-        self._others = list(others)
+        tensors = list(others)
+        self._scripted: list[nn.Module] = []
         self._dicts: list[dict[str, Any]] = []
         self._plain: list[tuple[dict[str, Any], str, str]] = []
         self._held: list[tuple[dict[str, Any], str, str]] = []
         for path, part in parts.values():
             if isinstance(part, torch.jit.ScriptModule):  # whose attributes are not Python's
-                self._others += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+                self._scripted.append(part)
+                tensors += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
                 continue
             for held in (part._modules, part._parameters, part._buffers, vars(part)):
                 self._dicts.append(held)
@@ -42,15 +42,16 @@ class ModuleState:
                     entry = (held, name, f"{path}.{name}".lstrip("."))
                     if isinstance(value, _PLAIN):
                         self._plain.append(entry)
-                    elif isinstance(value, nn.Module | Tensor):
+                    elif value is None or isinstance(value, nn.Module | Tensor):
                         self._held.append(entry)
         self._sizes = list(map(len, self._dicts))
         self._numbers = self._look(self._plain)
         self._kinds = list(map(type, self._numbers))
         self._values = self._look(self._held)
-        tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self._tensors = [*tensors, *self._others]
+        tensors += [value for value in self._values if isinstance(value, Tensor)]
+        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
         self._places = list(map(place, self._tensors))
+        self._modes = [part.training for part in self._scripted]
 
     @staticmethod
     def _look(entries: list[tuple[dict[str, Any], str, str]]) -> list[Any]:
@@ -60,7 +61,7 @@ class ModuleState:
         """Whether all is as it was when this was made."""
         numbers = self._look(self._plain)
         return (
-            [part.training for part in self._parts] == self._modes
+            [part.training for part in self._scripted] == self._modes
             and list(map(len, self._dicts)) == self._sizes
             and list(map(type, numbers)) == self._kinds  # before ==, which means another thing for tensors
             and numbers == self._numbers
@@ -73,7 +74,8 @@ class ModuleState:
         names = [
             label
             for (held, name, label), known in zip(self._plain, self._numbers, strict=True)
-            if type(held.get(name)) is not type(known) or held[name] != known
+            if held.get(name) is not known
+            and (type(held.get(name)) is not type(known) or held[name] != known)
         ]
         names += [
             label
