@@ -6,6 +6,9 @@ operators with their addresses. It knows of no streams, and not of what a driver
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cuda_comparison import MARKS, fakegpu
@@ -89,11 +92,10 @@ def test_a_capture_from_outside() -> None:
     run.step(3)
 
 
-@pytest.mark.skipif(fakegpu is not None, reason="the emulator has no graphs")
-def test_a_capture_that_fails() -> None:
-    """The stream is the caller's again, and steps go on without a graph."""
+def test_a_closure_that_waits() -> None:
+    """Found before a capture is begun, also without a module; steps go on without a graph."""
     run = Run("mezo", graphed=False, device="cuda", probe="inplace")
-    run.optimizer = zoext.MeZO(list(run.model.parameters()))  # no module: operators are not watched
+    run.optimizer = zoext.MeZO(list(run.model.parameters()))
     run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
 
     def closure() -> torch.Tensor:
@@ -110,3 +112,32 @@ def test_a_capture_that_fails() -> None:
     assert torch.cuda.current_stream() == stream
     assert same(theta, list(run.model.parameters()))
     run.optimizer.step(closure)
+
+
+REFUSED = """
+import torch, zoext
+weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+optimizer = zoext.MeZO([weight])
+def closure():
+    if torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+    return weight.sum()
+step = zoext.GraphedStep(optimizer, closure)
+for _ in range(3):
+    step()
+stream, theta = torch.cuda.current_stream(), weight.detach().clone()
+for _ in range(2):
+    try:
+        step()
+    except zoext.graphs.CaptureError as error:
+        assert "capturing" in str(error) and "restart the process" in str(error), error
+    else:
+        raise AssertionError("captured")
+assert torch.cuda.current_stream() == stream and torch.equal(weight, theta)
+"""
+
+
+@pytest.mark.skipif(fakegpu is not None, reason="the emulator has no graphs")
+def test_a_capture_that_the_driver_refuses() -> None:
+    """In a process of its own, which nothing can capture in any more."""
+    subprocess.run([sys.executable, "-c", REFUSED], check=True)

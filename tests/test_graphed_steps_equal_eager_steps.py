@@ -113,6 +113,14 @@ def new_layer(run: Run) -> None:
     run.model[2] = nn.BatchNorm1d(11, affine=False)
 
 
+def new_number(run: Run) -> None:
+    run.model[1].eps = 3.0
+
+
+def new_strides(run: Run) -> None:
+    run.model[3].weight.data = run.model[3].weight.data.view(11, 5).t()
+
+
 def thaw(run: Run) -> None:
     run.model[3].weight.requires_grad_(True)
 
@@ -135,6 +143,8 @@ CHANGES = [
     new_mode,
     new_buffer,
     new_layer,
+    new_number,
+    new_strides,
     thaw,
     freeze,
     option("mu", 0.03),
@@ -154,6 +164,53 @@ def test_after_a_change(graph: type[RecordedGraph], recipe: str, change: Callabl
         change(run)
         runs.append(run.steps(range(8, 18)))
     assert graph.captures == 2
+    assert same(runs[0].result(), runs[1].result())
+
+
+def test_in_inference_mode(graph: type[RecordedGraph]) -> None:
+    runs = []
+    for graphed in (False, True):
+        run = Run("adamezo", graphed=graphed)
+        with torch.inference_mode():
+            run.steps(range(8))
+        runs.append(run.steps(range(8, STEPS)))
+    assert graph.captures == 1
+    assert same(runs[0].result(), runs[1].result())
+
+
+def test_after_a_change_of_a_module_that_only_the_closure_knows(graph: type[RecordedGraph]) -> None:
+    """With bare parameters, and a part of the loss that has none which move."""
+    runs = []
+    for graphed in (False, True):
+        run = Run(graphed=False)
+        run.optimizer = zoext.MeZO(list(run.model.parameters()), seed=5, lr=2e-2, mu=1e-2)
+        run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+        teacher, closure = nn.Softplus(beta=1.0), run.closure
+        run.closure = lambda teacher=teacher, closure=closure: teacher(closure())
+        run._graphed = zoext.GraphedStep(run.optimizer, run.closure) if graphed else None
+        run.steps(range(6))
+        teacher.beta = 0.2
+        run.model.eval()
+        runs.append(run.steps(range(6, STEPS)))
+    assert graph.captures == 2
+    assert same(runs[0].result(), runs[1].result())
+
+
+def test_other_modules_in_the_last_step_before_a_capture(graph: type[RecordedGraph]) -> None:
+    """They ran unwatched: the capture waits until they were looked at."""
+    runs = []
+    for graphed in (False, True):
+        run, calls = Run(graphed=False), []
+
+        def closure(run: Run = run, calls: list[int] = calls) -> torch.Tensor:
+            calls.append(1)
+            x = run.model[:4](run.x)
+            return nn.functional.cross_entropy(x[:, :3] if len(calls) <= 11 else run.model[4:](x), run.y)
+
+        run.closure = closure
+        run._graphed = zoext.GraphedStep(run.optimizer, run.closure) if graphed else None
+        runs.append(run.steps(range(STEPS)))
+    assert graph.captures == 1
     assert same(runs[0].result(), runs[1].result())
 
 

@@ -1,9 +1,15 @@
-"""A step that a graph cannot repeat raises an error that tells why, and moves nothing."""
+"""A step that a graph cannot repeat raises an error that tells why, and moves nothing.
+
+As far as a graph is said to look: what a closure reads in other ways is listed at ``GraphedStep``.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,6 +180,66 @@ class TestReplacedTensors:
 
         self.check(run, closure, replace, "scale")
 
+    def test_attribute_of_a_method(self) -> None:
+        trainer = Trainer()
+        self.check(trainer.run, trainer.loss, lambda: setattr(trainer, "x", trainer.x + 1), "self")
+
+    def test_attribute_that_only_another_method_reads(self) -> None:
+        trainer = Trainer()
+        self.check(trainer.run, trainer.indirect, lambda: setattr(trainer, "x", trainer.x + 1), "self")
+
+    def test_attribute_of_a_callable_object(self) -> None:
+        trainer = Trainer()
+        self.check(trainer.run, trainer, lambda: setattr(trainer, "x", trainer.x + 1), "self")
+
+    def test_attribute_of_a_variable(self) -> None:
+        trainer = Trainer()
+        self.check(
+            trainer.run,
+            lambda: trainer.run.model(trainer.x).square().mean() * trainer.options.scale,
+            lambda: setattr(trainer.options, "scale", 3.0),
+            "trainer",
+        )
+
+    def test_argument_of_a_partial(self) -> None:
+        run, batch = Run(graphed=False), {"input": torch.ones(6, 7)}
+        for closure, name in (
+            (partial(lambda batch: run.model(**batch).square().mean(), batch), "args of the partial"),
+            (
+                partial(lambda batch: run.model(**batch).square().mean(), batch=batch),
+                "keywords of the partial",
+            ),
+        ):
+            self.check(run, closure, lambda: batch.update(input=batch["input"] + 1), name)
+
+    def test_variable_behind_a_decorator(self) -> None:
+        run, scale = Run(graphed=False), 1.0
+
+        @torch.no_grad()
+        def closure() -> Tensor:
+            return run.model(x).square().mean() * scale
+
+        def replace() -> None:
+            nonlocal scale
+            scale = 2.0
+
+        self.check(run, closure, replace, "scale")
+
+    def test_strides(self) -> None:
+        run, weight = Run(graphed=False), torch.ones(7, 7).triu()
+
+        def replace() -> None:
+            weight.t_()
+
+        self.check(run, lambda: run.model(x @ weight).square().mean(), replace, "weight")
+
+    def test_what_the_closure_does_not_name_is_none_of_these(self) -> None:
+        trainer = Trainer()
+        step = zoext.GraphedStep(trainer.run.optimizer, trainer.loss)
+        for trainer.count in range(6):
+            step()
+        assert step._recorded is not None
+
     def test_an_attribute_of_the_same_name_is_none_of_these(self) -> None:
         global shape
         run = Run(graphed=False)
@@ -182,6 +248,126 @@ class TestReplacedTensors:
             shape = size
             step()
         assert shape == 5
+
+
+class Trainer:
+    def __init__(self) -> None:
+        self.run = Run(graphed=False)
+        self.x = torch.ones(6, 7)
+        self.options = SimpleNamespace(scale=2.0)
+        self.count = 0
+
+    def batch(self) -> Tensor:
+        return self.x
+
+    def loss(self) -> Tensor:
+        return self.run.model(self.x).square().mean()
+
+    def indirect(self) -> Tensor:
+        return self.run.model(self.batch()).square().mean()
+
+    __call__ = loss
+
+
+def test_a_closure_whose_variables_nobody_can_know() -> None:
+    with pytest.raises(TypeError, match=r"closure must have Python code.*wrap it in a lambda"):
+        zoext.GraphedStep(Run(graphed=False).optimizer, torch.tensor(1.0).clone)
+
+
+class Writing(nn.Module):
+    """Writes an attribute in its forward, which a replay would not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_an_attribute_that_the_closure_writes() -> None:
+    run = Run(graphed=False)
+    run.model.append(Writing())
+    run._graphed = zoext.GraphedStep(run.optimizer, run.closure)
+    run.steps(range(3))
+    before = snapshot(run)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"nothing was changed: the closure writes 6\.calls"):
+            run.step(3)
+        assert same(before, snapshot(run))
+
+
+class WaitlessGraph(RecordedGraph):
+    """As the driver, it would be broken by a wait: so none may ever come as far."""
+
+    def capture(self, work: Callable[[], Any]) -> Any:
+        raise AssertionError("a capture was begun")
+
+
+@pytest.mark.parametrize("with_module", [True, False])
+def test_waiting_is_found_before_a_capture(monkeypatch: pytest.MonkeyPatch, with_module: bool) -> None:
+    monkeypatch.setattr(graphs, "CudaGraph", WaitlessGraph)
+    run = Run(graphed=False)
+    if not with_module:
+        run.optimizer = zoext.MeZO(list(run.model.parameters()))
+        run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+    run._graphed = zoext.GraphedStep(run.optimizer, lambda: run.closure() * (run.x.sum().item() + 1))
+    run.steps(range(3))
+    before = snapshot(run)
+    with pytest.raises(RuntimeError, match=r"nothing was changed: .*_local_scalar_dense"):
+        run.step(3)
+    assert same(before, snapshot(run))
+
+
+class TestTheDriverRefuses:
+    """In the place of torch's graphs there are some whose capture cannot be ended."""
+
+    @pytest.fixture(autouse=True)
+    def _broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+
+        class Capture:
+            def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+            def __enter__(self) -> None:
+                TestTheDriverRefuses.begun += 1
+
+            def __exit__(self, *args: object) -> None:
+                if args[0] is not ValueError:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+        def stream(*args: object) -> AbstractContextManager[None]:
+            return nullcontext()
+
+        TestTheDriverRefuses.begun = 0
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        for name in ("Stream", "stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, stream)
+        monkeypatch.setattr(graphs.CudaGraph, "failure", None)
+
+    begun = 0
+
+    def fail(self, kind: type[Exception]) -> None:
+        raise kind("not permitted when stream is capturing")
+
+    def test_with_the_first_error_and_once(self) -> None:
+        device = torch.device("cuda", 0)
+        for _ in range(2):
+            with pytest.raises(graphs.CaptureError, match=r"not permitted when .*restart the process"):
+                graphs.CudaGraph(device).capture(lambda: self.fail(RuntimeError))
+        assert self.begun == 1
+
+    def test_although_nothing_was_raised_before(self) -> None:
+        with pytest.raises(graphs.CaptureError, match=r"previous error during capture.*restart the process"):
+            graphs.CudaGraph(torch.device("cuda", 0)).capture(lambda: None)
+
+    def test_but_not_where_the_capture_ends(self) -> None:
+        for begun in (1, 2):
+            with pytest.raises(ValueError, match="not permitted"):
+                graphs.CudaGraph(torch.device("cuda", 0)).capture(lambda: self.fail(ValueError))
+            assert self.begun == begun
 
 
 def test_another_optimizer() -> None:

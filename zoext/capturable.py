@@ -17,6 +17,10 @@ class HostWaits(TorchDispatchMode):
     one that copies between the host's ordinary memory and a device.
     """
 
+    def found(self, wait: str) -> None:
+        """Called with what makes the host wait, before it does."""
+        raise RuntimeError(wait)
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -26,11 +30,22 @@ class HostWaits(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if _reads_values(func, args, kwargs):
-            raise RuntimeError(f"{func} makes the host wait for values on the device")
-        if _crosses(func, args, kwargs):
-            raise RuntimeError(f"{func} copies between the host and the device, which makes the host wait")
+            self.found(f"{func} makes the host wait for values on the device")
+        elif _crosses(func, args, kwargs):
+            self.found(f"{func} copies between the host and the device, which makes the host wait")
         run: Callable[..., Any] = func
         return run(*args, **kwargs)
+
+
+class NotedHostWaits(HostWaits):
+    """Notes the first such operator, and lets all of them run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.first: str | None = None
+
+    def found(self, wait: str) -> None:
+        self.first = self.first or wait
 
 
 def _reads_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from contextlib import AbstractContextManager
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoext.randomness import RandomState
 
 #: Larger lists and dictionaries are data sets, not batches; nobody is to look through them at every step.
 LARGEST_BATCH = 64
 
+#: How far attributes are followed: ``self.options.scale``, and no further.
+DEPTH = 2
 
-def capturable(closure: Callable[[], Any], device: torch.device) -> Callable[[], Tensor]:
-    """The closure, which raises if its value or its randomness could not be replayed."""
+
+def capturable(
+    closure: Callable[[], Any], device: torch.device, watching: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], Tensor]:
+    """The closure in ``watching()``, which raises if its value or its randomness could not be replayed."""
 
     def run() -> Tensor:
         before = RandomState(device)
-        loss = closure()
+        with watching():
+            loss = closure()
         if read := before.read_since():
             raise RuntimeError(
                 f"closure drew random numbers from {' and '.join(read)}, which a graph would not draw anew "
@@ -40,26 +49,60 @@ def capturable(closure: Callable[[], Any], device: torch.device) -> Callable[[],
 
 
 class Bindings:
-    """What a closure's own variables are bound to: addresses of tensors, and plain numbers and strings.
+    """What a closure's variables are bound to: places of tensors, plain numbers and strings, and modules.
 
-    Variables that it reads through other functions, and attributes, are not followed.
+    These are the globals that it names, the variables around it, its defaults, the arguments of a
+    ``functools.partial``, and the object of a method or of a callable object. Of objects, the attributes
+    are followed that its code names, or that of the object's own methods that it calls; of lists and
+    dictionaries, all entries. Nothing is read that would run code, as properties.
+
+    Raises:
+        TypeError: for a closure without Python code, whose variables nobody can know.
     """
 
     def __init__(self, closure: Callable[[], Any]) -> None:
-        function = getattr(closure, "__func__", closure)
-        self._function = function if isinstance(function, FunctionType) else None
-        self._globals = sorted(set(_global_names(self._function.__code__))) if self._function else []
-        self._known = self._look()
+        self._given: dict[str, Any] = {}  # what is not a variable, by the name that errors give it
+        self._function = self._unwrapped(closure)
+        code = self._function.__code__
+        self._globals = sorted(set(_names(code, "LOAD_GLOBAL")))
+        self._attributes = _attributes(code, [type(value) for value in self._variables().values()])
+        self.modules: list[nn.Module] = []
+        self.look()
+
+    def look(self) -> None:
+        """Takes what everything is bound to now as known, and notes the ``modules`` among it."""
+        self.modules = []
+        self._known = {name: self._fixed(value) for name, value in self._variables().items()}
 
     def rebound(self) -> list[str]:
-        """The names of variables that are bound to something else since this was made."""
-        now = self._look()
-        return [name for name, known in self._known.items() if now[name] != known]
+        """The names of variables that are bound to something else, or hold it, since ``look``."""
+        now = {name: self._fixed(value) for name, value in self._variables().items()}
+        return [name for name in self._known.keys() | now.keys() if self._known.get(name) != now.get(name)]
 
-    def _look(self) -> dict[str, Any]:
+    def _unwrapped(self, closure: Any) -> FunctionType:
+        while not isinstance(closure, FunctionType):
+            if isinstance(closure, partial):
+                self._given |= {
+                    "args of the partial": closure.args,
+                    "keywords of the partial": closure.keywords,
+                }
+                closure = closure.func
+            elif isinstance(closure, MethodType):
+                self._given["self"] = closure.__self__
+                closure = closure.__func__
+            elif isinstance(call := inspect.getattr_static(type(closure), "__call__", None), FunctionType):
+                self._given["self"] = closure
+                closure = closure.forward if isinstance(closure, nn.Module) else call
+            else:
+                raise TypeError(
+                    f"closure must have Python code, so that its variables can be watched, not {closure!r}; "
+                    "wrap it in a lambda"
+                )
+        unwrapped = inspect.unwrap(closure)  # decorators such as torch.autocast
+        return unwrapped if isinstance(unwrapped, FunctionType) else self._unwrapped(unwrapped)
+
+    def _variables(self) -> dict[str, Any]:
         function = self._function
-        if function is None:
-            return {}
         bound = {name: function.__globals__.get(name) for name in self._globals}
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
@@ -68,26 +111,52 @@ class Bindings:
                 bound[name] = None
         bound |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
         bound |= function.__kwdefaults__ or {}
-        return {name: _fixed(value) for name, value in bound.items()}
+        return bound | self._given
+
+    def _fixed(self, value: object, depth: int = DEPTH) -> Any:
+        if isinstance(value, Tensor):
+            return place(value)
+        if isinstance(value, bool | int | float | str):
+            return type(value), value
+        if isinstance(value, nn.Module):  # of which more is known: see zoext/modules.py
+            self.modules.append(value)
+            return id(value)
+        if isinstance(value, Mapping) and len(value) <= LARGEST_BATCH:
+            return {str(key): self._fixed(entry, depth) for key, entry in value.items()}
+        if isinstance(value, list | tuple) and len(value) <= LARGEST_BATCH:
+            return [self._fixed(entry, depth) for entry in value]
+        if depth and (held := getattr(value, "__dict__", None)):
+            return {
+                name: self._fixed(held[name], depth - 1) for name in self._attributes if name in held
+            } or None
+        return None
 
 
-def _global_names(code: CodeType) -> Iterator[str]:
-    # Not co_names, which has the names of attributes too.
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """What a kernel that was launched with ``tensor`` goes on reading."""
+    if tensor.layout != torch.strided:
+        return id(tensor), tensor.shape, tensor.dtype
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _names(code: CodeType, *operations: str) -> Iterator[str]:
+    # Not co_names, which does not tell globals from attributes.
     for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
+        if instruction.opname in operations:
             yield instruction.argval
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _global_names(constant)
+            yield from _names(constant, *operations)
 
 
-def _fixed(value: object) -> Any:
-    if isinstance(value, Tensor):
-        return value.data_ptr(), tuple(value.shape), value.dtype
-    if isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping) and len(value) <= LARGEST_BATCH:
-        return {str(key): _fixed(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple) and len(value) <= LARGEST_BATCH:
-        return [_fixed(entry) for entry in value]
-    return None
+def _attributes(code: CodeType, kinds: list[type]) -> list[str]:
+    """The attributes that ``code`` names, and those that methods of ``kinds`` name which it calls."""
+    found: set[str] = set()
+    codes = [code]
+    while codes:
+        new = set(_names(codes.pop(), "LOAD_ATTR", "LOAD_METHOD")) - found
+        found |= new
+        methods = (inspect.getattr_static(kind, name, None) for kind in kinds for name in new)
+        functions = (method.fget if isinstance(method, property) else method for method in methods)
+        codes += [function.__code__ for function in functions if isinstance(function, FunctionType)]
+    return sorted(found)

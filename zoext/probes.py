@@ -36,6 +36,16 @@ class Probe(ABC):
         however it ends.
         """
 
+    @property
+    def is_to_watch(self) -> bool:
+        """Whether the next session must be watched, because something new ran in the last one."""
+        return False
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Within the block sessions read nothing on the host, as watching does."""
+        yield
+
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
         """Within the block a session is recorded to be replayed, so nothing is read on the host.
@@ -119,7 +129,7 @@ class StreamedProbe(Probe):
         self._watched: set[tuple[frozenset[int], tuple[tuple[int, bool], ...]]] = set()
         self._watch_next = True
         self._sessions = 0
-        self._recording = False
+        self._unwatched = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The module alone: all else is found again."""
@@ -128,14 +138,24 @@ class StreamedProbe(Probe):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["module"])  # type: ignore[misc]
 
+    @property
+    def is_to_watch(self) -> bool:
+        return self._watch_next
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        self._unwatched = True
+        try:
+            yield
+        finally:
+            self._unwatched = False
+
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
         memory: list[Tensor] = []
-        self._recording, self._watch_next = True, False
-        try:
+        self._watch_next = False
+        with self.unwatched():
             yield memory
-        finally:
-            self._recording = False
         if self._watch_next:
             raise StreamedProbeError(
                 "streamed probe: other modules ran while the step was recorded than in the steps before, so "
@@ -146,7 +166,7 @@ class StreamedProbe(Probe):
 
     @contextmanager
     def session(self) -> Iterator[Evaluate]:
-        if not self._recording:
+        if not self._unwatched:
             self._sessions += 1
             if self._sessions & (self._sessions - 1) == 0 or self._sessions % 100 == 0:
                 self._watch_next = True
@@ -154,7 +174,7 @@ class StreamedProbe(Probe):
         def evaluate(combination: Combination, closure: Closure) -> Any:
             modes = self._swap.modes()
             unknown = self._watch_next or all(modes != known for _, known in self._watched)
-            watch = unknown and not self._recording
+            watch = unknown and not self._unwatched
             watching = _watching(combination) if watch and len(combination) else nullcontext()
             with (
                 self._swap.displaced(combination, find_written_buffers=watch) as visited,
@@ -170,7 +190,7 @@ class StreamedProbe(Probe):
                     self._watched.add(route)
                 # A route not seen before ran unwatched: watch it at the next probe.
                 unwatched = route not in self._watched
-                self._watch_next = unwatched or (self._recording and self._watch_next)
+                self._watch_next = unwatched or (self._unwatched and self._watch_next)
             return loss
 
         with interrupts.deferred() as signals, self._swap.hooked(signals):
