@@ -107,6 +107,7 @@ def measure_kernels(report: Report, name: str, size: Size, arguments: argparse.N
         where = dtype, arguments.device
         for make in (
             partial(gpu_kernels.dense, shapes, *where),
+            partial(gpu_kernels.bias, size.width, *where),
             partial(gpu_kernels.adam, shapes, *where),
             partial(gpu_kernels.factored, shapes, *where),
             partial(gpu_kernels.bases, size.layers, size.width, *where),
