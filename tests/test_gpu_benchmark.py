@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_comparison import MARKS
-from torch import Tensor
+from cuda_comparison import MARKS, fakegpu
+from recorded_graph import RecordedGraph
+from torch import Tensor, nn
 
-from zoext import ops
+import zoext
+from zoext import graphs, ops, probes
+from zoext.benchmarking.memory import cuda_peaks
+from zoext.benchmarking.timing import interleaved
 
 CPU = torch.device("cpu")
 TINY = ["--size", "1x32x70", "--elements", "1003", "--batch", "2", "--tokens", "8"]
@@ -141,6 +145,10 @@ def test_without_a_gpu_it_says_so_in_a_line(
         (["--size", "12x768"], "--size: must be 125m, 1.3b, 7b or LAYERSxWIDTHxVOCABULARY, not 12x768"),
         (["--size", "1x0x70"], "--size: must be 125m, 1.3b, 7b or LAYERSxWIDTHxVOCABULARY, not 1x0x70"),
         (["--elements", "0"], "--elements: must be at least 1, not 0"),
+        (
+            ["--repeats", "15"],
+            "--repeats: must be at most 14, not 15: a streamed probe watches its 32nd step; --parts kernels",
+        ),
     ],
 )
 def test_options_out_of_range_are_named(
@@ -152,6 +160,59 @@ def test_options_out_of_range_are_named(
     with pytest.raises(SystemExit, match="2"):
         modules("gpu").main(options)
     assert f"argument {message}" in capsys.readouterr().err
+
+
+def test_operators_can_be_timed_more_often_than_steps(modules: Callable[[str], ModuleType]) -> None:
+    assert modules("gpu").arguments_of(["--repeats", "99", "--parts", "kernels"]).repeats == 99
+
+
+def test_no_step_that_is_watched_is_timed(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mezo_step = modules("mezo_step")
+    watching = probes._watching
+    watched: list[int] = []
+    monkeypatch.setattr(probes, "_watching", lambda *given: watched.append(taken) or watching(*given))
+    model = nn.Linear(3, 1)
+    optimizer = zoext.MeZO(model, probe="streamed")
+    taken = 0
+
+    def step() -> None:
+        nonlocal taken
+        taken += 1
+        optimizer.step(lambda: model(torch.ones(2, 3)).sum())
+
+    for _ in range(mezo_step.WATCHED_STEPS):
+        step()
+    interleaved({"a step": step}, repeats=mezo_step.MOST_REPEATS, device=CPU)
+    assert set(watched) == {1, 2, 4, 8, 16}
+    step()
+    assert taken in watched
+
+
+def test_more_rounds_of_a_step_are_refused(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mezo_step.py", "--repeats", "15"])
+    with pytest.raises(SystemExit, match="2"):
+        modules("mezo_step").main()
+    assert "argument --repeats: must be at most 14, not 15" in capsys.readouterr().err
+
+
+def test_what_is_timed_of_a_graph_are_replays(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "CudaGraph", RecordedGraph)
+    gpu_steps = modules("gpu_steps")
+    for name in gpu_steps.GRAPHED:
+        model, x = nn.Linear(3, 1), torch.ones(2, 3)
+        forwards: list[int] = []
+        model.register_forward_hook(lambda *_, forwards=forwards: forwards.append(0))
+        step = gpu_steps.graphed_step(gpu_steps.RECIPES[name], model, lambda model=model, x=x: model(x).sum())
+        before, theta = len(forwards), model.weight.clone()
+        step()
+        assert len(forwards) == before > 0, name
+        assert not torch.equal(model.weight, theta), name
 
 
 @pytest.mark.parametrize(("name", "millions"), [("125m", 125), ("1.3b", 1316), ("7b", 6658)])
@@ -201,9 +262,50 @@ def test_all_is_measured(modules: Callable[[str], ModuleType], tmp_path: Path) -
     assert "bfloat16, Adam: noise_adam_, 10 steps, of the copy's speed" in figures
     bias = "bfloat16, small: noise_copy_, a bias"
     assert figures[f"{bias}, a launch"]["median"] == pytest.approx(1e3 * figures[bias]["median"])
+    for name in ("MeZO, streamed", "MeZO, inplace", "AdaMeZO, streamed"):
+        label = "1x32x70, bfloat16: " + name
+        assert f"{label}, reserved beyond a forward" in figures
+        left_out = [
+            note for note in document["notes"] if note.startswith(f"{label} from a graph was left out: ")
+        ]
+        if fakegpu is None:
+            assert not left_out
+            assert f"{label}, graphed / eager" in figures
+        else:  # it has no graphs
+            assert left_out[0].partition("left out: ")[2].startswith("the step cannot be captured in a CUDA")
+            assert not any(figure.startswith(f"{label}, graphed") for figure in figures)
     assert document["notes"][0] == "All bits of 88 checks on 1003 elements are those of the CPU."
     assert document["environment"]["GPU"] == torch.cuda.get_device_name()
     assert document["settings"]["size"] == "1x32x70"
+
+
+@with_marks
+@pytest.mark.usefixtures("quick")
+def test_steps_from_a_graph_are_measured(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="the decoder is that of transformers")
+    if fakegpu is not None:
+        monkeypatch.setattr(graphs, "CudaGraph", RecordedGraph)
+    monkeypatch.setattr(modules("gpu"), "compare", lambda *_: (0, []))
+    out = tmp_path / "gpu.json"
+    assert modules("gpu").main([*TINY, "--parts", "steps", "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert not any("graph" in note for note in document["notes"])
+    for name in ("MeZO, streamed", "MeZO, inplace", "AdaMeZO, streamed"):
+        label = "1x32x70, bfloat16: " + name
+        eager, graphed = (document["figures"][case]["rounds"][0] for case in (label, f"{label}, graphed"))
+        ratio = document["figures"][f"{label}, graphed / eager"]["rounds"][0]
+        assert ratio == pytest.approx(graphed / eager)
+        assert document["figures"][f"{label}, graphed, beyond a forward"]["unit"] == "MiB"
+        assert document["figures"][f"{label}, graphed, reserved beyond a forward"]["unit"] == "MiB"
+
+
+@with_marks
+def test_memory_that_is_held_is_counted_beside_what_is_handed_out() -> None:
+    peaks = cuda_peaks(lambda: torch.zeros(3 * 2**20, device="cuda"), torch.device("cuda"))
+    assert peaks.allocated == 12 * 2**20
+    assert peaks.reserved >= peaks.allocated
 
 
 @with_marks
