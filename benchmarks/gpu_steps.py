@@ -57,11 +57,20 @@ def measure(report: Report, arguments: argparse.Namespace, label: str) -> None:
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         report.add(f"{label}: weights", Spread((weights / MIB,)), "MiB")
         add_memory(report, label, memory(model, closure, arguments.device, without_graph))
-        add_times(report, label, seconds(model, closure, arguments, without_graph))
+        add_times(report, label, seconds(model, closure, arguments))
+        add_graphs(report, label, seconds_of_graphs(model, closure, arguments, without_graph))
     except torch.OutOfMemoryError as error:
         report.note(f"{label}: what is missing does not fit into the free memory: {first_line(error)}")
     for name, reason in without_graph.items():
         report.note(f"{label}: {name} from a graph was left out: {reason}")
+
+
+def eager_step(recipe: Recipe, model: nn.Module, closure: Closure) -> Callable[[], Tensor]:
+    """A step as most of a long run are."""
+    optimizer = recipe(model)
+    for _ in range(WATCHED_STEPS):
+        optimizer.step(closure)
+    return partial(optimizer.step, closure)
 
 
 def graphed_step(recipe: Recipe, model: nn.Module, closure: Closure) -> zoext.GraphedStep:
@@ -97,13 +106,8 @@ def memory(
     return peaks
 
 
-def seconds(
-    model: nn.Module, closure: Closure, arguments: argparse.Namespace, without_graph: dict[str, str]
-) -> dict[str, Spread]:
-    """By the host's clock, from an idle device to an idle device: what a step costs a user.
-
-    Those in ``without_graph`` are not taken from a graph; where another one cannot be, it is put there.
-    """
+def seconds(model: nn.Module, closure: Closure, arguments: argparse.Namespace) -> dict[str, Spread]:
+    """By the host's clock, from an idle device to an idle device: what a step costs a user."""
 
     @torch.no_grad()
     def two_forwards() -> None:
@@ -115,17 +119,28 @@ def seconds(
         USUAL: partial(UsualStep(model), closure),
     }
     for name, recipe in RECIPES.items():
-        optimizer = recipe(model)
-        for _ in range(WATCHED_STEPS):
-            optimizer.step(closure)
-        cases[name] = partial(optimizer.step, closure)
+        cases[name] = eager_step(recipe, model, closure)
+    return interleaved(cases, repeats=arguments.repeats, device=arguments.device)
+
+
+def seconds_of_graphs(
+    model: nn.Module, closure: Closure, arguments: argparse.Namespace, without_graph: dict[str, str]
+) -> dict[str, Spread]:
+    """As ``seconds``, of steps from a graph and of the same without one.
+
+    In rounds without the usual step, which replaces the weights: where their memory changes, the graph is
+    dropped. What is in ``without_graph`` is left out, and what cannot be captured here is put there.
+    """
+    cases: dict[str, Callable[[], object]] = {}
     for name in GRAPHED:
         if name in without_graph:
             continue
         try:
-            cases[from_a_graph(name)] = graphed_step(RECIPES[name], model, closure)
+            graphed = graphed_step(RECIPES[name], model, closure)
         except RuntimeError as error:
             without_graph[name] = first_line(error)
+        else:
+            cases |= {name: eager_step(RECIPES[name], model, closure), from_a_graph(name): graphed}
     return interleaved(cases, repeats=arguments.repeats, device=arguments.device)
 
 
@@ -156,6 +171,12 @@ def add_times(report: Report, label: str, times: dict[str, Spread]) -> None:
         report.add(f"{label}: {name}, outside forwards", share, "%")
     for name in RECIPES:
         report.add(f"{label}: {USUAL} / {name}", times[USUAL] / times[name], "x")
+
+
+def add_graphs(report: Report, label: str, times: dict[str, Spread]) -> None:
+    """The times without a graph are those of rounds that ``add_times`` has not: only the ratio is shown."""
     for name in GRAPHED:
-        if from_a_graph(name) in times:
-            report.add(f"{label}: {name}, graphed / eager", times[from_a_graph(name)] / times[name], "x")
+        if name in times:
+            graphed = from_a_graph(name)
+            report.add_times(label, {graphed: times[graphed]})
+            report.add(f"{label}: {name}, graphed / eager", times[graphed] / times[name], "x")
