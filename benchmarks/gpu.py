@@ -21,6 +21,7 @@ import gpu_kernels
 import gpu_steps
 import torch
 from gpu_correctness import checks
+from mezo_step import MOST_REPEATS, too_many
 from opt_model import require_transformers
 
 import zoext
@@ -80,6 +81,8 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.device.type != "cuda":
         parser.error(f"argument --device: must be cuda or cuda:N, not {arguments.device}")
+    if "steps" in arguments.parts and arguments.repeats > MOST_REPEATS:
+        parser.error(f"argument --repeats: {too_many(arguments.repeats)}; --parts kernels takes more")
     return arguments
 
 
@@ -107,6 +110,7 @@ def measure_kernels(report: Report, name: str, size: Size, arguments: argparse.N
         where = dtype, arguments.device
         for make in (
             partial(gpu_kernels.dense, shapes, *where),
+            partial(gpu_kernels.bias, size.width, *where),
             partial(gpu_kernels.adam, shapes, *where),
             partial(gpu_kernels.factored, shapes, *where),
             partial(gpu_kernels.bases, size.layers, size.width, *where),

@@ -20,7 +20,14 @@ SEEDS = torch.tensor([[3, -(2**63) + 9], [2**62 + 5, -1], [12345, 2**33 + 1]])
 COEFFICIENTS = torch.tensor([[1.5e-3, -2.25], [0.0, 0.75], [-1.25, 5e-4]])
 FIRST_WEIGHTS, SECOND_WEIGHTS = torch.tensor([[0.1, 0.15, 0.2], [0.07, 0.08, 0.3]])
 LR, EPS, DECAY = torch.tensor([0.03, 1e-4, 0.01])
-COLUMNS, RANK = 1001, 3
+RANK = 3
+
+#: Columns of which rows begin at addresses for wide accesses, as all rows of a real layer do, and others.
+WIDE_COLUMNS, ODD_COLUMNS = 1024, 1001
+#: An index of more than 32 bits where a wide access can begin, and no whole block of 128 signs.
+HIGH = 2**34 + 56
+#: Enough for a chunk that is all there, wherever its tensor begins: thread blocks take 8,192 elements each.
+WHOLE_CHUNKS = 2 * 8192
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,11 @@ def first_difference(actual: Tensor, expected: Tensor) -> str | None:
 
 
 def checks(elements: int) -> Iterator[Check]:
-    """Of every operator, in every dtype, distribution and rounding, on a little more than ``elements``."""
+    """Of every operator, in every dtype, distribution and rounding.
+
+    Each is on lists of a few tensors, of which the largest have about ``elements``. Chunks that are all there
+    take another loop than the edges of tensors: whatever ``elements`` is, there are both, also beyond 2^32.
+    """
     for dtype in DTYPES:
         label = str(dtype).removeprefix("torch.")
         for distribution, rounding in itertools.product(Distribution, Rounding):
@@ -73,7 +84,10 @@ def checks(elements: int) -> Iterator[Check]:
 
 
 class Dense:
-    """A list of parameters: a large one, an empty one, a single element, and parts of larger ones."""
+    """A list of parameters: a large one, an empty one, a single element, and parts of larger ones.
+
+    ``moved`` aligns those at even places.
+    """
 
     def __init__(
         self, elements: int, dtype: torch.dtype, distribution: Distribution, rounding: Rounding
@@ -83,9 +97,10 @@ class Dense:
             (0, 1, 0),
             (5, 1, 0),
             (2**34 + 3, 8193, 0),
+            (HIGH, 40000, 0),
             (2**35 + 7, 100, 333),
         ]
-        self._weights = [weights(count, dtype) for count in (elements, 0, 1, 8193, 3000)]
+        self._weights = [weights(count, dtype) for count in (elements, 0, 1, 8193, 40000, 3000)]
         self._keys = range(len(self._weights))
         self._how = {"distribution": distribution, "rounding": rounding}
 
@@ -112,10 +127,15 @@ class Dense:
 
 
 class Factored:
-    """A list of matrices, a large one, an empty one and small ones, and factors of each term."""
+    """A list of matrices and factors of each term: large, empty and small ones, and a part of a larger one.
+
+    ``moved`` aligns those at even places.
+    """
 
     def __init__(self, elements: int, dtype: torch.dtype, rounding: Rounding) -> None:
-        shapes = [(max(1, elements // COLUMNS), COLUMNS), (0, 4), (1, 1), (37, 443)]
+        wide = max(WHOLE_CHUNKS, elements) // WIDE_COLUMNS, WIDE_COLUMNS
+        odd = max(1, elements // ODD_COLUMNS), ODD_COLUMNS
+        shapes = [wide, (0, 4), wide, (37, 443), odd, (1, 1)]
         self._weights = [weights(rows * columns, dtype) for rows, columns in shapes]
         self._left, self._right = (
             [
@@ -124,7 +144,9 @@ class Factored:
             ]
             for side in (0, 1)
         )
-        self._places = range(len(shapes)), [ops.span_of(matrix) for matrix in self._weights]
+        bases = [0, 0, HIGH, 0, 0, 0]
+        spans = [(base, max(1, len(matrix)), 0) for base, matrix in zip(bases, self._weights, strict=True)]
+        self._places = range(len(shapes)), spans
         self._rounding = rounding
 
     def axpy(self, device: torch.device) -> list[Tensor]:

@@ -30,12 +30,14 @@ class Group:
         cases: the work, by name.
         traffic: the bytes that an operator cannot help but read and write, for those that memory limits.
         rivals: pairs of names: what takes its time, and the operator that does the same.
+        launches: the cases of one launch each, which are too short for milliseconds.
     """
 
     name: str
     cases: dict[str, Callable[[], None]]
     traffic: dict[str, int] = field(default_factory=dict)
     rivals: Sequence[tuple[str, str]] = ()
+    launches: Sequence[str] = ()
 
 
 class DenseOperators:
@@ -94,6 +96,12 @@ def dense(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> 
     return Group("dense", others | operators, traffic, rivals)
 
 
+def bias(width: int, dtype: torch.dtype, device: torch.device) -> Group:
+    """What a streamed probe pays for a small module, however small: a launch that displaces its weights."""
+    name = "noise_copy_, a bias"
+    return Group("small", {name: DenseOperators([(width,)], dtype, device).copy}, launches=[name])
+
+
 def adam(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Group:
     update = AdamUpdate(list(shapes), dtype, device)
     fused, plain = f"noise_adam_, {HORIZON} steps", f"AdaMeZO in torch, {HORIZON} steps"
@@ -141,10 +149,15 @@ def measure(
     except torch.OutOfMemoryError as error:
         report.note(f"{dtype}: some operators were left out, since the free memory is too small: {error}")
         return
-    times, left_out = timed(group.cases, repeats=repeats, device=device)
-    for case in left_out:
-        report.note(f"{dtype}, {group.name}: {case} was left out, since the free memory is too small")
-    add_figures(report, f"{dtype}, {group.name}", group, times)
+    label = f"{dtype}, {group.name}"
+    timings = timed(group.cases, repeats=repeats, device=device)
+    for case in timings.left_out:
+        report.note(f"{label}: {case} was left out, since the free memory is too small")
+    for case, part in timings.bound_by_launches().items():
+        report.note(
+            f"{label}: {case} is bound by launches, not by the device: the host takes {part:.0%} of its time"
+        )
+    add_figures(report, label, group, timings.seconds)
 
 
 def add_figures(report: Report, label: str, group: Group, times: dict[str, Spread]) -> None:
@@ -155,6 +168,10 @@ def add_figures(report: Report, label: str, group: Group, times: dict[str, Sprea
         if name != COPY:
             share = Spread(tuple(100 * part for part in (speed / speeds[COPY]).rounds))
             report.add(f"{label}: {name}, of the copy's speed", share, "%")
+    for name in group.launches:
+        if name in times:
+            microseconds = Spread(tuple(1e6 * seconds for seconds in times[name].rounds))
+            report.add(f"{label}: {name}, a launch", microseconds, "us")
     for rival, operator in group.rivals:
         if rival in times and operator in times:
             report.add(f"{label}: {rival} / {operator}", times[rival] / times[operator], "x")

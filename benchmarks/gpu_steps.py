@@ -1,4 +1,7 @@
-"""Whole steps on a GPU, on a random decoder in bfloat16: their time, and the memory they need."""
+"""Whole steps on a GPU, on a random decoder in bfloat16: their time, and the memory they need.
+
+Some are taken from a CUDA graph as well.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from torch import Tensor, nn
 from usual_step import UsualStep
 
 import zoext
-from zoext.benchmarking.memory import MIB, peak
+from zoext.benchmarking.memory import MIB, CudaPeaks, cuda_peaks
 from zoext.benchmarking.report import Report
 from zoext.benchmarking.timing import Spread, interleaved
 
 DTYPE = torch.bfloat16
-USUAL, FORWARDS = "usual step", "two forwards"
+USUAL, FORWARD, FORWARDS = "usual step", "a forward", "two forwards"
 
 Recipe = Callable[..., zoext.ZerothOrderOptimizer]
 Closure = Callable[[], Tensor]
@@ -33,6 +36,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+#: Taken from a graph as well.
+GRAPHED = ("MeZO, streamed", "MeZO, inplace", "AdaMeZO, streamed")
+
+#: Three without a graph, ten more until the window of AdaMeZO is full, and the one that is captured.
+STEPS_TO_A_GRAPH = 14
+
+
 def measure(report: Report, arguments: argparse.Namespace, label: str) -> None:
     """Adds the figures of one model; where the memory is too small for it, a note that says so.
 
@@ -40,31 +50,60 @@ def measure(report: Report, arguments: argparse.Namespace, label: str) -> None:
     ``tokens`` and ``repeats``.
     """
     torch.cuda.empty_cache()
+    without_graph: dict[str, str] = {}
     try:
         model = random_opt(arguments, DTYPE)
         closure = closure_of(model, arguments, batch=arguments.batch, tokens=arguments.tokens)
-        peaks = memory(model, closure, arguments.device)
-        times = seconds(model, closure, arguments)
+        weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        report.add(f"{label}: weights", Spread((weights / MIB,)), "MiB")
+        add_memory(report, label, memory(model, closure, arguments.device, without_graph))
+        add_times(report, label, seconds(model, closure, arguments))
+        add_graphs(report, label, seconds_of_graphs(model, closure, arguments, without_graph))
     except torch.OutOfMemoryError as error:
-        report.note(f"{label}: left out, since the free memory is too small: {str(error).splitlines()[0]}")
-        return
-    for name, size in peaks.items():
-        report.add(f"{label}: {name}", Spread((size / MIB,)), "MiB")
-    add_times(report, label, times)
+        report.note(f"{label}: what is missing does not fit into the free memory: {first_line(error)}")
+    for name, reason in without_graph.items():
+        report.note(f"{label}: {name} from a graph was left out: {reason}")
 
 
-def memory(model: nn.Module, closure: Closure, device: torch.device) -> dict[str, int]:
-    """Bytes: the weights, the peak of a forward beyond them, and those of two steps beyond the forward's."""
-    forward = peak(torch.no_grad()(closure), device)
-    sizes = {
-        "weights": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
-        "a forward, beyond the weights": forward,
-    }
+def eager_step(recipe: Recipe, model: nn.Module, closure: Closure) -> Callable[[], Tensor]:
+    """A step as most of a long run are."""
+    optimizer = recipe(model)
+    for _ in range(WATCHED_STEPS):
+        optimizer.step(closure)
+    return partial(optimizer.step, closure)
+
+
+def graphed_step(recipe: Recipe, model: nn.Module, closure: Closure) -> zoext.GraphedStep:
+    """A step whose graph is there: what it launches is replayed from now on.
+
+    Raises:
+        RuntimeError: if it cannot be captured, or the memory is too small.
+    """
+    step = zoext.GraphedStep(recipe(model), closure)
+    for _ in range(STEPS_TO_A_GRAPH):
+        step()
+    return step
+
+
+def memory(
+    model: nn.Module, closure: Closure, device: torch.device, without_graph: dict[str, str]
+) -> dict[str, CudaPeaks]:
+    """The peaks of a forward, and those of each kind of step, from the making of its optimizer on.
+
+    A step that cannot be captured in a graph is put into ``without_graph``, with the reason.
+    """
+    peaks = {FORWARD: cuda_peaks(torch.no_grad()(closure), device)}
     for name, recipe in RECIPES.items():
-        steps = partial(two_steps, partial(recipe, model), closure)
-        sizes[f"{name}, beyond a forward"] = peak(steps, device) - forward
-    sizes[f"{USUAL}, beyond a forward"] = peak(partial(UsualStep(model), closure), device) - forward
-    return sizes
+        peaks[name] = cuda_peaks(partial(two_steps, partial(recipe, model), closure), device)
+    for name in GRAPHED:
+        try:
+            peaks[from_a_graph(name)] = cuda_peaks(
+                partial(graphed_step, RECIPES[name], model, closure), device
+            )
+        except RuntimeError as error:
+            without_graph[name] = first_line(error)
+    peaks[USUAL] = cuda_peaks(partial(UsualStep(model), closure), device)
+    return peaks
 
 
 def seconds(model: nn.Module, closure: Closure, arguments: argparse.Namespace) -> dict[str, Spread]:
@@ -80,11 +119,49 @@ def seconds(model: nn.Module, closure: Closure, arguments: argparse.Namespace) -
         USUAL: partial(UsualStep(model), closure),
     }
     for name, recipe in RECIPES.items():
-        optimizer = recipe(model)
-        for _ in range(WATCHED_STEPS):
-            optimizer.step(closure)
-        cases[name] = partial(optimizer.step, closure)
+        cases[name] = eager_step(recipe, model, closure)
     return interleaved(cases, repeats=arguments.repeats, device=arguments.device)
+
+
+def seconds_of_graphs(
+    model: nn.Module, closure: Closure, arguments: argparse.Namespace, without_graph: dict[str, str]
+) -> dict[str, Spread]:
+    """As ``seconds``, of steps from a graph and of the same without one.
+
+    In rounds without the usual step, which replaces the weights: where their memory changes, the graph is
+    dropped. What is in ``without_graph`` is left out, and what cannot be captured here is put there.
+    """
+    cases: dict[str, Callable[[], object]] = {}
+    for name in GRAPHED:
+        if name in without_graph:
+            continue
+        try:
+            graphed = graphed_step(RECIPES[name], model, closure)
+        except RuntimeError as error:
+            without_graph[name] = first_line(error)
+        else:
+            cases |= {name: eager_step(RECIPES[name], model, closure), from_a_graph(name): graphed}
+    return interleaved(cases, repeats=arguments.repeats, device=arguments.device)
+
+
+def from_a_graph(name: str) -> str:
+    return f"{name}, graphed"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def add_memory(report: Report, label: str, peaks: dict[str, CudaPeaks]) -> None:
+    """Those of a forward as they are; those of steps beyond a forward's."""
+    forward = peaks[FORWARD]
+    report.add(f"{label}: {FORWARD}, beyond the weights", Spread((forward.allocated / MIB,)), "MiB")
+    report.add(f"{label}: {FORWARD}, reserved beyond the weights", Spread((forward.reserved / MIB,)), "MiB")
+    for name, peak in peaks.items():
+        if name != FORWARD:
+            allocated, reserved = peak.allocated - forward.allocated, peak.reserved - forward.reserved
+            report.add(f"{label}: {name}, beyond a forward", Spread((allocated / MIB,)), "MiB")
+            report.add(f"{label}: {name}, reserved beyond a forward", Spread((reserved / MIB,)), "MiB")
 
 
 def add_times(report: Report, label: str, times: dict[str, Spread]) -> None:
@@ -94,3 +171,12 @@ def add_times(report: Report, label: str, times: dict[str, Spread]) -> None:
         report.add(f"{label}: {name}, outside forwards", share, "%")
     for name in RECIPES:
         report.add(f"{label}: {USUAL} / {name}", times[USUAL] / times[name], "x")
+
+
+def add_graphs(report: Report, label: str, times: dict[str, Spread]) -> None:
+    """The times without a graph are those of rounds that ``add_times`` has not: only the ratio is shown."""
+    for name in GRAPHED:
+        if name in times:
+            graphed = from_a_graph(name)
+            report.add_times(label, {graphed: times[graphed]})
+            report.add(f"{label}: {name}, graphed / eager", times[graphed] / times[name], "x")

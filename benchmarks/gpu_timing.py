@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -15,9 +17,40 @@ Cases = Mapping[str, Callable[[], object]]
 SAMPLE_SECONDS = 0.05
 MOST_RUNS = 1000
 
+#: Where the host needs this part of a run's time to launch it, the device waits for the host.
+BOUND_BY_LAUNCHES = 0.9
 
-def timed(cases: Cases, *, repeats: int, device: torch.device) -> tuple[dict[str, Spread], list[str]]:
-    """The seconds of one run of each case, and the names of the cases that the memory is too small for.
+
+@dataclass(frozen=True)
+class Timings:
+    """What the cases took, by name.
+
+    Attributes:
+        seconds: of one run, by the device's events.
+        launching: the part of them that the host needs to launch the run.
+        left_out: the cases that the memory is too small for.
+    """
+
+    seconds: dict[str, Spread]
+    launching: dict[str, Spread]
+    left_out: list[str]
+
+    def bound_by_launches(self) -> dict[str, float]:
+        """The cases whose time says what the host can launch, not what the device can do, and the part."""
+        parts = {name: part.median for name, part in self.launching.items()}
+        return {name: part for name, part in parts.items() if part >= BOUND_BY_LAUNCHES}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one run: of the device, and of the host that launches it."""
+
+    device: float
+    host: float
+
+
+def timed(cases: Cases, *, repeats: int, device: torch.device) -> Timings:
+    """One run of each case.
 
     Two runs of each case warm up: code is loaded and memory taken from the device in the first. All cases
     run in every round, so that a change of the clocks meets all of them. Torch's generators are put back.
@@ -28,15 +61,22 @@ def timed(cases: Cases, *, repeats: int, device: torch.device) -> tuple[dict[str
     with torch.cuda.device(device), torch.random.fork_rng(devices=[device]):
         fitting = {name: case for name, case in cases.items() if _fits(case)}
         runs = {name: _runs(case) for name, case in fitting.items()}
-        rounds: dict[str, list[float]] = {name: [] for name in fitting}
+        rounds: dict[str, list[Sample]] = {name: [] for name in fitting}
         for _ in range(repeats):
             for name, case in fitting.items():
-                seconds = _seconds(case, runs[name])
-                if seconds <= 0:
+                sample = _sample(case, runs[name])
+                if sample.device <= 0:
                     raise RuntimeError(f"the device's events show no time for {runs[name]} runs of {name}")
-                rounds[name].append(seconds / runs[name])
-    times = {name: Spread(tuple(seconds)) for name, seconds in rounds.items()}
-    return times, [name for name in cases if name not in fitting]
+                rounds[name].append(sample)
+    seconds, host = (
+        {
+            name: Spread(tuple(getattr(sample, clock) for sample in samples))
+            for name, samples in rounds.items()
+        }
+        for clock in ("device", "host")
+    )
+    launching = {name: host[name] / seconds[name] for name in fitting}
+    return Timings(seconds, launching, [name for name in cases if name not in fitting])
 
 
 def _fits(case: Callable[[], object]) -> bool:
@@ -48,18 +88,26 @@ def _fits(case: Callable[[], object]) -> bool:
 
 
 def _runs(case: Callable[[], object]) -> int:
-    once = _seconds(case, 1)
+    once = _sample(case, 1).device
     return MOST_RUNS if once <= 0 else max(1, min(MOST_RUNS, math.ceil(SAMPLE_SECONDS / once)))
 
 
-def _seconds(case: Callable[[], object], runs: int) -> float:
-    """Of ``runs`` runs in a row. One before them keeps the device busy until the host is ahead of it."""
+def _sample(case: Callable[[], object], runs: int) -> Sample:
+    """Of ``runs`` runs in a row. One before them keeps the device busy while the host gets ahead of it.
+
+    The launches of that one find an empty queue. Those of the others can meet a full one, where the host
+    waits for the device: the smaller of the two times is what the host itself needs.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    began = time.perf_counter()
     case()
+    first = time.perf_counter() - began
     begin.record()
+    began = time.perf_counter()
     for _ in range(runs):
         case()
+    others = time.perf_counter() - began
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return Sample(begin.elapsed_time(end) / 1e3 / runs, min(first, others / runs))

@@ -20,8 +20,10 @@ from zoext.benchmarking.timing import Spread, interleaved, threads
 PROBES = ("streamed", "inplace")
 
 #: A streamed probe watches steps 1, 2, 4, 8, 16, 32, ... and every 100th operator by operator. What a
-#: run of thousands of steps costs is measured between two of them, so with at most 15 rounds.
+#: run of thousands of steps costs is measured between two of them: the first round is one to warm up, and
+#: none must be step 32.
 WATCHED_STEPS = 16
+MOST_REPEATS = 14
 
 
 def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spread]:
@@ -59,6 +61,10 @@ def add(report: Report, label: str, times: dict[str, Spread], bar: float | None)
         report.add(f"{label}: usual step / MeZO, {probe}", ratio, "x")
 
 
+def too_many(repeats: int) -> str:
+    return f"must be at most {MOST_REPEATS}, not {repeats}: a streamed probe watches its 32nd step"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,6 +72,8 @@ def main() -> None:
     options.add_measuring_arguments(parser, repeats=7)
     options.add_model_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.repeats > MOST_REPEATS:
+        parser.error(f"argument --repeats: {too_many(arguments.repeats)}")
     size = options.describe(options.shapes_of(arguments))
     report = Report(f"A step on {size}, batch {BATCH} x {TOKENS}", options.settings_of(arguments))
     with threads(arguments.threads):
