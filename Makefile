@@ -53,7 +53,7 @@ test-cuda-build: ## Build for CUDA, without a GPU: needs nvcc and a CUDA build o
 	$(VENV)-cuda/bin/python tools/check_cuda_kernels.py
 
 test-gpu: gpu ## Run the CUDA tests on this machine's GPU
-	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda $(VENV)-cuda/stamps/test
+	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda $(VENV)-cuda/stamps/test $(VENV)-cuda/stamps/machine-code
 	$(VENV)-cuda/bin/python -m pytest tests -m cuda $(ARGS)
 
 bench-gpu: gpu ## Measure this machine's GPU: nothing else should run on it
