@@ -21,7 +21,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build lint bench bench-cpp bench-gpu test-cuda-build test-gpu gpu distribution torch clean
+.PHONY: help demo test build lint bench bench-cpp bench-gpu kernel-budget test-cuda-build test-gpu gpu distribution torch clean
 
 help: ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,16 +52,23 @@ test-cuda-build: ## Build for CUDA, without a GPU: needs nvcc and a CUDA build o
 	@ZOEXT_CUDA=1 $(MAKE) --no-print-directory VENV=$(VENV)-cuda build
 	$(VENV)-cuda/bin/python tools/check_cuda_kernels.py
 
-test-gpu: gpu ## Run the CUDA tests on this machine's GPU
+kernel-budget: test-cuda-build ## Count the CUDA kernels' instructions, without a GPU: needs nvcc
+	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda $(VENV)-cuda/stamps/machine-code
+	$(VENV)-cuda/bin/python benchmarks/kernel_budget.py $(ARGS)
+
+test-gpu: gpu ## Run the CUDA tests on this machine's GPU: needs nvcc
 	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda $(VENV)-cuda/stamps/test $(VENV)-cuda/stamps/machine-code
 	$(VENV)-cuda/bin/python -m pytest tests -m cuda $(ARGS)
 
-bench-gpu: gpu ## Measure this machine's GPU: nothing else should run on it
+bench-gpu: gpu ## Measure this machine's GPU: needs nvcc, and nothing else should run there
 	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda $(VENV)-cuda/stamps/demo
 	$(VENV)-cuda/bin/python benchmarks/gpu.py $(ARGS)
 
-# The CUDA build, after a look whether there is a GPU that it could run on.
+# The CUDA build, after a look whether there is a GPU that it could run on, and before that, since torch
+# is large, whether there is a device at all.
 gpu:
+	@ls /dev/nvidia[0-9]* /dev/dxg > /dev/null 2>&1 || command -v nvidia-smi > /dev/null || \
+		{ echo "no GPU to run on: there is no /dev/nvidia0 and no nvidia-smi" >&2; exit 1; }
 	@$(MAKE) --no-print-directory VENV=$(VENV)-cuda torch
 	@$(VENV)-cuda/bin/python tools/check_gpu.py
 	@$(MAKE) --no-print-directory test-cuda-build

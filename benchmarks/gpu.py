@@ -88,8 +88,10 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def missing(device: torch.device) -> str | None:
     """Why the GPU cannot be tested, and what to do; None if it can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build: install a CUDA build"
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no GPU: install a CUDA build of torch on a machine with one"
+        return f"torch {torch.__version__} sees no GPU: does nvidia-smi list one, and does its driver suit?"
     if ops.cuda_missing is not None:
         return f"zoext's CUDA operators are missing ({ops.cuda_missing}): build them with make test-gpu"
     if (device.index or 0) >= torch.cuda.device_count():
@@ -147,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         report = report_of(arguments)
         report.note(f"All bits of {count} checks on {arguments.elements} elements are those of the CPU.")
+        print(f"gpu.py: all bits of {count} checks are those of the CPU; measuring now", file=sys.stderr)
         try:
             if "kernels" in arguments.parts:
                 measure_kernels(report, *arguments.size[0], arguments)

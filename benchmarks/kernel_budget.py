@@ -21,6 +21,8 @@ from typing import Any
 
 from machine_code import Kernel, Loop, ToolMissing, kernels
 
+from zoext.benchmarking.arguments import writable
+
 PACKAGE = Path(__file__).parents[1] / "zoext"
 THREADS = 256  # csrc/cuda/chunks.h, threads_per_chunk
 SIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
@@ -67,6 +69,7 @@ class Budget:
             of factored directions counts as zero.
         further: instructions for one more term or step of the window; None where that is not counted.
         narrowest: bytes of the narrowest access to global memory for weights in that loop.
+        mix: how many of `first` each operation has, by its name in the machine code.
         units: how many of `first` each unit of the multiprocessor executes.
         further_units: the same for `further`.
     """
@@ -80,6 +83,7 @@ class Budget:
     first: float
     further: float | None
     narrowest: int
+    mix: dict[str, float]
     units: dict[str, float]
     further_units: dict[str, float] | None
 
@@ -98,6 +102,11 @@ class Budget:
 
 def storage_of(kernel: str) -> int:
     return SIZES[next(name for name in SIZES if re.search(rf"\b{name}\b", kernel))]
+
+
+def mix(instructions: Sequence[str]) -> Counter[str]:
+    """The instructions by operation, wide products apart from others."""
+    return Counter(re.match(r"IMAD\.WIDE|\w+", line)[0] for line in instructions)  # type: ignore[index]
 
 
 def unit_counts(instructions: Sequence[str]) -> Counter[str]:
@@ -153,6 +162,7 @@ def budget(kernel: Kernel) -> Budget | None:
         len(once) / elements,
         len(term) / elements if term else None,
         min(16 if ".128" in line else 8 if ".64" in line else 4 for line in accesses),
+        {name: count / elements for name, count in mix(once).most_common()},
         {unit: count / elements for unit, count in unit_counts(once).items()},
         {unit: count / elements for unit, count in unit_counts(term).items()} if term else None,
     )
@@ -265,7 +275,7 @@ def as_rows(found: Sequence[Budget]) -> list[list[object]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures here as well")
     parser.add_argument(
         "--shared-object", type=Path, metavar="FILE", help="default: that of the package beside this program"
     )

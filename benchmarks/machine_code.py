@@ -136,7 +136,10 @@ def tool(name: str) -> str:
     installed = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
     if path := next(iter([*packaged, *([installed] if installed else [])]), None):
         return path
-    raise ToolMissing(f"there is no {name}: pip install nvidia-cuda-{name}, or install the CUDA toolkit")
+    raise ToolMissing(
+        f"there is no {name}: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, "
+        "or install the CUDA toolkit"
+    )
 
 
 def _run(name: str, *arguments: str, folder: str | None = None) -> str:

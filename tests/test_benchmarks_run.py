@@ -87,7 +87,15 @@ def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--repeats", "0", "at least 1, not 0"), ("--device", "cpux", "cpu, cuda or cuda:N, not cpux")],
+    [
+        ("--repeats", "0", "at least 1, not 0"),
+        ("--device", "cpux", "cpu, cuda or cuda:N, not cpux"),
+        (
+            "--json",
+            "no/such/folder.json",
+            "a file in a folder that can be written to, not no/such/folder.json",
+        ),
+    ],
 )
 def test_options_out_of_range_are_named(
     option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]

@@ -140,7 +140,18 @@ def test_a_prediction_by_hand() -> None:
     """On an H100, 128 instructions a clock: 40 of an element take 1.196 ps, its 4 bytes 1.193 ps."""
     units = {"issue": 40.0, "multiplier": 20.0, "integer multiplier": 5.0, "integer": 10.0, "special": 0.5}
     budget = kernel_budget.Budget(
-        "sm_90", "displace<Dense<Normals, BFloat16>, nearest, many>", 48, 5, 0, 8, 40, 30, 16, units, units
+        "sm_90",
+        "displace<Dense<Normals, BFloat16>, nearest, many>",
+        registers=48,
+        blocks=5,
+        local=0,
+        elements=8,
+        first=40,
+        further=40,
+        narrowest=16,
+        mix={},
+        units=units,
+        further_units=units,
     )
     one, four = (each for each in kernel_budget.predict([budget]) if each.gpu == "H100 SXM")
     assert one.operator == "noise_axpy_, one term"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from zoext.benchmarking.dense_pass import Shape, opt_shapes
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     """How to measure, and where to write the figures."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures here as well")
     parser.add_argument(
         "--device",
         type=_device,
         default=torch.device("cpu"),
-        help="cpu, cuda, cuda:1, ...; default: %(default)s",
+        help="where to measure; default: %(default)s",
     )
     parser.add_argument(
         "--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s"
@@ -30,6 +31,14 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) ->
         default=repeats,
         help="rounds, after one to warm up; default: %(default)s",
     )
+
+
+def writable(text: str) -> Path:
+    """A file that can be written to later: what was measured for an hour should not be lost then."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that can be written to, not {text}")
+    return path
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
