@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sys
-from types import FrameType
 
 import pytest
 import torch
+from interrupted_lines import is_interrupted
 from torch import nn
 
 import zoext
@@ -89,32 +88,11 @@ def test_at_every_line_of_a_streamed_probe() -> None:
     before = [(tensor.detach().clone(), tensor.data_ptr()) for tensor in tensors]
     files = {zoext.probes.__file__, swap.__file__}
 
-    def run(stop_at: int) -> bool:
-        """Whether there was such a line."""
-        optimizer = zoext.MeZO(model, mu=0.5)
-        lines = 0
-
-        def trace(frame: FrameType, event: str, _: object) -> object:
-            nonlocal lines
-            if frame.f_code.co_filename not in files:
-                return None
-            if event == "line":
-                lines += 1
-                if lines == stop_at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        sys.settrace(trace)
-        try:
-            optimizer.estimate(lambda: model(x).square().mean())
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(None)
-        return False
+    def estimate() -> None:
+        zoext.MeZO(model, mu=0.5).estimate(lambda: model(x).square().mean())
 
     stop_at = 1
-    while run(stop_at):
+    while is_interrupted(estimate, stop_at, files):
         for tensor, (value, pointer) in zip(tensors, before, strict=True):
             assert tensor.data_ptr() == pointer, stop_at
             assert torch.equal(tensor, value), stop_at

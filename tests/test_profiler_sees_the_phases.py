@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from interrupted_lines import is_interrupted
 from torch import Tensor, nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -210,34 +209,13 @@ def test_an_interrupt_at_any_line_leaves_no_event_open(probe: str) -> None:
     """SIGINT before lines of a probe and of the events themselves, while a profiler looks."""
     files = {probes.__file__, swap.__file__, profiling.__file__}
 
-    def interrupted(stop_at: int) -> bool:
-        """Whether there was such a line."""
+    def estimate() -> None:
         model, closure = model_and_closure()
-        optimizer = zoext.MeZO(model, probe=probe)
-        lines = 0
-
-        def trace(frame: FrameType, event: str, _: object) -> object:
-            nonlocal lines
-            if frame.f_code.co_filename not in files:
-                return None
-            if event == "line":
-                lines += 1
-                if lines == stop_at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        sys.settrace(trace)
-        try:
-            optimizer.estimate(closure)
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(None)
-        return False
+        zoext.MeZO(model, probe=probe).estimate(closure)
 
     stops = 0
     with profiler() as seen:
-        while interrupted(1 + 5 * stops):
+        while is_interrupted(estimate, 1 + 5 * stops, files):
             stops += 1
             with record_function("afterwards"):
                 pass

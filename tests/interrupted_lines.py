@@ -1,0 +1,35 @@
+"""Ctrl-C at a chosen line of the product's code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Collection
+from types import FrameType
+
+
+def is_interrupted(work: Callable[[], object], stop_at: int, files: Collection[str]) -> bool:
+    """Runs ``work`` with a SIGINT before line number ``stop_at`` of those of ``files`` that it runs, from 1.
+
+    Whether there was such a line, and KeyboardInterrupt came out of it.
+    """
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal lines
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == stop_at:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
