@@ -35,11 +35,14 @@ inline void check_tensors(const char* name, const std::vector<Tensor>& tensors) 
   }
 }
 
-inline void check_seeds(const Tensor& seeds, const Tensor& coefficients, const Tensor& like) {
-  STD_TORCH_CHECK(seeds.dim() == 1 && seeds.scalar_type() == ScalarType::Long && seeds.is_contiguous(),
-                  "seeds must be a contiguous int64 tensor of one dimension");
-  STD_TORCH_CHECK(coefficients.dim() == 1 && coefficients.scalar_type() == ScalarType::Float &&
-                      coefficients.is_contiguous() && coefficients.numel() == seeds.numel(),
+// The terms of a step, [K], or of several, [steps, K].
+inline void check_terms(const Tensor& seeds, const Tensor& coefficients, const Tensor& like, int64_t dimensions) {
+  STD_TORCH_CHECK(seeds.dim() == dimensions && seeds.scalar_type() == ScalarType::Long && seeds.is_contiguous(),
+                  "seeds must be a contiguous int64 tensor of ",
+                  dimensions == 1 ? "one dimension" : "two dimensions: steps and terms of a step");
+  STD_TORCH_CHECK(coefficients.dim() == dimensions && coefficients.scalar_type() == ScalarType::Float &&
+                      coefficients.is_contiguous() && coefficients.numel() == seeds.numel() &&
+                      coefficients.size(0) == seeds.size(0),
                   "coefficients must be a contiguous float32 tensor with one element per seed");
   STD_TORCH_CHECK(seeds.device() == like.device() && coefficients.device() == like.device(),
                   "seeds and coefficients must be on the device of the parameters");
@@ -51,23 +54,47 @@ inline void check_scalar(const char* name, const Tensor& scalar, ScalarType type
   STD_TORCH_CHECK(scalar.device() == like.device(), name, " must be on the device of the parameters");
 }
 
-// The steps of a window and the terms of each: seeds and coefficients [H, K], weights [H].
-inline void check_window(const Tensor& seeds, const Tensor& coefficients, const Tensor& first_weights,
-                         const Tensor& second_weights, const Tensor& like) {
-  STD_TORCH_CHECK(seeds.dim() == 2 && seeds.scalar_type() == ScalarType::Long && seeds.is_contiguous(),
-                  "seeds must be a contiguous int64 tensor of two dimensions: steps and terms of a step");
-  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.scalar_type() == ScalarType::Float &&
-                      coefficients.is_contiguous() && coefficients.size(0) == seeds.size(0) &&
-                      coefficients.size(1) == seeds.size(1),
-                  "coefficients must be a contiguous float32 tensor with one element per seed");
-  for (const Tensor* weights : {&first_weights, &second_weights})
-    STD_TORCH_CHECK(weights->dim() == 1 && weights->scalar_type() == ScalarType::Float &&
-                        weights->is_contiguous() && weights->numel() == seeds.size(0),
+// A float32 number for each of `steps` steps.
+inline void check_per_step(const char* name, const Tensor& numbers, int64_t steps, const Tensor& like) {
+  STD_TORCH_CHECK(
+      numbers.numel() == steps && numbers.scalar_type() == ScalarType::Float && numbers.is_contiguous(), name,
+      " must be a contiguous float32 tensor of one number for each step, ", steps, ", not of ", numbers.numel());
+  STD_TORCH_CHECK(numbers.device() == like.device(), name, " must be on the device of the parameters");
+}
+
+// How many steps an axpy_ makes: one, or as many as seeds [S, K] have rows.
+inline int64_t checked_steps(const Tensor& seeds, const Tensor& coefficients, const Tensor& decay,
+                             const Tensor& like) {
+  const bool is_one = seeds.dim() != 2;
+  check_terms(seeds, coefficients, like, is_one ? 1 : 2);
+  const int64_t steps = is_one ? 1 : seeds.size(0);
+  check_per_step("decay", decay, steps, like);
+  return steps;
+}
+
+// The weights of windows of H steps, [H] for one or [S, H] for S of them, which a history of S + H - 1 steps
+// is cut into: seeds and coefficients [S + H - 1, K]. Returns S.
+inline int64_t checked_windows(const Tensor& seeds, const Tensor& coefficients, const Tensor& first_weights,
+                               const Tensor& second_weights, const Tensor& lr, const Tensor& decay,
+                               const Tensor& like) {
+  check_terms(seeds, coefficients, like, 2);
+  const bool is_one = first_weights.dim() != 2;
+  const int64_t steps = is_one ? 1 : first_weights.size(0);
+  const int64_t horizon = seeds.size(0) - steps + 1;
+  for (const Tensor* weights : {&first_weights, &second_weights}) {
+    STD_TORCH_CHECK(weights->dim() == (is_one ? 1 : 2) && weights->scalar_type() == ScalarType::Float &&
+                        weights->is_contiguous() && weights->size(0) == (is_one ? horizon : steps) &&
+                        weights->numel() == steps * horizon,
                     "first_weights and second_weights must be contiguous float32 tensors with one element per "
-                    "step of the window");
-  for (const Tensor* tensor : {&seeds, &coefficients, &first_weights, &second_weights})
-    STD_TORCH_CHECK(tensor->device() == like.device(),
+                    "step of a window, ",
+                    is_one ? "" : "a row for each window, ", "which has ", horizon, " of ", seeds.size(0),
+                    " steps");
+    STD_TORCH_CHECK(weights->device() == like.device(),
                     "seeds, coefficients and weights must be on the device of the parameters");
+  }
+  check_per_step("lr", lr, steps, like);
+  check_per_step("decay", decay, steps, like);
+  return steps;
 }
 
 // The factors of matrices: float32 [terms or 1, rank, rows] and [terms or 1, rank, columns].
@@ -103,10 +130,31 @@ inline Distribution checked_distribution(int64_t distribution) {
   return static_cast<Distribution>(distribution);
 }
 
+// Of a copy.
 inline Rounding checked_rounding(int64_t rounding) {
   STD_TORCH_CHECK(rounding == 0 || rounding == 1, "rounding must be 0 (nearest) or 1 (stochastic), not ",
                   rounding);
   return static_cast<Rounding>(rounding);
+}
+
+// Of what moves theta.
+inline Rounding checked_rounding(int64_t rounding, const std::vector<Tensor>& theta,
+                                 const std::vector<Tensor>& residuals) {
+  STD_TORCH_CHECK(rounding >= 0 && rounding <= 2,
+                  "rounding must be 0 (nearest), 1 (stochastic) or 2 (with residuals), not ", rounding);
+  const auto how = static_cast<Rounding>(rounding);
+  STD_TORCH_CHECK(residuals.size() == (how == Rounding::residual ? theta.size() : 0),
+                  "residuals must have one tensor per tensor of theta with rounding 2, else none; there are ",
+                  residuals.size(), " with rounding ", rounding);
+  for (size_t t = 0; t < residuals.size(); ++t) {
+    const bool is_rounded = theta[t].element_size() == 2;
+    STD_TORCH_CHECK(residuals[t].scalar_type() == ScalarType::Char && residuals[t].is_contiguous() &&
+                        residuals[t].numel() == (is_rounded ? theta[t].numel() : 0) &&
+                        residuals[t].device() == theta[t].device(),
+                    "residuals[", t, "] must be a contiguous int8 tensor on the device of theta[", t, "] with ",
+                    is_rounded ? theta[t].numel() : 0, " elements");
+  }
+  return how;
 }
 
 // A tensor's place in the noise field.

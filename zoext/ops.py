@@ -40,6 +40,7 @@ class Distribution(IntEnum):
 class Rounding(IntEnum):
     NEAREST = 0
     STOCHASTIC = 1
+    RESIDUAL = 2
 
 
 def _load_cuda() -> str | None:
@@ -100,16 +101,31 @@ def noise_axpy_(
     *,
     distribution: Distribution = Distribution.NORMAL,
     rounding: Rounding = Rounding.NEAREST,
+    residuals: Sequence[Tensor] = (),
 ) -> None:
     """``theta = theta + (sum_k coefficients[k] z(seeds[k]) - decay * theta)``, rounded once.
 
     ``seeds`` is int64 [K], ``coefficients`` float32 [K], ``decay`` float32 []. The sum is a chain of
-    fused multiply-adds in the order of k; a coefficient of zero leaves its term out.
+    fused multiply-adds in the order of k; a coefficient of zero leaves its term out. With ``seeds`` [S, K],
+    ``coefficients`` [S, K] and ``decay`` [S] there are S such steps one after the other, each rounded, in one
+    pass over theta.
+
+    With ``Rounding.RESIDUAL`` theta is the upper part of floats of 24 bits, and ``residuals`` has int8 tensors
+    with the lower parts: as large as theta in 16 bits, empty for others. Bits of stochastic rounding come from
+    the first seed of a step.
     """
     torch.ops.zoext.noise_axpy_(
-        list(theta), seeds, coefficients, decay, list(keys), _flat(spans), int(distribution), int(rounding)
+        list(theta),
+        list(residuals),
+        seeds,
+        coefficients,
+        decay,
+        list(keys),
+        _flat(spans),
+        int(distribution),
+        int(rounding),
     )
-    _written(theta)
+    _written([*theta, *residuals])
 
 
 def noise_copy_(
@@ -154,6 +170,7 @@ def noise_adam_(
     *,
     distribution: Distribution = Distribution.NORMAL,
     rounding: Rounding = Rounding.NEAREST,
+    residuals: Sequence[Tensor] = (),
 ) -> None:
     """``theta = theta + (-lr m / sqrt(v + eps) - decay theta)``, rounded once.
 
@@ -162,9 +179,14 @@ def noise_adam_(
     [H, K], ``coefficients`` float32 [H, K], the weights float32 [H], the rest float32 []. The last step is
     the newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all
     zero is left out; where ``lr`` is zero nothing but the decay moves theta.
+
+    S steps one after the other, in one pass over theta: ``seeds`` and ``coefficients`` [S + H - 1, K], weights
+    [S, H], ``lr`` and ``decay`` [S]; the window of a step ends a row later than that of the step before.
+    ``residuals`` is that of ``noise_axpy_``.
     """
     torch.ops.zoext.noise_adam_(
         list(theta),
+        list(residuals),
         seeds,
         coefficients,
         first_weights,
@@ -177,7 +199,7 @@ def noise_adam_(
         int(distribution),
         int(rounding),
     )
-    _written(theta)
+    _written([*theta, *residuals])
 
 
 def factored_axpy_(
@@ -191,14 +213,18 @@ def factored_axpy_(
     spans: Sequence[Span],
     *,
     rounding: Rounding = Rounding.NEAREST,
+    residuals: Sequence[Tensor] = (),
 ) -> None:
     """``theta = theta + (sum_k coefficients[k] left_k^T right_k - decay theta)``, rounded once.
 
     For matrices of m x n: ``left[t]`` is float32 [K or 1, r, m], ``right[t]`` float32 [K or 1, r, n]; a
-    factor with one entry serves all terms. ``seeds`` (int64 [K]) give bits of stochastic rounding.
+    factor with one entry serves all terms. ``seeds`` (int64 [K]) give bits of stochastic rounding. Several
+    steps at once and ``residuals`` are those of ``noise_axpy_``; term k of step s has the factors number
+    ``s * K + k``.
     """
     torch.ops.zoext.factored_axpy_(
         list(theta),
+        list(residuals),
         list(left),
         list(right),
         seeds,
@@ -208,7 +234,7 @@ def factored_axpy_(
         _flat(spans),
         int(rounding),
     )
-    _written(theta)
+    _written([*theta, *residuals])
 
 
 def factored_copy_(
@@ -253,14 +279,16 @@ def factored_adam_(
     spans: Sequence[Span],
     *,
     rounding: Rounding = Rounding.NEAREST,
+    residuals: Sequence[Tensor] = (),
 ) -> None:
     """``noise_adam_`` for directions of matrices given by their factors.
 
-    The term of step h and column k is number ``h * K + k`` of the factors, float32 [H K or 1, r, m] and
-    [H K or 1, r, n].
+    The term of row h and column k is number ``h * K + k`` of the factors, float32 [H K or 1, r, m] and
+    [H K or 1, r, n]. Several steps at once and ``residuals`` are those of ``noise_adam_``.
     """
     torch.ops.zoext.factored_adam_(
         list(theta),
+        list(residuals),
         list(left),
         list(right),
         seeds,
@@ -274,7 +302,7 @@ def factored_adam_(
         _flat(spans),
         int(rounding),
     )
-    _written(theta)
+    _written([*theta, *residuals])
 
 
 def power_iteration(

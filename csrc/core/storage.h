@@ -19,7 +19,9 @@ struct Half {
   uint16_t bits;
 };
 
-enum class Rounding : int64_t { nearest = 0, stochastic = 1 };
+// What becomes of the fraction of a unit in the last place: it is lost, it is the probability of the next
+// number, or a byte beside each weight keeps it.
+enum class Rounding : int64_t { nearest = 0, stochastic = 1, residual = 2 };
 
 // Arithmetic is float32, and float64 for float64 weights.
 template <class Storage>
@@ -88,21 +90,16 @@ ZOEXT_HD Half round_to_nearest<Half>(float a) {
 #endif
 }
 
+// The magnitude of a number as a pattern of float16 with 13 more bits behind it, also where float16 is
+// subnormal: with this factor float32 is subnormal there too, in the same steps. Nothing is lost but, in
+// float16's subnormal range, what lies beyond those 13 bits; that is rounded to nearest.
+ZOEXT_HD uint32_t half_pattern(float magnitude) { return bits_of(multiply(magnitude, 0x1p-112f)); }
+
 // Stochastic rounding: up with probability equal to the fraction that lies above the lower
 // neighbour, so the expectation is the unrounded value. `random` is uniform on 0 .. 65535.
 // Values that no neighbour bounds (not finite, or beyond the largest) are rounded to nearest.
 template <class Storage>
-ZOEXT_HD Storage round_stochastically(typename Arithmetic<Storage>::type a, uint32_t random);
-
-template <>
-ZOEXT_HD float round_stochastically<float>(float a, uint32_t) {
-  return a;
-}
-
-template <>
-ZOEXT_HD double round_stochastically<double>(double a, uint32_t) {
-  return a;
-}
+ZOEXT_HD Storage round_stochastically(float a, uint32_t random);
 
 template <>
 ZOEXT_HD BFloat16 round_stochastically<BFloat16>(float a, uint32_t random) {
@@ -113,17 +110,10 @@ ZOEXT_HD BFloat16 round_stochastically<BFloat16>(float a, uint32_t random) {
 
 template <>
 ZOEXT_HD Half round_stochastically<Half>(float a, uint32_t random) {
-  const uint32_t bits = bits_of(a), sign = bits & 0x80000000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t bits = bits_of(a), magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x477fe000u) return round_to_nearest<Half>(a);  // from 65504 on
-  if (magnitude >= 0x38800000u) {                                  // normal: 13 bits are dropped
-    const uint32_t kept = (magnitude + (random >> 3)) & ~0x1fffu;
-    return round_to_nearest<Half>(float_of_bits(sign | kept));
-  }
-  // Subnormal: the value in units of 2^-24, with 16 bits of fraction; float32 holds fewer only
-  // below 2^-17 units, whose rounding here moves the probability by less than 2^-17.
-  const float scaled = multiply(float_of_bits(magnitude), 0x1p40f);  // units of 2^-40
-  const uint32_t fixed = static_cast<uint32_t>(scaled);
-  return {static_cast<uint16_t>(sign >> 16 | (fixed + random) >> 16)};
+  const uint32_t pattern = half_pattern(float_of_bits(magnitude)) + (random >> 3);
+  return {static_cast<uint16_t>((bits & 0x80000000u) >> 16 | pattern >> 13)};
 }
 
 constexpr int roundings_per_block = 8;  // 16 random bits an element
@@ -133,8 +123,65 @@ ZOEXT_HD uint32_t rounding_bits(const Words<uint32_t>& block, int i) {
   return i % 2 ? block.w[i / 2] >> 16 : block.w[i / 2] & 0xffffu;
 }
 
+// A block of them. One bit is decided by each, and no statistic of directions depends on it, so that as few
+// rounds will do as are known to be enough.
+ZOEXT_HD Words<uint32_t> rounding_words(const Field& field, uint64_t block) {
+  return philox4x32<least_rounds>(field.counter(block), RoundKeys{field.seed});
+}
+
 ZOEXT_HD uint32_t rounding_bits(const Field& field, uint64_t index) {
-  return rounding_bits(field.words(index / roundings_per_block), static_cast<int>(index % roundings_per_block));
+  return rounding_bits(rounding_words(field, index / roundings_per_block),
+                       static_cast<int>(index % roundings_per_block));
+}
+
+// A float of 24 bits in two parts: the nearest number of 16 bits, and in 1/256 of its unit in the last place
+// how much farther from zero the whole number lies. Patterns of floats count on over powers of two and into
+// the subnormal range, so that the two parts together are the upper 24 bits of a longer pattern.
+template <class Storage>
+struct Split {
+  Storage nearest;
+  int8_t residual;
+};
+
+// The whole number, exactly.
+template <class Storage>
+ZOEXT_HD float join(Split<Storage> a);
+
+// Rounds to 24 bits, to nearest, ties away from zero. What rounds to infinity or is no number has the
+// residual 0.
+template <class Storage>
+ZOEXT_HD Split<Storage> split(float a);
+
+template <>
+ZOEXT_HD float join<BFloat16>(Split<BFloat16> a) {
+  const auto residual = static_cast<uint32_t>(static_cast<int32_t>(a.residual));
+  return float_of_bits((static_cast<uint32_t>(a.nearest.bits) << 16) + (residual << 8));
+}
+
+template <>
+ZOEXT_HD Split<BFloat16> split<BFloat16>(float a) {
+  const uint32_t bits = bits_of(a), rounded = bits + 0x80u;
+  if ((bits & 0x7fffffffu) >= 0x7f7f7f80u) return {round_to_nearest<BFloat16>(a), 0};
+  return {{static_cast<uint16_t>((rounded + 0x8000u) >> 16)}, static_cast<int8_t>(rounded >> 8)};
+}
+
+template <>
+ZOEXT_HD float join<Half>(Split<Half> a) {
+  const uint32_t sign = static_cast<uint32_t>(a.nearest.bits & 0x8000u) << 16,
+                 magnitude = a.nearest.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return widen(a.nearest);
+  const auto residual = static_cast<uint32_t>(static_cast<int32_t>(a.residual));
+  const float scaled = float_of_bits((magnitude << 13) + (residual << 5));
+  return float_of_bits(sign | bits_of(multiply(scaled, 0x1p112f)));
+}
+
+template <>
+ZOEXT_HD Split<Half> split<Half>(float a) {
+  const uint32_t bits = bits_of(a), magnitude = bits & 0x7fffffffu;
+  if (magnitude >= 0x477feff0u) return {round_to_nearest<Half>(a), 0};  // from 65519.75 on
+  const uint32_t rounded = half_pattern(float_of_bits(magnitude)) + 0x10u;
+  return {{static_cast<uint16_t>((bits & 0x80000000u) >> 16 | (rounded + 0x1000u) >> 13)},
+          static_cast<int8_t>(rounded >> 5)};
 }
 
 template <class Storage>

@@ -29,7 +29,9 @@ struct Field {
     return {{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), key, stream}};
   }
 
-  ZOEXT_HD Words<uint32_t> words(uint64_t block) const { return philox4x32_10(counter(block), RoundKeys{seed}); }
+  ZOEXT_HD Words<uint32_t> words(uint64_t block) const {
+    return philox4x32<most_rounds>(counter(block), RoundKeys{seed});
+  }
 };
 
 // The seed of draw `draw` of step `step`: 64 bits that depend on nothing but the arguments, so
