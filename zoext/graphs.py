@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from zoext import interrupts
 from zoext.capturable import HostWaits, NotedHostWaits
 from zoext.closures import Bindings, capturable
+from zoext.directions import Frame
 from zoext.estimators import Estimate
 from zoext.modules import ModuleState
 from zoext.probes import is_compiled
+from zoext.taken_step import TakenStep
 from zoext.updates import State
 
 if TYPE_CHECKING:
@@ -160,14 +162,14 @@ class GraphedStep:
         optimizer = self._optimizer
         watching = nullcontext() if self._is_compiled() else HostWaits()  # type: ignore[no-untyped-call]
 
-        def step() -> tuple[Estimate, list[State]]:
+        def step() -> tuple[TakenStep, list[State]]:
             with watching:
                 return _step_on_the_device(optimizer, self._closure, inputs)
 
         with interrupts.deferred(), optimizer._estimation(), optimizer._probe.recorded() as memory:
             graph, inputs = CudaGraph(self._device), _Inputs.of(optimizer)
             try:
-                estimate, states = graph.capture(step)
+                taken, states = graph.capture(step)
             except CaptureError:
                 raise
             except Exception as error:
@@ -175,7 +177,7 @@ class GraphedStep:
             finally:
                 optimizer._frame = optimizer._frame_finite = None
         self._bindings.look()
-        return _Recorded(graph, inputs, estimate, states, memory)
+        return _Recorded(graph, inputs, taken, states, memory)
 
     def _replay(self, recorded: _Recorded) -> Tensor:
         if rebound := self._bindings.rebound():
@@ -188,17 +190,19 @@ class GraphedStep:
         optimizer._pending.clear()
         with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
             recorded.inputs.fill(optimizer)
+            if optimizer.recorder is not None:
+                optimizer.recorder.check()
             optimizer._watch.check()  # last: it may wait for the step before
             recorded.graph.replay()
             # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error.
             moved = chain.from_iterable(group.tensors for group in optimizer._groups)
             torch.autograd.graph.increment_version(tuple(moved))
-            estimate, states = recorded.results(optimizer)
-            optimizer._watch.note(estimate.finite)
+            step, states = recorded.results(optimizer)
+            optimizer._watch.note(step.estimate.finite)
             for group, state in zip(optimizer.param_groups, states, strict=True):
                 group["update_state"] = state
-            optimizer._finish_step(estimate)
-        return estimate.loss
+            optimizer._finish_step(step)
+        return step.estimate.loss
 
 
 def _uncapturable(reason: object) -> RuntimeError:
@@ -307,12 +311,12 @@ class _Inputs(NamedTuple):
 class _Recorded(NamedTuple):
     graph: CudaGraph
     inputs: _Inputs
-    estimate: Estimate
+    step: TakenStep
     states: list[State]
     memory: list[Tensor]  # not ours, but read and written by the graph
 
-    def results(self, optimizer: ZerothOrderOptimizer) -> tuple[Estimate, list[State]]:
-        """The estimate and the new states of a replay, in memory that the next one does not overwrite."""
+    def results(self, optimizer: ZerothOrderOptimizer) -> tuple[TakenStep, list[State]]:
+        """The step and the new states of a replay, in memory that the next one does not overwrite."""
         before = _tensors([group["update_state"] for group in optimizer.param_groups])
         kept = {id(place): value for place, value in zip(_tensors(self.inputs.states), before, strict=True)}
 
@@ -321,27 +325,24 @@ class _Recorded(NamedTuple):
                 kept[id(tensor)] = tensor.clone()
             return kept[id(tensor)]
 
-        fields = {field.name: getattr(self.estimate, field.name) for field in dataclasses.fields(Estimate)}
-        return Estimate(**_map(keep, fields)), _map(keep, self.states)
+        fields = {
+            field.name: getattr(self.step.estimate, field.name) for field in dataclasses.fields(Estimate)
+        }
+        # A frame is large, and read by nobody but a recorder.
+        known = self.step.frame if optimizer.recorder is not None else Frame()
+        frame = Frame(*_map(keep, (dict(known.left), dict(known.right))))
+        return TakenStep(Estimate(**_map(keep, fields)), frame, optimizer._options()), _map(keep, self.states)
 
 
 def _step_on_the_device(
     optimizer: ZerothOrderOptimizer, closure: Callable[[], Tensor], inputs: _Inputs
-) -> tuple[Estimate, list[State]]:
+) -> tuple[TakenStep, list[State]]:
     estimate = optimizer._evaluate(closure, inputs.seeds, random=None)
-    groups = zip(
-        optimizer.param_groups,
-        optimizer._groups,
-        optimizer._mus,
-        inputs.states,
-        inputs.lrs,
-        strict=True,
-    )
-    states = [
-        optimizer._update(movable, mu, estimate, state, lr, group["weight_decay"])
-        for group, movable, mu, state, lr in groups
-    ]
-    return estimate, states
+    assert optimizer._frame is not None
+    options = zip(optimizer._options(), inputs.lrs, strict=True)
+    step = TakenStep(estimate, optimizer._frame, tuple(group._replace(lr=lr) for group, lr in options))
+    states = [optimizer._update(position, state, [step]) for position, state in enumerate(inputs.states)]
+    return step, states
 
 
 def _options_fixed_by_a_graph(optimizer: ZerothOrderOptimizer) -> Any:
@@ -349,6 +350,7 @@ def _options_fixed_by_a_graph(optimizer: ZerothOrderOptimizer) -> Any:
     return [
         (
             [(id(tensor), tensor.requires_grad) for tensor in group["params"]],
+            [id(value) for tensor in group["params"] for value in optimizer.state.get(tensor, {}).values()],
             (group["mu"], group["weight_decay"], _lr_dtype(group)),
             _map(_outline, group["update_state"]),
         )

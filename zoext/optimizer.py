@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from zoext import interrupts, noise, parameters, probes
+from zoext import group_options, interrupts, noise, parameters, probes
+from zoext.axes import Axes
 from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, Step, Terms
 from zoext.estimators import CentralDifference, Estimate, Estimator, average
 from zoext.graphs import GraphedStep
+from zoext.losses import Closure, Losses
 from zoext.nonfinite import NonfiniteWatch
+from zoext.ops import Rounding
 from zoext.parameters import Parameters
+from zoext.precision import rounded, rounding_of, with_residuals
 from zoext.profiling import Phase, record
 from zoext.randomness import RandomState
-from zoext.updates import SGD, State, Update
-
-Closure = Callable[[], Tensor | float]
-
-
-class _Axes(NamedTuple):
-    direction: Direction
-    estimator: Estimator
-    update: Update
-
-    def recipe(self) -> dict[str, dict[str, Any]]:
-        """The axes by name and fields: plain data, for checkpoints."""
-        return {
-            axis: {"name": type(member).__name__, **dataclasses.asdict(member, dict_factory=_plain_dict)}
-            for axis, member in self._asdict().items()
-        }
-
-
-class _StepSeeds(NamedTuple):
-    """What tells the directions of a step from those of any other."""
-
-    draws: Tensor  # int64 [draws of the estimator]
-    frame: Tensor  # int64 [1]
-
-    @classmethod
-    def empty(cls, draws: int, device: torch.device) -> _StepSeeds:
-        return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (draws, 1)))
-
-    def fill(self, seed: int, step: int, origin: int) -> None:
-        """Writes the seeds of ``step``, and that of draw 0 of the step that its frame is drawn from."""
-        for draw in range(self.draws.numel()):  # fill_ passes the value with the launch: no copy to wait for
-            self.draws[draw].fill_(noise.signed(noise.step_seed(seed, step, draw)))
-        self.frame.fill_(noise.signed(noise.step_seed(seed, origin)))
+from zoext.step_seeds import StepSeeds
+from zoext.taken_step import GroupOptions, Recorder, TakenStep
+from zoext.updates import SGD, Move, State, Update
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -84,6 +55,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         nonfinite: what to do about a loss that is not finite. It never moves theta. "raise" (default)
             raises a FloatingPointError, on CUDA at the latest at the start of the next step, so that no
             step waits for the host; "skip" counts the step in ``nonfinite_steps`` and goes on.
+        precision: what becomes of the part of an update that weights of 16 bits cannot hold. "nearest"
+            loses it: theta stays where it is under steps of less than half a unit in its last place.
+            "stochastic" (default) rounds up with the probability that makes the expectation exact; the bits
+            come from the noise field. "residual" keeps it in an int8 beside each weight
+            (``state[parameter]["residual"]``): with it theta moves like a float of 24 bits, and the closure
+            sees the nearest one of 16. Weights of 32 and 64 bits are not concerned.
+
+    Attributes:
+        last_estimate: the estimate that the last step applied.
+        recorder: is told of every step, such as a ``Trajectory``; None if nobody is.
 
     Raises:
         ValueError, TypeError: for arguments out of range and for parameters that cannot be moved.
@@ -102,13 +83,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         probe: str | probes.Probe = "auto",
         nonfinite: str = "raise",
+        precision: str = "stochastic",
     ) -> None:
-        self._axes = _Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
+        self._axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
         for axis, kind in zip(self._axes._fields, (Direction, Estimator, Update), strict=True):
             member = getattr(self._axes, axis)
             if not isinstance(member, kind):
                 raise TypeError(f"{axis} must be a {kind.__name__}, not {member!r}")
         self._watch = NonfiniteWatch(nonfinite)
+        self._rounding = rounding_of(precision)
         noise.signed(seed)
         self._module = params if isinstance(params, nn.Module) else getattr(probe, "module", None)
         defaults = {
@@ -118,17 +101,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "seed": seed,
             "step": 0,
             "recipe": self._axes.recipe(),
+            "precision": precision,
             "update_state": {},
         }
         self._defaults = dict(defaults)  # torch adds its own to ``defaults`` when a state is loaded
         self._pending: list[Estimate] = []
-        self._seeds: tuple[int, _StepSeeds] | None = None
+        self._seeds: tuple[int, StepSeeds] | None = None
         self._groups: list[Parameters] = []
         self._mus: list[float] = []
         self._frame: Frame | None = None
         self._frame_finite: Tensor | None = None
         self._estimating = False
         self.last_estimate: Estimate | None = None
+        self.recorder: Recorder | None = None
         given: Any = list(params.named_parameters()) if isinstance(params, nn.Module) else params
         super().__init__(given, defaults)
         whole = params if isinstance(params, nn.Module) else None
@@ -151,7 +136,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             parameters.check(tensor, name)
             if sum(tensor is other for _, other in named) > 1:
                 raise ValueError(f"params: {name} is given twice; give tied weights once")
-        _check_options({**self.defaults, **group})
+        group_options.check({**self.defaults, **group})
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
         added = {"params": [tensor for _, tensor in named]}
@@ -160,7 +145,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from ``state_dict`` bit for bit; it must come from the same recipe."""
-        recipe = self._axes.recipe()
+        recipe, precision = self._axes.recipe(), self._defaults["precision"]
         for group in state_dict["param_groups"]:
             if missing := self._defaults.keys() - group.keys():
                 raise ValueError(
@@ -171,23 +156,34 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     f"state_dict comes from the recipe {group['recipe']}, this optimizer has {recipe}; "
                     "build it with the same direction, estimator and update"
                 )
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
+            if group["precision"] != precision:
+                raise ValueError(
+                    f"state_dict comes from precision={group['precision']!r}, this optimizer has "
+                    f"{precision!r}; build it with the same"
+                )
+        # What torch loads as the state of a parameter gets its dtype, which residuals must not.
+        super().load_state_dict({**state_dict, "state": {}})
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for tensor, name in zip(group["params"], saved["params"], strict=True):
+                own = state_dict["state"].get(name, {})
+                self.state[tensor] = {key: value.to(tensor.device, copy=True) for key, value in own.items()}
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
-        own = ("_axes", "_watch", "_module", "_probe", "_defaults", "_mus", "_estimating", "last_estimate")
+        kept = ("_axes", "_watch", "_module", "_probe", "_defaults", "_rounding", "_mus", "_estimating")
         fresh: dict[str, Any] = {
             "_pending": [],
             "_seeds": None,
             "_groups": [],
             "_frame": None,
             "_frame_finite": None,
+            "recorder": None,
         }
-        return {**super().__getstate__(), **fresh, **{name: self.__dict__[name] for name in own}}
+        own = {name: self.__dict__[name] for name in (*kept, "last_estimate")}
+        return {**super().__getstate__(), **fresh, **own}
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Moves theta by the estimate with ``closure``, or without one by the mean of the pending estimates.
@@ -219,18 +215,26 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         with torch.inference_mode(False), torch.no_grad(), interrupts.deferred(), record(Phase.UPDATE):
             estimate = average(self._pending)
             self._pending.clear()  # first: should an update raise, no group is to move twice
-            for group, movable, mu in zip(self.param_groups, self._groups, self._mus, strict=True):
-                group["update_state"] = self._update(
-                    movable, mu, estimate, group["update_state"], group["lr"], group["weight_decay"]
-                )
-            self._finish_step(estimate)
+            assert self._frame is not None
+            step = TakenStep(estimate, self._frame, self._options())
+            self._take([step])
+            self._finish_step(step)
         return estimate.loss
 
-    def _finish_step(self, estimate: Estimate) -> None:
-        for group in self.param_groups:
-            group["step"] += 1
+    def _options(self) -> tuple[GroupOptions, ...]:
+        groups = zip(self.param_groups, self._mus, strict=True)
+        return tuple(GroupOptions(group["lr"], mu, group["weight_decay"]) for group, mu in groups)
+
+    def _finish_step(self, step: TakenStep) -> None:
+        self._count(1)
         self._frame = None
-        self.last_estimate = estimate
+        self.last_estimate = step.estimate
+        if self.recorder is not None:
+            self.recorder.record(step)
+
+    def _count(self, steps: int) -> None:
+        for group in self.param_groups:
+            group["step"] += steps
 
     # Estimates
 
@@ -273,6 +277,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _estimate(self, closure: Closure) -> Estimate:
         self._watch.check()
+        if self.recorder is not None:
+            self.recorder.check()
         if self._pending:
             self._check_unchanged("the first estimate of this step")
         groups = self._current_groups()
@@ -291,14 +297,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._watch.note(estimate.finite)
         return estimate
 
-    def _evaluate(self, closure: Closure, seeds: _StepSeeds, random: RandomState | None) -> Estimate:
+    def _evaluate(self, closure: Closure, seeds: StepSeeds, random: RandomState | None) -> Estimate:
         """The part of an estimate that happens on the device, all that depends on the step in ``seeds``.
 
         ``random`` is the state of the generators that every probe is to begin with; None if none reads them.
         """
         observer = self._begin_frame(seeds.frame)
         with self._probe.session() as evaluate:
-            losses = _Losses(self, evaluate, closure, observer, random)
+            losses = Losses(self, evaluate, closure, observer, random)
             estimate = self._axes.estimator.estimate(losses, seeds.draws, self._mus[0])
         return losses.complete(estimate)
 
@@ -332,12 +338,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _current_groups(self) -> list[Parameters]:
         """What moves now; the same object as before, if nothing has changed since."""
-        now, known = parameters.trainable(self.param_groups), self._groups
+        now, known = self._trainable(), self._groups
         if len(now) != len(known) or not all(a.same_as(b) for a, b in zip(now, known, strict=True)):
             self._groups = now
         return self._groups
 
-    def _step_seeds(self, device: torch.device) -> _StepSeeds:
+    def _trainable(self) -> list[Parameters]:
+        groups = parameters.trainable(self.param_groups)
+        if self._rounding is Rounding.RESIDUAL:
+            groups = [with_residuals(group, self.state) for group in groups]
+        return groups
+
+    def _step_seeds(self, device: torch.device) -> StepSeeds:
         """The seeds of the current step: the same tensors for all estimates of the step."""
         step = self.param_groups[0]["step"]
         if self._seeds is None or self._seeds[0] != step or not self._pending:
@@ -345,111 +357,44 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._fill_seeds(self._seeds[1])
         return self._seeds[1]
 
-    def _empty_seeds(self, device: torch.device) -> _StepSeeds:
-        return _StepSeeds.empty(self._axes.estimator.draws, device)
+    def _empty_seeds(self, device: torch.device) -> StepSeeds:
+        return StepSeeds.empty(self._axes.estimator.draws, device)
 
-    def _fill_seeds(self, seeds: _StepSeeds) -> None:
+    def _fill_seeds(self, seeds: StepSeeds) -> None:
         first = self.param_groups[0]
         seeds.fill(first["seed"], first["step"], self._axes.direction.origin(first["step"]))
 
     # Updates
 
-    def _update(
-        self,
-        movable: Parameters,
-        mu: float,
-        estimate: Estimate,
-        state: State,
-        lr: float | Tensor,
-        weight_decay: float,
-    ) -> State:
-        """Moves one group and returns its new state."""
+    def _take(self, steps: Sequence[TakenStep]) -> None:
+        """Moves all groups, by one step after the other."""
+        for position, group in enumerate(self.param_groups):
+            group["update_state"] = self._update(position, group["update_state"], steps)
+
+    def _update(self, position: int, state: State, steps: Sequence[TakenStep]) -> State:
+        """Moves the group at ``position`` and returns its new state."""
+        movable = self._groups[position]
+        if self._rounding is Rounding.STOCHASTIC:
+            movable = rounded(movable, self._rounding)
+        moves = [self._move(step, position) for step in steps]
+        return self._axes.update.apply(self._axes.direction, movable, moves, state)
+
+    def _move(self, step: TakenStep, position: int) -> Move:
+        lr, mu, weight_decay = step.options[position]
         # Coefficients are per mu of the first group; a direction of another length scales them.
-        relative = self._mus[0] / mu
-        coefficients = estimate.coefficients if relative == 1 else estimate.coefficients * relative
-        assert self._frame is not None
-        terms = Terms(estimate.seeds, coefficients, self._frame)
-        return self._axes.update.apply(
-            self._axes.direction,
-            movable,
-            self._axes.direction.gradient(terms),
-            state,
-            estimate=estimate,
-            lr=lr,
-            weight_decay=weight_decay,
+        relative = step.options[0].mu / mu
+        coefficients = step.estimate.coefficients
+        terms = Terms(
+            step.estimate.seeds, coefficients if relative == 1 else coefficients * relative, step.frame
         )
+        # A tensor counts as the float that it holds: products with it are rounded alike.
+        lr = lr.double() if isinstance(lr, Tensor) else lr
+        return Move(self._axes.direction.gradient(terms), step.estimate, lr, weight_decay)
 
     @property
     def nonfinite_steps(self) -> int:
         """How many estimates had a loss that was not finite, since this object was made. Waits for them."""
         return self._watch.count
-
-
-def _plain_dict(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """With lists for tuples: what a file of JSON gives back."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
-
-
-class _Losses:
-    """The probe that an estimator is given: losses of the closure at displaced weights.
-
-    ``observer`` makes the frame of the step out of the first forward at theta. If the estimator begins
-    with another one, there is one more forward before it.
-    """
-
-    def __init__(
-        self,
-        optimizer: ZerothOrderOptimizer,
-        evaluate: probes.Evaluate,
-        closure: Closure,
-        observer: Observer | None,
-        random: RandomState | None,
-    ) -> None:
-        self._optimizer = optimizer
-        self._evaluate = evaluate
-        self._closure = closure
-        self._observer = observer
-        self._device = next(group.device for group in optimizer._groups if len(group))
-        self._random = random
-        self._forwards = 0
-        self._own_forwards = 0
-
-    def __call__(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
-        if self._observer is not None:
-            if len(seeds):
-                self._own_forwards += 1
-                self._observe(seeds[:0], coefficients[:0])
-            else:
-                return self._observe(seeds, coefficients)
-        return self._loss(seeds, coefficients)
-
-    def _observe(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
-        observer, self._observer = self._observer, None
-        assert observer is not None
-        with observer.watching():
-            loss = self._loss(seeds, coefficients)
-        self._optimizer._frame, self._optimizer._frame_finite = observer.frame()
-        return loss
-
-    def _loss(self, seeds: Tensor, coefficients: Tensor) -> Tensor:
-        if self._forwards and self._random is not None:  # all probes of a step see the same random numbers
-            self._random.restore()
-        self._forwards += 1
-        loss = self._evaluate(self._optimizer._combination(seeds, coefficients), self._closure)
-        self._optimizer._check_unchanged("the closure began; change them between steps")
-        return _as_loss(loss, self._device)
-
-    def complete(self, estimate: Estimate) -> Estimate:
-        """The estimate with the forward of our own, and without effect if what it saw was not finite."""
-        seen = self._optimizer._frame_finite
-        if seen is None:
-            return estimate
-        return dataclasses.replace(
-            estimate,
-            coefficients=torch.where(seen, estimate.coefficients, 0.0),
-            forwards=estimate.forwards + self._own_forwards,
-            finite=estimate.finite & seen,
-        )
 
 
 def _check_not_captured() -> None:
@@ -464,38 +409,3 @@ def _check_not_captured() -> None:
 
 def _to(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _as_loss(loss: object, device: torch.device) -> Tensor:
-    """A closure's value as a tensor of no dimension, at least float32, on ``device``."""
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ValueError(
-                f"closure must return one number, not a tensor of shape {tuple(loss.shape)}; "
-                "reduce it, as with .mean()"
-            )
-        if loss.is_complex():
-            raise TypeError(f"closure must return a real number, not {loss.dtype}")
-        loss = loss.detach().reshape(())
-        return loss.to(device, torch.promote_types(loss.dtype, torch.float32), non_blocking=True)
-    if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
-        hint = "; did it forget to return the loss?" if loss is None else ""
-        raise TypeError(
-            f"closure must return the loss as a tensor of one element or a float, not {loss!r}{hint}"
-        )
-    return torch.full((), float(loss), dtype=torch.float64, device=device)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name, low, strict in (("lr", 0.0, False), ("mu", 0.0, True), ("weight_decay", 0.0, False)):
-        value = options[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.dim() or value.dtype not in (torch.float32, torch.float64):
-                kind = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-                raise TypeError(f"{name} must be a float, or lr a float32 tensor of shape (), not {kind}")
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a float, not {value!r}")
-        if not math.isfinite(value) or value < low or (strict and value == low):
-            relation = ">" if strict else ">="
-            raise ValueError(f"{name} must be finite and {relation} 0, not {value}")

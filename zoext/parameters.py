@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Parameters:
     spans: tuple[ops.Span, ...]
     names: tuple[str, ...]
     addresses: tuple[int, ...]  # where the weights lay when this was made
+    rounding: ops.Rounding = ops.Rounding.NEAREST  # of what is written to them
+    residuals: tuple[Tensor, ...] = ()  # int8, one for each tensor where that is Rounding.RESIDUAL
 
     @property
     def device(self) -> torch.device:
@@ -36,19 +38,23 @@ class Parameters:
     def take(self, positions: Sequence[int]) -> Parameters:
         """Those at ``positions``."""
         columns = (self.tensors, self.keys, self.spans, self.names, self.addresses)
-        return Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
+        taken = Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
+        residuals = tuple(self.residuals[i] for i in positions) if self.residuals else ()
+        return replace(taken, rounding=self.rounding, residuals=residuals)
 
     def same_as(self, other: Parameters) -> bool:
         """Whether the tensors are the same objects in the same memory, with the same keys."""
         if (self.keys, self.spans, self.addresses) != (other.keys, other.spans, other.addresses):
             return False
-        pairs = zip(self.tensors, other.tensors, strict=True)
+        if len(self.residuals) != len(other.residuals):
+            return False
+        pairs = zip(self.tensors + self.residuals, other.tensors + other.residuals, strict=True)
         return all(a is b for a, b in pairs)
 
 
 def _from_rows(rows: Iterable[_Row]) -> Parameters:
     columns = tuple(zip(*rows, strict=True)) or ((), (), (), (), ())
-    return Parameters(*columns)
+    return Parameters(*columns)  # type: ignore[arg-type]
 
 
 def trainable(param_groups: list[dict[str, Any]]) -> list[Parameters]:

@@ -99,7 +99,7 @@ def _move(displaced: list[_Displaced], combination: Combination) -> None:
             if position < len(displaced):
                 step = terms.coefficients - displaced[position].terms.coefficients
                 change = Terms(terms.seeds, step, terms.frame)
-            combination.direction.axpy_(parameters, change)
+            combination.direction.axpy_(parameters, [change])
             displaced[position : position + 1] = [_Displaced(combination.direction, parameters, terms)]
 
 
@@ -107,7 +107,7 @@ def _restore(displaced: list[_Displaced]) -> None:
     with record(Phase.RESTORE):
         while displaced:
             direction, parameters, terms = displaced[-1]
-            direction.axpy_(parameters, Terms(terms.seeds, -terms.coefficients, terms.frame))
+            direction.axpy_(parameters, [Terms(terms.seeds, -terms.coefficients, terms.frame)])
             displaced.pop()
 
 

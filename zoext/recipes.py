@@ -22,6 +22,7 @@ class Options(TypedDict, total=False):
     seed: int
     probe: str | Probe
     nonfinite: str
+    precision: str
 
 
 class MeZO(ZerothOrderOptimizer):

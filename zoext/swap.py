@@ -376,7 +376,7 @@ class ModuleSwap:
         spans = tuple((row * width, width, 0) for row in rows)
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
         read = Parameters(tensors, parameters.keys * count, spans, parameters.names * count, addresses)
-        self._combination.direction.axpy_(read, terms)
+        self._combination.direction.axpy_(read, [terms])
 
     def _restore(self, module: nn.Module) -> None:
         """Puts everything back; may be called again where an interrupt cut it short."""

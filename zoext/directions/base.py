@@ -48,6 +48,9 @@ class Window:
 
     With ``g_h`` the sum of ``steps[h]``: ``m = sum_h first_weights[h] g_h`` and
     ``v = sum_h second_weights[h] g_h**2``. The weights are float32 [H].
+
+    Or S windows, each of which ends a step later than the one before: then there are S + H - 1 steps, and
+    the weights are float32 [S, H].
     """
 
     steps: Sequence[Terms]
@@ -80,8 +83,11 @@ class Direction(ABC):
     """How the entries of ``D(s)`` are drawn from seed ``s``."""
 
     @abstractmethod
-    def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
-        """``theta += sum_k c_k D(s_k) - decay * theta``, in place; ``decay`` is float32 []."""
+    def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
+        """``theta += sum_k c_k D(s_k) - decay * theta``, in place, for one step after the other.
+
+        ``decay`` is float32 [S], or [] for a single step.
+        """
 
     @abstractmethod
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
@@ -91,7 +97,8 @@ class Direction(ABC):
     def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
         """``theta += -lr * m / sqrt(v + eps) - decay * theta``, in place, with the moments of a window.
 
-        ``lr``, ``eps`` and ``decay`` are float32 [].
+        ``lr``, ``eps`` and ``decay`` are float32 []; ``lr`` and ``decay`` are [S] for S windows, which make
+        one step after the other.
         """
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:  # noqa: B027

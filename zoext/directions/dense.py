@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from zoext import ops
 from zoext.directions.base import Direction, Terms, Window
-from zoext.directions.window import rectangle
+from zoext.directions.rectangle import decay_of, rectangle, terms_of
 from zoext.parameters import Parameters
 
 
 class _Dense(Direction):
     distribution: ops.Distribution
 
-    def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
-        if decay is None:
-            decay = torch.zeros((), dtype=torch.float32, device=terms.seeds.device)
+    def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
         ops.noise_axpy_(
             parameters.tensors,
-            terms.seeds,
-            terms.coefficients,
-            decay,
+            *terms_of(steps),
+            decay_of(steps, decay),
             parameters.keys,
             parameters.spans,
             distribution=self.distribution,
+            rounding=parameters.rounding,
+            residuals=parameters.residuals,
         )
 
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
@@ -42,11 +40,9 @@ class _Dense(Direction):
         )
 
     def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
-        seeds, coefficients = rectangle(window)
         ops.noise_adam_(
             parameters.tensors,
-            seeds,
-            coefficients,
+            *rectangle(window.steps),
             window.first_weights,
             window.second_weights,
             lr,
@@ -55,6 +51,8 @@ class _Dense(Direction):
             parameters.keys,
             parameters.spans,
             distribution=self.distribution,
+            rounding=parameters.rounding,
+            residuals=parameters.residuals,
         )
 
 

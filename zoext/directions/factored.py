@@ -11,7 +11,7 @@ from torch import Tensor
 from zoext import ops
 from zoext.directions.base import Direction, Frame, Terms, Window
 from zoext.directions.dense import Gaussian
-from zoext.directions.window import rectangle
+from zoext.directions.rectangle import decay_of, rectangle, terms_of
 from zoext.parameters import Parameters
 
 _DENSE = Gaussian()
@@ -31,18 +31,25 @@ class Factored(Direction):
     #: Scale of the dense directions; with 0 their parameters do not move at all, not even by decay.
     dense_scale: float = 1.0
 
-    def axpy_(self, parameters: Parameters, terms: Terms, decay: Tensor | None = None) -> None:
-        if decay is None:
-            decay = torch.zeros((), dtype=torch.float32, device=terms.seeds.device)
+    def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
         # Without terms all there is to do is the decay, which knows of no factors.
-        dense, matrices = _split(parameters, [terms.frame] if len(terms) else [])
+        dense, matrices = _split(parameters, [step.frame for step in steps if len(step)])
         if dense and self.dense_scale:
-            _DENSE.axpy_(parameters.take(dense), self._of_dense(terms), decay)
+            _DENSE.axpy_(parameters.take(dense), [self._of_dense(step) for step in steps], decay)
         if matrices:
             these = parameters.take(matrices)
-            factors = _factors(these, terms.seeds, [terms.frame] * len(terms))
+            seeds, coefficients = terms_of(steps)
+            frames = [step.frame for step in steps for _ in range(seeds.shape[-1])]
             ops.factored_axpy_(
-                these.tensors, *factors, terms.seeds, terms.coefficients, decay, these.keys, these.spans
+                these.tensors,
+                *_factors(these, seeds.flatten(), frames),
+                seeds,
+                coefficients,
+                decay_of(steps, decay),
+                these.keys,
+                these.spans,
+                rounding=these.rounding,
+                residuals=these.residuals,
             )
 
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
@@ -70,7 +77,7 @@ class Factored(Direction):
             _DENSE.adam_(parameters.take(dense), scaled, lr, eps, decay)
         if matrices:
             these = parameters.take(matrices)
-            seeds, coefficients = rectangle(window)
+            seeds, coefficients = rectangle(window.steps)
             frames = [step.frame for step in window.steps for _ in range(seeds.shape[1])]
             factors = _factors(these, seeds.flatten(), frames)
             ops.factored_adam_(
@@ -85,6 +92,8 @@ class Factored(Direction):
                 decay,
                 these.keys,
                 these.spans,
+                rounding=these.rounding,
+                residuals=these.residuals,
             )
 
     def _of_dense(self, terms: Terms) -> Terms:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from zoext.directions import Direction, Frame, Terms, Window
-from zoext.estimators import Estimate
 from zoext.parameters import Parameters
-from zoext.updates.base import State, Update
+from zoext.updates.base import Move, State, Update, of_each
 
 #: The least float32 that is not subnormal: a smaller eps could be taken for zero.
 LEAST_EPS = torch.finfo(torch.float32).tiny
@@ -57,40 +56,45 @@ class AdamReplay(Update):
             raise ValueError(f"eps must be a float of at least {LEAST_EPS:.3g}, not {self.eps!r}")
 
     def apply(
-        self,
-        direction: Direction,
-        parameters: Parameters,
-        terms: Terms,
-        state: State,
-        *,
-        estimate: Estimate,
-        lr: float | Tensor,
-        weight_decay: float,
+        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
     ) -> State:
-        window = [*state.get("window", ()), _plain(terms, parameters)][-self.horizon :]
-        device = terms.seeds.device
-        # Where some samples of a step were finite they count; where none was, momentum is not to move theta.
-        moves = estimate.finite | (terms.coefficients != 0).any()
-        lr_now = moves * torch.as_tensor(lr, dtype=torch.float32)
-        decay = estimate.finite * torch.as_tensor(lr * weight_decay, dtype=torch.float32)
+        past = list(state.get("window", ()))
+        history = past + [_plain(move.terms, parameters) for move in moves]
+        counts = [min(len(past) + number, self.horizon) for number in range(1, len(moves) + 1)]
+        # Where windows are shorter at the beginning, steps that contribute nothing precede the first one.
+        rows = len(moves) - 1 + counts[-1]
+        window, missing = history[-rows:], max(rows - len(history), 0)
+        device = moves[0].terms.seeds.device
         momentum_only = self.betas[1] == 0
         eps = torch.full((), 1.0 if momentum_only else self.eps, dtype=torch.float32, device=device)
-        first, second = (self._weights(beta, len(window), device) for beta in self.betas)
+        first, second = (self._weights(beta, counts, device) for beta in self.betas)
         if momentum_only:
             second = torch.zeros_like(second)
+        lr, decay = of_each([_lr(move) for move in moves]), of_each([move.decay for move in moves])
         for positions, took_part in _by_history(parameters, window):
             steps = [_terms(step, took) for step, took in zip(window, took_part, strict=True)]
+            steps = [_terms(window[0], False)] * missing + steps
             these = parameters if len(positions) == len(parameters) else parameters.take(positions)
-            direction.adam_(these, Window(steps, first, second), lr_now, eps, decay)
-        return {"window": window}
+            direction.adam_(these, Window(steps, first, second), lr, eps, decay)
+        return {"window": history[-self.horizon :]}
 
-    def _weights(self, beta: float, count: int, device: torch.device) -> Tensor:
-        """``(1 - beta) beta^lag`` for lag = count - 1 .. 0, divided by their sum if corrected."""
-        weights = torch.empty(count, dtype=torch.float32, device=device)
-        mass = 1 - beta**count if self.bias_correction else 1.0
-        for position in range(count):  # fill_ passes the value with the launch: no copy to wait for
-            weights[position].fill_((1 - beta) * beta ** (count - 1 - position) / mass)
-        return weights
+    def _weights(self, beta: float, counts: Sequence[int], device: torch.device) -> Tensor:
+        """``(1 - beta) beta^lag`` for lag = count - 1 .. 0, divided by their sum if corrected.
+
+        A row for each count, [H] for a single one; those of a shorter window stand at its end.
+        """
+        weights = torch.zeros((len(counts), counts[-1]), dtype=torch.float32, device=device)
+        for row, count in zip(weights, counts, strict=True):
+            mass = 1 - beta**count if self.bias_correction else 1.0
+            for lag in range(count):  # fill_ passes the value with the launch: no copy to wait for
+                row[counts[-1] - 1 - lag].fill_((1 - beta) * beta**lag / mass)
+        return weights[0] if len(counts) == 1 else weights
+
+
+def _lr(move: Move) -> Tensor:
+    # Where some samples of a step were finite they count; where none was, momentum is not to move theta.
+    moves = move.estimate.finite | (move.terms.coefficients != 0).any()
+    return moves * torch.as_tensor(move.lr, dtype=torch.float32)
 
 
 def _by_history(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoext.directions import Direction, Terms
@@ -16,29 +18,48 @@ from zoext.parameters import Parameters
 State = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What one step asks of an update, for one group of parameters.
+
+    Attributes:
+        terms: the gradient estimate of this group.
+        estimate: how the terms were come by; where nothing of it was finite nothing may move.
+        lr: learning rate, a float or a tensor [].
+        weight_decay: decoupled, per unit of lr.
+    """
+
+    terms: Terms
+    estimate: Estimate
+    lr: float | Tensor
+    weight_decay: float
+
+    @property
+    def decay(self) -> Tensor:
+        """The share of theta that this step takes away, float32 []."""
+        return self.estimate.finite * torch.as_tensor(self.lr * self.weight_decay, dtype=torch.float32)
+
+
+def of_each(values: Sequence[Tensor]) -> Tensor:
+    """A number for each step, [S], or [] for a single one."""
+    return values[0] if len(values) == 1 else torch.stack(list(values))
+
+
 class Update(ABC):
-    """From an estimate to a change of theta."""
+    """From estimates to changes of theta."""
 
     @abstractmethod
     def apply(
-        self,
-        direction: Direction,
-        parameters: Parameters,
-        terms: Terms,
-        state: State,
-        *,
-        estimate: Estimate,
-        lr: float | Tensor,
-        weight_decay: float,
+        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
     ) -> State:
-        """Moves one group and returns its new state; the old one is not changed.
+        """Moves one group, by one step after the other, and returns its new state; the old one stays.
+
+        Several steps at once leave the same bits as one call for each of them: a run makes one, its replay
+        many.
 
         Args:
             direction: what the terms are terms of.
             parameters: the tensors of the group that move.
-            terms: the gradient estimate of this group.
+            moves: the steps, at least one, oldest first.
             state: what the last call returned, empty at first.
-            estimate: how the terms were come by; where nothing of it was finite nothing may move.
-            lr: learning rate, a float or float32 [].
-            weight_decay: decoupled, per unit of lr.
         """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from zoext.directions import Direction, Terms
-from zoext.estimators import Estimate
 from zoext.parameters import Parameters
-from zoext.updates.base import State, Update
+from zoext.updates.base import Move, State, Update, of_each
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,16 @@ class SGD(Update):
     normalized: bool = False
 
     def apply(
-        self,
-        direction: Direction,
-        parameters: Parameters,
-        terms: Terms,
-        state: State,
-        *,
-        estimate: Estimate,
-        lr: float | Tensor,
-        weight_decay: float,
+        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
     ) -> State:
-        coefficients = terms.coefficients * -lr
-        if self.normalized:
-            spread = estimate.spread
-            coefficients = torch.where(spread > 0, coefficients / spread, 0.0)
-        decay = (
-            estimate.finite * torch.as_tensor(lr * weight_decay, dtype=torch.float32)
-            if weight_decay
-            else None
-        )
-        direction.axpy_(parameters, Terms(terms.seeds, coefficients, terms.frame), decay)
+        steps = [Terms(move.terms.seeds, self._coefficients(move), move.terms.frame) for move in moves]
+        decays = any(move.weight_decay for move in moves)
+        direction.axpy_(parameters, steps, of_each([move.decay for move in moves]) if decays else None)
         return state
+
+    def _coefficients(self, move: Move) -> Tensor:
+        coefficients = move.terms.coefficients * -move.lr
+        if not self.normalized:
+            return coefficients
+        spread = move.estimate.spread
+        return torch.where(spread > 0, coefficients / spread, 0.0)

@@ -1,0 +1,51 @@
+"""What becomes of the part of an update that weights of 16 bits cannot hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoext.ops import Rounding
+from zoext.parameters import Parameters
+
+#: The name under which ``optimizer.state`` has the residual of a parameter.
+RESIDUAL = "residual"
+
+_NO_RESIDUAL: dict[torch.device, Tensor] = {}
+
+
+def rounding_of(precision: str) -> Rounding:
+    """The rounding of updates for ``precision=``: "nearest", "stochastic" or "residual"."""
+    try:
+        return Rounding[precision.upper()] if precision == precision.lower() else Rounding[""]
+    except (KeyError, AttributeError):
+        names = ", ".join(repr(rounding.name.lower()) for rounding in Rounding)
+        raise ValueError(f"precision must be one of {names}, not {precision!r}") from None
+
+
+def rounded(parameters: Parameters, rounding: Rounding) -> Parameters:
+    """The parameters, with updates rounded so."""
+    return dataclasses.replace(parameters, rounding=rounding)
+
+
+def with_residuals(
+    parameters: Parameters, state: MutableMapping[Tensor, MutableMapping[str, Any]]
+) -> Parameters:
+    """The parameters with the residuals in ``state``, which gets zeros where it has none yet."""
+    residuals = tuple(_residual_of(tensor, state) for tensor in parameters.tensors)
+    return dataclasses.replace(parameters, rounding=Rounding.RESIDUAL, residuals=residuals)
+
+
+def _residual_of(tensor: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]) -> Tensor:
+    if tensor.element_size() != 2:
+        empty = torch.empty(0, dtype=torch.int8, device=tensor.device)
+        return _NO_RESIDUAL.setdefault(tensor.device, empty)
+    known: Tensor | None = state[tensor].get(RESIDUAL)
+    if known is None or known.shape != tensor.shape:
+        known = torch.zeros(tensor.shape, dtype=torch.int8, device=tensor.device)
+    state[tensor][RESIDUAL] = known = known.to(tensor.device)  # a model may have been moved
+    return known
