@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import zoext
-from zoext.cli import atomic, checkpoint
+from zoext import atomic
+from zoext.cli import checkpoint
 from zoext.cli.errors import UserError
 
 

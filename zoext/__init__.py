@@ -15,6 +15,7 @@ from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import InplaceProbe, Probe, StreamedProbe
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
 from zoext.swap import StreamedProbeError
+from zoext.trajectory import Trajectory, TrajectoryError, replay
 from zoext.updates import SGD, AdamReplay, Update
 
 __version__ = "0.1.0"
@@ -44,7 +45,10 @@ __all__ = [
     "Rademacher",
     "StreamedProbe",
     "StreamedProbeError",
+    "Trajectory",
+    "TrajectoryError",
     "Update",
     "ZerothOrderOptimizer",
     "noise",
+    "replay",
 ]

@@ -201,6 +201,7 @@ class GraphedStep:
             optimizer._watch.note(step.estimate.finite)
             for group, state in zip(optimizer.param_groups, states, strict=True):
                 group["update_state"] = state
+            optimizer._count([step])
             optimizer._finish_step(step)
         return step.estimate.loss
 

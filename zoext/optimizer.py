@@ -217,7 +217,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._pending.clear()  # first: should an update raise, no group is to move twice
             assert self._frame is not None
             step = TakenStep(estimate, self._frame, self._options())
-            self._take([step])
+            self.take([step])
             self._finish_step(step)
         return estimate.loss
 
@@ -226,15 +226,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return tuple(GroupOptions(group["lr"], mu, group["weight_decay"]) for group, mu in groups)
 
     def _finish_step(self, step: TakenStep) -> None:
-        self._count(1)
         self._frame = None
-        self.last_estimate = step.estimate
         if self.recorder is not None:
             self.recorder.record(step)
 
-    def _count(self, steps: int) -> None:
+    def _count(self, steps: Sequence[TakenStep]) -> None:
         for group in self.param_groups:
-            group["step"] += steps
+            group["step"] += len(steps)
+        self.last_estimate = steps[-1].estimate
 
     # Estimates
 
@@ -366,10 +365,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # Updates
 
-    def _take(self, steps: Sequence[TakenStep]) -> None:
-        """Moves all groups, by one step after the other."""
+    def take(self, steps: Sequence[TakenStep]) -> None:
+        """Moves theta by one step after the other that were taken before, as by a run that is replayed.
+
+        Several steps at once leave the same bits as one call for each, in one pass over theta.
+        """
         for position, group in enumerate(self.param_groups):
             group["update_state"] = self._update(position, group["update_state"], steps)
+        self._count(steps)
 
     def _update(self, position: int, state: State, steps: Sequence[TakenStep]) -> State:
         """Moves the group at ``position`` and returns its new state."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoext.cli import atomic, plain
+from zoext import atomic
+from zoext.cli import plain
 from zoext.cli.errors import UserError, writing
 from zoext.cli.weights import put, tensors_of
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import argparse
 
-from zoext.cli import atomic, devices, json_lines
+from zoext import atomic
+from zoext.cli import devices, json_lines
 from zoext.cli.comparison import costs, figure, page, plan, records
 from zoext.cli.comparison.arguments import add_arguments as add_arguments
 from zoext.cli.comparison.folder import ComparisonFolder

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoext.cli import atomic
+from zoext import atomic
 from zoext.cli.errors import writing
 from zoext.cli.evaluation import Evaluation
 from zoext.cli.json_lines import Record

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoext.cli import arguments, atomic, stored_settings
+from zoext import atomic
+from zoext.cli import arguments, stored_settings
 from zoext.cli.output_folder import OutputFolder
 from zoext.cli.settings import Settings
 

@@ -48,6 +48,8 @@ class ActivationSubspace(Factored):
     mask: str | None = "attention_mask"
     balance: str = "printed"
 
+    watches = True
+
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("power_iterations", 0)):
             value = getattr(self, name)

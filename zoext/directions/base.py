@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -81,6 +81,9 @@ class Observer(Protocol):
 
 class Direction(ABC):
     """How the entries of ``D(s)`` are drawn from seed ``s``."""
+
+    #: Whether the frame of a step is made out of a forward by ``observer``, and cannot be known without data.
+    watches: ClassVar[bool] = False
 
     @abstractmethod
     def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:

@@ -20,7 +20,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    sync(path.absolute().parent)
 
 
 @contextmanager

@@ -1,0 +1,93 @@
+"""Where a recording begins, and where it goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from zoext import atomic
+from zoext.optimizer import ZerothOrderOptimizer
+from zoext.trajectory import frames, lines
+from zoext.trajectory.fields import TrajectoryError
+from zoext.trajectory.header import Header, RecordedParameter
+from zoext.trajectory.reading import open_recording
+
+
+class End(NamedTuple):
+    """The end of a trajectory: the checksum of its last line, and the bytes of its side file, if any."""
+
+    checksum: int
+    frames: int | None
+
+
+def begin(path: Path, header: Header) -> End:
+    """Writes a new trajectory that has no steps yet, there whole or not at all.
+
+    Raises:
+        OSError: if it exists or cannot be written.
+    """
+    beside = frames.path_beside(path)
+    for file in [path, beside] if header.frames else [path]:
+        if file.exists():
+            raise FileExistsError(f"path: {file} exists; give another path, or resume=True to go on with it")
+    line, checksum = lines.encode(header.record(), 0)
+    atomic.write_text(path, line.decode())
+    if header.frames:
+        beside.touch()  # after the header: it is nobody's without one
+    return End(checksum, 0 if header.frames else None)
+
+
+def cut(path: Path, optimizer: ZerothOrderOptimizer) -> End:
+    """Removes all lines after the step that ``optimizer`` is at.
+
+    Raises:
+        TrajectoryError: for a trajectory that is damaged before that step, ends before it, or is of another
+            run. Nothing was changed.
+    """
+    recording = open_recording(path)
+    _check_same_run(path, recording.header, optimizer)
+    wanted = optimizer.param_groups[0]["step"]
+    at, last, used = recording.header.step, recording.first, 0
+    while at < wanted:
+        step, last = next(recording.rest, (None, last))
+        if step is None:
+            raise TrajectoryError(
+                f"{path}: ends with step {at}, and the optimizer is at step {wanted}; go on from a "
+                "checkpoint of that step or an earlier one, or record to another path"
+            )
+        at = step.number
+        used = step.frame.offset + step.frame.length if step.frame else used
+    if at > wanted:
+        raise TrajectoryError(f"{path}: begins with step {at}, and the optimizer is at step {wanted}")
+    if recording.header.frames:
+        beside = frames.path_beside(path)
+        if not used:
+            beside.touch()  # a run may have been killed before it did
+        _shorten(beside, used)
+    _shorten(path, last.end)
+    return End(last.checksum, used if recording.header.frames else None)
+
+
+def _shorten(path: Path, size: int) -> None:
+    if path.stat().st_size < size:
+        raise TrajectoryError(f"{path}: ends before byte {size}; it is damaged")
+    os.truncate(path, size)
+    atomic.sync(path)
+
+
+def _check_same_run(path: Path, header: Header, optimizer: ZerothOrderOptimizer) -> None:
+    ours = Header.of(optimizer, header.frames, {}, digests=False)
+    for name in ("recipe", "precision", "seed"):
+        if getattr(header, name) != getattr(ours, name):
+            raise TrajectoryError(
+                f"{path}: is of another run: its {name} is {getattr(header, name)}, and the optimizer has "
+                f"{getattr(ours, name)}; record to another path"
+            )
+    theirs = [[_outline(parameter) for parameter in group] for group in header.groups]
+    if theirs != [[_outline(parameter) for parameter in group] for group in ours.groups]:
+        raise TrajectoryError(f"{path}: is of another model, or of other groups; record to another path")
+
+
+def _outline(parameter: RecordedParameter) -> tuple[object, ...]:
+    return parameter.name, parameter.shape, parameter.dtype

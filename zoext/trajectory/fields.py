@@ -1,0 +1,99 @@
+"""Fields of a JSON record that may hold anything: each is what it should be, or an error names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_SHOWN = 60  # characters of a value that is refused
+
+
+class TrajectoryError(ValueError):
+    """A trajectory that cannot be read, or that does not fit. Nothing has been changed."""
+
+
+class Fields:
+    """A record, and where it stands for the errors: ``where`` is like ``run.jsonl: line 3``."""
+
+    def __init__(self, record: Any, where: str) -> None:
+        self.where = where
+        if not isinstance(record, Mapping):
+            raise self.error(f"must be an object, not {shown(record)}")
+        self._record = record
+
+    def error(self, problem: str) -> TrajectoryError:
+        return TrajectoryError(f"{self.where}: {problem}")
+
+    def has(self, name: str) -> bool:
+        return name in self._record
+
+    def any(self, name: str) -> Any:
+        if name not in self._record:
+            raise self.error(f"has no field {name!r}")
+        return self._record[name]
+
+    def _field(self, name: str, is_valid: Callable[[Any], bool], kind: str) -> Any:
+        value = self.any(name)
+        if not is_valid(value):
+            raise self.error(f"{name} must be {kind}, not {shown(value)}")
+        return value
+
+    def integer(self, name: str, low: int, high: int = 2**63 - 1) -> int:
+        value: int = self._field(name, lambda v: is_integer(v, low, high), f"an integer from {low} to {high}")
+        return value
+
+    def number(self, name: str) -> float:
+        return float(self._field(name, is_number, "a finite number"))
+
+    def number_or_null(self, name: str) -> float:
+        """A number; null stands for one that was not finite."""
+        value = self._field(name, lambda v: v is None or is_number(v), "a finite number or null")
+        return math.nan if value is None else float(value)
+
+    def flag(self, name: str) -> bool:
+        value: bool = self._field(name, lambda v: isinstance(v, bool), "true or false")
+        return value
+
+    def text(self, name: str) -> str:
+        value: str = self._field(name, lambda v: isinstance(v, str), "a string")
+        return value
+
+    def list_of(self, name: str, is_valid: Callable[[Any], bool], kind: str) -> list[Any]:
+        """A list whose entries are all valid; ``kind`` says what they should be."""
+
+        def is_list(value: Any) -> bool:
+            return isinstance(value, list) and all(map(is_valid, value))
+
+        value: list[Any] = self._field(name, is_list, f"a list of {kind}")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        return dict(self._field(name, lambda v: isinstance(v, dict), "an object"))
+
+    def objects(self, name: str) -> list[Fields]:
+        entries = self.list_of(name, lambda entry: isinstance(entry, dict), "objects")
+        return [Fields(entry, f"{self.where}: {name}[{i}]") for i, entry in enumerate(entries)]
+
+
+def is_integer(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that float64 holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= 2**1023 if isinstance(value, int) else math.isfinite(value)
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut short."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN:
+        return "a huge integer"
+    text = repr(value) if not isinstance(value, list | dict) else f"a {type(value).__name__}"
+    if isinstance(value, list):
+        text = "[" + ", ".join(shown(entry) for entry in value[:4]) + (", ...]" if len(value) > 4 else "]")
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

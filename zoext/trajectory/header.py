@@ -1,0 +1,179 @@
+"""The first line of a trajectory: the recipe, and the weights that it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoext import noise
+from zoext.axes import Axes
+from zoext.digest import digest
+from zoext.optimizer import ZerothOrderOptimizer
+from zoext.trajectory.fields import Fields, is_integer
+
+FORMAT = "zoext trajectory"
+VERSION = 1
+NOISE_FIELD = 1  # raised with every change of a bit of the noise field
+
+
+@dataclass(frozen=True)
+class RecordedParameter:
+    """A parameter of a run, and a digest of its weights when recording began."""
+
+    name: str
+    key: int
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str
+
+    def unlike(self, tensor: Tensor) -> str | None:
+        """How a tensor differs in kind from the parameter of the run, if it does."""
+        if tuple(tensor.shape) == self.shape and str(tensor.dtype) == self.dtype:
+            return None
+        ours = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        return f"is {ours}, not {self.dtype.removeprefix('torch.')} {list(self.shape)}"
+
+    def changed(self, tensor: Tensor) -> str | None:
+        """Whether its weights differ from those that the run began with."""
+        return None if digest(tensor) == self.digest else "has other weights"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known before the first step.
+
+    ``notes`` is plain data of whoever recorded the run; zoext does not read it.
+    """
+
+    recipe: Mapping[str, Mapping[str, Any]]
+    precision: str
+    seed: int
+    step: int
+    frames: bool
+    groups: tuple[tuple[RecordedParameter, ...], ...]
+    notes: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, optimizer: ZerothOrderOptimizer, frames: bool, notes: Mapping[str, Any], *, digests: bool = True
+    ) -> Header:
+        """The header of what ``optimizer`` does from now on; digests take a pass over all weights."""
+        first = optimizer.param_groups[0]
+        groups = tuple(
+            tuple(
+                RecordedParameter(
+                    name, key, tuple(tensor.shape), str(tensor.dtype), digest(tensor) if digests else ""
+                )
+                for name, key, tensor in group
+            )
+            for group in named_groups(optimizer)
+        )
+        seed = noise.signed(first["seed"]) % 2**64
+        return cls(first["recipe"], first["precision"], seed, first["step"], frames, groups, notes)
+
+    def record(self) -> dict[str, Any]:
+        groups = [{"parameters": [vars(parameter) for parameter in group]} for group in self.groups]
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "noise_field": NOISE_FIELD,
+            "packages": {name: version(name) for name in ("zoext", "torch")},
+            "recipe": self.recipe,
+            "precision": self.precision,
+            "seed": f"{self.seed:016x}",
+            "step": self.step,
+            "frames": self.frames,
+            "groups": groups,
+            "notes": self.notes,
+        }
+
+    @property
+    def parameters(self) -> list[RecordedParameter]:
+        return [parameter for group in self.groups for parameter in group]
+
+
+def parse(record: Any, where: str) -> Header:
+    """The header in a record.
+
+    Raises:
+        TrajectoryError: if it is none, or of another version.
+    """
+    fields = Fields(record, where)
+    if not fields.has("format") or fields.any("format") != FORMAT:
+        raise fields.error("is not the header of a trajectory of zoext")
+    for name, known in (("version", VERSION), ("noise_field", NOISE_FIELD)):
+        found = fields.integer(name, 0)
+        if found != known:
+            written = f", written by zoext {_zoext_of(fields)}" if fields.has("packages") else ""
+            raise fields.error(
+                f"{name} is {found}{written}, this zoext reads {known}; install the zoext that wrote it"
+            )
+    groups = tuple(tuple(map(_parameter, group.objects("parameters"))) for group in fields.objects("groups"))
+    keys = [parameter.key for group in groups for parameter in group]
+    if keys != list(range(len(keys))) or not keys:
+        raise fields.error("keys of the parameters must be 0, 1, 2, ...")
+    return Header(
+        recipe=_recipe(fields),
+        precision=fields.text("precision"),
+        seed=hexadecimal(fields, "seed"),
+        step=fields.integer("step", 0),
+        frames=fields.flag("frames"),
+        groups=groups,
+        notes=fields.mapping("notes"),
+    )
+
+
+def hexadecimal(fields: Fields, name: str) -> int:
+    text = fields.text(name)
+    if not is_hexadecimal(text):
+        raise fields.error(f"{name} must be 16 hexadecimal digits, not {text[:20]!r}")
+    return int(text, 16)
+
+
+def is_hexadecimal(value: Any, digits: int = 16) -> bool:
+    return isinstance(value, str) and len(value) == digits and set(value) <= set("0123456789abcdef")
+
+
+def _zoext_of(fields: Fields) -> str:
+    return Fields(fields.any("packages"), f"{fields.where}: packages").text("zoext")[:20]
+
+
+def _parameter(fields: Fields) -> RecordedParameter:
+    shape = fields.list_of("shape", lambda size: is_integer(size, 0, 2**62), "sizes")
+    found = fields.text("digest")
+    if not is_hexadecimal(found, 32):
+        raise fields.error(f"digest must be 32 hexadecimal digits, not {found[:40]!r}")
+    key = fields.integer("key", 0, 2**32 - 1)
+    return RecordedParameter(fields.text("name"), key, tuple(shape), _dtype(fields), found)
+
+
+def _dtype(fields: Fields) -> str:
+    name = fields.text("dtype")
+    if not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
+        raise fields.error(f"dtype must be one of torch, not {name[:20]!r}")
+    return name
+
+
+def _recipe(fields: Fields) -> dict[str, dict[str, Any]]:
+    axes = Fields(fields.mapping("recipe"), f"{fields.where}: recipe")
+    return {axis: axes.mapping(axis) for axis in Axes._fields}
+
+
+def named_groups(optimizer: ZerothOrderOptimizer) -> list[list[tuple[str, int, Tensor]]]:
+    """The parameters of each group: name in the module if there is one, key, tensor."""
+    module = optimizer._module
+    names = {id(tensor): name for name, tensor in module.named_parameters()} if module is not None else {}
+    groups, key = [], 0
+    for group in optimizer.param_groups:
+        given = group.get("param_names") or [None] * len(group["params"])
+        rows = []
+        for name, tensor in zip(given, group["params"], strict=True):
+            rows.append((names.get(id(tensor)) or name or f"parameter {key}", key, tensor))
+            key += 1
+        groups.append(rows)
+    return groups

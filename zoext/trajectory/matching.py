@@ -1,0 +1,106 @@
+"""Whether weights are those that a recorded run began with, and the optimizer that goes on from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from zoext import probes
+from zoext.axes import Axes
+from zoext.optimizer import ZerothOrderOptimizer
+from zoext.trajectory.fields import TrajectoryError
+from zoext.trajectory.header import Header, RecordedParameter, named_groups
+
+Groups = list[list[Tensor]]
+
+
+def find(header: Header, model: nn.Module, path: Path) -> Groups:
+    """The parameters of ``model`` that the run had, in its groups.
+
+    Raises:
+        TrajectoryError: for a model that is not the one, or has not the weights, that the run began with.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    missing = [parameter.name for parameter in header.parameters if parameter.name not in named]
+    if missing:
+        raise TrajectoryError(
+            f"{path}: is of another model: {missing[0]} ({len(missing)} of {len(header.parameters)} "
+            "parameters) is not in this one; give the model of the run, or an optimizer of its parameters"
+        )
+    groups = [[named[parameter.name] for parameter in group] for group in header.groups]
+    _check(header, groups, path)
+    return groups
+
+
+def check_optimizer(header: Header, optimizer: ZerothOrderOptimizer, path: Path) -> None:
+    """Raises a TrajectoryError unless ``optimizer`` is where the run of ``header`` was when it began."""
+    first = optimizer.param_groups[0]
+    ours = {"recipe": first["recipe"], "precision": first["precision"], "step": first["step"]}
+    for name, value in ours.items():
+        if value != getattr(header, name):
+            raise TrajectoryError(
+                f"{path}: its {name} is {getattr(header, name)}, the optimizer has {value}; give a new "
+                "optimizer that was built as the run's was"
+            )
+    groups = [[tensor for _, _, tensor in group] for group in named_groups(optimizer)]
+    if [len(group) for group in groups] != [len(group) for group in header.groups]:
+        raise TrajectoryError(f"{path}: is of other groups of parameters than the optimizer has")
+    _check(header, groups, path)
+
+
+def _check(header: Header, groups: Groups, path: Path) -> None:
+    pairs: list[tuple[RecordedParameter, Tensor]] = []
+    for recorded, tensors in zip(header.groups, groups, strict=True):
+        pairs += zip(recorded, tensors, strict=True)
+    for check, what in ((RecordedParameter.unlike, "model"), (RecordedParameter.changed, "weights")):
+        different = [
+            (parameter.name, reason) for parameter, tensor in pairs if (reason := check(parameter, tensor))
+        ]
+        if different:
+            name, reason = different[0]
+            raise TrajectoryError(
+                f"{path}: begins with another {what}: {name} {reason} ({len(different)} of {len(pairs)} "
+                "parameters differ); load what the run began with"
+            )
+
+
+def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -> ZerothOrderOptimizer:
+    """The run's optimizer, on the parameters that were found in ``model``."""
+    names = [[parameter.name for parameter in group] for group in header.groups]
+    try:
+        axes = Axes.from_recipe(header.recipe)
+        optimizer = ZerothOrderOptimizer(
+            [{"params": list(zip(*group, strict=True))} for group in zip(names, groups, strict=True)],
+            **axes._asdict(),
+            seed=header.seed,
+            precision=header.precision,
+            probe=probes.InplaceProbe() if probes.is_compiled(model) else probes.StreamedProbe(model),
+        )
+    except (ValueError, TypeError) as error:
+        raise TrajectoryError(f"{path}: {error}") from None
+    for group in optimizer.param_groups:
+        group["step"] = header.step
+    return optimizer
+
+
+def let_move(groups: Groups, keys: Collection[int]) -> None:
+    """Has the parameters with these keys require grad, and no others."""
+    moving = frozenset(keys)
+    flat = (tensor for group in groups for tensor in group)
+    for key, tensor in enumerate(flat):
+        if tensor.requires_grad != (key in moving):
+            tensor.requires_grad_(key in moving)
+
+
+@contextmanager
+def moving(groups: Groups, keys: Collection[int]) -> Iterator[None]:
+    """Within the block just these parameters require grad."""
+    before = [tensor.requires_grad for group in groups for tensor in group]
+    let_move(groups, keys)
+    try:
+        yield
+    finally:
+        let_move(groups, [key for key, moves in enumerate(before) if moves])

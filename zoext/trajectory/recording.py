@@ -1,0 +1,168 @@
+"""Records a run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from zoext.directions import Frame
+from zoext.optimizer import ZerothOrderOptimizer
+from zoext.taken_step import TakenStep
+from zoext.trajectory import continuing, lines
+from zoext.trajectory import frames as side_file
+from zoext.trajectory.header import Header
+from zoext.trajectory.sending import Fetch, send
+from zoext.trajectory.steps import RecordedStep, Setting, moving
+from zoext.trajectory.writer import BackgroundWriter, Piece
+
+
+class Trajectory:
+    """Records what an optimizer does from now on, a line of text for each step, to be replayed.
+
+        with zoext.Trajectory("run.jsonl", optimizer):
+            for batch in loader:
+                optimizer.step(lambda: model(**batch).loss)
+
+    The first line is a header: versions, the recipe, and name, shape, dtype, key and digest of every
+    parameter. A step has its seeds, coefficients, lr, loss and forwards: some hundred bytes. Each line ends
+    with a checksum of itself and of all before it. A thread writes them: no step waits for the disk or for
+    the device, and what was recorded is on the disk less than a second later.
+
+    Args:
+        path: the file. It must not exist, unless ``resume`` is given.
+        optimizer: whose steps are recorded, until ``close``. One that remembers steps (AdaMeZO, or
+            ``precision="residual"``) must not have taken any yet.
+        frames: also record what cannot be drawn from seeds: the bases of AGZO, in a file beside this one
+            (``run.frames``), r floats for each input of each layer and step. Without it a run of AGZO is
+            recorded, but cannot be replayed.
+        notes: plain data to keep in the header.
+        resume: go on with the file at ``path``, from the step that the optimizer is at; later lines are
+            removed. It must be of the same recipe and parameters.
+
+    Raises:
+        FileExistsError: if ``path`` exists, without ``resume``.
+        ValueError: for an optimizer that is in the middle of what it remembers.
+        TrajectoryError: for a file that cannot be continued.
+        OSError: if the file cannot be written. A write that is refused later is raised before the next step
+            moves anything, and by ``flush`` and ``close``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: ZerothOrderOptimizer,
+        *,
+        frames: bool = False,
+        notes: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        if optimizer.recorder is not None:
+            raise ValueError("optimizer: its steps are recorded already; close that trajectory first")
+        self._optimizer = optimizer
+        watches = optimizer._axes.direction.watches
+        if watches and not frames and not resume:
+            warnings.warn(
+                "the bases of AGZO come from data and not from seeds: this trajectory cannot be replayed. "
+                "Record them with frames=True",
+                stacklevel=2,
+            )
+        if resume:
+            end = continuing.cut(self.path, optimizer)
+        else:
+            _check_fresh(optimizer)
+            end = continuing.begin(self.path, Header.of(optimizer, frames and watches, dict(notes or {})))
+        self._chain = _Chain(end)
+        beside = [side_file.path_beside(self.path)] if end.frames is not None else []
+        self._writer = BackgroundWriter(*beside, self.path)
+        self._step = optimizer.param_groups[0]["step"]
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        optimizer.recorder = self
+
+    def check(self) -> None:
+        """Called by the optimizer before a step."""
+        try:
+            self._writer.check()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; the steps before are on the disk, and no weight was moved now. "
+                "Make room and resume, or close() the trajectory to go on without it",
+                error.filename,
+            ) from None
+        groups = self._optimizer.param_groups
+        if groups[0]["step"] != self._step or [len(group["params"]) for group in groups] != self._sizes:
+            raise RuntimeError(
+                f"{self.path}: the optimizer was at step {self._step} with {self._sizes} parameters when its "
+                "last step was recorded, and is not any more; close() the trajectory before its state is "
+                "loaded or a group added, and begin another one"
+            )
+
+    def record(self, step: TakenStep) -> None:
+        """Called by the optimizer after a step."""
+        self._step += 1
+        groups = self._optimizer._groups
+        setting = Setting(
+            tuple(options.mu for options in step.options),
+            tuple(options.weight_decay for options in step.options),
+            moving(groups),
+        )
+        frame = step.frame if self._chain.has_frames else Frame()
+        self._writer.put(self._chain.piece(self._step, setting, send(step, frame)))
+
+    def flush(self) -> None:
+        """Waits until all steps that were taken are on the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the recording; the optimizer goes on without it."""
+        if self._optimizer.recorder is self:
+            self._optimizer.recorder = None
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # what the block raised tells more
+                raise
+
+
+def _check_fresh(optimizer: ZerothOrderOptimizer) -> None:
+    remembers = any(group["update_state"] for group in optimizer.param_groups)
+    if remembers or any(state["residual"].any() for state in optimizer.state.values()):
+        raise ValueError(
+            f"optimizer: at step {optimizer.param_groups[0]['step']} it remembers steps that would not be in "
+            "the trajectory; record from its first step on"
+        )
+
+
+class _Chain:
+    """What a line depends on of those before it."""
+
+    def __init__(self, end: continuing.End) -> None:
+        self._checksum = end.checksum
+        self._offset = end.frames or 0
+        self.has_frames = end.frames is not None
+        self._setting: Setting | None = None
+
+    def piece(self, number: int, setting: Setting, fetch: Fetch) -> Piece:
+        def make() -> tuple[bytes, ...]:
+            step = fetch()
+            data, place = side_file.encode(step.frame, self._offset) if self.has_frames else (b"", None)
+            record = RecordedStep(number, *step.numbers, setting, place)
+            line, self._checksum = lines.encode(record.record(self._setting), self._checksum)
+            self._setting = setting
+            self._offset += len(data)
+            return (data, line) if self.has_frames else (line,)
+
+        return make

@@ -1,0 +1,179 @@
+"""Does a recorded run again: bit for bit, without a forward."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoext import interrupts, noise
+from zoext.directions import Frame, Step
+from zoext.directions.factored import matrix_shape
+from zoext.estimators import Estimate
+from zoext.optimizer import ZerothOrderOptimizer
+from zoext.taken_step import GroupOptions, TakenStep
+from zoext.trajectory import frames, matching
+from zoext.trajectory.fields import TrajectoryError
+from zoext.trajectory.reading import Recording, open_recording
+from zoext.trajectory.steps import RecordedStep
+
+AT_ONCE = 16  # steps in one pass over the weights
+
+StrPath = str | os.PathLike[str]
+
+
+def replay(
+    target: nn.Module | ZerothOrderOptimizer, path: StrPath | Sequence[StrPath], *, to_step: int | None = None
+) -> ZerothOrderOptimizer:
+    """Moves the weights that a run began with to where it had them, bit for bit, without a forward.
+
+    The device, the number of threads and the instruction set may be others than those of the run. Many steps
+    go into one pass over the weights, each rounded as it was in the run.
+
+    Args:
+        target: the model, with the weights that the run began with; its parameters are found by name, and
+            those that the run did not move are frozen. Or an optimizer of the run's recipe and parameters,
+            at the step where the recording began.
+        path: the trajectory. With several, all of runs that began with these weights, their changes are added
+            up: each is replayed on what the one before left.
+        to_step: the step of the run to stop after; by default the last that is recorded.
+
+    Returns:
+        The optimizer of the (last) trajectory, where that run had it: training can go on with it.
+
+    Raises:
+        TrajectoryError: for a trajectory that is damaged (within ``to_step``), of another version, or of
+            other weights, and for one of AGZO without its bases. No weight was moved.
+        ValueError: for a ``to_step`` that the trajectory does not reach.
+        OSError: for a file that cannot be read.
+    """
+    paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(each) for each in path]
+    if len(paths) != 1 and (not paths or to_step is not None or not isinstance(target, nn.Module)):
+        raise ValueError("path: several trajectories are replayed whole, at least one, and on a module")
+    replays = [_Replay(target, each, to_step) for each in paths]
+    for each in replays:
+        each.run()
+    return replays[-1].optimizer
+
+
+class _Replay:
+    """A replay of which everything was read and checked."""
+
+    def __init__(self, target: nn.Module | ZerothOrderOptimizer, path: Path, to_step: int | None) -> None:
+        recording = open_recording(path)
+        header = recording.header
+        self._path = path
+        self._steps = _steps_until(recording, to_step)
+        self._drawn: tuple[int, Frame] | None = None
+        if isinstance(target, ZerothOrderOptimizer):
+            matching.check_optimizer(header, target, path)
+            self.optimizer = target
+        else:
+            groups = matching.find(header, target, path)
+            first = self._steps[0].setting.moves if self._steps else range(len(header.parameters))
+            with matching.moving(groups, first):
+                self.optimizer = matching.optimizer_of(header, target, groups, path)
+        if self.optimizer._axes.direction.watches:
+            self._check_frames(header.frames)
+
+    def run(self) -> None:
+        optimizer = self.optimizer
+        groups = [group["params"] for group in optimizer.param_groups]
+        with torch.inference_mode(False), torch.no_grad():
+            for setting, steps in groupby(self._steps, key=lambda step: step.setting):
+                matching.let_move(groups, setting.moves)
+                optimizer._current_groups()
+                self._drawn = None
+                while some := list(islice(steps, AT_ONCE)):
+                    with interrupts.deferred():
+                        optimizer.take(self._taken(some))
+        if self._steps:
+            self._set_options(self._steps[-1])
+
+    def _taken(self, steps: Sequence[RecordedStep]) -> list[TakenStep]:
+        sizes = [len(step.seeds) for step in steps]
+        seeds = self._tensor([noise.signed(seed) for step in steps for seed in step.seeds], torch.int64)
+        coefficients = self._tensor([c for step in steps for c in step.coefficients], torch.float32)
+        columns = zip(
+            steps,
+            seeds.split(sizes),
+            coefficients.split(sizes),
+            self._tensor([step.loss for step in steps], torch.float32),
+            self._tensor([step.spread for step in steps], torch.float32),
+            self._tensor([step.finite for step in steps], torch.bool),
+            strict=True,
+        )
+        return [
+            TakenStep(
+                Estimate(seeds, coefficients, loss, spread, step.forwards, finite),
+                self._frame(step),
+                tuple(map(GroupOptions, step.lr, step.setting.mu, step.setting.weight_decay)),
+            )
+            for step, seeds, coefficients, loss, spread, finite in columns
+        ]
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(group.device for group in self.optimizer._groups if len(group))
+
+    def _frame(self, step: RecordedStep) -> Frame:
+        optimizer = self.optimizer
+        if step.frame is not None:
+            frame = frames.read(frames.path_beside(self._path), step.frame)
+            return Frame(left=_moved(frame.left, self._device), right=_moved(frame.right, self._device))
+        first = optimizer.param_groups[0]
+        origin = optimizer._axes.direction.origin(step.number - 1)
+        if self._drawn is None or self._drawn[0] != origin:
+            seed = self._tensor([noise.signed(noise.step_seed(first["seed"], origin))], torch.int64)
+            self._drawn = origin, optimizer._axes.direction.frame(Step(seed, optimizer._groups))
+        return self._drawn[1]
+
+    def _check_frames(self, has_frames: bool) -> None:
+        if not has_frames:
+            raise TrajectoryError(
+                f"{self._path}: was recorded without the bases of AGZO, which come from data and not from "
+                "seeds, so it cannot be replayed; record the run with frames=True"
+            )
+        shapes = [matrix_shape(tensor) for group in self.optimizer.param_groups for tensor in group["params"]]
+        beside = frames.path_beside(self._path)
+        for step in self._steps:
+            assert step.frame is not None
+            frame = frames.read(beside, step.frame)
+            lengths = [(key, factor, 0) for key, factor in frame.left.items()]
+            lengths += [(key, factor, 1) for key, factor in frame.right.items()]
+            for key, factor, side in lengths:
+                is_known = key in step.setting.moves and factor.dtype == torch.float32 and factor.dim() == 2
+                if not is_known or factor.shape[1] != shapes[key][side]:
+                    raise TrajectoryError(f"{beside}: damaged: the factor of parameter {key} does not fit it")
+
+    def _set_options(self, last: RecordedStep) -> None:
+        columns = zip(last.lr, last.setting.mu, last.setting.weight_decay, strict=True)
+        for group, (lr, mu, weight_decay) in zip(self.optimizer.param_groups, columns, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+            group["mu"], group["weight_decay"] = mu, weight_decay
+
+
+def _steps_until(recording: Recording, to_step: int | None) -> list[RecordedStep]:
+    path, begin = recording.path, recording.header.step
+    if to_step is not None and to_step < begin:
+        raise ValueError(f"to_step must be at least {begin}, with which {path} begins, not {to_step}")
+    rest = recording.rest if to_step is None else islice(recording.rest, to_step - begin)
+    steps = [step for step, _ in rest]
+    end = begin + len(steps)
+    if to_step is not None and end < to_step:
+        raise ValueError(f"to_step must be at most {end}, the last of {path}, not {to_step}")
+    return steps
+
+
+def _moved(factors: Mapping[int, Tensor], device: torch.device) -> dict[int, Tensor]:
+    return {key: factor.to(device) for key, factor in factors.items()}

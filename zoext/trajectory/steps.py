@@ -1,0 +1,151 @@
+"""The lines after the first: a step each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from zoext.trajectory.fields import Fields, is_integer, is_number
+from zoext.trajectory.header import is_hexadecimal
+
+LARGEST_SINGLE = 3.4028234663852886e38
+
+
+class Place(NamedTuple):
+    """Where the frame of a step stands in the side file, in bytes, and the CRC-32 of these."""
+
+    offset: int
+    length: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What seldom changes between steps, and stands in the line of a step only where it did.
+
+    ``moves`` has the keys of the parameters that move.
+    """
+
+    mu: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    moves: tuple[int, ...]
+
+    def record(self) -> dict[str, Any]:
+        return {"mu": self.mu, "weight_decay": self.weight_decay, "moves": ranges(self.moves)}
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A step: ``number`` is how many were taken when it was done. See ``Estimate`` for the rest."""
+
+    number: int
+    seeds: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    loss: float
+    spread: float
+    finite: bool
+    forwards: int
+    lr: tuple[float, ...]
+    setting: Setting
+    frame: Place | None
+
+    def record(self, previous: Setting | None) -> dict[str, Any]:
+        """The record of the step after one with the setting ``previous``."""
+        changed = self.setting.record() if self.setting != previous else {}
+        frame = {"frame": list(self.frame)} if self.frame is not None else {}
+        return {
+            "step": self.number,
+            "seeds": [f"{seed:016x}" for seed in self.seeds],
+            "coefficients": self.coefficients,
+            "lr": self.lr,
+            "loss": _finite_or_none(self.loss),
+            "spread": _finite_or_none(self.spread),
+            "finite": self.finite,
+            "forwards": self.forwards,
+            **changed,
+            **frame,
+        }
+
+
+def parse(record: Any, where: str, groups: int, keys: int, previous: Setting | None) -> RecordedStep:
+    """The step in a record, of a run with so many groups and parameters.
+
+    Raises:
+        TrajectoryError: where something is missing, or is not what it should be.
+    """
+    fields = Fields(record, where)
+    seeds = fields.list_of("seeds", is_hexadecimal, "16 hexadecimal digits each")
+    coefficients = fields.list_of("coefficients", _is_single, "numbers of float32")
+    if len(seeds) != len(coefficients):
+        raise fields.error(f"has {len(seeds)} seeds and {len(coefficients)} coefficients")
+    changed = fields.has("mu") or fields.has("weight_decay") or fields.has("moves") or previous is None
+    return RecordedStep(
+        number=fields.integer("step", 1),
+        seeds=tuple(int(seed, 16) for seed in seeds),
+        coefficients=tuple(map(float, coefficients)),
+        loss=fields.number_or_null("loss"),
+        spread=fields.number_or_null("spread"),
+        finite=fields.flag("finite"),
+        forwards=fields.integer("forwards", 0),
+        lr=_of_groups(fields, "lr", groups),
+        setting=_setting(fields, groups, keys) if changed or previous is None else previous,
+        frame=_place(fields) if fields.has("frame") else None,
+    )
+
+
+def _is_single(value: Any) -> bool:
+    return is_number(value) and abs(value) <= LARGEST_SINGLE
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _of_groups(fields: Fields, name: str, groups: int) -> tuple[float, ...]:
+    values = fields.list_of(name, is_number, "finite numbers")
+    if len(values) != groups:
+        raise fields.error(f"{name} has {len(values)} numbers for {groups} groups of parameters")
+    return tuple(map(float, values))
+
+
+def _setting(fields: Fields, groups: int, keys: int) -> Setting:
+    mu = _of_groups(fields, "mu", groups)
+    if min(mu) <= 0:
+        raise fields.error(f"mu must be positive, not {min(mu)}")
+    pairs = fields.list_of("moves", _is_range, f"[first, end) in 0 .. {keys}")
+    if any(end > keys for _, end in pairs):
+        raise fields.error(f"moves must be ranges in 0 .. {keys}")
+    moves = tuple(key for first, end in pairs for key in range(first, end))
+    if sorted(set(moves)) != list(moves):
+        raise fields.error("moves must be ranges in ascending order")
+    return Setting(mu, _of_groups(fields, "weight_decay", groups), moves)
+
+
+def _is_range(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(is_integer(end, 0, 2**32) for end in value) and value[0] < value[1]
+
+
+def _place(fields: Fields) -> Place:
+    numbers = fields.list_of("frame", lambda value: is_integer(value, 0, 2**62), "integers")
+    if len(numbers) != len(Place._fields):
+        raise fields.error(f"frame must be an offset, a length and a checksum, not {len(numbers)} numbers")
+    return Place(*numbers)
+
+
+def ranges(keys: Sequence[int]) -> list[list[int]]:
+    """Ascending keys as ranges ``[first, end)``."""
+    found: list[list[int]] = []
+    for key in keys:
+        if found and found[-1][1] == key:
+            found[-1][1] = key + 1
+        else:
+            found.append([key, key + 1])
+    return found
+
+
+def moving(groups: Iterable[Any]) -> tuple[int, ...]:
+    """The keys of ``Parameters``, ascending."""
+    return tuple(key for group in groups for key in group.keys)
