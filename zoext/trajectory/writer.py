@@ -59,7 +59,8 @@ class BackgroundWriter:
 
 def _finish(tail: _Tail, thread: threading.Thread) -> None:
     tail.close()
-    thread.join()
+    if thread is not threading.current_thread():  # where the garbage is collected
+        thread.join()
 
 
 class _Tail:
