@@ -165,8 +165,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for tensor, name in zip(group["params"], saved["params"], strict=True):
-                own = state_dict["state"].get(name, {})
-                self.state[tensor] = {key: value.to(tensor.device, copy=True) for key, value in own.items()}
+                if own := state_dict["state"].get(name):
+                    self.state[tensor] = {
+                        key: value.to(tensor.device, copy=True) for key, value in own.items()
+                    }
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self._pending.clear()
