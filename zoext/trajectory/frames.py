@@ -35,9 +35,10 @@ def read(path: Path, place: Place) -> Frame:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    document = _document(path, place)
     sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
     try:
-        for name, factor in load(_document(path, place)).items():
+        for name, factor in load(document).items():
             side, _, key = name.partition(".")
             sides[side][int(key)] = factor
     except (SafetensorError, KeyError, ValueError) as error:
