@@ -54,7 +54,12 @@ def check_figures(document: dict, names: set[str]) -> None:
     [
         (
             "dense_pass",
-            ["usual loop / fused pass", "signs / plain pass", "fused pass, one thread / fused pass"],
+            [
+                "usual loop / fused pass",
+                "signs / plain pass",
+                "fused pass, one thread / fused pass",
+                "16 steps in one call / in 16 calls",
+            ],
         ),
         ("adam_update", ["plain update / fused update", "fused update / noise only"]),
         ("factored_pass", ["fused pass / plain pass, rank 1", "plain / fused Adam step"]),
@@ -178,6 +183,17 @@ def test_whole_weights_are_those_of_24_bits(dtype: torch.dtype, monkeypatch: pyt
     assert (exact.whole().abs() > 1e-4).all()
     torch.testing.assert_close(weights.whole(), exact.whole(), rtol=error * 1.01, atol=0)
     assert not torch.allclose(weights.theta.double(), exact.whole(), rtol=2 * error, atol=0)
+
+
+def test_roundings_of_both_dtypes_in_16_bits_are_compared(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "dense_pass.py"), *TINY, "--json", str(out)]
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    roundings = ("stochastic rounding", "with residuals")
+    names = {
+        f"{dtype}: fused pass, {how} / fused pass" for dtype in ("bfloat16", "float16") for how in roundings
+    }
+    check(read(out), names)
 
 
 def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:
