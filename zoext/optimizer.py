@@ -123,7 +123,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     # torch.optim.Optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its parameters take the next keys, those of the others do not change."""
+        """Adds a group; its parameters take the next keys, those of the others do not change.
+
+        Raises:
+            RuntimeError: while the steps are recorded.
+        """
+        self._check_not_recorded("add_param_group")
         group = dict(param_group)
         given = group["params"]
         if isinstance(given, set):
@@ -144,7 +149,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from ``state_dict`` bit for bit; it must come from the same recipe."""
+        """Continues from ``state_dict`` bit for bit; it must come from the same recipe.
+
+        Raises:
+            ValueError: for a state of another recipe or precision.
+            RuntimeError: while the steps are recorded.
+        """
+        self._check_not_recorded("load_state_dict")
         recipe, precision = self._axes.recipe(), self._defaults["precision"]
         for group in state_dict["param_groups"]:
             if missing := self._defaults.keys() - group.keys():
@@ -166,10 +177,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for tensor, name in zip(group["params"], saved["params"], strict=True):
                 if own := state_dict["state"].get(name):
-                    self.state[tensor] = {key: kept.to(tensor.device, copy=True) for key, kept in own.items()}
+                    self.state[tensor] = {k: value.to(tensor.device, copy=True) for k, value in own.items()}
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self._pending.clear()
+
+    def _check_not_recorded(self, what: str) -> None:
+        if self.recorder is not None:
+            raise RuntimeError(
+                f"{what}: the steps of this optimizer are recorded, and a replay would know nothing of it; "
+                "close() the trajectory first, and begin another one or resume it afterwards"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""

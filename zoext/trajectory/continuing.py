@@ -33,6 +33,8 @@ def begin(path: Path, header: Header) -> End:
         OSError: if it exists or cannot be written.
     """
     beside = frames.path_beside(path)
+    if header.frames and beside == path:
+        raise ValueError(f"path must not be {path}, the name of its own side file; use .jsonl")
     for file in [path, beside] if header.frames else [path]:
         if file.exists():
             raise FileExistsError(f"path: {file} exists; give another path, or resume=True to go on with it")
@@ -43,15 +45,17 @@ def begin(path: Path, header: Header) -> End:
     return End(checksum, 0 if header.frames else None, None)
 
 
-def cut(path: Path, optimizer: ZerothOrderOptimizer) -> End:
+def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End:
     """Removes all lines after the step that ``optimizer`` is at.
 
     Raises:
-        TrajectoryError: for a trajectory that is damaged before that step, ends before it, or is of another
-            run. Nothing was changed.
+        TrajectoryError: for a trajectory that is damaged before that step, ends before it, is of another
+            run, or was begun without the frames that are wanted. Nothing was changed.
     """
     recording = open_recording(path)
     _check_same_run(path, recording.header, optimizer)
+    if frames_wanted and not recording.header.frames:
+        raise TrajectoryError(f"{path}: was begun without frames; record to another path for frames=True")
     wanted = optimizer.param_groups[0]["step"]
     at, last, used = recording.header.step, recording.first, 0
     setting = None
@@ -76,6 +80,8 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer) -> End:
 
 
 def _shorten(path: Path, size: int) -> None:
+    if not path.exists():
+        raise TrajectoryError(f"{path}: is missing; it must lie beside its trajectory")
     if path.stat().st_size < size:
         raise TrajectoryError(f"{path}: ends before byte {size}; it is damaged")
     os.truncate(path, size)

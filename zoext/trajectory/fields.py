@@ -93,7 +93,9 @@ def shown(value: Any) -> str:
     """A value for an error message, cut short."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN:
         return "a huge integer"
-    text = repr(value) if not isinstance(value, list | dict) else f"a {type(value).__name__}"
     if isinstance(value, list):
-        text = "[" + ", ".join(shown(entry) for entry in value[:4]) + (", ...]" if len(value) > 4 else "]")
+        entries = ["a list" if isinstance(entry, list) else shown(entry) for entry in value[:4]]
+        text = "[" + ", ".join(entries) + (", ...]" if len(value) > 4 else "]")
+    else:
+        text = "an object" if isinstance(value, dict) else repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def read(path: Path, place: Place) -> Frame:
 
     document = _document(path, place)
     sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
+    document = _document(path, place)
     try:
         for name, factor in load(document).items():
             side, _, key = name.partition(".")
@@ -49,10 +51,12 @@ def read(path: Path, place: Place) -> Frame:
 def _document(path: Path, place: Place) -> bytes:
     try:
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < place.offset + place.length:  # before memory is asked for
+                raise TrajectoryError(f"{path}: is too short: byte {place.offset + place.length} is missing")
             file.seek(place.offset)
             data = file.read(place.length)
     except FileNotFoundError:
         raise TrajectoryError(f"{path}: is missing; it must lie beside its trajectory") from None
-    if len(data) < place.length or zlib.crc32(data) != place.checksum:
+    if zlib.crc32(data) != place.checksum:
         raise TrajectoryError(f"{path}: damaged at byte {place.offset}: it is not what was written there")
     return data

@@ -14,7 +14,7 @@ from zoext import noise
 from zoext.axes import Axes
 from zoext.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.trajectory.fields import Fields, is_integer
+from zoext.trajectory.fields import Fields, is_integer, shown
 
 FORMAT = "zoext trajectory"
 VERSION = 1
@@ -109,14 +109,14 @@ def parse(record: Any, where: str) -> Header:
     for name, known in (("version", VERSION), ("noise_field", NOISE_FIELD)):
         found = fields.integer(name, 0)
         if found != known:
-            written = f", written by zoext {_zoext_of(fields)}" if fields.has("packages") else ""
             raise fields.error(
-                f"{name} is {found}{written}, this zoext reads {known}; install the zoext that wrote it"
+                f"{name} is {found}{_writer_of(fields)}, this zoext reads {known}; install the zoext that "
+                "wrote it"
             )
     groups = tuple(tuple(map(_parameter, group.objects("parameters"))) for group in fields.objects("groups"))
     keys = [parameter.key for group in groups for parameter in group]
     if keys != list(range(len(keys))) or not keys:
-        raise fields.error("keys of the parameters must be 0, 1, 2, ...")
+        raise fields.error("groups must have parameters with the keys 0, 1, 2, ...")
     return Header(
         recipe=_recipe(fields),
         precision=fields.text("precision"),
@@ -131,7 +131,7 @@ def parse(record: Any, where: str) -> Header:
 def hexadecimal(fields: Fields, name: str) -> int:
     text = fields.text(name)
     if not is_hexadecimal(text):
-        raise fields.error(f"{name} must be 16 hexadecimal digits, not {text[:20]!r}")
+        raise fields.error(f"{name} must be 16 hexadecimal digits, not {shown(text)}")
     return int(text, 16)
 
 
@@ -139,23 +139,27 @@ def is_hexadecimal(value: Any, digits: int = 16) -> bool:
     return isinstance(value, str) and len(value) == digits and set(value) <= set("0123456789abcdef")
 
 
-def _zoext_of(fields: Fields) -> str:
-    return Fields(fields.any("packages"), f"{fields.where}: packages").text("zoext")[:20]
+def _writer_of(fields: Fields) -> str:
+    """What wrote a version that is not known, of which the rest may be anything."""
+    packages = fields.any("packages") if fields.has("packages") else None
+    return f", written by zoext {shown(packages.get('zoext'))}" if isinstance(packages, dict) else ""
 
 
 def _parameter(fields: Fields) -> RecordedParameter:
     shape = fields.list_of("shape", lambda size: is_integer(size, 0, 2**62), "sizes")
     found = fields.text("digest")
     if not is_hexadecimal(found, 32):
-        raise fields.error(f"digest must be 32 hexadecimal digits, not {found[:40]!r}")
+        raise fields.error(f"digest must be 32 hexadecimal digits, not {shown(found)}")
     key = fields.integer("key", 0, 2**32 - 1)
     return RecordedParameter(fields.text("name"), key, tuple(shape), _dtype(fields), found)
 
 
 def _dtype(fields: Fields) -> str:
     name = fields.text("dtype")
-    if not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
-        raise fields.error(f"dtype must be one of torch, not {name[:20]!r}")
+    module, _, dtype = name.partition(".")
+    # Not getattr, which would import what torch imports when it is asked for.
+    if module != "torch" or not isinstance(vars(torch).get(dtype), torch.dtype):
+        raise fields.error(f"dtype must be one of torch, not {shown(name)}")
     return name
 
 

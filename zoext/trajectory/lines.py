@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from zoext.trajectory.fields import TrajectoryError
 
-LONGEST = 2**26  # bytes of a line
+LONGEST = 2**24  # bytes of a line; a model of 80,000 parameters has such a header
 
 _CHECKSUM = re.compile(rb'^(\{.*),"crc32":"([0-9a-f]{8})"\}$', re.DOTALL)
 
@@ -26,10 +26,17 @@ class Line(NamedTuple):
 
 
 def encode(record: dict[str, Any], previous: int) -> tuple[bytes, int]:
-    """The line of a record that is not empty, and its checksum; ``previous`` is that of the line before."""
+    """The line of a record that is not empty, and its checksum; ``previous`` is that of the line before.
+
+    Raises:
+        ValueError: for one so long that it would not be read again.
+    """
     body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
     checksum = zlib.crc32(body, previous)
-    return body + b',"crc32":"%08x"}\n' % checksum, checksum
+    line = body + b',"crc32":"%08x"}\n' % checksum
+    if len(line) > LONGEST:
+        raise ValueError(f"a line of a trajectory must have at most {LONGEST} bytes, not {len(line)}")
+    return line, checksum
 
 
 def read(path: Path) -> Iterator[Line]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from zoext import probes
+from zoext import noise, parameters, probes
 from zoext.axes import Axes
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.trajectory.fields import TrajectoryError
+from zoext.precision import RESIDUAL, rounding_of
+from zoext.trajectory.fields import TrajectoryError, shown
 from zoext.trajectory.header import Header, RecordedParameter, named_groups
 
 Groups = list[list[Tensor]]
@@ -27,7 +28,7 @@ def find(header: Header, model: nn.Module, path: Path) -> Groups:
     missing = [parameter.name for parameter in header.parameters if parameter.name not in named]
     if missing:
         raise TrajectoryError(
-            f"{path}: is of another model: {missing[0]} ({len(missing)} of {len(header.parameters)} "
+            f"{path}: is of another model: {shown(missing[0])} ({len(missing)} of {len(header.parameters)} "
             "parameters) is not in this one; give the model of the run, or an optimizer of its parameters"
         )
     groups = [[named[parameter.name] for parameter in group] for group in header.groups]
@@ -38,17 +39,27 @@ def find(header: Header, model: nn.Module, path: Path) -> Groups:
 def check_optimizer(header: Header, optimizer: ZerothOrderOptimizer, path: Path) -> None:
     """Raises a TrajectoryError unless ``optimizer`` is where the run of ``header`` was when it began."""
     first = optimizer.param_groups[0]
-    ours = {"recipe": first["recipe"], "precision": first["precision"], "step": first["step"]}
-    for name, value in ours.items():
+    ours = {name: first[name] for name in ("recipe", "precision", "step")}
+    for name, value in (ours | {"seed": noise.signed(first["seed"]) % 2**64}).items():
         if value != getattr(header, name):
             raise TrajectoryError(
-                f"{path}: its {name} is {getattr(header, name)}, the optimizer has {value}; give a new "
-                "optimizer that was built as the run's was"
+                f"{path}: its {name} is {str(getattr(header, name))[:500]}, the optimizer has {value}; give "
+                "a new optimizer that was built as the run's was"
             )
+    if remembers(optimizer):
+        raise TrajectoryError(
+            f"{path}: begins with an optimizer that remembers no steps, and this one does; give a new one"
+        )
     groups = [[tensor for _, _, tensor in group] for group in named_groups(optimizer)]
     if [len(group) for group in groups] != [len(group) for group in header.groups]:
         raise TrajectoryError(f"{path}: is of other groups of parameters than the optimizer has")
     _check(header, groups, path)
+
+
+def remembers(optimizer: ZerothOrderOptimizer) -> bool:
+    """Whether the next step depends on more than the weights and the step number."""
+    residuals = (state[RESIDUAL] for state in optimizer.state.values() if RESIDUAL in state)
+    return any(group["update_state"] for group in optimizer.param_groups) or any(map(Tensor.any, residuals))
 
 
 def _check(header: Header, groups: Groups, path: Path) -> None:
@@ -72,6 +83,10 @@ def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -
     names = [[parameter.name for parameter in group] for group in header.groups]
     try:
         axes = Axes.from_recipe(header.recipe)
+        rounding_of(header.precision)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise TrajectoryError(f"{path}: line 1: {str(error)[:500]}") from None
+    try:
         optimizer = ZerothOrderOptimizer(
             [{"params": list(zip(*group, strict=True))} for group in zip(names, groups, strict=True)],
             **axes._asdict(),
@@ -80,10 +95,30 @@ def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -
             probe=probes.InplaceProbe() if probes.is_compiled(model) else probes.StreamedProbe(model),
         )
     except (ValueError, TypeError) as error:
-        raise TrajectoryError(f"{path}: {error}") from None
+        raise TrajectoryError(f"{path}: {str(error)[:500]}") from None
     for group in optimizer.param_groups:
         group["step"] = header.step
     return optimizer
+
+
+def movable(groups: Groups) -> list[int]:
+    """The keys of the parameters that require grad."""
+    flat = (tensor for group in groups for tensor in group)
+    return [key for key, tensor in enumerate(flat) if tensor.requires_grad]
+
+
+def check_movable(header: Header, groups: Groups, keys: Collection[int], path: Path) -> None:
+    """Raises a TrajectoryError if one of these parameters is of a kind that cannot be moved."""
+    flat = [tensor for group in groups for tensor in group]
+    for key in sorted(keys):
+        name = header.parameters[key].name
+        if flat[key].dtype not in noise.FLOATING:
+            raise TrajectoryError(f"{path}: moves {shown(name)}, which has dtype {flat[key].dtype}")
+        with moving([[flat[key]]], [0]):
+            try:
+                parameters.check(flat[key], name)
+            except (ValueError, TypeError) as error:
+                raise TrajectoryError(f"{path}: {str(error)[:500]}") from None
 
 
 def let_move(groups: Groups, keys: Collection[int]) -> None:
@@ -99,8 +134,8 @@ def let_move(groups: Groups, keys: Collection[int]) -> None:
 def moving(groups: Groups, keys: Collection[int]) -> Iterator[None]:
     """Within the block just these parameters require grad."""
     before = [tensor.requires_grad for group in groups for tensor in group]
-    let_move(groups, keys)
     try:
+        let_move(groups, keys)
         yield
     finally:
-        let_move(groups, [key for key, moves in enumerate(before) if moves])
+        let_move(groups, [key for key, moved in enumerate(before) if moved])

@@ -39,13 +39,18 @@ def open_recording(path: Path) -> Recording:
 
 def _steps(path: Path, found: Header, read: Iterator[Line]) -> Iterator[tuple[RecordedStep, Line]]:
     groups, keys = len(found.groups), len(found.parameters)
-    setting = None
+    setting, end = None, 0  # of the side file
     for number, line in enumerate(read, found.step + 1):
         where = f"{path}: line {line.number}"
         step = steps.parse(line.record, where, groups, keys, setting)
         if step.number != number:
             raise TrajectoryError(f"{where}: is of step {step.number}, and step {number} was to follow")
-        if found.frames and step.frame is None:
-            raise TrajectoryError(f"{where}: has no frame, and the header says that there are frames")
+        if found.frames != (step.frame is not None):
+            has, are = ("no", "are") if found.frames else ("a", "are no")
+            raise TrajectoryError(f"{where}: has {has} frame, and the header says that there {are} frames")
+        if step.frame is not None:
+            if step.frame.offset != end:
+                raise TrajectoryError(f"{where}: frame has the offset {step.frame.offset}, not {end}")
+            end += step.frame.length
         setting = step.setting
         yield step, line

@@ -12,7 +12,7 @@ from typing import Any, Self
 from zoext.directions import Frame
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.taken_step import TakenStep
-from zoext.trajectory import continuing, lines
+from zoext.trajectory import continuing, lines, matching
 from zoext.trajectory import frames as side_file
 from zoext.trajectory.header import Header
 from zoext.trajectory.sending import Fetch, send
@@ -48,7 +48,7 @@ class Trajectory:
         ValueError: for an optimizer that is in the middle of what it remembers.
         TrajectoryError: for a file that cannot be continued.
         OSError: if the file cannot be written. A write that is refused later is raised before the next step
-            moves anything, and by ``flush`` and ``close``.
+            moves anything, and by ``flush`` and ``close``; each of them tries it again.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Trajectory:
                 stacklevel=2,
             )
         if resume:
-            end = continuing.cut(self.path, optimizer)
+            end = continuing.cut(self.path, optimizer, frames and watches)
         else:
             _check_fresh(optimizer)
             end = continuing.begin(self.path, Header.of(optimizer, frames and watches, dict(notes or {})))
@@ -90,21 +90,19 @@ class Trajectory:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror}; the steps before are on the disk, and no weight was moved now. "
-                "Make room and resume, or close() the trajectory to go on without it",
+                f"{error.strerror}; no weight was moved now, and no step is lost yet. Make room and step "
+                "again, or close() the trajectory to go on without it",
                 error.filename,
             ) from None
         groups = self._optimizer.param_groups
         if groups[0]["step"] != self._step or [len(group["params"]) for group in groups] != self._sizes:
             raise RuntimeError(
                 f"{self.path}: the optimizer was at step {self._step} with {self._sizes} parameters when its "
-                "last step was recorded, and is not any more; close() the trajectory before its state is "
-                "loaded or a group added, and begin another one"
+                "last step was recorded, and is not any more; close() the trajectory and begin another one"
             )
 
     def record(self, step: TakenStep) -> None:
         """Called by the optimizer after a step."""
-        self._step += 1
         groups = self._optimizer._groups
         setting = Setting(
             tuple(options.mu for options in step.options),
@@ -112,7 +110,8 @@ class Trajectory:
             moving(groups),
         )
         frame = step.frame if self._chain.has_frames else Frame()
-        self._writer.put(self._chain.piece(self._step, setting, send(step, frame)))
+        self._writer.put(self._chain.piece(self._step + 1, setting, send(step, frame)))
+        self._step += 1  # last: should it not get here, the next step is told
 
     def flush(self) -> None:
         """Waits until all steps that were taken are on the disk."""
@@ -138,8 +137,7 @@ class Trajectory:
 
 
 def _check_fresh(optimizer: ZerothOrderOptimizer) -> None:
-    remembers = any(group["update_state"] for group in optimizer.param_groups)
-    if remembers or any(state["residual"].any() for state in optimizer.state.values()):
+    if matching.remembers(optimizer):
         raise ValueError(
             f"optimizer: at step {optimizer.param_groups[0]['step']} it remembers steps that would not be in "
             "the trajectory; record from its first step on"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from zoext.taken_step import GroupOptions, TakenStep
 from zoext.trajectory import frames, matching
 from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.reading import Recording, open_recording
-from zoext.trajectory.steps import RecordedStep
+from zoext.trajectory.steps import RecordedStep, Setting
 
 AT_ONCE = 16  # steps in one pass over the weights
 
@@ -71,14 +71,23 @@ class _Replay:
         self._drawn: tuple[int, Frame] | None = None
         if isinstance(target, ZerothOrderOptimizer):
             matching.check_optimizer(header, target, path)
-            self.optimizer = target
+            groups = [group["params"] for group in target.param_groups]
         else:
             groups = matching.find(header, target, path)
-            first = self._steps[0].setting.moves if self._steps else range(len(header.parameters))
-            with matching.moving(groups, first):
+        # All that any step moves, so that each can be moved, or nothing happens.
+        moves = {key for setting in self._settings for key in setting.moves}
+        matching.check_movable(header, groups, moves, path)
+        with matching.moving(groups, moves if self._steps else matching.movable(groups)):
+            if isinstance(target, ZerothOrderOptimizer):
+                self.optimizer = target
+            else:
                 self.optimizer = matching.optimizer_of(header, target, groups, path)
-        if self.optimizer._axes.direction.watches:
+        if header.frames or self.optimizer._axes.direction.watches:
             self._check_frames(header.frames)
+
+    @property
+    def _settings(self) -> Iterable[Setting]:
+        return {id(step.setting): step.setting for step in self._steps}.values()
 
     def run(self) -> None:
         optimizer = self.optimizer
@@ -141,17 +150,25 @@ class _Replay:
                 f"{self._path}: was recorded without the bases of AGZO, which come from data and not from "
                 "seeds, so it cannot be replayed; record the run with frames=True"
             )
-        shapes = [matrix_shape(tensor) for group in self.optimizer.param_groups for tensor in group["params"]]
+        if not self.optimizer._axes.direction.watches:
+            raise TrajectoryError(f"{self._path}: line 1: frames must be false for a direction without bases")
+        tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         beside = frames.path_beside(self._path)
+        kinds: dict[int, tuple[int, torch.Size]] = {}  # the side of a factor, and its shape
         for step in self._steps:
             assert step.frame is not None
             frame = frames.read(beside, step.frame)
-            lengths = [(key, factor, 0) for key, factor in frame.left.items()]
-            lengths += [(key, factor, 1) for key, factor in frame.right.items()]
-            for key, factor, side in lengths:
-                is_known = key in step.setting.moves and factor.dtype == torch.float32 and factor.dim() == 2
-                if not is_known or factor.shape[1] != shapes[key][side]:
-                    raise TrajectoryError(f"{beside}: damaged: the factor of parameter {key} does not fit it")
+            for side, factors in enumerate((frame.left, frame.right)):
+                for key, factor in factors.items():
+                    if (
+                        key not in step.setting.moves
+                        or not _fits(factor, tensors[key], side)
+                        or kinds.setdefault(key, (side, factor.shape)) != (side, factor.shape)
+                    ):
+                        raise TrajectoryError(
+                            f"{beside}: damaged at byte {step.frame.offset}: the factor of parameter {key} "
+                            "does not fit it"
+                        )
 
     def _set_options(self, last: RecordedStep) -> None:
         columns = zip(last.lr, last.setting.mu, last.setting.weight_decay, strict=True)
@@ -161,6 +178,14 @@ class _Replay:
             else:
                 group["lr"] = lr
             group["mu"], group["weight_decay"] = mu, weight_decay
+
+
+def _fits(factor: Tensor, tensor: Tensor, side: int) -> bool:
+    """Whether a factor is one of a matrix: float32 [rank, rows] on the left, [rank, columns] on the right."""
+    if factor.dtype != torch.float32 or factor.dim() != 2 or tensor.dim() < 2:
+        return False
+    length = matrix_shape(tensor)[side]
+    return factor.shape[1] == length and 0 < factor.shape[0] <= length
 
 
 def _steps_until(recording: Recording, to_step: int | None) -> list[RecordedStep]:

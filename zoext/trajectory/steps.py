@@ -118,8 +118,8 @@ def _setting(fields: Fields, groups: int, keys: int) -> Setting:
     if any(end > keys for _, end in pairs):
         raise fields.error(f"moves must be ranges in 0 .. {keys}")
     moves = tuple(key for first, end in pairs for key in range(first, end))
-    if sorted(set(moves)) != list(moves):
-        raise fields.error("moves must be ranges in ascending order")
+    if not moves or sorted(set(moves)) != list(moves):
+        raise fields.error("moves must be ranges in ascending order, at least one")
     return Setting(mu, _of_groups(fields, "weight_decay", groups), moves)
 
 

@@ -6,7 +6,9 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 INTERVAL = 0.25  # seconds that what is put waits to be written together with what follows
@@ -20,7 +22,8 @@ class BackgroundWriter:
 
     What is put is on the disk half a second later, if the disk is fast enough. Files are written and
     synchronised in their order: a line of the last one may speak of what is in those before it. Where the
-    system refuses a write the files keep what was written whole before, and ``check`` raises the error.
+    system refuses a write the files keep what was written whole before, and the rest is kept to be tried
+    again: by ``check``, ``flush`` and ``close``, each of which raises the error if there is one again.
 
     Args:
         paths: the files, which exist and are appended to.
@@ -28,19 +31,32 @@ class BackgroundWriter:
 
     def __init__(self, *paths: Path) -> None:
         self._tail = _Tail(paths)
+        self._process = os.getpid()
         # The thread does not hold the writer, so that one that is forgotten is closed and not kept for ever.
         self._thread = threading.Thread(target=self._tail.run, name="zoext trajectory", daemon=True)
         self._thread.start()
-        self._finish = weakref.finalize(self, _finish, self._tail, self._thread)
+        self._finish = weakref.finalize(self, _finish, self._tail, self._thread, self._process)
 
     def put(self, piece: Piece) -> None:
-        """Appends what ``piece()`` returns; it is called in the thread, in the order of these calls."""
+        """Appends what ``piece()`` returns; it is called in the thread, in the order of these calls.
+
+        One that raises is called again.
+        """
         self._tail.put(piece)
 
     def check(self) -> None:
-        """Raises the error at which writing ended, if it did."""
+        """Raises the error at which writing ended, if it ends there again. Waits only after an error.
+
+        Raises:
+            RuntimeError: in a process that was forked: the thread is not in it.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self._tail.name} is written by process {self._process}, of which this one is a fork; "
+                "take steps there, or close() the trajectory here"
+            )
         if self._tail.error is not None:
-            raise self._tail.error
+            self.flush()
 
     def flush(self) -> None:
         """Waits until all that was put is on the disk.
@@ -49,17 +65,24 @@ class BackgroundWriter:
             OSError: if the system refused to write it.
         """
         self._tail.flush()
-        self.check()
+        self._raise()
 
     def close(self) -> None:
-        """Writes what was put and ends the thread. Raises as ``flush``."""
+        """Writes what was put and ends the thread. Raises as ``flush``. In a fork it does nothing."""
         self._finish()
-        self.check()
+        if os.getpid() == self._process:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._tail.error is not None:
+            raise self._tail.error
 
 
-def _finish(tail: _Tail, thread: threading.Thread) -> None:
+def _finish(tail: _Tail, thread: threading.Thread, process: int) -> None:
+    if os.getpid() != process:
+        return
     tail.close()
-    if thread is not threading.current_thread():  # where the garbage is collected
+    if thread is not threading.current_thread():  # which may be the one that collects garbage
         thread.join()
 
 
@@ -69,12 +92,18 @@ class _Tail:
     def __init__(self, paths: tuple[Path, ...]) -> None:
         self._paths = paths
         self._files = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in paths]
+        self._sizes = [os.fstat(file).st_size for file in self._files]  # of what is whole
         self._changed = threading.Condition()
-        self._waiting: list[Piece] = []
-        self._put = self._done = 0
+        self._waiting: deque[Piece] = deque()
+        self._unwritten = [bytearray() for _ in paths]
+        self._put = self._made = self._done = self._tries = 0
         self._hurry = 0  # how many pieces somebody waits for
-        self._closed = False
+        self._closed = self._ended = False
         self.error: BaseException | None = None
+
+    @property
+    def name(self) -> Path:
+        return self._paths[-1]
 
     def put(self, piece: Piece) -> None:
         with self._changed:
@@ -83,10 +112,16 @@ class _Tail:
             self._changed.notify_all()
 
     def flush(self) -> None:
+        """Returns when all is written, or one more try has failed."""
         with self._changed:
             self._hurry = wanted = self._put
+            tries = self._tries
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._done >= wanted or self.error is not None)
+            self._changed.wait_for(
+                lambda: (
+                    self._done >= wanted or self._ended or (self.error is not None and self._tries > tries)
+                )
+            )
 
     def close(self) -> None:
         with self._changed:
@@ -94,42 +129,61 @@ class _Tail:
             self._changed.notify_all()
 
     def run(self) -> None:
-        while pieces := self._next():
-            try:
-                self._write(pieces)
-            except BaseException as error:
-                self.error = error
+        is_last = False
+        while not is_last:
+            is_last = self._wait()
+            error = self._try()
             with self._changed:
-                self._done += len(pieces)
+                self.error = error
+                self._tries += 1
+                if error is None:
+                    self._done = self._made
+                else:
+                    self._hurry = self._done  # whoever waits is told
+                self._ended = is_last
                 self._changed.notify_all()
         for file in self._files:
             os.close(file)
 
-    def _next(self) -> list[Piece]:
-        """What has been put, some time after it was; nothing when the end has come."""
+    def _wait(self) -> bool:
+        """Until some time after something was put. Whether the end has come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
+            self._changed.wait_for(lambda: self._made < self._put or self._is_urgent())
             until = time.monotonic() + INTERVAL
-            while not self._closed and self._hurry <= self._done and (left := until - time.monotonic()) > 0:
+            while not self._is_urgent() and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            pieces, self._waiting = self._waiting, []
-        return pieces
+            return self._closed
 
-    def _write(self, pieces: list[Piece]) -> None:
-        if self.error is not None:  # a file must not go on after a gap
-            return
-        made = [piece() for piece in pieces]
-        for file, path, data in zip(self._files, self._paths, zip(*made, strict=True), strict=True):
-            _append(file, path, b"".join(data))
+    def _is_urgent(self) -> bool:
+        return self._closed or self._hurry > self._done
+
+    def _try(self) -> BaseException | None:
+        try:
+            while self._made < self._put:
+                for unwritten, data in zip(self._unwritten, self._waiting[0](), strict=True):
+                    unwritten += data
+                self._waiting.popleft()
+                self._made += 1
+            for i, unwritten in enumerate(self._unwritten):
+                _write(self._files[i], self._paths[i], self._sizes[i], bytes(unwritten))
+                self._sizes[i] += len(unwritten)
+                unwritten.clear()
+        except BaseException as error:
+            return error
+        return None
 
 
-def _append(file: int, path: Path, data: bytes) -> None:
-    before = os.fstat(file).st_size
+def _write(file: int, path: Path, size: int, data: bytes) -> None:
+    """Appends ``data`` to a file of ``size`` bytes, all of it or nothing."""
+    if not data:
+        return
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(file, view) :]
+        os.ftruncate(file, size)  # where the last try could not
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
         os.fsync(file)
     except OSError as error:
-        os.ftruncate(file, before)  # whole lines only; to shorten a file needs no room
+        with suppress(OSError):
+            os.ftruncate(file, size)  # whole lines only; to shorten a file needs no room
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -15,6 +15,7 @@ from zoext.updates.base import Move, State, Update, of_each
 
 #: The least float32 that is not subnormal: a smaller eps could be taken for zero.
 LEAST_EPS = torch.finfo(torch.float32).tiny
+LARGEST_EPS = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class AdamReplay(Update):
         object.__setattr__(self, "betas", betas)
         if not isinstance(self.horizon, int) or isinstance(self.horizon, bool) or self.horizon < 1:
             raise ValueError(f"horizon must be an integer of at least 1, not {self.horizon!r}")
-        if not isinstance(self.eps, int | float) or not LEAST_EPS <= self.eps < float("inf"):
-            raise ValueError(f"eps must be a float of at least {LEAST_EPS:.3g}, not {self.eps!r}")
+        if not isinstance(self.eps, int | float) or not LEAST_EPS <= self.eps <= LARGEST_EPS:
+            raise ValueError(
+                f"eps must be a float from {LEAST_EPS:.3g} to {LARGEST_EPS:.3g}, not {self.eps!r}"
+            )
 
     def apply(
         self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State

@@ -1,0 +1,59 @@
+"""What tests of trajectories share: runs in files, and hostile lines whose checksums are right."""
+
+from __future__ import annotations
+
+import copy
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from faulty_runs import FaultyRun
+from torch import nn
+
+import zoext
+
+
+def record(
+    path: Path, steps: int = 4, recipe: str = "mezo", dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, FaultyRun]:
+    """A run at ``path``: the model it began with, and the run at its end."""
+    run = FaultyRun(recipe, dtype, **options)
+    base = copy.deepcopy(run.model)
+    with zoext.Trajectory(path, run.optimizer, frames=True):
+        run.healthy(steps)
+    return base, run
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """What the lines of a file say, without their checksums."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in found:
+        del line["crc32"]
+    return found
+
+
+def write_bodies(path: Path, bodies: list[bytes]) -> None:
+    """Lines ``{...}`` without a checksum, with the right ones."""
+    checksum, lines = 0, []
+    for body in bodies:
+        checksum = zlib.crc32(body[:-1], checksum)
+        lines.append(body[:-1] + b',"crc32":"%08x"}\n' % checksum)
+    path.write_bytes(b"".join(lines))
+
+
+def forge(path: Path, line: int, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the record of a line, from 1, and makes all checksums right again."""
+    found = records(path)
+    change(found[line - 1])
+    write_bodies(path, [json.dumps(record, separators=(",", ":")).encode() for record in found])
+
+
+def forge_text(path: Path, line: int, old: str, new: str) -> None:
+    """Changes the text of a line; what is no JSON any more is possible too."""
+    found = [json.dumps(record, separators=(",", ":")) for record in records(path)]
+    assert found[line - 1].count(old) == 1, found[line - 1]
+    found[line - 1] = found[line - 1].replace(old, new)
+    write_bodies(path, [body.encode() for body in found])
