@@ -28,7 +28,8 @@ void displace(Storage* out, const Storage* theta, const typename Arithmetic<Stor
 }
 
 // --- Weights in 16 bits: the rules of core/storage.h in lanes. A pack with a lane that rounds to nearest
-// --- although the others do not, which is rare, goes through the core.
+// --- although the others do not, which is rare, goes through the core, as do the last elements: from an outer
+// --- loop, so that the inner one keeps its constants in registers.
 
 inline Ints fill_word(uint32_t word) { return Lanes<Floats>::fill_word(word); }
 inline Ints magnitudes(Ints bits) { return bits & fill_word(0x7fffffffu); }
@@ -72,15 +73,15 @@ template <class Storage>
 void displace_stochastically(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
                              const uint16_t* random) {
   const auto displace_pack = displacement(decay);
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    const Floats value = displace_pack(load(theta + i), load(sum + i));
-    if (any_at_least(magnitudes(bits_of(value)), unbounded<Storage>))
-      displace_each_stochastically(out + i, theta + i, sum + i, decay, lanes, random + i);
-    else
+  for (int64_t i = 0; i < count; i += lanes) {
+    for (; i + lanes <= count; i += lanes) {
+      const Floats value = displace_pack(load(theta + i), load(sum + i));
+      if (any_at_least(magnitudes(bits_of(value)), unbounded<Storage>)) break;
       store_low(&out[i].bits, (long_pattern<Storage>(value) + load_words(random + i)) >> 16);
+    }
+    const int64_t few = count - i < lanes ? count - i : lanes;
+    displace_each_stochastically(out + i, theta + i, sum + i, decay, few, random + i);
   }
-  displace_each_stochastically(out + i, theta + i, sum + i, decay, count - i, random + i);
 }
 
 // Magnitudes whose nearest number is infinity begin here.
@@ -105,20 +106,19 @@ __attribute__((noinline)) void displace_each_split(Storage* theta, int8_t* resid
 template <class Storage>
 void displace_split(Storage* theta, int8_t* residuals, const float* sum, float decay, int64_t count) {
   const auto displace_pack = displacement(decay);
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    const Ints pattern = (load_words(&theta[i].bits) << 16) + (load_words(residuals + i) << 8);
-    const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum + i));
-    if ((std::is_same_v<Storage, Half> && any_at_least(magnitudes(pattern), unreadable_half)) ||
-        any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) {
-      displace_each_split(theta + i, residuals + i, sum + i, decay, lanes);
-    } else {
+  for (int64_t i = 0; i < count; i += lanes) {
+    for (; i + lanes <= count; i += lanes) {
+      const Ints pattern = (load_words(&theta[i].bits) << 16) + (load_words(residuals + i) << 8);
+      if (std::is_same_v<Storage, Half> && any_at_least(magnitudes(pattern), unreadable_half)) break;
+      const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum + i));
+      if (any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) break;
       const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);
       store_low(&theta[i].bits, (rounded + fill_word(0x8000u)) >> 16);
       store_low(residuals + i, rounded >> 8);
     }
+    const int64_t few = count - i < lanes ? count - i : lanes;
+    displace_each_split(theta + i, residuals + i, sum + i, decay, few);
   }
-  displace_each_split(theta + i, residuals + i, sum + i, decay, count - i);
 }
 
 // out = round(sum)
