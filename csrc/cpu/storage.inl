@@ -28,7 +28,8 @@ void displace(Storage* out, const Storage* theta, const typename Arithmetic<Stor
 }
 
 // --- Weights in 16 bits: the rules of core/storage.h in lanes. A pack with a lane that rounds to nearest
-// --- although the others do not, which is rare, goes through the core.
+// --- although the others do not, which is rare, goes through the core, as do the last elements: from an outer
+// --- loop, so that the inner one keeps its constants in registers.
 
 inline Ints fill_word(uint32_t word) { return Lanes<Floats>::fill_word(word); }
 inline Ints magnitudes(Ints bits) { return bits & fill_word(0x7fffffffu); }
@@ -62,68 +63,61 @@ template <class Storage>
 constexpr uint32_t unbounded = std::is_same_v<Storage, BFloat16> ? 0x7f7f0000u : 0x477fe000u;
 
 template <class Storage>
-void displace_stochastically(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
-                             const uint16_t* random) {
-  const auto displace_pack = displacement(decay);
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    const Floats value = displace_pack(load(theta + i), load(sum + i));
-    if (any_at_least(magnitudes(bits_of(value)), unbounded<Storage>)) {
-      float values[lanes];
-      store(values, value);
-      for (int j = 0; j < lanes; ++j) out[i + j] = round_stochastically<Storage>(values[j], random[i + j]);
-    } else {
-      store_low(&out[i].bits, (long_pattern<Storage>(value) + load_words(random + i)) >> 16);
-    }
-  }
-  for (; i < count; ++i)
+__attribute__((noinline)) void displace_each_stochastically(Storage* out, const Storage* theta, const float* sum,
+                                                            float decay, int64_t count, const uint16_t* random) {
+  for (int64_t i = 0; i < count; ++i)
     out[i] = round_stochastically<Storage>(displaced(widen(theta[i]), sum[i], decay), random[i]);
 }
 
 template <class Storage>
-inline __attribute__((always_inline)) Floats join_pack(const Storage* theta, const int8_t* residuals) {
-  const Ints pattern = (load_words(&theta->bits) << 16) + (load_words(residuals) << 8);
-  if constexpr (std::is_same_v<Storage, Half>)
-    if (any_at_least(magnitudes(pattern), 0x7c000000u - 0x8000u)) {  // that of infinity, less a residual
-      float values[lanes];
-      for (int j = 0; j < lanes; ++j) values[j] = join<Storage>({theta[j], residuals[j]});
-      return load(values);
+void displace_stochastically(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
+                             const uint16_t* random) {
+  const auto displace_pack = displacement(decay);
+  for (int64_t i = 0; i < count; i += lanes) {
+    for (; i + lanes <= count; i += lanes) {
+      const Floats value = displace_pack(load(theta + i), load(sum + i));
+      if (any_at_least(magnitudes(bits_of(value)), unbounded<Storage>)) break;
+      store_low(&out[i].bits, (long_pattern<Storage>(value) + load_words(random + i)) >> 16);
     }
-  return of_long_pattern<Storage>(pattern);
+    const int64_t few = count - i < lanes ? count - i : lanes;
+    displace_each_stochastically(out + i, theta + i, sum + i, decay, few, random + i);
+  }
 }
 
 // Magnitudes whose nearest number is infinity begin here.
 template <class Storage>
 constexpr uint32_t infinite = std::is_same_v<Storage, BFloat16> ? 0x7f7f7f80u : 0x477feff0u;
 
+// Patterns of float16 that `of_long_pattern` does not read begin here: that of infinity, less a residual.
+// Those below zero are among them.
+constexpr uint32_t unreadable_half = 0x7c000000u - 0x8000u;
+
 template <class Storage>
-inline __attribute__((always_inline)) void split_pack(Floats value, Storage* theta, int8_t* residuals) {
-  if (any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) {
-    float values[lanes];
-    store(values, value);
-    for (int j = 0; j < lanes; ++j) {
-      const Split<Storage> parts = split<Storage>(values[j]);
-      theta[j] = parts.nearest;
-      residuals[j] = parts.residual;
-    }
-  } else {
-    const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);
-    store_low(&theta->bits, (rounded + fill_word(0x8000u)) >> 16);
-    store_low(residuals, rounded >> 8);
+__attribute__((noinline)) void displace_each_split(Storage* theta, int8_t* residuals, const float* sum,
+                                                   float decay, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = join<Storage>({theta[i], residuals[i]});
+    const Split<Storage> parts = split<Storage>(displaced(value, sum[i], decay));
+    theta[i] = parts.nearest;
+    residuals[i] = parts.residual;
   }
 }
 
 template <class Storage>
 void displace_split(Storage* theta, int8_t* residuals, const float* sum, float decay, int64_t count) {
   const auto displace_pack = displacement(decay);
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes)
-    split_pack(displace_pack(join_pack(theta + i, residuals + i), load(sum + i)), theta + i, residuals + i);
-  for (; i < count; ++i) {
-    const float value = join<Storage>({theta[i], residuals[i]});
-    const Split<Storage> parts = split<Storage>(displaced(value, sum[i], decay));
-    theta[i] = parts.nearest;
-    residuals[i] = parts.residual;
+  for (int64_t i = 0; i < count; i += lanes) {
+    for (; i + lanes <= count; i += lanes) {
+      const Ints pattern = (load_words(&theta[i].bits) << 16) + (load_words(residuals + i) << 8);
+      if (std::is_same_v<Storage, Half> && any_at_least(magnitudes(pattern), unreadable_half)) break;
+      const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum + i));
+      if (any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) break;
+      const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);
+      store_low(&theta[i].bits, (rounded + fill_word(0x8000u)) >> 16);
+      store_low(residuals + i, rounded >> 8);
+    }
+    const int64_t few = count - i < lanes ? count - i : lanes;
+    displace_each_split(theta + i, residuals + i, sum + i, decay, few);
   }
 }
 
