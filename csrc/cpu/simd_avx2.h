@@ -178,6 +178,10 @@ inline void store(BFloat16* p, Floats a) {
 inline void store(Half* p, Floats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+constexpr bool truncates_to_half = true;
+inline void store_truncated(Half* p, Floats a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+}
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.
 inline Floats signs(uint32_t word, unsigned bit) {

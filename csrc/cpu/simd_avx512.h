@@ -185,6 +185,10 @@ inline void store(BFloat16* p, Floats a) {
 inline void store(Half* p, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+constexpr bool truncates_to_half = true;
+inline void store_truncated(Half* p, Floats a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+}
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.
 inline Floats signs(uint32_t word, unsigned bit) {

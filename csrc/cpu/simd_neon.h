@@ -148,6 +148,7 @@ inline void store(BFloat16* p, Floats a) {
 inline void store(Half* p, Floats a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));
 }
+constexpr bool truncates_to_half = false;
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.
 inline Floats signs(uint32_t word, unsigned bit) {

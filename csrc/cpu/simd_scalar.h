@@ -52,6 +52,7 @@ inline void store(Storage* p, Floats a) {
 inline void store_low(uint16_t* p, Ints a) { *p = static_cast<uint16_t>(a); }
 inline void store_low(int8_t* p, Ints a) { *p = static_cast<int8_t>(a); }
 inline void store(uint32_t* p, Ints a) { *p = a; }
+constexpr bool truncates_to_half = false;
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.
 inline Floats signs(uint32_t word, unsigned bit) { return float_of_bits(0x3f800000u | (word >> bit & 1u) << 31); }

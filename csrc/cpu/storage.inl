@@ -28,8 +28,9 @@ void displace(Storage* out, const Storage* theta, const typename Arithmetic<Stor
 }
 
 // --- Weights in 16 bits: the rules of core/storage.h in lanes. A pack with a lane that rounds to nearest
-// --- although the others do not, which is rare, goes through the core, as do the last elements: from an outer
-// --- loop, so that the inner one keeps its constants in registers.
+// --- although the others do not goes through the core, as do the last elements. Where the processor truncates to
+// --- float16, packs of its normal numbers need no long patterns. What is rare is called from an outer loop, so
+// --- that the inner one keeps its constants in registers.
 
 inline Ints fill_word(uint32_t word) { return Lanes<Floats>::fill_word(word); }
 inline Ints magnitudes(Ints bits) { return bits & fill_word(0x7fffffffu); }
@@ -63,8 +64,36 @@ template <class Storage>
 constexpr uint32_t unbounded = std::is_same_v<Storage, BFloat16> ? 0x7f7f0000u : 0x477fe000u;
 
 template <class Storage>
-__attribute__((noinline)) void displace_each_stochastically(Storage* out, const Storage* theta, const float* sum,
-                                                            float decay, int64_t count, const uint16_t* random) {
+constexpr bool truncates = std::is_same_v<Storage, Half> && truncates_to_half;
+
+constexpr uint32_t smallest_normal_half = 0x38800000u;
+
+// Rounds by the random bits of each lane, unless a lane is rounded to nearest; whether none is.
+template <class Storage>
+inline __attribute__((always_inline)) bool store_stochastically(Storage* out, Floats value,
+                                                                const uint16_t* random) {
+  if (any_at_least(magnitudes(bits_of(value)), unbounded<Storage>)) return false;
+  store_low(&out->bits, (long_pattern<Storage>(value) + load_words(random)) >> 16);
+  return true;
+}
+
+// The same for lanes that are all normal numbers of float16, whose patterns in float32 have 13 bits more.
+template <class Storage>
+inline __attribute__((always_inline)) bool store_normals_stochastically(Storage* out, Floats value,
+                                                                        const uint16_t* random) {
+  const Ints bits = bits_of(value), above_smallest = magnitudes(bits) - fill_word(smallest_normal_half);
+  if (any_at_least(above_smallest, unbounded<Half> - smallest_normal_half)) return false;
+  store_truncated(out, float_of_bits(bits + (load_words(random) >> 3)));
+  return true;
+}
+
+template <class Storage>
+__attribute__((noinline)) void displace_few_stochastically(Storage* out, const Storage* theta, const float* sum,
+                                                           float decay, int64_t count, const uint16_t* random) {
+  if (truncates<Storage> && count == lanes) {
+    const Floats value = displacement(decay)(load(theta), load(sum));
+    if (store_stochastically(out, value, random)) return;
+  }
   for (int64_t i = 0; i < count; ++i)
     out[i] = round_stochastically<Storage>(displaced(widen(theta[i]), sum[i], decay), random[i]);
 }
@@ -76,11 +105,14 @@ void displace_stochastically(Storage* out, const Storage* theta, const float* su
   for (int64_t i = 0; i < count; i += lanes) {
     for (; i + lanes <= count; i += lanes) {
       const Floats value = displace_pack(load(theta + i), load(sum + i));
-      if (any_at_least(magnitudes(bits_of(value)), unbounded<Storage>)) break;
-      store_low(&out[i].bits, (long_pattern<Storage>(value) + load_words(random + i)) >> 16);
+      if constexpr (truncates<Storage>) {
+        if (!store_normals_stochastically(out + i, value, random + i)) break;
+      } else {
+        if (!store_stochastically(out + i, value, random + i)) break;
+      }
     }
     const int64_t few = count - i < lanes ? count - i : lanes;
-    displace_each_stochastically(out + i, theta + i, sum + i, decay, few, random + i);
+    displace_few_stochastically(out + i, theta + i, sum + i, decay, few, random + i);
   }
 }
 
@@ -92,9 +124,44 @@ constexpr uint32_t infinite = std::is_same_v<Storage, BFloat16> ? 0x7f7f7f80u : 
 // Those below zero are among them.
 constexpr uint32_t unreadable_half = 0x7c000000u - 0x8000u;
 
+// Moves floats of 24 bits, unless a lane is not to be read or rounded so; whether none is.
+template <class Storage, class DisplacePack>
+inline __attribute__((always_inline)) bool displace_split_pack(Storage* theta, int8_t* residuals, const float* sum,
+                                                               const DisplacePack& displace_pack) {
+  const Ints pattern = (load_words(&theta->bits) << 16) + (load_words(residuals) << 8);
+  if (std::is_same_v<Storage, Half> && any_at_least(magnitudes(pattern), unreadable_half)) return false;
+  const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum));
+  if (any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) return false;
+  const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);
+  store_low(&theta->bits, (rounded + fill_word(0x8000u)) >> 16);
+  store_low(residuals, rounded >> 8);
+  return true;
+}
+
+// The same for lanes that are normal numbers of float16 before and after. Just above the smallest one a residual
+// may lead below it.
+template <class Storage, class DisplacePack>
+inline __attribute__((always_inline)) bool displace_split_normals(Storage* theta, int8_t* residuals,
+                                                                  const float* sum,
+                                                                  const DisplacePack& displace_pack) {
+  constexpr uint32_t half_step = 0x2000u;
+  const Ints before = bits_of(load(theta));
+  const Floats value = displace_pack(float_of_bits(before + (load_words(residuals) << 5)), load(sum));
+  const Ints after = bits_of(value);
+  const Ints above_smallest = larger(magnitudes(before) - fill_word(smallest_normal_half + half_step),
+                                     magnitudes(after) - fill_word(smallest_normal_half));
+  if (any_at_least(above_smallest, infinite<Half> - smallest_normal_half)) return false;
+  const Ints rounded = after + fill_word(0x10u);
+  store_truncated(theta, float_of_bits(rounded + fill_word(0x1000u)));
+  store_low(residuals, rounded >> 5);
+  return true;
+}
+
 template <class Storage>
-__attribute__((noinline)) void displace_each_split(Storage* theta, int8_t* residuals, const float* sum,
-                                                   float decay, int64_t count) {
+__attribute__((noinline)) void displace_few_split(Storage* theta, int8_t* residuals, const float* sum, float decay,
+                                                  int64_t count) {
+  if (truncates<Storage> && count == lanes && displace_split_pack(theta, residuals, sum, displacement(decay)))
+    return;
   for (int64_t i = 0; i < count; ++i) {
     const float value = join<Storage>({theta[i], residuals[i]});
     const Split<Storage> parts = split<Storage>(displaced(value, sum[i], decay));
@@ -108,16 +175,14 @@ void displace_split(Storage* theta, int8_t* residuals, const float* sum, float d
   const auto displace_pack = displacement(decay);
   for (int64_t i = 0; i < count; i += lanes) {
     for (; i + lanes <= count; i += lanes) {
-      const Ints pattern = (load_words(&theta[i].bits) << 16) + (load_words(residuals + i) << 8);
-      if (std::is_same_v<Storage, Half> && any_at_least(magnitudes(pattern), unreadable_half)) break;
-      const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum + i));
-      if (any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) break;
-      const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);
-      store_low(&theta[i].bits, (rounded + fill_word(0x8000u)) >> 16);
-      store_low(residuals + i, rounded >> 8);
+      if constexpr (truncates<Storage>) {
+        if (!displace_split_normals(theta + i, residuals + i, sum + i, displace_pack)) break;
+      } else {
+        if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack)) break;
+      }
     }
     const int64_t few = count - i < lanes ? count - i : lanes;
-    displace_each_split(theta + i, residuals + i, sum + i, decay, few);
+    displace_few_split(theta + i, residuals + i, sum + i, decay, few);
   }
 }
 
