@@ -130,3 +130,16 @@ def test_the_registry_makes_what_the_recipes_make() -> None:
     for name, recipe in recipes.items():
         made = optimizers.make(copy.deepcopy(model), Settings(optimizer=name))
         assert made.param_groups[0]["recipe"] == recipe(model).param_groups[0]["recipe"]
+
+
+def test_precision_is_what_is_asked_for(command: Command) -> None:
+    """In 16 bits each way to round ends elsewhere; the default is stochastic."""
+    ends = {}
+    for option in ([], *([f"--precision={name}"] for name in ("nearest", "stochastic", "residual"))):
+        command.works("--dtype=bfloat16", "--steps=4", "--lr=1e-2", "--overwrite", *option)
+        ends["".join(option)] = (command.out / "model" / "model.safetensors").read_bytes()
+    assert ends[""] == ends["--precision=stochastic"]
+    assert len(set(ends.values())) == 3
+    command.works("--resume", "--steps=5")
+    assert "residual" in (command.out / "run.json").read_text()
+    assert "--precision nearest: the run" in command.is_refused("--resume", "--precision=nearest")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from finetune_command import Command, prepare
+from finetune_command import Command, files_of_at_most, prepare
 from safetensors.torch import load_file
 from tiny_models import OTHER, labelled, tiny_bert
 from transformers import BertForSequenceClassification
 
 import zoext
 from zoext import _C
-from zoext.cli import main, plot
+from zoext.cli import demo, main, plot
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.trajectory import lines
 
@@ -302,3 +303,36 @@ def test_a_language_model(command: Command) -> None:
     command.works("--task=causal-lm")
     assert replay(command) == 0
     assert weights(command.folder / "replayed") == weights(command.out / "model")
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk(command: Command, size: int, there: bool) -> None:
+    command.works("--lr=1e-2")
+    options = []
+    if there:
+        assert replay(command, "--to-step=1") == 0
+        options = ["--overwrite"]
+    with files_of_at_most(size):
+        error = refused(command, *options)
+    assert error.startswith(f"zoext: error: {command.folder / 'replayed'}: ")
+    assert "too large" in error.lower()
+    assert not list(command.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: str) -> None:
+    """Its head is computed: with any number of threads to the same bits."""
+    set_threads(1)
+    problem = demo.load(dataclasses.replace(demo.SETTINGS, dtype=dtype))
+    optimizer = zoext.MeZO(problem.model, lr=1e-3)
+    tokens = torch.tensor([problem.train[0].tokens])
+    with zoext.Trajectory(command.folder / "demo.jsonl", optimizer, notes=problem.base.notes()):
+        for _ in range(2):
+            optimizer.step(lambda: problem.model(input_ids=tokens).logits.float().square().mean())
+    set_threads(2)
+    assert replay(command, base="demo", trajectory="demo.jsonl") == 0
+    found = load_file(command.folder / "replayed" / "model.safetensors")
+    assert all(found[name].equal(tensor) for name, tensor in problem.model.state_dict().items())
+    error = refused(command, f"--out={command.folder / 'x'}", trajectory="demo.jsonl")
+    assert "is of another; give demo" in error

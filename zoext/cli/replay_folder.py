@@ -42,8 +42,10 @@ class ReplayFolder:
     def check_spares(self, inputs: Sequence[Path]) -> None:
         """Raises a UserError if the folder would replace what is read."""
         for given in inputs:
+            if not (given.exists() and self.path.exists()):  # a name on the hub, or a new folder
+                continue
             real = given.resolve()
-            if self.path.exists() and any(self.path.samefile(p) for p in (real, *real.parents) if p.exists()):
+            if any(self.path.samefile(path) for path in (real, *real.parents)):
                 raise UserError(f"--out {self.path}: the replay would replace {given}; give another folder")
 
     def _files_of_replay(self) -> set[str]:
