@@ -48,13 +48,9 @@ class BackgroundWriter:
         """Raises the error at which writing ended, if it ends there again. Waits only after an error.
 
         Raises:
-            RuntimeError: in a process that was forked: the thread is not in it.
+            RuntimeError: in a fork of the process: the thread is not in it.
         """
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"{self._tail.name} is written by process {self._process}, of which this one is a fork; "
-                "take steps there, or close() the trajectory here"
-            )
+        self._check_process()
         if self._tail.error is not None:
             self.flush()
 
@@ -63,7 +59,9 @@ class BackgroundWriter:
 
         Raises:
             OSError: if the system refused to write it.
+            RuntimeError: in a fork of the process.
         """
+        self._check_process()
         self._tail.flush()
         self._raise()
 
@@ -72,6 +70,13 @@ class BackgroundWriter:
         self._finish()
         if os.getpid() == self._process:
             self._raise()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self._tail.name} is written by process {self._process}, of which this one is a fork; "
+                "take steps there, or close() the trajectory here"
+            )
 
     def _raise(self) -> None:
         if self._tail.error is not None:
