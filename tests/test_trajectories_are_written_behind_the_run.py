@@ -546,6 +546,28 @@ def test_two_trajectories_of_one_optimizer(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["run.jsonl"]
 
 
+def test_two_runs_on_one_path(tmp_path: Path) -> None:
+    """The second one takes the file over; the first one is told, and does not write between its lines."""
+    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
+    base = copy.deepcopy(run.model)
+    first = zoext.Trajectory(path, run.optimizer)
+    run.healthy(3)
+    first.flush()
+    other = FaultyRun("mezo")
+    other.healthy(2)
+    with zoext.Trajectory(path, other.optimizer, resume=True) as second:
+        other.healthy(3)
+        second.flush()
+        run.step()
+        for action in (first.flush, run.step, first.close):
+            with pytest.raises(OSError, match="somebody else"):
+                action()
+        assert run.steps == 4
+        other.step()
+    assert steps_in(path) == [1, 2, 3, 4, 5, 6]
+    assert_replays(base, path, other)
+
+
 def test_a_run_in_pieces_and_after_loading_a_state(tmp_path: Path) -> None:
     run = FaultyRun("lozo", torch.bfloat16)
     run.healthy(2)
