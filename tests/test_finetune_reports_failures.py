@@ -37,7 +37,7 @@ def test_a_model_that_is_cut_short(command: Command, name: str) -> None:
     file = command.folder / "model" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     error = command.is_refused()
-    assert f"--model {command.folder / 'model'}: cannot be loaded: " in error
+    assert f"model {command.folder / 'model'}: cannot be loaded: " in error
 
 
 def test_a_folder_that_cannot_be_made(command: Command) -> None:
@@ -47,26 +47,33 @@ def test_a_folder_that_cannot_be_made(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "name"),
+    ("size", "name", "options"),
     [
-        (100, "run.json"),
-        (1_000, "metrics.jsonl"),
-        (10_000, "checkpoints/step-00000020"),
-        (50_000, "curve.png"),
+        (100, "run.json", ["--steps=20"]),
+        (1_000, "trajectory.jsonl", ["--steps=20"]),
+        (9_000, "trajectory.jsonl", ["--steps=20", "--checkpoint-every=5", "--checkpoint=trajectory"]),
+        (9_000, "trajectory.jsonl", ["--steps=20"]),
+        (12_000, "trajectory.frames", ["--steps=20", "--optimizer=agzo", "--record-frames"]),
+        (15_000, "checkpoints/step-00000020", ["--steps=20"]),
+        (45_000, "metrics.jsonl", ["--steps=180", "--eval-every=1", "--checkpoint=trajectory"]),
+        (50_000, "curve.png", ["--steps=20"]),
     ],
 )
-def test_a_full_disk(command: Command, size: int, name: str) -> None:
+def test_a_full_disk(command: Command, size: int, name: str, options: list[str]) -> None:
     with files_of_at_most(size):
-        assert main(command.arguments("--steps", "20")) == 2
+        assert main(command.arguments(*options)) == 2
     said = command.capsys.readouterr()
     assert said.err.startswith(f"zoext: error: {command.out / name}")
     assert said.err.count("\n") == 1
     assert "too large" in said.err.lower()
     assert not list(command.out.rglob(".*"))
-    # What was written is whole: with room again, the run goes on.
+    # What was written is whole: with room again, the run goes on, to the same bits.
     if name != "run.json":
         command.works("--resume")
-        assert (command.out / "model" / "model.safetensors").is_file()
+        whole = command.folder / "whole"
+        command.works(*options, f"--out={whole}")
+        for file in ("model/model.safetensors", "trajectory.jsonl"):
+            assert (command.out / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_a_file_in_place_of_the_model(command: Command) -> None:

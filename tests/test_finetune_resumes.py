@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,20 +14,20 @@ import pytest
 from safetensors.torch import load_file
 from tiny_models import labelled, tiny_bert
 
-from zoext.cli import main, metrics
+from zoext.cli import checkpoint, main, metrics
 from zoext.cli.training import Training
 
 STEPS = 24
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+@pytest.fixture(scope="module", params=["weights", "trajectory"])
+def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
     model, data = tiny_bert(folder / "model"), labelled(folder / "words.jsonl")
     options = "--lr 0.003 --mu 0.002 --weight-decay 0.1 --batch-size 7 --seed 5 --device cpu --quiet"
     return [
         *("--model", str(model), "--data", str(data), "--steps", str(STEPS)),
-        *("--eval-every", "6", "--checkpoint-every", "5", *options.split()),
+        *("--eval-every", "6", "--checkpoint-every", "5", "--checkpoint", request.param, *options.split()),
     ]
 
 
@@ -46,6 +47,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
     for record in records + others:
         record.pop("seconds", None)  # the only thing that may differ
     assert records == others
+    assert (out / "trajectory.jsonl").read_bytes() == (expected / "trajectory.jsonl").read_bytes()
 
 
 def test_every_step_is_recorded_once(uninterrupted: Path) -> None:
@@ -108,6 +110,58 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(
     assert main(["finetune", *out, "--resume", "--quiet", "--steps", str(STEPS)]) == 0
     records = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
+
+
+def test_with_the_other_kind_of_checkpoint(inputs: list[str], uninterrupted: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["finetune", *inputs, *out, "--steps", "12"]) == 0
+    for steps, kind in ((18, "trajectory"), (STEPS, "weights")):
+        more = ["--steps", str(steps), "--checkpoint", kind]
+        assert main(["finetune", *out, "--resume", "--quiet", *more]) == 0
+        newest = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+        assert newest is not None
+        assert (newest.saved is None) == (kind == "trajectory")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("kept", [0, 20, -30])
+def test_a_run_that_was_killed_while_it_began(
+    inputs: list[str], uninterrupted: Path, tmp_path: Path, kept: int
+) -> None:
+    """No checkpoint yet, and of the trajectory nothing, a torn header, or a torn first step."""
+    out = tmp_path / "run"
+    assert main(["finetune", *inputs, "--out", str(out), "--steps", "1", "--checkpoint-every", "9"]) == 0
+    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "model")
+    text = (out / "trajectory.jsonl").read_bytes()
+    (out / "trajectory.jsonl").unlink()
+    (out / ".trajectory.jsonl.4711.tmp").write_bytes(text[:30])
+    if kept:
+        (out / "trajectory.jsonl").write_bytes(text[:kept])
+    more = ["--steps", str(STEPS), "--checkpoint-every", "5"]
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet", *more]) == 0
+    assert_same_run(out, uninterrupted)
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
+def test_a_trajectory_that_is_not_that_of_the_checkpoint(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    out = tmp_path / "run"
+    assert main(["finetune", *inputs, "--out", str(out), "--steps", "12"]) == 0
+    path = out / "trajectory.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] if damage == "cut" else content.replace(b'"step":7', b'"step":8'))
+    if damage == "gone":
+        path.unlink()
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--steps", "14"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"zoext: error: {path}: ")
+    assert said.count("\n") == 1
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

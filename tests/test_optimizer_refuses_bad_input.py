@@ -189,6 +189,6 @@ def test_what_changes_between_an_estimate_and_its_step() -> None:
 def test_states_of_other_optimizers() -> None:
     model = nn.Linear(3, 3)
     optimizer = zoext.MeZO(model)
-    with pytest.raises(ValueError, match="has no mu, recipe, seed, step"):
+    with pytest.raises(ValueError, match="has no mu, precision, recipe, seed, step"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
     assert optimizer.step(lambda: model(torch.ones(3)).sum()).isfinite()

@@ -55,7 +55,7 @@ def chained(terms: list[tuple[Tensor, Tensor]], decay: Tensor | None, theta: Ten
 def test_mezo_with_one_direction(dtype: torch.dtype) -> None:
     model = model_of(dtype)
     x = torch.randn(8, 5, dtype=dtype)
-    optimizer = zoext.MeZO(model, lr=LR, mu=MU, seed=SEED)
+    optimizer = zoext.MeZO(model, lr=LR, mu=MU, seed=SEED, precision="nearest")
     for step in range(3):
         before = [parameter.detach().clone() for parameter in model.parameters()]
         z = directions(model, step, 0)
@@ -91,7 +91,14 @@ def test_samples_and_weight_decay(dtype: torch.dtype, direction: str) -> None:
     kind = zoext.Gaussian() if direction == "gaussian" else zoext.Rademacher()
     estimator = zoext.ForwardDifference(samples=3)
     optimizer = zoext.ZerothOrderOptimizer(
-        model, direction=kind, estimator=estimator, lr=LR, mu=MU, seed=SEED, weight_decay=0.7
+        model,
+        direction=kind,
+        estimator=estimator,
+        lr=LR,
+        mu=MU,
+        seed=SEED,
+        weight_decay=0.7,
+        precision="nearest",
     )
     for step in range(2):
         before = [parameter.detach().clone() for parameter in model.parameters()]

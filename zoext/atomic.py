@@ -24,29 +24,62 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill, which becomes ``path`` at the end of the block.
 
-    If the block raises, nothing has happened. ``path`` must not exist.
+    If the block raises, nothing has happened. ``path`` must not exist, unless it is a folder to ``replace``:
+    one of the two is there then at any moment, the old one for an instant under a name that
+    ``remove_leftovers`` knows.
     """
-    if path.exists():
+    if os.path.lexists(path) and not (replace and path.is_dir()):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for inside in [*temporary.rglob("*"), temporary]:
-            sync(inside)
-        temporary.replace(path)
+        _finish(temporary)
+        _move(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync(path.parent)
+
+
+def _finish(folder: Path) -> None:
+    """Files get the usual mode, which the folder has from the umask, and all goes to the disk."""
+    usual = folder.stat().st_mode & 0o666
+    for inside in [*folder.rglob("*"), folder]:
+        if inside.is_file():
+            inside.chmod(usual)  # safetensors lets nobody but their owner read them
+        sync(inside)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    aside = _aside(path)
+    if path.is_symlink():  # what it leads to is not ours
+        path.unlink()
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed when it had moved
+        path.replace(aside)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        if aside.exists():
+            aside.replace(path)
+        raise
+    sync(path.absolute().parent)
+    if aside.exists():
+        shutil.rmtree(aside)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what a killed process was in the middle of writing as ``path``, whose name may hold a ``*``."""
+    """Removes what a killed process was in the middle of writing as ``path``, whose name may hold a ``*``.
+
+    A folder that it was about to replace is put back, if nothing has taken its place.
+    """
+    aside = _aside(path)
+    if aside.is_dir() and not path.exists():
+        aside.replace(path)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -66,3 +99,7 @@ def sync(path: Path) -> None:
 def _temporary(path: Path) -> Path:
     # In the same folder: a rename is atomic only within a file system.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old.tmp")

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from zoext.cli import bench, compare, finetune, info
+from zoext.cli import bench, compare, finetune, info, replay
 from zoext.cli.errors import UserError
 
-COMMANDS = {"finetune": finetune, "compare": compare, "bench": bench, "info": info}
+COMMANDS = {"finetune": finetune, "compare": compare, "replay": replay, "bench": bench, "info": info}
 
 INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 

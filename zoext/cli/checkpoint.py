@@ -1,4 +1,7 @@
-"""Checkpoints: weights and optimizer tensors as safetensors, all else as JSON. No pickle anywhere."""
+"""Checkpoints: all that a run is, or only how far its trajectory has come, from which that can be had again.
+
+Weights and optimizer tensors are safetensors, all else is JSON. No pickle anywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,35 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from zoext import atomic
+from zoext import ZerothOrderOptimizer, atomic, replay
 from zoext.cli import plain
 from zoext.cli.errors import UserError, writing
+from zoext.cli.position import Position
 from zoext.cli.weights import put, tensors_of
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 KEPT = 2  # the newest, and one to fall back on should that be damaged later
+
+
+class Reached(NamedTuple):
+    """How far a run has come: its steps, their forward passes, and its trajectory, which is on the disk."""
+
+    step: int
+    forwards: int
+    trajectory: Position
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run had in memory."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,39 +47,50 @@ class Checkpoint:
     """A checkpoint that was read whole and found intact; nothing has been changed yet."""
 
     path: Path
-    step: int
-    forwards: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    reached: Reached
+    saved: Saved | None
 
-    def check_fits(self, model: nn.Module) -> None:
-        """Raises a UserError unless names, shapes and dtypes are those of ``model``."""
-        theirs, ours = _outline(self.weights), _outline(tensors_of(model))
-        different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-        if different:
-            name = different[0]
+    def restore(self, model: nn.Module, optimizer: ZerothOrderOptimizer, trajectory: Path) -> None:
+        """Puts model and optimizer, which are as the run began, where they were when this was written.
+
+        Raises:
+            UserError: for another model, or another ``trajectory``.
+        """
+        self.reached.trajectory.check(trajectory)
+        if self.saved is not None:
+            _check_fits(self.path, self.saved.weights, model)
+            optimizer.load_state_dict(self.saved.optimizer)
+            put(model, self.saved.weights)
+            return
+        try:
+            replay(optimizer, trajectory, to_step=self.reached.step)
+        except ValueError as error:
             raise UserError(
-                f"{self.path}: comes from another model: {name} is {theirs.get(name, 'absent')} there and "
-                f"{ours.get(name, 'absent')} here; resume with the model of that run, or give another --out"
-            )
+                f"{error}; resume with the model, the data and the versions that the run began with"
+            ) from None
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts model and optimizer where they were when the checkpoint was written."""
-        self.check_fits(model)
-        optimizer.load_state_dict(self.optimizer)
-        put(model, self.weights)
+
+def _check_fits(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises a UserError unless names, shapes and dtypes are those of ``model``."""
+    theirs, ours = _outline(weights), _outline(tensors_of(model))
+    different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{path}: comes from another model: {name} is {theirs.get(name, 'absent')} there and "
+            f"{ours.get(name, 'absent')} here; resume with the model of that run, or give another --out"
+        )
 
 
 def _outline(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
 
 
-def save(folder: Path, step: int, forwards: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes the checkpoint of ``step`` below ``folder``, there whole or not at all; drops older ones."""
+def save(folder: Path, reached: Reached, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Writes a checkpoint that holds the weights, there whole or not at all; drops older ones."""
     from safetensors.torch import save_file
 
-    path = folder / f"step-{step:08d}"
-    if path.exists():  # the one that this run resumed from, and nothing has moved since
+    if (path := _path(folder, reached)).exists():  # the one that this run resumed from, and nothing moved
         return
     state_tensors: dict[str, Tensor] = {}
     state = plain.pack(optimizer.state_dict(), state_tensors)
@@ -69,8 +100,29 @@ def save(folder: Path, step: int, forwards: int, model: nn.Module, optimizer: to
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
         save_file(state_tensors, temporary / OPTIMIZER)
         digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
-        record = {"step": step, "forwards": forwards, "sha256": digests, "optimizer": state}
-        (temporary / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        _write_state(temporary, reached, {"sha256": digests, "optimizer": state})
+    _drop_old(folder)
+
+
+def save_position(folder: Path, reached: Reached) -> None:
+    """Writes a checkpoint from which the trajectory is replayed, as ``save``."""
+    if (path := _path(folder, reached)).exists():
+        return
+    with writing(path), atomic.new_folder(path) as temporary:
+        _write_state(temporary, reached, {})
+    _drop_old(folder)
+
+
+def _path(folder: Path, reached: Reached) -> Path:
+    return folder / f"step-{reached.step:08d}"
+
+
+def _write_state(folder: Path, reached: Reached, more: dict[str, Any]) -> None:
+    record = {**reached._asdict(), "trajectory": reached.trajectory._asdict(), **more}
+    (folder / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _drop_old(folder: Path) -> None:
     for old in existing(folder)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -106,29 +158,31 @@ class _DamagedError(Exception):
 
 
 def _read(path: Path) -> Checkpoint:
+    try:
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+        position = Position.of_record(record["trajectory"])
+        reached = Reached(int(record["step"]), int(record["forwards"]), position)
+        digests = dict(record["sha256"]) if "sha256" in record else None
+        return Checkpoint(path, reached, None if digests is None else _read_saved(path, record, digests))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _DamagedError(f"{path / STATE}: damaged or missing ({error!r})") from None
+
+
+def _read_saved(path: Path, record: dict[str, Any], digests: dict[str, str]) -> Saved:
+    weights, state_tensors = (_read_tensors(path / name, digests[name]) for name in (WEIGHTS, OPTIMIZER))
+    return Saved(weights, plain.unpack(record["optimizer"], state_tensors))
+
+
+def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        record = json.loads((path / STATE).read_text(encoding="utf-8"))
-        step, forwards = int(record["step"]), int(record["forwards"])
-        digests, state = dict(record["sha256"]), record["optimizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"{path / STATE}: damaged or missing ({error!r})") from None
-    tensors = {}
-    for name in (WEIGHTS, OPTIMIZER):
-        try:
-            intact = _digest(path / name) == digests.get(name)
-            tensors[name] = load_file(path / name) if intact else {}
-        except (OSError, SafetensorError) as error:
-            raise _DamagedError(f"{path / name}: cannot be read ({error})") from None
-        if not intact:
-            raise _DamagedError(f"{path / name}: damaged, its checksum differs from that in {STATE}")
-    try:
-        optimizer = plain.unpack(state, tensors[OPTIMIZER])
-    except (KeyError, ValueError, TypeError) as error:
-        raise _DamagedError(f"{path / STATE}: damaged ({error!r})") from None
-    return Checkpoint(path, step, forwards, tensors[WEIGHTS], optimizer)
+        if _digest(path) == digest:
+            return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _DamagedError(f"{path}: cannot be read ({error})") from None
+    raise _DamagedError(f"{path}: damaged, its checksum differs from that in {STATE}")
 
 
 def _digest(path: Path) -> str:

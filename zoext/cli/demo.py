@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from zoext.cli import models
+from zoext.cli.base import Base
 from zoext.cli.data import Table
 from zoext.cli.errors import UserError
 from zoext.cli.objectives import Classification
@@ -50,12 +51,18 @@ SETTINGS = Settings(
 def load(settings: Settings) -> Problem:
     """MiniLM with a classifier from two label words, and the words of the lexicon, split by family."""
     train, valid = read_words(_folder(DATA_PACKAGE) / "vader_lexicon.txt")
-    weights = str(_folder(MODEL_PACKAGE) / "model")
-    model, tokenizer, classes = models.load_classifier(weights, LABEL_WORDS, settings)
-    _start_from_label_words(model, tokenizer)
-    parts = [tokenize(tokenizer, part, settings.max_length, classes) for part in (train, valid)]
+    base = Base(True, "classification", LABEL_WORDS, settings.dtype, settings.seed)
+    model, tokenizer = load_model(base)
+    parts = [tokenize(tokenizer, part, settings.max_length, LABEL_WORDS) for part in (train, valid)]
     title = "MiniLM on human word ratings"
-    return Problem(title, model, tokenizer, Classification(tokenizer.pad_token_id), parts[0], parts[1])
+    return Problem(title, base, model, tokenizer, Classification(tokenizer.pad_token_id), parts[0], parts[1])
+
+
+def load_model(base: Base) -> tuple[Any, Any]:
+    """MiniLM with a classifier from two label words, and its tokenizer."""
+    model, tokenizer = models.load(str(_folder(MODEL_PACKAGE) / "model"), base)
+    _start_from_label_words(model, tokenizer)
+    return model, tokenizer
 
 
 def _folder(package: str) -> Path:
@@ -90,7 +97,12 @@ def _held_out(word: str) -> bool:
 @torch.no_grad()
 def _start_from_label_words(model: Any, tokenizer: Any) -> None:
     """Logits are the similarity to a label word: a classifier before anything was learned from a rating."""
+    # In float64: rounded to what weights are, it is the same with any number of threads and on any processor,
+    # which the order of sums in float32 is not, and a trajectory can be replayed on them only bit for bit.
+    dtype = model.dtype
+    model.double()
     inputs = tokenizer(list(LABEL_WORDS), padding=True, return_tensors="pt")
     words = model.bert(**inputs).pooler_output
     model.classifier.weight.copy_(HEAD_SCALE * (words - words.mean(0)))
     model.classifier.bias.zero_()
+    model.to(dtype)

@@ -8,7 +8,8 @@ model), a .txt file with an example on each line, a folder that holds such files
 valid.*, or the name of a data set on the Hugging Face hub.
 
 The folder OUT gets run.json (the settings), metrics.jsonl (a line for each step and each evaluation),
-checkpoints/, curve.png and model/ (for from_pretrained of transformers).
+checkpoints/, curve.png, model/ (for from_pretrained of transformers) and trajectory.jsonl, from which
+zoext replay makes the model again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from zoext.cli.loading import load
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.cli.output_folder import fingerprint
 from zoext.cli.progress import Progress
+from zoext.cli.recording import Recording, check, needs_frames
 from zoext.cli.resolving import Request
 from zoext.cli.result import report, write_model
 from zoext.cli.run_folder import RunFolder
@@ -33,7 +35,7 @@ from zoext.cli.training import Training
 HELP = "fine-tune a model; without arguments, a demo"
 
 #: What may differ when a run is resumed: none of it changes what a step does.
-RESUMABLE = {"steps", "device", "eval_every", "checkpoint_every"}
+RESUMABLE = {"steps", "device", "eval_every", "checkpoint_every", "checkpoint"}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(request: Request) -> int:
     folder = RunFolder(request.path("demo" if request.is_demo else "finetune"))
     settings = request.settings(folder, _usual(request), RESUMABLE)
-    training = _prepare(settings, folder, request.resume)
-    if not request.quiet:
-        _introduce(training)
-    with StopRequest() as stop, Progress(training.step, settings.steps, request.quiet) as progress:
-        training.run(stop, progress)
+    training, recording = _prepare(settings, folder, request.resume)
+    with recording, StopRequest() as stop:
+        if not request.quiet:
+            _introduce(training)
+        with Progress(training.step, settings.steps, request.quiet) as progress:
+            training.run(recording, stop, progress)
     records = metrics.read(folder.metrics)
     plot.draw(folder.curve, records, training.problem.title)
     if training.step < settings.steps:
@@ -62,27 +65,29 @@ def _run(request: Request) -> int:
     return 0
 
 
-def _prepare(settings: Settings, folder: RunFolder, resume: bool) -> Training:
+def _prepare(settings: Settings, folder: RunFolder, resume: bool) -> tuple[Training, Recording]:
     """Loads and checks everything; only then is the folder changed."""
     device = devices.choose(settings.device)
     loaded = load(settings, device)
     optimizer = optimizers.make(loaded.model, settings)
+    check(settings, optimizer)
     training = Training(loaded, optimizer, settings, folder, device)
     data = fingerprint(loaded.train, loaded.valid)
     if not resume:
         folder.start(settings, data)
-        return training
+        return training, training.begin()
     if folder.read_note()[1] != data:
         raise UserError(
             f"--out {folder.path}: its run saw other data; resume with the same data and tokenizer"
         )
     saved = checkpoint.load_newest(folder.checkpoints)
-    if saved is not None and saved.step > settings.steps:
-        raise UserError(f"--steps {settings.steps}: the run in {folder.path} is at step {saved.step} already")
-    training.resume(saved)
+    if saved is not None and saved.reached.step > settings.steps:
+        at = saved.reached.step
+        raise UserError(f"--steps {settings.steps}: the run in {folder.path} is at step {at} already")
+    recording = training.resume(saved)
     folder.remove_leftovers()
     folder.write_note(settings, data)
-    return training
+    return training, recording
 
 
 def _usual(request: Request) -> Settings:
@@ -104,3 +109,8 @@ def _introduce(training: Training) -> None:
         f"{settings.optimizer}: lr {settings.lr:g}, mu {settings.mu:g}, batch {settings.batch_size}, "
         f"seed {settings.seed}; everything goes to {training.folder.path}"
     )
+    if needs_frames(training.optimizer) and not settings.record_frames:
+        print(
+            "the trajectory cannot be replayed: the bases of AGZO come from data and not from seeds; "
+            "--record-frames keeps them"
+        )

@@ -15,6 +15,7 @@ RESERVED = {
     "weight_decay",
     "seed",
     "probe",
+    "precision",
     "direction",
     "estimator",
     "update",

@@ -11,43 +11,65 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoext.cli.base import Base
 from zoext.cli.data import Label, first_line
 from zoext.cli.errors import UserError
-from zoext.cli.settings import Settings
 
 
-def load_classifier(
-    name: str, labels: Collection[Label], settings: Settings
-) -> tuple[Any, Any, dict[str, int]]:
-    """A sequence classifier, its tokenizer, and the index of each class by name.
+def classes_of(name: str, labels: Collection[Label]) -> tuple[str, ...]:
+    """The names of the classes that ``labels`` are of, in the order of the outputs of the model ``name``.
 
     A model that already tells these classes apart keeps its head; another one gets a new head.
     """
     transformers = _transformers()
-    with _loading(name, settings.seed):
+    with _loading(name):
         config = transformers.AutoConfig.from_pretrained(name)
-        classes = _classes(config, labels)
-        indices = {label: index for index, label in enumerate(classes)}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        _ensure_padding(tokenizer)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            dtype=getattr(torch, settings.dtype),
-            id2label=dict(enumerate(classes)),
-            label2id=indices,
-            ignore_mismatched_sizes=True,
-        )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer, indices
+        return tuple(_classes(config, labels))
 
 
-def load_causal(name: str, settings: Settings) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer."""
+def load(name: str, base: Base) -> tuple[Any, Any]:
+    """The model ``name`` with the head that ``base`` asks for, and its tokenizer."""
     transformers = _transformers()
-    with _loading(name, settings.seed):
+    with _loading(name), _new_weights_from(base.seed):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         _ensure_padding(tokenizer)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, settings.dtype))
+        model = _AUTO[base.task](transformers, name, base)
+    if base.task == "classification":
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def _classifier(transformers: Any, name: str, base: Base) -> Any:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        name,
+        dtype=getattr(torch, base.dtype),
+        id2label=dict(enumerate(base.classes)),
+        label2id={label: index for index, label in enumerate(base.classes)},
+        ignore_mismatched_sizes=True,
+    )
+
+
+def _causal(transformers: Any, name: str, base: Base) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, base.dtype))
+
+
+_AUTO = {"classification": _classifier, "causal-lm": _causal}
+
+
+def load_own(name: str, dtype: torch.dtype) -> tuple[Any, Any | None]:
+    """The model ``name`` as its configuration names it, and its tokenizer if it has one."""
+    transformers = _transformers()
+    with _loading(name), _new_weights_from(0):
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture: Any = getattr(transformers, (config.architectures or ["none"])[0], None)
+        is_one = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+        if not is_one:
+            raise ValueError(f"its config.json names no architecture of transformers: {config.architectures}")
+        model = architecture.from_pretrained(name, dtype=dtype)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError):
+            tokenizer = None
     return model.eval(), tokenizer
 
 
@@ -75,14 +97,20 @@ def _ensure_padding(tokenizer: Any) -> None:
 
 
 @contextmanager
-def _loading(name: str, seed: int) -> Iterator[None]:
-    """New weights come from the run's seed, and torch's generator is left as it was."""
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def _loading(name: str) -> Iterator[None]:
+    with quiet_transformers():
         try:
             yield
         except Exception as error:  # a file, a network, a parser: whatever it is, it is about this name
-            raise UserError(f"--model {name}: cannot be loaded: {first_line(error)}") from None
+            raise UserError(f"model {name}: cannot be loaded: {first_line(error)}") from None
+
+
+@contextmanager
+def _new_weights_from(seed: int) -> Iterator[None]:
+    """Weights that are drawn come from ``seed``, and torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

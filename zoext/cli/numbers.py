@@ -29,4 +29,5 @@ positive = _number(float, "finite and > 0", lambda value: math.isfinite(value) a
 nonnegative = _number(float, "finite and >= 0", lambda value: math.isfinite(value) and value >= 0)
 fraction = _number(float, "between 0 and 1", lambda value: 0 < value < 1)
 count = _number(int, "an integer of at least 1", lambda value: value >= 1)
+whole = _number(int, "an integer of at least 0", lambda value: value >= 0)
 seed = _number(int, "an integer of 64 bits", lambda value: -(2**63) <= value < 2**64)

@@ -16,7 +16,7 @@ from zoext.cli.settings import Settings
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer, called as ``make(model, lr=, mu=, weight_decay=, seed=, probe=)``, and its usual lr."""
+    """An optimizer, called as ``make(model, lr=, mu=, weight_decay=, seed=, ...)``, and its usual lr."""
 
     make: Callable[..., zoext.ZerothOrderOptimizer]
     #: The learning rate that serves it best on a task, as a multiple of MeZO's there.
@@ -81,6 +81,7 @@ def make(model: nn.Module, settings: Settings) -> zoext.ZerothOrderOptimizer:
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             probe=settings.probe,
+            precision=settings.precision,
             **method_options.typed(construct, settings.options),
         )
     except (TypeError, ValueError) as error:

@@ -84,6 +84,7 @@ class OutputFolder(ABC, Generic[SettingsT]):
         """Removes the run that was here, if there was one, and notes the settings of the new one."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self.remove_leftovers()
             if self.holds_run:
                 self._remove_results()
         self.write_note(settings, data)

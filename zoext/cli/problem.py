@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoext.cli import data, models
+from zoext.cli.base import Base
 from zoext.cli.data import Table
 from zoext.cli.errors import UserError
 from zoext.cli.objectives import Classification, Example, NextToken, Objective
@@ -19,6 +20,7 @@ class Problem:
     """What there is to learn. ``model`` and ``tokenizer`` are those of transformers."""
 
     title: str
+    base: Base
     model: Any
     tokenizer: Any
     objective: Objective
@@ -34,18 +36,18 @@ def load(settings: Settings) -> Problem:
     train, valid = _tables(settings.data, settings)
     task = settings.task or ("causal-lm" if train.labels is None else "classification")
     title = f"{settings.model} on {train.source} ({task})"
-    if task == "causal-lm":
-        model, tokenizer = models.load_causal(settings.model, settings)
+    labels = _check_labels(train, valid) if task == "classification" else None
+    names = () if labels is None else models.classes_of(settings.model, labels)
+    base = Base(False, task, names, settings.dtype, settings.seed)
+    model, tokenizer = models.load(settings.model, base)
+    length = _length(settings, model, tokenizer)
+    if labels is None:
         objective: Objective = NextToken(tokenizer.pad_token_id)
-        length = _length(settings, model, tokenizer)
         parts = [_predictable(tokenize(tokenizer, part, length), part) for part in (train, valid)]
     else:
-        labels = _check_labels(train, valid)
-        model, tokenizer, classes = models.load_classifier(settings.model, labels, settings)
         objective = Classification(tokenizer.pad_token_id)
-        length = _length(settings, model, tokenizer)
-        parts = [tokenize(tokenizer, part, length, classes) for part in (train, valid)]
-    return Problem(title, model, tokenizer, objective, parts[0], parts[1])
+        parts = [tokenize(tokenizer, part, length, names) for part in (train, valid)]
+    return Problem(title, base, model, tokenizer, objective, parts[0], parts[1])
 
 
 def _tables(source: str, settings: Settings) -> tuple[Table, Table]:
@@ -84,7 +86,7 @@ def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
 
 
 def tokenize(
-    tokenizer: Any, table: Table, max_length: int, classes: dict[str, int] | None = None
+    tokenizer: Any, table: Table, max_length: int, classes: Sequence[str] | None = None
 ) -> tuple[Example, ...]:
     """Token ids once for the whole run, cut at ``max_length``, with the index of each label's class."""
     rows: Sequence[list[int]] = tokenizer(list(table.texts), truncation=True, max_length=max_length)[
@@ -92,8 +94,9 @@ def tokenize(
     ]
     if classes is None or table.labels is None:
         return tuple(Example(tuple(row)) for row in rows)
+    indices = {name: index for index, name in enumerate(classes)}
     return tuple(
-        Example(tuple(row), classes[str(label)]) for row, label in zip(rows, table.labels, strict=True)
+        Example(tuple(row), indices[str(label)]) for row, label in zip(rows, table.labels, strict=True)
     )
 
 

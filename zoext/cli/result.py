@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from zoext.cli.run_folder import RunFolder
 
 def write_model(path: Path, problem: Problem) -> None:
     """Writes model and tokenizer into the folder ``path``, for from_pretrained of transformers."""
-    shutil.rmtree(path, ignore_errors=True)  # from before the run was resumed with more steps
-    with writing(path), quiet_transformers(), atomic.new_folder(path) as temporary:
+    # There is one if the run ended before, and was resumed with more steps.
+    with writing(path), quiet_transformers(), atomic.new_folder(path, replace=True) as temporary:
         problem.model.save_pretrained(temporary)
         problem.tokenizer.save_pretrained(temporary)
 
@@ -28,5 +27,6 @@ def report(records: Sequence[Record], folder: RunFolder) -> str:
     evaluations = [record for record in records if "valid_loss" in record]
     before, after = (Evaluation.of_record(record) for record in (evaluations[0], evaluations[-1]))
     return (
-        f"held-out, before: {before}\nheld-out, after:  {after}\nmodel: {folder.model}\ncurve: {folder.curve}"
+        f"held-out, before: {before}\nheld-out, after:  {after}\n"
+        f"model: {folder.model}\ncurve: {folder.curve}\ntrajectory: {folder.trajectory}"
     )

@@ -1,4 +1,4 @@
-"""The folder of ``zoext finetune``: its settings, metrics, checkpoints, curve and final model."""
+"""The folder of ``zoext finetune``: its settings, metrics, trajectory, checkpoints, curve and final model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ class RunFolder(OutputFolder[Settings]):
     """Paths below ``--out``."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "run.json", ("checkpoints", "model", "metrics.jsonl", "curve.png"))
-        self.checkpoints, self.model, self.metrics, self.curve = self._results
+        # In the order in which they are removed: no frames are left without their trajectory.
+        results = (
+            "checkpoints",
+            "model",
+            "metrics.jsonl",
+            "curve.png",
+            "trajectory.frames",
+            "trajectory.jsonl",
+        )
+        super().__init__(path, "run.json", results)
+        self.checkpoints, self.model, self.metrics, self.curve, self.frames, self.trajectory = self._results
 
     def _parse(self, record: Any) -> Settings:
         return stored_settings.parse(record, Settings, arguments.add_arguments)

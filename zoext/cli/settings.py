@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 TASKS = ("classification", "causal-lm")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 PROBES = ("auto", "streamed", "inplace")
+PRECISIONS = ("nearest", "stochastic", "residual")
+CHECKPOINTS = ("weights", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Settings(CommonSettings):
     optimizer: str = "mezo"
     options: dict[str, str] = field(default_factory=dict)
     steps: int = 1000
+    precision: str = "stochastic"
     seed: int = 0
     eval_every: int = 100
     checkpoint_every: int = 100
+    checkpoint: str = "weights"
+    record_frames: bool = False

@@ -30,9 +30,9 @@ def parse(
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser)
     given = [
-        f"--{name.replace('_', '-')}={_as_option(value)}"
+        _as_option(f"--{name.replace('_', '-')}", value)
         for name, value in record.items()
-        if value is not None and value != {}
+        if value is not None and value is not False and value != {}
     ]
     try:
         return kind(**vars(parser.parse_args(given)))
@@ -46,9 +46,11 @@ def _types_in_json(hint: Any) -> set[type]:
     return {list if alternative is tuple else alternative for alternative in plain}
 
 
-def _as_option(value: Any) -> str:
+def _as_option(option: str, value: Any) -> str:
+    if value is True:
+        return option
     if isinstance(value, list):
-        return ",".join(map(str, value))
+        value = ",".join(map(str, value))
     if isinstance(value, dict):
-        return ",".join(f"{name}={item}" for name, item in value.items())
-    return str(value)
+        value = ",".join(f"{name}={item}" for name, item in value.items())
+    return f"{option}={value}"

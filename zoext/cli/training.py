@@ -15,6 +15,7 @@ from zoext.cli.evaluation import Evaluation, evaluate
 from zoext.cli.interrupt import StopRequest
 from zoext.cli.problem import Problem
 from zoext.cli.progress import Progress
+from zoext.cli.recording import Recording
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
 
@@ -45,26 +46,34 @@ class Training:
         self.forwards = 0
         self._unread: list[tuple[dict[str, Any], Tensor]] = []
 
-    def resume(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Goes to where ``saved`` was written, or to the beginning, and drops the metrics of later steps."""
-        if saved is not None:
-            if not any("valid_loss" in record for record in metrics.read(self.folder.metrics)):
-                raise UserError(
-                    f"{self.folder.metrics}: lacks what was recorded before {saved.path.name}; "
-                    "start again with --overwrite"
-                )
-            saved.restore(self.problem.model, self.optimizer)
-            self.step, self.forwards = saved.step, saved.forwards
-        metrics.keep_until(self.folder.metrics, self.step if saved else -1)
+    def begin(self) -> Recording:
+        """Begins to record; nothing was done yet."""
+        return Recording.begin(self.folder, self.settings, self.optimizer, self.problem.base)
 
-    def run(self, stop: StopRequest, progress: Progress) -> None:
+    def resume(self, saved: checkpoint.Checkpoint | None) -> Recording:
+        """Goes to where ``saved`` was written, or to the beginning, and drops the records of later steps."""
+        if saved is None:
+            metrics.keep_until(self.folder.metrics, -1)
+            return self.begin()
+        if not any("valid_loss" in record for record in metrics.read(self.folder.metrics)):
+            raise UserError(
+                f"{self.folder.metrics}: lacks what was recorded before {saved.path.name}; "
+                "start again with --overwrite"
+            )
+        saved.restore(self.problem.model, self.optimizer, self.folder.trajectory)
+        self.step, self.forwards = saved.reached.step, saved.reached.forwards
+        metrics.keep_until(self.folder.metrics, self.step)
+        return Recording.resume(self.folder, self.optimizer)
+
+    def run(self, recording: Recording, stop: StopRequest, progress: Progress) -> None:
         """Trains until the last step or until ``stop`` is received; either way a checkpoint is there."""
         settings = self.settings
         started = time.monotonic()
         if self.step == 0 and not metrics.read(self.folder.metrics):
             self._evaluate(progress, "before")
         while self.step < settings.steps and not stop.received:
-            loss = self._one_step()
+            with recording.writing():
+                loss = self._one_step()
             progress.step(step.forwards_of(self.optimizer))
             record = {"step": self.step, "forwards": self.forwards, "seconds": time.monotonic() - started}
             self._unread.append((record, loss))
@@ -75,9 +84,9 @@ class Training:
             if evaluation_due:
                 self._evaluate(progress, f"step {self.step}")
             if checkpoint_due:
-                self._save()
+                self._save(recording)
         self._write_losses()
-        self._save()
+        self._save(recording)
 
     def _one_step(self) -> Tensor:
         try:
@@ -113,5 +122,11 @@ class Training:
         metrics.append(self.folder.metrics, [record])
         progress.evaluated(f"{when:>12}: held-out {result}")
 
-    def _save(self) -> None:
-        checkpoint.save(self.folder.checkpoints, self.step, self.forwards, self.problem.model, self.optimizer)
+    def _save(self, recording: Recording) -> None:
+        folder = self.folder.checkpoints
+        # The trajectory first: it must never be behind a checkpoint.
+        reached = checkpoint.Reached(self.step, self.forwards, recording.position())
+        if self.settings.checkpoint == "trajectory":
+            checkpoint.save_position(folder, reached)
+        else:
+            checkpoint.save(folder, reached, self.problem.model, self.optimizer)

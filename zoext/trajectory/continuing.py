@@ -12,13 +12,18 @@ from zoext.trajectory import frames, lines
 from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.header import Header, RecordedParameter
 from zoext.trajectory.reading import open_recording
+from zoext.trajectory.steps import Setting
 
 
 class End(NamedTuple):
-    """The end of a trajectory: the checksum of its last line, and the bytes of its side file, if any."""
+    """The end of a trajectory: what its next line depends on.
+
+    The checksum of its last line, the bytes of its side file, if any, and the setting of its last step.
+    """
 
     checksum: int
     frames: int | None
+    setting: Setting | None
 
 
 def begin(path: Path, header: Header) -> End:
@@ -37,7 +42,7 @@ def begin(path: Path, header: Header) -> End:
     atomic.write_text(path, line.decode())
     if header.frames:
         beside.touch()  # after the header: it is nobody's without one
-    return End(checksum, 0 if header.frames else None)
+    return End(checksum, 0 if header.frames else None, None)
 
 
 def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End:
@@ -53,6 +58,7 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
         raise TrajectoryError(f"{path}: was begun without frames; record to another path for frames=True")
     wanted = optimizer.param_groups[0]["step"]
     at, last, used = recording.header.step, recording.first, 0
+    setting = None
     while at < wanted:
         step, last = next(recording.rest, (None, last))
         if step is None:
@@ -60,7 +66,7 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
                 f"{path}: ends with step {at}, and the optimizer is at step {wanted}; go on from a "
                 "checkpoint of that step or an earlier one, or record to another path"
             )
-        at = step.number
+        at, setting = step.number, step.setting
         used = step.frame.offset + step.frame.length if step.frame else used
     if at > wanted:
         raise TrajectoryError(f"{path}: begins with step {at}, and the optimizer is at step {wanted}")
@@ -70,7 +76,7 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
             beside.touch()  # a run may have been killed before it did
         _shorten(beside, used)
     _shorten(path, last.end)
-    return End(last.checksum, used if recording.header.frames else None)
+    return End(last.checksum, used if recording.header.frames else None, setting)
 
 
 def _shorten(path: Path, size: int) -> None:

@@ -36,6 +36,7 @@ def read(path: Path, place: Place) -> Frame:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    document = _document(path, place)
     sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
     document = _document(path, place)
     try:

@@ -162,7 +162,7 @@ class _Chain:
         self._checksum = end.checksum
         self._offset = end.frames or 0
         self.has_frames = end.frames is not None
-        self._setting: Setting | None = None
+        self._setting = end.setting
 
     def piece(self, number: int, setting: Setting, fetch: Fetch) -> Piece:
         def make() -> tuple[bytes, ...]:

@@ -1,0 +1,119 @@
+"""Probes of weights in 16 bits: how much of a displacement they hold, and what the usual ones leave behind.
+
+    python benchmarks/probe_rounding.py --threads 1 --json probe_rounding.json
+
+A streamed probe displaces by ``+mu z`` and ``-mu z``, each rounded to nearest; half their difference is what
+a central difference sees. An element of AGZO's direction is smaller than one of MeZO's by the root of the
+layer's inputs, here 768. The usual loop adds mu z, -2 mu z and mu z, and leaves the rounding errors behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from precision import DTYPES, FIRST_SEED, UNITS, Moved, Share
+from torch import Tensor
+
+from zoext import noise, ops
+from zoext.benchmarking import arguments as options
+from zoext.benchmarking.dense_pass import usual_perturb
+from zoext.benchmarking.report import Report
+from zoext.benchmarking.timing import Spread, threads
+
+MU = 1e-3
+#: The mean and the deviation of weights: those of a matrix, and those of a norm.
+WEIGHTS = {"N(0, .02)": (0.0, 0.02), "N(1, .1)": (1.0, 0.1)}
+DISPLACEMENTS = {"mu 1e-3": MU, "mu 1e-2": 1e-2, "AGZO, mu 1e-3": MU / 768**0.5}
+
+
+def start(weights: str, elements: int, seed: int, dtype: torch.dtype) -> Tensor:
+    mean, deviation = WEIGHTS[weights]
+    return (noise.normal((elements,), seed=seed) * deviation + mean).to(dtype)
+
+
+def displaced(theta: Tensor, size: float, seed: int) -> Moved:
+    """Half of the difference between the weights of two probes."""
+    seeds, span = torch.tensor([seed]), [ops.span_of(theta)]
+    ends = []
+    for coefficient in (size, -size):
+        out = torch.empty_like(theta)
+        ops.noise_copy_([out], [theta], seeds, torch.tensor([coefficient]), [0], span)
+        ends.append(out.double())
+    wanted = noise.normal(theta.shape, seed=seed).double() * size
+    return Moved((ends[0] - ends[1]) / 2, wanted)
+
+
+def left_behind(theta: Tensor, rounds: int) -> tuple[float, float]:
+    """By so many rounds of the usual loop: which share of the elements, how much of their root mean square.
+
+    Both in percent.
+    """
+    own = theta.clone()
+    for number in range(rounds):
+        for factor in (1.0, -2.0, 1.0):
+            usual_perturb([own], number, factor, MU)
+    change = own.double() - theta.double()
+    return 100 * (change != 0).double().mean().item(), 100 * (change.norm() / theta.double().norm()).item()
+
+
+def add_displacements(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -> None:
+    for weights in WEIGHTS:
+        for name, size in DISPLACEMENTS.items():
+            shares = [
+                Share.of(displaced(start(weights, arguments.elements, seed, dtype), size, seed + 1))
+                for seed in seeds_of(arguments)
+            ]
+            for field, unit in UNITS.items():
+                values = Spread(tuple(getattr(share, field) for share in shares))
+                report.add(f"{name_of(dtype)}, {weights}, {name}: {field}", values, unit)
+
+
+def add_left_behind(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -> None:
+    for weights in WEIGHTS:
+        for rounds in (1, arguments.steps):
+            found = [
+                left_behind(start(weights, arguments.elements, seed, dtype), rounds)
+                for seed in seeds_of(arguments)
+            ]
+            label = f"{name_of(dtype)}, {weights}, usual loop, {rounds} rounds"
+            for name, values in zip(("changed", "drift"), zip(*found, strict=True), strict=True):
+                report.add(f"{label}: {name}", Spread(values), "%")
+
+
+def seeds_of(arguments: argparse.Namespace) -> list[int]:
+    return [FIRST_SEED + 1000 * number for number in range(arguments.repeats)]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--elements", type=options.positive, default=400_009, help="default: %(default)s")
+    parser.add_argument(
+        "--steps", type=options.positive, default=100, help="beside one; default: %(default)s"
+    )
+    parser.add_argument("--repeats", type=options.positive, default=3, help="seeds; default: %(default)s")
+    parser.add_argument("--threads", type=options.positive, default=torch.get_num_threads())
+    parser.add_argument(
+        "--json", type=options.writable, metavar="FILE", help="write the figures here as well"
+    )
+    arguments = parser.parse_args()
+    report = Report(
+        f"Probes of {arguments.elements / 1e6:.2f} million weights of 16 bits", options.settings_of(arguments)
+    )
+    with threads(arguments.threads), torch.random.fork_rng(devices=[]):
+        for dtype in DTYPES:
+            add_displacements(report, dtype, arguments)
+            add_left_behind(report, dtype, arguments)
+    report.note("changed: elements that are displaced, or are not what they were; cosine, length: as in")
+    report.note("precision.py; drift: of the root mean square of the weights.")
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Makes the weights of a recorded run again, bit for bit and without a forward pass.
+
+BASE is the model that the run began with: a folder or a name on the Hugging Face hub, as for zoext finetune
+--model, or demo (a folder of that name is ./demo). TRAJECTORY is trajectory.jsonl in the folder of a run, or
+what zoext.Trajectory recorded. With several, all of runs that began with BASE, their changes are added up.
+The device, the number of threads and the instruction set may be others than the run's.
+
+The folder DIR gets model and tokenizer, for from_pretrained of transformers, and replay.json, which says what
+was replayed. With --difference it gets difference.safetensors instead of a model: the tuned weights less
+those of BASE, in float32, of all parameters that moved. It is exact, but for elements whose tuned and base
+weights are of so different magnitudes that float32 must round; replay.json has their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import zoext
+from zoext.cli import base, demo, devices, difference, models, numbers
+from zoext.cli.base import Base
+from zoext.cli.errors import UserError, reading, require
+from zoext.cli.position import Position
+from zoext.cli.replay_folder import ReplayFolder
+from zoext.trajectory.header import Header
+from zoext.trajectory.reading import open_recording
+
+HELP = "base model and trajectory to tuned model, bit for bit"
+
+DEMO = "demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``zoext replay``."""
+    parser.add_argument("base", metavar="BASE", help="a folder, a name on the hub, or demo")
+    parser.add_argument("trajectories", metavar="TRAJECTORY", type=Path, nargs="+", help="what to replay")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--to-step", metavar="N", type=numbers.whole, help="stop after step N of the run (default: its last)"
+    )
+    parser.add_argument("--difference", action="store_true", help="write the change and not the model")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the replay in --out")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reads, checks and replays everything, then writes --out."""
+    require(("transformers", "safetensors"), "finetune")
+    if arguments.to_step is not None and len(arguments.trajectories) > 1:
+        raise UserError("--to-step: several trajectories are added up as a whole; give one, or leave it out")
+    with reading():
+        try:
+            return _run(arguments)
+        except ValueError as error:  # TrajectoryError among them
+            raise UserError(_in_terms_of_options(str(error))) from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    folder = ReplayFolder(arguments.out)
+    folder.check_free(arguments.overwrite)
+    folder.check_spares([Path(arguments.base), *arguments.trajectories])
+    device = devices.choose(arguments.device)
+    say = _Progress(arguments.quiet)
+    replayed = [_end(path, arguments.to_step) for path in arguments.trajectories]
+
+    say(f"loading {arguments.base}")
+    headers = [open_recording(path).header for path in arguments.trajectories]
+    model, tokenizer = _load(arguments.base, headers, arguments.trajectories)
+    model.to(device)
+    names = {parameter.name for header in headers for parameter in header.parameters}
+    before = difference.copies(model, names) if arguments.difference else {}
+    for end in replayed:
+        say(f"replaying {end.steps} steps of {end.path}")
+    zoext.replay(model, arguments.trajectories, to_step=arguments.to_step)
+
+    say(f"writing {folder.path}")
+    record = {"base": arguments.base, "trajectories": [end.record() for end in replayed]}
+    if arguments.difference:
+        folder.write_difference(difference.of(model, before), record)
+    else:
+        folder.write_model(model, tokenizer, record)
+    say("done")
+    return 0
+
+
+class _Progress:
+    """Lines on stderr, with the seconds since the first."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._began = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if not self._quiet:
+            print(f"{time.monotonic() - self._began:6.1f} s  {text}", file=sys.stderr)
+
+
+class _End(NamedTuple):
+    """Where the replay of a trajectory ends, and after how many steps of its own."""
+
+    path: Path
+    step: int
+    steps: int
+
+    def record(self) -> dict[str, Any]:
+        return {"path": str(self.path), "sha256": Position.of(self.path).sha256, "step": self.step}
+
+
+def _end(path: Path, to_step: int | None) -> _End:
+    recording = open_recording(path)
+    begin = recording.header.step
+    # All lines are read, and so checked, before BASE is loaded, which may take long.
+    end = sum(1 for _ in recording.rest) + begin if to_step is None else to_step
+    return _End(path, end, end - begin)
+
+
+def _load(name: str, headers: Sequence[Header], paths: Sequence[Path]) -> tuple[Any, Any | None]:
+    """The model that the runs began with and its tokenizer, built as the first run that says how did it.
+
+    Replaying checks that it has the weights that each of them began with.
+    """
+    known = [
+        (path, found)
+        for path, header in zip(paths, headers, strict=True)
+        if (found := base.of_notes(header.notes, str(path)))
+    ]
+    for path, found in known:
+        if found.demo != (name == DEMO):
+            wanted = "demo" if found.demo else "the model that its run began with"
+            raise UserError(f"BASE {name}: {path} is of another; give {wanted}")
+    if known:
+        chosen = known[0][1]
+        return demo.load_model(chosen) if chosen.demo else models.load(name, chosen)
+    dtype = headers[0].parameters[0].dtype.removeprefix("torch.")
+    if name == DEMO:
+        return demo.load_model(Base(True, "classification", demo.LABEL_WORDS, dtype, 0))
+    return models.load_own(name, getattr(torch, dtype))
+
+
+def _in_terms_of_options(error: str) -> str:
+    for of_python, of_command in (
+        ("to_step=", "--to-step "),
+        ("to_step", "--to-step"),
+        ("frames=True", "--record-frames"),
+    ):
+        error = error.replace(of_python, of_command)
+    return error
