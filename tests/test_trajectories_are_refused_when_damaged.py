@@ -266,6 +266,7 @@ HEADER = (
     "seed",
     "step",
     "frames",
+    "exact",
     "groups",
     "notes",
 )
@@ -276,6 +277,7 @@ HARMLESS = {
     "loss": [None, -1, 2**70, 1.5, 1e308],
     "spread": [None, -1, 2**70, 1.5, 1e308],
     "finite": [True],
+    "exact": [True],
     "frames": [True],  # found out at the first step
     "lr": [[-1], [2**70]],
     "mu": [[2**70]],

@@ -20,7 +20,7 @@ from zoext.losses import Closure, Losses
 from zoext.nonfinite import NonfiniteWatch
 from zoext.ops import Rounding
 from zoext.parameters import Parameters
-from zoext.precision import rounded, rounding_of, with_residuals
+from zoext.precision import check_state, rounded, rounding_of, with_residuals
 from zoext.profiling import Phase, record
 from zoext.randomness import RandomState
 from zoext.step_seeds import StepSeeds
@@ -172,6 +172,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     f"state_dict comes from precision={group['precision']!r}, this optimizer has "
                     f"{precision!r}; build it with the same"
                 )
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for tensor, name in zip(group["params"], saved["params"], strict=False):  # torch compares lengths
+                check_state(tensor, state_dict["state"].get(name, {}))
         # What torch loads as the state of a parameter gets its dtype, which residuals must not.
         super().load_state_dict({**state_dict, "state": {}})
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -38,6 +38,19 @@ def with_residuals(
     """The parameters with the residuals in ``state``, which gets zeros where it has none yet."""
     residuals = tuple(_residual_of(tensor, state) for tensor in parameters.tensors)
     return dataclasses.replace(parameters, rounding=Rounding.RESIDUAL, residuals=residuals)
+
+
+def check_state(tensor: Tensor, state: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless the residual in the state of a parameter, if any, fits it."""
+    residual = state.get(RESIDUAL)
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor) or residual.dtype != torch.int8 or residual.shape != tensor.shape:
+        kind = f"{residual.dtype} {list(residual.shape)}" if isinstance(residual, Tensor) else repr(residual)
+        raise ValueError(
+            f"state_dict has the residual {kind} for a parameter of shape {list(tensor.shape)}, which takes "
+            "int8 of that shape; load the state of the same model"
+        )
 
 
 def _residual_of(tensor: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ class Probe(ABC):
 
     Both probes clear autocast's cache, which keeps casts of weights and sees neither kind of change.
     """
+
+    #: Whether theta is restored bit for bit, so that a run can be replayed without its probes.
+    is_exact: ClassVar[bool] = True
 
     @abstractmethod
     def session(self) -> AbstractContextManager[Evaluate]:
@@ -62,6 +65,8 @@ class InplaceProbe(Probe):
     Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the
     error grows with every step, so prefer ``StreamedProbe`` where there is a module.
     """
+
+    is_exact = False
 
     @contextmanager
     def session(self) -> Iterator[Evaluate]:

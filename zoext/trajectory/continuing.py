@@ -90,7 +90,7 @@ def _shorten(path: Path, size: int) -> None:
 
 def _check_same_run(path: Path, header: Header, optimizer: ZerothOrderOptimizer) -> None:
     ours = Header.of(optimizer, header.frames, {}, digests=False)
-    for name in ("recipe", "precision", "seed"):
+    for name in ("recipe", "precision", "seed", "exact"):
         if getattr(header, name) != getattr(ours, name):
             raise TrajectoryError(
                 f"{path}: is of another run: its {name} is {getattr(header, name)}, and the optimizer has "

@@ -47,7 +47,8 @@ class RecordedParameter:
 class Header:
     """What is known before the first step.
 
-    ``notes`` is plain data of whoever recorded the run; zoext does not read it.
+    ``exact`` tells whether the probes of the run left the weights as they were, bit for bit, so that a replay
+    can have those of the run. ``notes`` is plain data of whoever recorded the run; zoext does not read it.
     """
 
     recipe: Mapping[str, Mapping[str, Any]]
@@ -55,6 +56,7 @@ class Header:
     seed: int
     step: int
     frames: bool
+    exact: bool
     groups: tuple[tuple[RecordedParameter, ...], ...]
     notes: Mapping[str, Any]
 
@@ -74,7 +76,16 @@ class Header:
             for group in named_groups(optimizer)
         )
         seed = noise.signed(first["seed"]) % 2**64
-        return cls(first["recipe"], first["precision"], seed, first["step"], frames, groups, notes)
+        return cls(
+            recipe=first["recipe"],
+            precision=first["precision"],
+            seed=seed,
+            step=first["step"],
+            frames=frames,
+            exact=optimizer._probe.is_exact,
+            groups=groups,
+            notes=notes,
+        )
 
     def record(self) -> dict[str, Any]:
         groups = [{"parameters": [vars(parameter) for parameter in group]} for group in self.groups]
@@ -88,6 +99,7 @@ class Header:
             "seed": f"{self.seed:016x}",
             "step": self.step,
             "frames": self.frames,
+            "exact": self.exact,
             "groups": groups,
             "notes": self.notes,
         }
@@ -123,6 +135,7 @@ def parse(record: Any, where: str) -> Header:
         seed=hexadecimal(fields, "seed"),
         step=fields.integer("step", 0),
         frames=fields.flag("frames"),
+        exact=fields.flag("exact"),
         groups=groups,
         notes=fields.mapping("notes"),
     )

@@ -43,6 +43,10 @@ class Trajectory:
         resume: go on with the file at ``path``, from the step that the optimizer is at; later lines are
             removed. It must be of the same recipe and parameters.
 
+    Warns:
+        UserWarning: for a run that cannot be replayed, or not to the bit: one of AGZO without ``frames``, and
+            one with probes in place.
+
     Raises:
         FileExistsError: if ``path`` exists, without ``resume``.
         ValueError: for an optimizer that is in the middle of what it remembers.
@@ -69,6 +73,13 @@ class Trajectory:
             warnings.warn(
                 "the bases of AGZO come from data and not from seeds: this trajectory cannot be replayed. "
                 "Record them with frames=True",
+                stacklevel=2,
+            )
+        if not optimizer._probe.is_exact and not resume:
+            warnings.warn(
+                "probe='inplace' restores the weights to rounding only, which no trajectory tells of: a "
+                "replay will be near the run, but not equal to it. Pass the module as params, or "
+                "probe=StreamedProbe(module)",
                 stacklevel=2,
             )
         if resume:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -42,6 +44,9 @@ def replay(
             up: each is replayed on what the one before left.
         to_step: the step of the run to stop after; by default the last that is recorded.
 
+    Warns:
+        UserWarning: for a run with probes in place, to which the replay is near but not equal.
+
     Returns:
         The optimizer of the (last) trajectory, where that run had it: training can go on with it.
 
@@ -56,6 +61,13 @@ def replay(
         raise ValueError("path: several trajectories are replayed whole, at least one, and on a module")
     replays = [_Replay(target, each, to_step) for each in paths]
     for each in replays:
+        if not each.is_exact:
+            warnings.warn(
+                f"{each.path}: the probes of this run changed the weights in place and took that back to "
+                "rounding, which no line tells of: the replay is near the run, but not equal to it",
+                stacklevel=2,
+            )
+    for each in replays:
         each.run()
     return replays[-1].optimizer
 
@@ -66,7 +78,8 @@ class _Replay:
     def __init__(self, target: nn.Module | ZerothOrderOptimizer, path: Path, to_step: int | None) -> None:
         recording = open_recording(path)
         header = recording.header
-        self._path = path
+        self.path = path
+        self.is_exact = header.exact
         self._steps = _steps_until(recording, to_step)
         self._drawn: tuple[int, Frame] | None = None
         if isinstance(target, ZerothOrderOptimizer):
@@ -91,6 +104,7 @@ class _Replay:
 
     def run(self) -> None:
         optimizer = self.optimizer
+        optimizer._pending.clear()  # estimates at weights that there will not be any more
         groups = [group["params"] for group in optimizer.param_groups]
         with torch.inference_mode(False), torch.no_grad():
             for setting, steps in groupby(self._steps, key=lambda step: step.setting):
@@ -135,7 +149,7 @@ class _Replay:
     def _frame(self, step: RecordedStep) -> Frame:
         optimizer = self.optimizer
         if step.frame is not None:
-            frame = frames.read(frames.path_beside(self._path), step.frame)
+            frame = frames.read(frames.path_beside(self.path), step.frame)
             return Frame(left=_moved(frame.left, self._device), right=_moved(frame.right, self._device))
         first = optimizer.param_groups[0]
         origin = optimizer._axes.direction.origin(step.number - 1)
@@ -147,13 +161,13 @@ class _Replay:
     def _check_frames(self, has_frames: bool) -> None:
         if not has_frames:
             raise TrajectoryError(
-                f"{self._path}: was recorded without the bases of AGZO, which come from data and not from "
+                f"{self.path}: was recorded without the bases of AGZO, which come from data and not from "
                 "seeds, so it cannot be replayed; record the run with frames=True"
             )
         if not self.optimizer._axes.direction.watches:
-            raise TrajectoryError(f"{self._path}: line 1: frames must be false for a direction without bases")
+            raise TrajectoryError(f"{self.path}: line 1: frames must be false for a direction without bases")
         tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-        beside = frames.path_beside(self._path)
+        beside = frames.path_beside(self.path)
         kinds: dict[int, tuple[int, torch.Size]] = {}  # the side of a factor, and its shape
         for step in self._steps:
             assert step.frame is not None
@@ -192,7 +206,7 @@ def _steps_until(recording: Recording, to_step: int | None) -> list[RecordedStep
     path, begin = recording.path, recording.header.step
     if to_step is not None and to_step < begin:
         raise ValueError(f"to_step must be at least {begin}, with which {path} begins, not {to_step}")
-    rest = recording.rest if to_step is None else islice(recording.rest, to_step - begin)
+    rest = recording.rest if to_step is None else islice(recording.rest, min(to_step - begin, sys.maxsize))
     steps = [step for step, _ in rest]
     end = begin + len(steps)
     if to_step is not None and end < to_step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -48,13 +49,9 @@ class BackgroundWriter:
         """Raises the error at which writing ended, if it ends there again. Waits only after an error.
 
         Raises:
-            RuntimeError: in a process that was forked: the thread is not in it.
+            RuntimeError: in a fork of the process: the thread is not in it.
         """
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"{self._tail.name} is written by process {self._process}, of which this one is a fork; "
-                "take steps there, or close() the trajectory here"
-            )
+        self._check_process()
         if self._tail.error is not None:
             self.flush()
 
@@ -63,7 +60,9 @@ class BackgroundWriter:
 
         Raises:
             OSError: if the system refused to write it.
+            RuntimeError: in a fork of the process.
         """
+        self._check_process()
         self._tail.flush()
         self._raise()
 
@@ -72,6 +71,13 @@ class BackgroundWriter:
         self._finish()
         if os.getpid() == self._process:
             self._raise()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self._tail.name} is written by process {self._process}, of which this one is a fork; "
+                "take steps there, or close() the trajectory here"
+            )
 
     def _raise(self) -> None:
         if self._tail.error is not None:
@@ -95,6 +101,7 @@ class _Tail:
         self._sizes = [os.fstat(file).st_size for file in self._files]  # of what is whole
         self._changed = threading.Condition()
         self._waiting: deque[Piece] = deque()
+        self._torn = [False for _ in paths]  # whether a part of what was refused is still there
         self._unwritten = [bytearray() for _ in paths]
         self._put = self._made = self._done = self._tries = 0
         self._hurry = 0  # how many pieces somebody waits for
@@ -165,25 +172,34 @@ class _Tail:
                 self._waiting.popleft()
                 self._made += 1
             for i, unwritten in enumerate(self._unwritten):
-                _write(self._files[i], self._paths[i], self._sizes[i], bytes(unwritten))
-                self._sizes[i] += len(unwritten)
-                unwritten.clear()
+                if unwritten:
+                    self._append(i, bytes(unwritten))
+                    self._sizes[i] += len(unwritten)
+                    unwritten.clear()
         except BaseException as error:
             return error
         return None
 
+    def _append(self, i: int, data: bytes) -> None:
+        """Appends ``data`` to a file, all of it or nothing."""
+        file, size = self._files[i], self._sizes[i]
+        try:
+            if self._torn[i]:
+                self._cut(i)
+            if os.fstat(file).st_size != size:
+                raise OSError(errno.EBUSY, "somebody else writes to this file too")
+            self._torn[i] = True
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+            os.fsync(file)
+            self._torn[i] = False
+        except OSError as error:
+            if self._torn[i]:
+                with suppress(OSError):
+                    self._cut(i)
+            raise OSError(error.errno, error.strerror, str(self._paths[i])) from None
 
-def _write(file: int, path: Path, size: int, data: bytes) -> None:
-    """Appends ``data`` to a file of ``size`` bytes, all of it or nothing."""
-    if not data:
-        return
-    try:
-        os.ftruncate(file, size)  # where the last try could not
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    except OSError as error:
-        with suppress(OSError):
-            os.ftruncate(file, size)  # whole lines only; to shorten a file needs no room
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    def _cut(self, i: int) -> None:
+        os.ftruncate(self._files[i], self._sizes[i])  # whole lines only; to shorten a file needs no room
+        self._torn[i] = False
