@@ -24,7 +24,8 @@ from zoext.benchmarking.timing import Spread, threads
 MU = 1e-3
 #: The mean and the deviation of weights: those of a matrix, and those of a norm.
 WEIGHTS = {"N(0, .02)": (0.0, 0.02), "N(1, .1)": (1.0, 0.1)}
-DISPLACEMENTS = {"mu 1e-3": MU, "mu 1e-2": 1e-2, "AGZO, mu 1e-3": MU / 768**0.5}
+DISPLACEMENTS = {"mu 1e-3": MU, "mu 1e-2": 10 * MU}
+OF_MATRICES = {f"AGZO, {name}": size / 768**0.5 for name, size in DISPLACEMENTS.items()}
 
 
 def start(weights: str, elements: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -58,8 +59,8 @@ def left_behind(theta: Tensor, rounds: int) -> tuple[float, float]:
 
 
 def add_displacements(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -> None:
-    for weights in WEIGHTS:
-        for name, size in DISPLACEMENTS.items():
+    for weights, (mean, _) in WEIGHTS.items():
+        for name, size in (DISPLACEMENTS | ({} if mean else OF_MATRICES)).items():
             shares = [
                 Share.of(displaced(start(weights, arguments.elements, seed, dtype), size, seed + 1))
                 for seed in seeds_of(arguments)
