@@ -36,7 +36,6 @@ def read(path: Path, place: Place) -> Frame:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    document = _document(path, place)
     sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
     document = _document(path, place)
     try:
