@@ -187,6 +187,16 @@ def test_an_agzo_run_without_its_bases(command: Command) -> None:
     assert "--record-frames" in error
 
 
+def test_probes_in_place_are_said_to_be_inexact(command: Command) -> None:
+    arguments = [part for part in command.arguments("--probe=inplace") if part != "--quiet"]
+    assert main(arguments) == 0
+    said = command.capsys.readouterr()
+    assert said.out.count("the trajectory cannot be replayed") == 1
+    assert "Warning" not in said.err
+    error = command.is_refused("--probe=inplace", "--checkpoint=trajectory", f"--out={command.folder / 'b'}")
+    assert "--probe streamed" in error
+
+
 def test_frames_that_are_missing(command: Command) -> None:
     command.works("--optimizer=agzo", "--record-frames")
     (command.out / "trajectory.frames").unlink()

@@ -25,7 +25,7 @@ from zoext.cli.loading import load
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.cli.output_folder import fingerprint
 from zoext.cli.progress import Progress
-from zoext.cli.recording import Recording, check, needs_frames
+from zoext.cli.recording import Recording, check, obstacle
 from zoext.cli.resolving import Request
 from zoext.cli.result import report, write_model
 from zoext.cli.run_folder import RunFolder
@@ -109,8 +109,5 @@ def _introduce(training: Training) -> None:
         f"{settings.optimizer}: lr {settings.lr:g}, mu {settings.mu:g}, batch {settings.batch_size}, "
         f"seed {settings.seed}; everything goes to {training.folder.path}"
     )
-    if needs_frames(training.optimizer) and not settings.record_frames:
-        print(
-            "the trajectory cannot be replayed: the bases of AGZO come from data and not from seeds; "
-            "--record-frames keeps them"
-        )
+    if (reason := obstacle(settings, training.optimizer)) is not None:
+        print(f"the trajectory cannot be replayed: {reason}")

@@ -18,18 +18,21 @@ from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
 
 
-def needs_frames(optimizer: ZerothOrderOptimizer) -> bool:
-    """Whether its directions come from data, so that seeds are not enough to replay what it does."""
-    return Axes.from_recipe(optimizer.param_groups[0]["recipe"]).direction.watches
+def obstacle(settings: Settings, optimizer: ZerothOrderOptimizer) -> str | None:
+    """Why the trajectory of a run cannot be replayed to its bits, and what would help; None if it can."""
+    if not optimizer._probe.is_exact:
+        return "probes in place restore weights to rounding only; --probe streamed restores them to the bit"
+    needs_frames = Axes.from_recipe(optimizer.param_groups[0]["recipe"]).direction.watches
+    if needs_frames and not settings.record_frames:
+        return "the bases of AGZO come from data and not from seeds; --record-frames keeps them"
+    return None
 
 
 def check(settings: Settings, optimizer: ZerothOrderOptimizer) -> None:
     """Raises a UserError for checkpoints that could not be replayed."""
-    if settings.checkpoint == "trajectory" and needs_frames(optimizer) and not settings.record_frames:
-        raise UserError(
-            f"--checkpoint trajectory: what {settings.optimizer} does cannot be replayed without the bases "
-            "that it takes from data; give --record-frames, or --checkpoint weights"
-        )
+    reason = obstacle(settings, optimizer)
+    if settings.checkpoint == "trajectory" and reason is not None:
+        raise UserError(f"--checkpoint trajectory: {reason}; or give --checkpoint weights")
 
 
 class Recording:
