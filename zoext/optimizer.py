@@ -112,6 +112,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._frame: Frame | None = None
         self._frame_finite: Tensor | None = None
         self._estimating = False
+        self._is_torn = False
         self.last_estimate: Estimate | None = None
         self.recorder: Recorder | None = None
         given: Any = list(params.named_parameters()) if isinstance(params, nn.Module) else params
@@ -184,6 +185,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self._pending.clear()
+        self._is_torn = False
 
     def _check_not_recorded(self, what: str) -> None:
         if self.recorder is not None:
@@ -194,7 +196,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
-        kept = ("_axes", "_watch", "_module", "_probe", "_defaults", "_rounding", "_mus", "_estimating")
+        kept = (
+            "_axes",
+            "_watch",
+            "_module",
+            "_probe",
+            "_defaults",
+            "_rounding",
+            "_mus",
+            "_estimating",
+            "_is_torn",
+        )
         fresh: dict[str, Any] = {
             "_pending": [],
             "_seeds": None,
@@ -203,7 +215,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "_frame_finite": None,
             "recorder": None,
         }
-        own = {name: self.__dict__[name] for name in (*kept, "last_estimate")}
+        own = {name: self.__dict__[name] for name in (*kept, "_is_torn", "last_estimate")}
         return {**super().__getstate__(), **fresh, **own}
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -296,6 +308,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._estimating = False
 
     def _estimate(self, closure: Closure) -> Estimate:
+        self._check_whole()
         self._watch.check()
         if self.recorder is not None:
             self.recorder.check()
@@ -391,9 +404,29 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Several steps at once leave the same bits as one call for each, in one pass over theta.
         """
-        for position, group in enumerate(self.param_groups):
-            group["update_state"] = self._update(position, group["update_state"], steps)
+        self._check_whole()
+        before = self._versions()
+        try:
+            states = [
+                self._update(position, group["update_state"], steps)
+                for position, group in enumerate(self.param_groups)
+            ]
+        except BaseException:
+            self._is_torn = self._versions() != before
+            raise
+        for group, state in zip(self.param_groups, states, strict=True):
+            group["update_state"] = state
         self._count(steps)
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for group in self._groups for tensor in group.tensors]
+
+    def _check_whole(self) -> None:
+        if self._is_torn:
+            raise RuntimeError(
+                "an update raised when it had moved some of the parameters, so theta is between two steps; "
+                "load the weights and the state_dict of a checkpoint, or replay the trajectory on the base"
+            )
 
     def _update(self, position: int, state: State, steps: Sequence[TakenStep]) -> State:
         """Moves the group at ``position`` and returns its new state."""
