@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoext import interrupts, noise
 from zoext.directions import Frame, Step
-from zoext.directions.factored import matrix_shape
+from zoext.directions.factored import Factored, matrix_shape
 from zoext.estimators import Estimate
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.taken_step import GroupOptions, TakenStep
@@ -23,7 +23,8 @@ from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.reading import Recording, open_recording
 from zoext.trajectory.steps import RecordedStep, Setting
 
-AT_ONCE = 16  # steps in one pass over the weights
+#: Steps in one pass over the weights, and where each has factors in memory.
+AT_ONCE, AT_ONCE_FACTORED = 64, 16
 
 StrPath = str | os.PathLike[str]
 
@@ -106,12 +107,13 @@ class _Replay:
         optimizer = self.optimizer
         optimizer._pending.clear()  # estimates at weights that there will not be any more
         groups = [group["params"] for group in optimizer.param_groups]
+        at_once = AT_ONCE_FACTORED if isinstance(optimizer._axes.direction, Factored) else AT_ONCE
         with torch.inference_mode(False), torch.no_grad():
             for setting, steps in groupby(self._steps, key=lambda step: step.setting):
                 matching.let_move(groups, setting.moves)
                 optimizer._current_groups()
                 self._drawn = None
-                while some := list(islice(steps, AT_ONCE)):
+                while some := list(islice(steps, at_once)):
                     with interrupts.deferred():
                         optimizer.take(self._taken(some))
         if self._steps:
