@@ -127,17 +127,15 @@ def unit_counts(instructions: Sequence[str]) -> Counter[str]:
 
 
 def whole_loop(kernel: Kernel) -> Loop | None:
-    """The loop over the shares of a whole chunk: that which writes 16 bytes at a time and nothing less.
-    Of several the one that makes most of the noise."""
+    """The loop over the shares of a whole chunk: that which writes 16 bytes at a time and nothing less, but
+    for 8 residuals of 8 weights in 16 bits. Of several the one that makes most of the noise."""
+    widths = r"128|64" if re.search(r"BFloat16|Half", kernel.name) else r"128"
 
-    def writes(loop: Loop) -> list[str]:
-        return [line for line in kernel.code(loop) if line.startswith("STG")]
+    def writes_at_once(loop: Loop) -> bool:
+        writes = [line for line in kernel.code(loop) if line.startswith("STG")]
+        return bool(writes) and all(re.match(rf"STG\S*\.({widths})\b", line) for line in writes)
 
-    candidates = [
-        loop
-        for loop in kernel.loops()
-        if writes(loop) and all(".128" in instruction for instruction in writes(loop))
-    ]
+    candidates = [loop for loop in kernel.loops() if writes_at_once(loop)]
     return max(candidates, key=lambda loop: loop.latch - loop.head, default=None)
 
 
@@ -150,8 +148,8 @@ def budget(kernel: Kernel) -> Budget | None:
     once = kernel.shortest_round(loop, _stops(kernel, loop, noise))
     term = kernel.shortest_round(noise, [kernel.find(noise, ROOT)]) if noise else None
     accesses = [line for line in once if re.match(r"(LDG|STG)\S*(?<!CONSTANT) ", line)]
-    written = sum(line.startswith("STG") for line in once) * 16
-    elements = written // storage_of(kernel.name)
+    weights = [line for line in once if re.match(r"STG\S*\.128", line)]
+    elements = len(weights) * 16 // storage_of(kernel.name)
     return Budget(
         kernel.architecture,
         kernel.name,
