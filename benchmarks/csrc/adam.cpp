@@ -13,12 +13,12 @@ void register_window(int64_t window) {
                    const std::vector<cpu::Step> steps = some_window(terms);
                    const cpu::DenseDirection direction(set, Distribution::normal);
                    float minus_lr = -1e-3f;
-                   time_pass<Storage>(state, where, [&](Storage* theta) {
-                     displace_piece(set, theta, std::nullopt,
-                                    [&](const cpu::Tile& tile, cpu::Upcoming upcoming, auto* change) {
-                                      cpu::write_step(set, direction, steps.data(), window, minus_lr, 1e-8f, tile,
-                                                      key, upcoming, change);
-                                    });
+                   time_pass<Storage>(state, where, Rounding::nearest, [&](const Piece<Storage>& piece) {
+                     for_each_weight_tile(set, piece, cpu::tile_elements, [&](auto& weights) {
+                       cpu::write_step(set, direction, steps.data(), window, minus_lr, 1e-8f, weights.tile(), key,
+                                       weights.take_upcoming(), weights.change());
+                       weights.move({0.0f, std::nullopt});
+                     });
                      minus_lr = -minus_lr;  // there and back
                    });
                  });

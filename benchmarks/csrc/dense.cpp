@@ -10,14 +10,15 @@ void register_axpy(const std::string& name, Distribution distribution, Rounding 
   for_each_place(name + "/" + dtype<Storage> + "/K:" + std::to_string(terms_count),
                  [=](benchmark::State& state, Where where, const cpu::InstructionSet& set) {
                    std::vector<cpu::Term> terms = some_terms(terms_count);
-                   std::optional<uint64_t> rounding_seed;
-                   if (rounding == Rounding::stochastic) rounding_seed = terms[0].seed;
+                   cpu::Ending ending{0.0f, std::nullopt};
+                   if (rounding == Rounding::stochastic) ending.rounding_seed = terms[0].seed;
                    const cpu::DenseDirection direction(set, distribution);
-                   time_pass<Storage>(state, where, [&](Storage* theta) {
-                     displace_piece(set, theta, rounding_seed,
-                                    [&](const cpu::Tile& tile, cpu::Upcoming upcoming, auto* change) {
-                                      direction.combine(terms.data(), terms_count, tile, key, upcoming, change);
-                                    });
+                   time_pass<Storage>(state, where, rounding, [&](const Piece<Storage>& piece) {
+                     for_each_weight_tile(set, piece, cpu::tile_elements, [&](auto& weights) {
+                       direction.combine(terms.data(), terms_count, weights.tile(), key, weights.take_upcoming(),
+                                         weights.change());
+                       weights.move(ending);
+                     });
                      // There and back: the weights stay of one size however long it takes.
                      for (cpu::Term& term : terms) term.coefficient = -term.coefficient;
                    });
@@ -29,8 +30,10 @@ void register_dtype() {
   for (const int64_t terms : {1, 4})
     register_axpy<Storage>("dense/axpy", Distribution::normal, Rounding::nearest, terms);
   register_axpy<Storage>("dense/signs", Distribution::sign, Rounding::nearest, 1);
-  if constexpr (can_round<Storage>)
+  if constexpr (can_round<Storage>) {
     register_axpy<Storage>("dense/stochastic", Distribution::normal, Rounding::stochastic, 1);
+    register_axpy<Storage>("dense/residual", Distribution::normal, Rounding::residual, 1);
+  }
 }
 
 }  // namespace

@@ -37,12 +37,13 @@ void register_axpy(int64_t rank) {
                  [=](benchmark::State& state, Where where, const cpu::InstructionSet& set) {
                    std::vector<cpu::Term> terms = some_terms(1);
                    const SomeFactors some(set, Weights<Storage>::count() / columns, rank, 1);
-                   time_pass<Storage>(state, where, [&](Storage* theta) {
-                     displace_piece(set, theta, std::nullopt,
-                                    [&](const cpu::Tile& tile, cpu::Upcoming upcoming, auto* change) {
-                                      loops<Storage>(set).combine(some.factors(), terms.data(), 1, tile.local,
-                                                                  tile.count, change, upcoming);
-                                    });
+                   time_pass<Storage>(state, where, Rounding::nearest, [&](const Piece<Storage>& piece) {
+                     for_each_weight_tile(set, piece, cpu::tile_elements, [&](auto& weights) {
+                       const cpu::Tile& tile = weights.tile();
+                       loops<Storage>(set).combine(some.factors(), terms.data(), 1, tile.local, tile.count,
+                                                   weights.change() + tile.lead(), weights.take_upcoming());
+                       weights.move({0.0f, std::nullopt});
+                     });
                      terms[0].coefficient = -terms[0].coefficient;  // there and back
                    });
                  });
@@ -57,12 +58,14 @@ void register_adam(int64_t rank) {
                    const std::vector<cpu::Step> steps = some_window(terms);
                    const SomeFactors some(set, Weights<Storage>::count() / columns, rank, window);
                    float minus_lr = -1e-3f;
-                   time_pass<Storage>(state, where, [&](Storage* theta) {
-                     displace_piece(set, theta, std::nullopt,
-                                    [&](const cpu::Tile& tile, cpu::Upcoming upcoming, auto* change) {
-                                      loops<Storage>(set).step(some.factors(), steps.data(), window, minus_lr,
-                                                               1e-8f, tile.local, tile.count, change, upcoming);
-                                    });
+                   time_pass<Storage>(state, where, Rounding::nearest, [&](const Piece<Storage>& piece) {
+                     for_each_weight_tile(set, piece, cpu::tile_elements, [&](auto& weights) {
+                       const cpu::Tile& tile = weights.tile();
+                       loops<Storage>(set).step(some.factors(), steps.data(), window, minus_lr, 1e-8f, tile.local,
+                                                tile.count, weights.change() + tile.lead(),
+                                                weights.take_upcoming());
+                       weights.move({0.0f, std::nullopt});
+                     });
                      minus_lr = -minus_lr;  // there and back
                    });
                  });

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/displace_tile.h"
+#include "cpu/weight_tile.h"
 #include "weights.h"
 
 namespace zoext::benchmarks {
@@ -62,17 +62,19 @@ inline std::vector<cpu::Step> some_window(const std::vector<cpu::Term>& terms) {
   std::vector<cpu::Step> steps;
   for (size_t h = 0; h < terms.size(); ++h) {
     const auto lag = static_cast<float>(terms.size() - 1 - h);
-    steps.push_back({0.3f * std::pow(0.7f, lag), 0.1f * std::pow(0.9f, lag), &terms[h], 1});
+    steps.push_back(
+        {static_cast<int64_t>(h), 0.3f * std::pow(0.7f, lag), 0.1f * std::pow(0.9f, lag), &terms[h], 1});
   }
   return steps;
 }
 
-// Whether work(theta) moves most elements of a piece, and leaves all of them finite.
+// Whether a pass moves most elements of a piece, and leaves all of them finite.
 template <class Storage, class Work>
-bool moves(Storage* theta, Work& work) {
+bool moves(const Piece<Storage>& piece, Work& work) {
   const int64_t count = Weights<Storage>::count();
+  const Storage* const theta = piece.theta;
   const std::vector<Storage> before(theta, theta + count);
-  work(theta);
+  work(piece);
   int64_t moved = 0, finite = 0;
   for (int64_t i = 0; i < count; ++i) {
     moved += std::memcmp(&theta[i], &before[i], sizeof(Storage)) != 0;
@@ -81,10 +83,11 @@ bool moves(Storage* theta, Work& work) {
   return moved > count / 2 && finite == count;
 }
 
-// Times work(theta), a pass that reads and writes a piece of weights once.
+// Times work(theta, residuals), a pass that reads and writes a piece of weights once. There are residuals
+// where `rounding` keeps them.
 template <class Storage, class Work>
-void time_pass(benchmark::State& state, Where where, Work work) {
-  Weights<Storage> weights(where);
+void time_pass(benchmark::State& state, Where where, Rounding rounding, Work work) {
+  Weights<Storage> weights(where, rounding);
   if (!moves(weights.next(), work)) throw std::logic_error("a pass leaves weights where they were, or not finite");
   for (auto _ : state) {
     work(weights.next());
@@ -92,17 +95,18 @@ void time_pass(benchmark::State& state, Where where, Work work) {
   }
   const int64_t elements = state.iterations() * Weights<Storage>::count();
   state.SetItemsProcessed(elements);
-  state.SetBytesProcessed(2 * elements * static_cast<int64_t>(sizeof(Storage)));
+  state.SetBytesProcessed(2 * elements * Weights<Storage>::bytes_per_element(rounding));
 }
 
-// theta += change over a piece, tile by tile as an operator does it on one thread.
-template <class Storage, class WriteChange>
-void displace_piece(const cpu::InstructionSet& set, Storage* theta, std::optional<uint64_t> rounding_seed,
-                    WriteChange write_change) {
+// f(weights) over a piece, tile by tile as an operator does it on one thread.
+template <class Storage, class F>
+void for_each_weight_tile(const cpu::InstructionSet& set, const Piece<Storage>& piece, int64_t longest, F f) {
   const int64_t count = Weights<Storage>::count();
-  cpu::for_each_tile(0, Span{0, count, count}, 0, count, [&](const cpu::Tile& tile) {
-    Storage* const weights = theta + tile.local;
-    cpu::displace_tile(set, tile, key, weights, weights, 0.0f, rounding_seed, write_change);
+  cpu::for_each_tile(0, Span{0, count, count}, 0, count, longest, [&](const cpu::Tile& tile) {
+    Storage* const theta = piece.theta + tile.local;
+    int8_t* const residuals = piece.residuals ? piece.residuals + tile.local : nullptr;
+    cpu::WeightTile<Storage> weights(set, tile, key, theta, theta, residuals);
+    f(weights);
   });
 }
 

@@ -40,11 +40,11 @@ void add_products(const cpu::InstructionSet& set, const Storage* piece, const fl
 
 template <class Storage>
 void rows(benchmark::State& state, Where where, const cpu::InstructionSet& set) {
-  Weights<Storage> activations(where);
+  Weights<Storage> activations(where, Rounding::nearest);
   const std::vector<float> vector = normals(set, columns);
   std::vector<float> sum(columns);
   for (auto _ : state) {
-    add_products(set, activations.next(), vector.data(), sum.data());
+    add_products(set, activations.next().theta, vector.data(), sum.data());
     benchmark::DoNotOptimize(sum.data());
     benchmark::ClobberMemory();
   }

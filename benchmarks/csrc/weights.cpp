@@ -6,6 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
+
+#include "core/normal.h"
 
 namespace zoext::benchmarks {
 namespace {
@@ -30,16 +33,25 @@ class Memory {
     if (kind_ == &kind) return;
     kind_ = &kind;
     Storage row[columns];
-    for (int64_t i = 0; i < columns; ++i)
-      row[i] = round_to_nearest<Storage>(0.01f + 0.03f * static_cast<float>(i) / columns);
+    for (int64_t i = 0; i < columns; i += 2) {
+      const Words<uint32_t> words = Field{3, 0, 0}.words(static_cast<uint64_t>(i));
+      float sine, cosine;
+      box_muller(words.w[0], words.w[1], sine, cosine);
+      row[i] = round_to_nearest<Storage>(0.02f * sine);
+      row[i + 1] = round_to_nearest<Storage>(0.02f * cosine);
+    }
     for (int64_t at = 0; at < bytes_; at += sizeof(row)) std::memcpy(begin_ + at, row, sizeof(row));
     at_ = 0;
   }
 
-  char* next() {
-    char* const piece = begin_ + at_;
+  // Those of the narrowest storage, two bytes an element: none of another pass, which may not fit its weights.
+  void hold_residuals() { residuals_.assign(static_cast<size_t>(bytes_ / 2), 0); }
+
+  template <class Storage>
+  Piece<Storage> next(bool has_residuals) {
+    const int64_t at = at_;
     at_ = (at_ + piece_bytes()) % bytes_;
-    return piece;
+    return {reinterpret_cast<Storage*>(begin_ + at), has_residuals ? residuals_.data() + at / 2 : nullptr};
   }
 
   explicit Memory(int64_t bytes)
@@ -50,6 +62,7 @@ class Memory {
  private:
   const int64_t bytes_;
   char* const begin_;
+  std::vector<int8_t> residuals_;
   const void* kind_ = nullptr;
   int64_t at_ = 0;
 };
@@ -76,13 +89,15 @@ int64_t memory_bytes() {
 }
 
 template <class Storage>
-Weights<Storage>::Weights(Where where) : where_(where) {
+Weights<Storage>::Weights(Where where, Rounding rounding)
+    : where_(where), has_residuals_(keeps_residuals(rounding)) {
   memory_of(where).hold<Storage>();
+  if (has_residuals_) memory_of(where).hold_residuals();
 }
 
 template <class Storage>
-Storage* Weights<Storage>::next() {
-  return reinterpret_cast<Storage*>(memory_of(where_).next());
+Piece<Storage> Weights<Storage>::next() {
+  return memory_of(where_).next<Storage>(has_residuals_);
 }
 
 template class Weights<float>;

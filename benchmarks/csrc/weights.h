@@ -17,19 +17,31 @@ int64_t piece_bytes();
 // until its turn comes again.
 int64_t memory_bytes();
 
-// Pieces of `Storage`, all filled with numbers of the size of weights: none zero, none subnormal.
+// A stretch of weights, and of residuals or null.
+template <class Storage>
+struct Piece {
+  Storage* theta;
+  int8_t* residuals;
+};
+
+// Pieces of `Storage`, all filled with normals of the size of weights, 0.02: none zero, a few of them subnormal
+// in float16.
 template <class Storage>
 class Weights {
  public:
   static int64_t count() { return piece_bytes() / static_cast<int64_t>(sizeof(Storage)); }
+  static int64_t bytes_per_element(Rounding rounding) { return sizeof(Storage) + keeps_residuals(rounding); }
 
-  explicit Weights(Where where);
+  Weights(Where where, Rounding rounding);
 
   // In the cache the same piece every time, in memory one after the other.
-  Storage* next();
+  Piece<Storage> next();
 
  private:
+  static bool keeps_residuals(Rounding rounding) { return can_round<Storage> && rounding == Rounding::residual; }
+
   const Where where_;
+  const bool has_residuals_;
 };
 
 }  // namespace zoext::benchmarks

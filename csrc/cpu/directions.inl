@@ -10,10 +10,10 @@ static_assert(tile_elements % tile_alignment == 0);
 
 // Calls f(words, offset) for every group of Philox blocks. The high word of the counter is constant
 // within a stretch, so that the compiler can take its share of the first rounds out of the loop.
-template <class F>
+template <int rounds, class F>
 inline __attribute__((always_inline)) void for_each_group(const Field& field, uint64_t block, int64_t blocks,
                                                           F f) {
-  const Keys keys{field.seed};
+  const Keys<rounds> keys{field.seed};
   for (int64_t done = 0; done < blocks;) {
     const uint64_t first = block + static_cast<uint64_t>(done);
     const int64_t until_carry = static_cast<int64_t>((uint64_t{1} << 32) - (first & 0xffffffffu));
@@ -21,7 +21,7 @@ inline __attribute__((always_inline)) void for_each_group(const Field& field, ui
     const Counters high(static_cast<uint32_t>(first >> 32)), key(field.key), stream(field.stream);
     const auto group = [&](int64_t i) __attribute__((always_inline)) {
       const Counters low = consecutive_blocks(static_cast<uint32_t>(first + static_cast<uint64_t>(i)));
-      return pair_up(philox4x32_10(Words<Counters>{{low, high, key, stream}}, keys));
+      return pair_up(philox4x32<rounds>(Words<Counters>{{low, high, key, stream}}, keys));
     };
     // One group ahead: the words of the next group fill the waits of what `f` does with this one.
     Pairs current = group(0);
@@ -36,8 +36,9 @@ inline __attribute__((always_inline)) void for_each_group(const Field& field, ui
   }
 }
 
+template <int rounds>
 void words(const Field& field, uint64_t block, int64_t blocks, uint32_t* out) {
-  for_each_group(field, block, blocks, [&](const Pairs& pairs, int64_t offset) {
+  for_each_group<rounds>(field, block, blocks, [&](const Pairs& pairs, int64_t offset) {
     Ints ordered[packs_per_group];
     in_order(pairs.first, pairs.second, ordered);
     for (int j = 0; j < packs_per_group; ++j) store(out + offset + j * lanes, ordered[j]);
@@ -54,7 +55,7 @@ inline __attribute__((always_inline)) void normals_of(const Pairs& pairs, Floats
 template <class F>
 inline __attribute__((always_inline)) void for_each_normals(const Field& field, uint64_t index, int64_t count,
                                                             Upcoming upcoming, F f) {
-  for_each_group(field, index / 4, count / 4, [&](const Pairs& pairs, int64_t offset) {
+  for_each_group<most_rounds>(field, index / 4, count / 4, [&](const Pairs& pairs, int64_t offset) {
     upcoming.prefetch(offset, words_per_group);
     Floats z[packs_per_group];
     normals_of(pairs, z);
@@ -71,7 +72,7 @@ inline __attribute__((always_inline)) void for_each_signs(const Field& field, ui
   const uint64_t first_block = index / signs_per_block / blocks_per_group * blocks_per_group;
   const uint64_t end_block = (index + static_cast<uint64_t>(count) + signs_per_block - 1) / signs_per_block;
   const uint64_t groups = (end_block - first_block + blocks_per_group - 1) / blocks_per_group;
-  words(field, first_block, static_cast<int64_t>(groups * blocks_per_group), bits);
+  words<most_rounds>(field, first_block, static_cast<int64_t>(groups * blocks_per_group), bits);
   const uint32_t* word = bits + (index - first_block * signs_per_block) / word_bits;
   for (int64_t i = 0; i < count; i += word_bits, ++word) {
     upcoming.prefetch(i, word_bits);

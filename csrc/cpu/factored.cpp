@@ -1,6 +1,6 @@
 // Combinations and Adam steps of directions given by their factors, on the CPU.
-#include "displace.h"
 #include "terms.h"
+#include "weight_tiles.h"
 
 namespace zoext::cpu {
 namespace {
@@ -23,31 +23,33 @@ std::vector<Factors> factors_of(const std::vector<Tensor>& left, const std::vect
   return all;
 }
 
-void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, const std::vector<Place>& places,
-              const std::vector<Factors>& factors, const std::vector<Term>& terms, float decay,
-              std::optional<uint64_t> rounding_seed) {
+void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta,
+              const std::vector<Tensor>& residuals, const std::vector<Place>& places,
+              const std::vector<Factors>& factors, const std::vector<Combination>& steps) {
   const InstructionSet& set = instruction_set();
-  displace(set, out, theta, places, decay, rounding_seed, [&](const Tile& tile, Upcoming upcoming, auto* change) {
-    using Number = std::remove_pointer_t<decltype(change)>;
-    set.arithmetic<Number>().factored.combine(factors[tile.tensor], terms.data(),
-                                              static_cast<int64_t>(terms.size()), tile.local, tile.count,
-                                              change + tile.lead(), upcoming);
+  for_each_weight_tile(set, out, theta, residuals, places, tile_elements, [&](auto& weights) {
+    using Number = typename std::decay_t<decltype(weights)>::Number;
+    const Tile& tile = weights.tile();
+    for (const Combination& step : steps) {
+      set.arithmetic<Number>().factored.combine(factors[tile.tensor], step.terms.data(),
+                                                static_cast<int64_t>(step.terms.size()), tile.local, tile.count,
+                                                weights.change() + tile.lead(), weights.take_upcoming());
+      weights.move(step.ending);
+    }
   });
 }
 
-void factored_axpy_(std::vector<Tensor> theta, std::vector<Tensor> left, std::vector<Tensor> right, Tensor seeds,
-                    Tensor coefficients, Tensor decay, std::vector<int64_t> keys, std::vector<int64_t> spans,
-                    int64_t rounding) {
+void factored_axpy_(std::vector<Tensor> theta, std::vector<Tensor> residuals, std::vector<Tensor> left,
+                    std::vector<Tensor> right, Tensor seeds, Tensor coefficients, Tensor decay,
+                    std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t rounding) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
-  const Rounding how = checked_rounding(rounding);
+  const Rounding how = checked_rounding(rounding, theta, residuals);
   if (theta.empty()) return;
-  check_seeds(seeds, coefficients, theta[0]);
+  const int64_t steps = checked_steps(seeds, coefficients, decay, theta[0]);
   check_factors(theta, left, right, seeds.numel());
-  check_scalar("decay", decay, ScalarType::Float, theta[0]);
-  const std::vector<Term> terms = contributing(seeds, coefficients);
-  if (terms.empty() && !contributes(*floats_in(decay))) return;
-  displace(theta, theta, places, factors_of(left, right), terms, *floats_in(decay), rounding_seed(how, seeds, 0));
+  const std::vector<Combination> moving = moving_combinations(seeds, coefficients, decay, steps, how);
+  if (!moving.empty()) displace(theta, theta, residuals, places, factors_of(left, right), moving);
 }
 
 void factored_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, std::vector<Tensor> left,
@@ -59,38 +61,40 @@ void factored_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, std::vec
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Rounding how = checked_rounding(rounding);
   if (theta.empty()) return;
-  check_seeds(seeds, coefficients, theta[0]);
+  check_terms(seeds, coefficients, theta[0], 1);
   check_factors(theta, left, right, seeds.numel());
-  displace(out, theta, places, factors_of(left, right), contributing(seeds, coefficients), 0.0f,
-           rounding_seed(how, seeds, 0));
+  displace(out, theta, {}, places, factors_of(left, right), {combination(seeds, coefficients, how)});
 }
 
-void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> left, std::vector<Tensor> right, Tensor seeds,
-                    Tensor coefficients, Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps,
-                    Tensor decay, std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t rounding) {
+void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, std::vector<Tensor> left,
+                    std::vector<Tensor> right, Tensor seeds, Tensor coefficients, Tensor first_weights,
+                    Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, std::vector<int64_t> keys,
+                    std::vector<int64_t> spans, int64_t rounding) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
-  const Rounding how = checked_rounding(rounding);
+  const Rounding how = checked_rounding(rounding, theta, residuals);
   if (theta.empty()) return;
-  check_window(seeds, coefficients, first_weights, second_weights, theta[0]);
+  const int64_t steps = checked_windows(seeds, coefficients, first_weights, second_weights, lr, decay, theta[0]);
   check_factors(theta, left, right, seeds.numel());
-  check_scalar("lr", lr, ScalarType::Float, theta[0]);
   check_scalar("eps", eps, ScalarType::Float, theta[0]);
-  check_scalar("decay", decay, ScalarType::Float, theta[0]);
-  const Window window(seeds, coefficients, first_weights, second_weights, lr, eps);
-  if (window.steps().empty() && !contributes(*floats_in(decay))) return;
+  const Windows windows(seeds, coefficients, first_weights, second_weights, lr, decay, steps, how);
+  if (windows.moving().empty()) return;
   const std::vector<Factors> factors = factors_of(left, right);
   const InstructionSet& set = instruction_set();
-  displace(set, theta, theta, places, *floats_in(decay), newest_rounding_seed(how, seeds),
-           [&](const Tile& tile, Upcoming upcoming, auto* change) {
-             using Number = std::remove_pointer_t<decltype(change)>;
-             if (window.steps().empty())
-               std::fill_n(change + tile.lead(), tile.count, Number{empty_sum});
-             else
-               set.arithmetic<Number>().factored.step(
-                   factors[tile.tensor], window.steps().data(), static_cast<int64_t>(window.steps().size()),
-                   window.minus_lr(), window.eps(), tile.local, tile.count, change + tile.lead(), upcoming);
-           });
+  for_each_weight_tile(set, theta, theta, residuals, places, tile_elements, [&](auto& weights) {
+    using Number = typename std::decay_t<decltype(weights)>::Number;
+    const Tile& tile = weights.tile();
+    Number* const change = weights.change() + tile.lead();
+    for (const Window& window : windows.moving()) {
+      if (window.steps.empty())
+        std::fill_n(change, tile.count, Number{empty_sum});
+      else
+        set.arithmetic<Number>().factored.step(
+            factors[tile.tensor], window.steps.data(), static_cast<int64_t>(window.steps.size()), window.minus_lr,
+            *floats_in(eps), tile.local, tile.count, change, weights.take_upcoming());
+      weights.move(window.ending);
+    }
+  });
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ struct Upcoming {
   const char* read;   // where they are
   const char* write;  // where they go, if that is another place, else null
   int64_t bytes_per_element;
+  const char* residuals;  // a byte an element, or null
 
   ZOEXT_HD void prefetch(int64_t element, int64_t count) const {
     constexpr int64_t line = 64;
@@ -31,10 +32,12 @@ struct Upcoming {
     for (int64_t at = begin; at < end; at += line) __builtin_prefetch(read + at, 0, 3);
     if (write)
       for (int64_t at = begin; at < end; at += line) __builtin_prefetch(write + at, 1, 3);
+    if (residuals)
+      for (int64_t at = element; at < element + count; at += line) __builtin_prefetch(residuals + at, 0, 3);
   }
 };
 
-constexpr Upcoming nothing{nullptr, nullptr, 0};
+constexpr Upcoming nothing{nullptr, nullptr, 0, nullptr};
 
 // A term that contributes to a combination; `number` is its place in the operator's list of terms.
 struct Term {
@@ -43,9 +46,11 @@ struct Term {
   float coefficient;
 };
 
-// A step that contributes to a window. Like the other arguments of loops these are plain pointers:
-// no function of the standard library may be compiled with the instructions of one set.
+// A step that contributes to a window; `number` is its row in the operator's history. Like the other arguments
+// of loops these are plain pointers: no function of the standard library may be compiled with the instructions
+// of one set.
 struct Step {
+  int64_t number;
   float first_weight, second_weight;
   const Term* terms;
   int64_t count;
@@ -67,12 +72,22 @@ struct DirectionLoops {
                       int64_t count, Number* m, Number* v, Upcoming);
 };
 
+// An estimate that lies in memory, with its weights in a window.
+template <class Number>
+struct Estimate {
+  const Number* g;
+  Number first_weight, second_weight;
+};
+
 // Over as many numbers as an aligned stretch has.
 template <class Number>
 struct WindowLoops {
   void (*add_moments)(Number first_weight, Number second_weight, const Number* g, int64_t count, Number* m,
                       Number* v);
   void (*step)(Number minus_lr, Number eps, const Number* m, const Number* v, int64_t count, Number* change);
+  // Both at once, for estimates that all lie in memory.
+  void (*step_of)(const Estimate<Number>* estimates, int64_t estimates_count, Number minus_lr, Number eps,
+                  int64_t count, Number* change);
 };
 
 constexpr int widest_pack = 16;  // lanes of the widest instruction set
@@ -94,13 +109,22 @@ struct ArithmeticLoops {
   FactoredLoops<Number> factored;
 };
 
+// `displace` is out = round(theta + (sum - decay theta)).
 template <class Storage>
 struct StorageLoops {
   using Number = typename Arithmetic<Storage>::type;
-  void (*displace)(Storage* out, const Storage* theta, const Number* sum, Number decay, int64_t count,
-                   const uint16_t* random);
+  void (*displace)(Storage* out, const Storage* theta, const Number* sum, Number decay, int64_t count);
   void (*write)(Storage* out, const Number* sum, int64_t count);
   void (*to_single)(const Storage* from, int64_t count, float* out);
+};
+
+// Those of weights in 16 bits, which can be rounded in other ways: with 16 random bits an element, or keeping
+// what is lost beside theta.
+template <class Storage>
+struct RoundedLoops : StorageLoops<Storage> {
+  void (*displace_stochastically)(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
+                                  const uint16_t* random);
+  void (*displace_split)(Storage* theta, int8_t* residuals, const float* sum, float decay, int64_t count);
 };
 
 constexpr int most_rows = 4;  // of a call of these loops
@@ -116,13 +140,13 @@ struct RowLoops {
 
 struct InstructionSet {
   const char* name;
-  void (*words)(const Field&, uint64_t block, int64_t blocks, uint32_t* out);
+  void (*rounding_words)(const Field&, uint64_t block, int64_t blocks, uint32_t* out);
   ArithmeticLoops<float> single;
   ArithmeticLoops<double> twice;
   StorageLoops<float> float32;
   StorageLoops<double> float64;
-  StorageLoops<BFloat16> bfloat16;
-  StorageLoops<Half> float16;
+  RoundedLoops<BFloat16> bfloat16;
+  RoundedLoops<Half> float16;
   RowLoops rows;
 
   template <class Number>
@@ -134,25 +158,17 @@ struct InstructionSet {
   }
 
   template <class Storage>
-  const StorageLoops<Storage>& storage() const;
+  const auto& storage() const {
+    if constexpr (std::is_same_v<Storage, float>)
+      return float32;
+    else if constexpr (std::is_same_v<Storage, double>)
+      return float64;
+    else if constexpr (std::is_same_v<Storage, BFloat16>)
+      return bfloat16;
+    else
+      return float16;
+  }
 };
-
-template <>
-inline const StorageLoops<float>& InstructionSet::storage() const {
-  return float32;
-}
-template <>
-inline const StorageLoops<double>& InstructionSet::storage() const {
-  return float64;
-}
-template <>
-inline const StorageLoops<BFloat16>& InstructionSet::storage() const {
-  return bfloat16;
-}
-template <>
-inline const StorageLoops<Half>& InstructionSet::storage() const {
-  return float16;
-}
 
 // The set in use: the best the processor has, unless ZOEXT_ISA or `use_instruction_set` chose another.
 const InstructionSet& instruction_set();

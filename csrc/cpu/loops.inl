@@ -14,21 +14,25 @@ template <class Number>
 constexpr ArithmeticLoops<Number> arithmetic_loops{
     {&add_normals<Number, true>, &add_normals<Number, false>, &add_moments_of_normals<Number>},
     {&add_signs<Number, true>, &add_signs<Number, false>, &add_moments_of_signs<Number>},
-    {&add_moments_of_estimates<Number>, &step<Number>},
+    {&add_moments_of_estimates<Number>, &step<Number>, &step_of_estimates<Number>},
     {&combine_factored<Number>, &step_factored<Number>},
 };
 
 template <class Storage>
 constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_single<Storage>};
 
+template <class Storage>
+constexpr RoundedLoops<Storage> rounded_loops{storage_loops<Storage>, &displace_stochastically<Storage>,
+                                              &displace_split<Storage>};
+
 const InstructionSet instruction_set{
     name,
-    words,
+    words<least_rounds>,
     arithmetic_loops<float>,
     arithmetic_loops<double>,
     storage_loops<float>,
     storage_loops<double>,
-    storage_loops<BFloat16>,
-    storage_loops<Half>,
+    rounded_loops<BFloat16>,
+    rounded_loops<Half>,
     row_loops,
 };

@@ -1,34 +1,36 @@
 // Combinations of dense directions on the CPU, and the directions themselves.
 #include "direction.h"
-#include "displace.h"
 #include "terms.h"
+#include "weight_tiles.h"
 
 namespace zoext::cpu {
 namespace {
 
-void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, const std::vector<Place>& places,
-              const std::vector<Term>& terms, float decay, std::optional<uint64_t> rounding_seed,
-              Distribution distribution) {
+void displace(const std::vector<Tensor>& out, const std::vector<Tensor>& theta,
+              const std::vector<Tensor>& residuals, const std::vector<Place>& places,
+              const std::vector<Combination>& steps, Distribution distribution) {
   const InstructionSet& set = instruction_set();
   const DenseDirection direction(set, distribution);
-  displace(set, out, theta, places, decay, rounding_seed, [&](const Tile& tile, Upcoming upcoming, auto* change) {
-    direction.combine(terms.data(), static_cast<int64_t>(terms.size()), tile, places[tile.tensor].key, upcoming,
-                      change);
+  for_each_weight_tile(set, out, theta, residuals, places, tile_elements, [&](auto& weights) {
+    for (const Combination& step : steps) {
+      direction.combine(step.terms.data(), static_cast<int64_t>(step.terms.size()), weights.tile(), weights.key(),
+                        weights.take_upcoming(), weights.change());
+      weights.move(step.ending);
+    }
   });
 }
 
-void noise_axpy_(std::vector<Tensor> theta, Tensor seeds, Tensor coefficients, Tensor decay,
-                 std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution, int64_t rounding) {
+void noise_axpy_(std::vector<Tensor> theta, std::vector<Tensor> residuals, Tensor seeds, Tensor coefficients,
+                 Tensor decay, std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution,
+                 int64_t rounding) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Distribution checked = checked_distribution(distribution);
-  const Rounding how = checked_rounding(rounding);
+  const Rounding how = checked_rounding(rounding, theta, residuals);
   if (theta.empty()) return;
-  check_seeds(seeds, coefficients, theta[0]);
-  check_scalar("decay", decay, ScalarType::Float, theta[0]);
-  const std::vector<Term> terms = contributing(seeds, coefficients);
-  if (terms.empty() && !contributes(*floats_in(decay))) return;
-  displace(theta, theta, places, terms, *floats_in(decay), rounding_seed(how, seeds, 0), checked);
+  const int64_t steps = checked_steps(seeds, coefficients, decay, theta[0]);
+  const std::vector<Combination> moving = moving_combinations(seeds, coefficients, decay, steps, how);
+  if (!moving.empty()) displace(theta, theta, residuals, places, moving, checked);
 }
 
 void noise_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, Tensor seeds, Tensor coefficients,
@@ -40,8 +42,8 @@ void noise_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, Tensor seed
   const Distribution checked = checked_distribution(distribution);
   const Rounding how = checked_rounding(rounding);
   if (theta.empty()) return;
-  check_seeds(seeds, coefficients, theta[0]);
-  displace(out, theta, places, contributing(seeds, coefficients), 0.0f, rounding_seed(how, seeds, 0), checked);
+  check_terms(seeds, coefficients, theta[0], 1);
+  displace(out, theta, {}, places, {combination(seeds, coefficients, how)}, checked);
 }
 
 void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, std::vector<int64_t> spans,
@@ -54,7 +56,7 @@ void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, st
   check_scalar("seed", seed, ScalarType::Long, out[0]);
   const auto seed_value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   const InstructionSet& set = instruction_set();
-  for_each_tile(out, places, [&](const Tile& tile) {
+  for_each_tile(out, places, tile_elements, [&](const Tile& tile) {
     const Field field{seed_value, places[tile.tensor].key, static_cast<uint32_t>(stream)};
     for_storage(out[tile.tensor].scalar_type(), [&](auto storage) {
       using Storage = decltype(storage);

@@ -1,33 +1,53 @@
-// The Adam step of a window of dense estimates on the CPU.
-#include "displace.h"
+// Adam steps of windows of dense estimates on the CPU.
+#include "estimate_ring.h"
 #include "noise_step.h"
 #include "terms.h"
+#include "weight_tiles.h"
 
 namespace zoext::cpu {
 namespace {
 
-void noise_adam_(std::vector<Tensor> theta, Tensor seeds, Tensor coefficients, Tensor first_weights,
-                 Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, std::vector<int64_t> keys,
-                 std::vector<int64_t> spans, int64_t distribution, int64_t rounding) {
+void take_step(const InstructionSet& set, const std::vector<Tensor>& theta, const std::vector<Tensor>& residuals,
+               const std::vector<Place>& places, const DenseDirection& direction, const Window& window,
+               float eps) {
+  for_each_weight_tile(set, theta, theta, residuals, places, tile_elements, [&](auto& weights) {
+    write_step(set, direction, window.steps.data(), static_cast<int64_t>(window.steps.size()), window.minus_lr,
+               eps, weights.tile(), weights.key(), weights.take_upcoming(), weights.change());
+    weights.move(window.ending);
+  });
+}
+
+void take_steps(const InstructionSet& set, const std::vector<Tensor>& theta, const std::vector<Tensor>& residuals,
+                const std::vector<Place>& places, const DenseDirection& direction, const Windows& windows,
+                float eps) {
+  for_each_weight_tile(set, theta, theta, residuals, places, ring_elements, [&](auto& weights) {
+    using Number = typename std::decay_t<decltype(weights)>::Number;
+    EstimateRing<Number> ring(set, direction, weights.tile(), weights.key(), windows.horizon());
+    for (const Window& window : windows.moving()) {
+      ring.write_step(window.steps.data(), static_cast<int64_t>(window.steps.size()), window.minus_lr, eps,
+                      weights.take_upcoming(), weights.change());
+      weights.move(window.ending);
+    }
+  });
+}
+
+void noise_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, Tensor seeds, Tensor coefficients,
+                 Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps, Tensor decay,
+                 std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution, int64_t rounding) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Distribution checked = checked_distribution(distribution);
-  const Rounding how = checked_rounding(rounding);
+  const Rounding how = checked_rounding(rounding, theta, residuals);
   if (theta.empty()) return;
-  check_window(seeds, coefficients, first_weights, second_weights, theta[0]);
-  check_scalar("lr", lr, ScalarType::Float, theta[0]);
+  const int64_t steps = checked_windows(seeds, coefficients, first_weights, second_weights, lr, decay, theta[0]);
   check_scalar("eps", eps, ScalarType::Float, theta[0]);
-  check_scalar("decay", decay, ScalarType::Float, theta[0]);
-  const Window window(seeds, coefficients, first_weights, second_weights, lr, eps);
-  if (window.steps().empty() && !contributes(*floats_in(decay))) return;
+  const Windows windows(seeds, coefficients, first_weights, second_weights, lr, decay, steps, how);
   const InstructionSet& set = instruction_set();
   const DenseDirection direction(set, checked);
-  displace(set, theta, theta, places, *floats_in(decay), newest_rounding_seed(how, seeds),
-           [&](const Tile& tile, Upcoming upcoming, auto* change) {
-             const std::vector<Step>& steps = window.steps();
-             write_step(set, direction, steps.data(), static_cast<int64_t>(steps.size()), window.minus_lr(),
-                        window.eps(), tile, places[tile.tensor].key, upcoming, change);
-           });
+  if (windows.moving().size() == 1)
+    take_step(set, theta, residuals, places, direction, windows.moving()[0], *floats_in(eps));
+  else if (!windows.moving().empty())
+    take_steps(set, theta, residuals, places, direction, windows, *floats_in(eps));
 }
 
 }  // namespace

@@ -38,11 +38,12 @@ inline Counters xor_of_three(Counters a, Counters b, __m256i key) {
 
 // The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
 // one again in every iteration.
+template <int rounds>
 struct Keys {
-  __m256i keys[RoundKeys::rounds][2];
+  __m256i keys[rounds][2];
 
   explicit Keys(uint64_t seed) {
-    for (int round = 0; round < RoundKeys::rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       keys[round][0] = _mm256_set1_epi64x(RoundKeys{seed}.first(round));
       keys[round][1] = _mm256_set1_epi64x(RoundKeys{seed}.second(round));
     }
@@ -69,10 +70,22 @@ inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm256_or_si256(a.v, b.v)}; }
 inline Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
 inline Ints operator~(Ints a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi32(-1))}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Ints operator<<(Ints a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
 inline Ints operator>>(Ints a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
 inline Ints smaller_signed(Ints a, Ints b) { return {_mm256_min_epi32(a.v, b.v)}; }
+inline Ints larger(Ints a, Ints b) { return {_mm256_max_epu32(a.v, b.v)}; }
+// Bits of `a` where `mask` has ones, else of `b`.
+inline Ints choose(uint32_t mask, Ints a, Ints b) {
+  const __m256i ones = _mm256_set1_epi32(static_cast<int>(mask));
+  return {_mm256_or_si256(_mm256_and_si256(ones, a.v), _mm256_andnot_si256(ones, b.v))};
+}
+// Whether a lane, read without a sign, is at least `limit`.
+inline bool any_at_least(Ints a, uint32_t limit) {
+  const __m256i largest = _mm256_max_epu32(a.v, _mm256_set1_epi32(static_cast<int>(limit)));
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi32(largest, a.v)) != 0;
+}
 inline Floats signed_to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Ints bits_of(Floats a) { return {_mm256_castps_si256(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
@@ -83,6 +96,7 @@ inline Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats square_root_of_normal(Floats a) { return square_root(a); }
+inline Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Floats unit_step(Floats a) { return {_mm256_blendv_ps(_mm256_set1_ps(1.0f), _mm256_setzero_ps(), a.v)}; }
 
 // The sum of the lanes: l and l + 4, then l and l + 2, 1.
@@ -127,6 +141,12 @@ inline Floats load(const BFloat16* p) {
 inline Floats load(const Half* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline Ints load_words(const uint16_t* p) {
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Ints load_words(const int8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
 // The first `count` lanes from memory, the others zero; nothing beyond is read.
 inline Floats load_first(const float* p, int count) {
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -134,6 +154,17 @@ inline Floats load_first(const float* p, int count) {
 }
 inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a.v); }
 inline void store(uint32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+// The low bits of each lane; for 16 of them the others are zero.
+inline void store_low(uint16_t* p, Ints a) {
+  const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+}
+inline void store_low(int8_t* p, Ints a) {
+  const __m256i lowest = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
+  const __m256i bytes = _mm256_shuffle_epi8(a.v, lowest);
+  const __m128i narrow = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow);
+}
 inline void store(BFloat16* p, Floats a) {
   const __m256i bits = _mm256_castps_si256(a.v), one = _mm256_set1_epi32(1);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);

@@ -39,11 +39,12 @@ inline Counters xor_of_three(Counters a, const Counters& b, __m512i key) {
 
 // The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
 // one again in every iteration.
+template <int rounds>
 struct Keys {
-  __m512i keys[RoundKeys::rounds][2];
+  __m512i keys[rounds][2];
 
   explicit Keys(uint64_t seed) {
-    for (int round = 0; round < RoundKeys::rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       keys[round][0] = _mm512_set1_epi64(RoundKeys{seed}.first(round));
       keys[round][1] = _mm512_set1_epi64(RoundKeys{seed}.second(round));
     }
@@ -76,10 +77,20 @@ inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline Ints operator~(Ints a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi32(-1))}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints operator<<(Ints a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 inline Ints operator>>(Ints a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
 inline Ints smaller_signed(Ints a, Ints b) { return {_mm512_min_epi32(a.v, b.v)}; }
+inline Ints larger(Ints a, Ints b) { return {_mm512_max_epu32(a.v, b.v)}; }
+// Bits of `a` where `mask` has ones, else of `b`.
+inline Ints choose(uint32_t mask, Ints a, Ints b) {
+  return {_mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(mask)), a.v, b.v, 0xca)};
+}
+// Whether a lane, read without a sign, is at least `limit`.
+inline bool any_at_least(Ints a, uint32_t limit) {
+  return _mm512_cmpge_epu32_mask(a.v, _mm512_set1_epi32(static_cast<int>(limit))) != 0;
+}
 inline Floats signed_to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints bits_of(Floats a) { return {_mm512_castps_si512(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
@@ -90,6 +101,7 @@ inline Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats square_root_of_normal(Floats a) { return square_root(a); }
+inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats unit_step(Floats a) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GE_OQ), _mm512_set1_ps(1.0f))};
 }
@@ -141,12 +153,25 @@ inline Floats load(const BFloat16* p) {
 inline Floats load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline Ints load_words(const uint16_t* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Ints load_words(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 // The first `count` lanes from memory, the others zero; nothing beyond is read.
 inline Floats load_first(const float* p, int count) {
   return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
 }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 inline void store(uint32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
+// The low bits of each lane; for 16 of them the others are zero.
+inline void store_low(uint16_t* p, Ints a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+inline void store_low(int8_t* p, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 inline void store(BFloat16* p, Floats a) {
   const __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);

@@ -33,6 +33,7 @@ inline Counters xor_of_three(Counters a, Counters b, uint32_t key) {
   return {veorq_u64(veorq_u64(a.v[0], b.v[0]), k), veorq_u64(veorq_u64(a.v[1], b.v[1]), k)};
 }
 
+template <int rounds>
 using Keys = RoundKeys;
 
 inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
@@ -49,12 +50,18 @@ inline Ints operator&(Ints a, Ints b) { return {vandq_u32(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {vorrq_u32(a.v, b.v)}; }
 inline Ints operator^(Ints a, Ints b) { return {veorq_u32(a.v, b.v)}; }
 inline Ints operator~(Ints a) { return {vmvnq_u32(a.v)}; }
+inline Ints operator+(Ints a, Ints b) { return {vaddq_u32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {vsubq_u32(a.v, b.v)}; }
 inline Ints operator<<(Ints a, int n) { return {vshlq_u32(a.v, vdupq_n_s32(n))}; }
 inline Ints operator>>(Ints a, int n) { return {vshlq_u32(a.v, vdupq_n_s32(-n))}; }
 inline Ints smaller_signed(Ints a, Ints b) {
   return {vreinterpretq_u32_s32(vminq_s32(vreinterpretq_s32_u32(a.v), vreinterpretq_s32_u32(b.v)))};
 }
+inline Ints larger(Ints a, Ints b) { return {vmaxq_u32(a.v, b.v)}; }
+// Bits of `a` where `mask` has ones, else of `b`.
+inline Ints choose(uint32_t mask, Ints a, Ints b) { return {vbslq_u32(vdupq_n_u32(mask), a.v, b.v)}; }
+// Whether a lane, read without a sign, is at least `limit`.
+inline bool any_at_least(Ints a, uint32_t limit) { return vmaxvq_u32(a.v) >= limit; }
 inline Floats signed_to_float(Ints a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.v))}; }
 inline Ints bits_of(Floats a) { return {vreinterpretq_u32_f32(a.v)}; }
 inline Floats float_of_bits(Ints a) { return {vreinterpretq_f32_u32(a.v)}; }
@@ -65,6 +72,7 @@ inline Floats divide(Floats a, Floats b) { return {vdivq_f32(a.v, b.v)}; }
 inline Floats square_root(Floats a) { return {vsqrtq_f32(a.v)}; }
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Floats square_root_of_normal(Floats a) { return square_root(a); }
+inline Floats smaller(Floats a, Floats b) { return {vminq_f32(a.v, b.v)}; }
 inline Floats unit_step(Floats a) { return {vbslq_f32(vcltzq_f32(a.v), vdupq_n_f32(0.0f), vdupq_n_f32(1.0f))}; }
 
 // The sum of the lanes: l and l + 2, then l and l + 1.
@@ -107,6 +115,13 @@ inline Floats load(const BFloat16* p) {
 inline Floats load(const Half* p) {
   return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
 }
+inline Ints load_words(const uint16_t* p) { return {vmovl_u16(vld1_u16(p))}; }
+inline Ints load_words(const int8_t* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)));
+  return {vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(wide)))};
+}
 // The first `count` lanes from memory, the others zero; nothing beyond is read.
 inline Floats load_first(const float* p, int count) {
   float padded[lanes] = {};
@@ -115,6 +130,13 @@ inline Floats load_first(const float* p, int count) {
 }
 inline void store(float* p, Floats a) { vst1q_f32(p, a.v); }
 inline void store(uint32_t* p, Ints a) { vst1q_u32(p, a.v); }
+// The low bits of each lane; for 16 of them the others are zero.
+inline void store_low(uint16_t* p, Ints a) { vst1_u16(p, vmovn_u32(a.v)); }
+inline void store_low(int8_t* p, Ints a) {
+  const uint16x4_t halves = vmovn_u32(a.v);
+  const uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
+  std::memcpy(p, &bytes, sizeof bytes);
+}
 inline void store(BFloat16* p, Floats a) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

@@ -10,6 +10,7 @@ namespace zoext::cpu::scalar {
 using Floats = float;
 using Ints = uint32_t;
 using Counters = uint32_t;
+template <int rounds>
 using Keys = RoundKeys;
 
 constexpr int lanes = 1;
@@ -18,6 +19,11 @@ constexpr int blocks_per_group = 1;
 inline Counters consecutive_blocks(uint32_t first) { return first; }
 
 inline float halving_sum(Floats a) { return a; }
+
+inline Ints larger(Ints a, Ints b) { return a < b ? b : a; }
+inline Ints choose(uint32_t mask, Ints a, Ints b) { return (mask & a) | (~mask & b); }
+inline bool any_at_least(Ints a, uint32_t limit) { return a >= limit; }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
 // Words of a group as two streams of pairs: words 0 and 2 of each block, and words 1 and 3.
 struct Pairs {
@@ -36,11 +42,15 @@ template <class Storage>
 inline Floats load(const Storage* p) {
   return widen(*p);
 }
+inline Ints load_words(const uint16_t* p) { return *p; }
+inline Ints load_words(const int8_t* p) { return static_cast<uint32_t>(static_cast<int32_t>(*p)); }
 inline Floats load_first(const float* p, int) { return *p; }
 template <class Storage>
 inline void store(Storage* p, Floats a) {
   *p = round_to_nearest<Storage>(a);
 }
+inline void store_low(uint16_t* p, Ints a) { *p = static_cast<uint16_t>(a); }
+inline void store_low(int8_t* p, Ints a) { *p = static_cast<int8_t>(a); }
 inline void store(uint32_t* p, Ints a) { *p = a; }
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.

@@ -1,11 +1,10 @@
-// The terms of an operator that contribute, as the loops take them.
+// The terms of an operator that contribute, and its steps that move something, as the loops take them.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "../arguments.h"
-#include "instruction_set.h"
+#include "weight_tile.h"
 
 namespace zoext::cpu {
 
@@ -21,45 +20,83 @@ inline std::vector<Term> contributing(const Tensor& seeds, const Tensor& coeffic
   return terms;
 }
 
-inline std::vector<Term> contributing(const Tensor& seeds, const Tensor& coefficients) {
-  return contributing(seeds, coefficients, 0, seeds.numel());
-}
-
-// The steps of a window that contribute, oldest first, and how they move theta.
-class Window {
- public:
-  Window(const Tensor& seeds, const Tensor& coefficients, const Tensor& first_weights,
-         const Tensor& second_weights, const Tensor& lr, const Tensor& eps)
-      : minus_lr_(-*floats_in(lr)), eps_(*floats_in(eps)) {
-    if (!contributes(minus_lr_)) return;
-    const int64_t terms = seeds.size(1);
-    for (int64_t h = 0; h < seeds.size(0); ++h) {
-      terms_.push_back(contributing(seeds, coefficients, h * terms, (h + 1) * terms));
-      if (terms_.back().empty()) continue;
-      steps_.push_back({floats_in(first_weights)[h], floats_in(second_weights)[h], terms_.back().data(),
-                        static_cast<int64_t>(terms_.back().size())});
-    }
-  }
-
-  const std::vector<Step>& steps() const { return steps_; }
-  float minus_lr() const { return minus_lr_; }
-  float eps() const { return eps_; }
-
- private:
-  float minus_lr_, eps_;
-  std::vector<std::vector<Term>> terms_;
-  std::vector<Step> steps_;
-};
-
-// The seed of the bits that round, or nothing where results are rounded to nearest.
+// The seed of the bits that round, which is that of term `number`, or nothing where there are no terms.
 inline std::optional<uint64_t> rounding_seed(Rounding rounding, const Tensor& seeds, int64_t number) {
-  if (rounding == Rounding::nearest || seeds.numel() == 0) return std::nullopt;
+  if (rounding != Rounding::stochastic || seeds.numel() == 0) return std::nullopt;
   return static_cast<uint64_t>(seeds_in(seeds)[number]);
 }
 
-// The newest step's first seed.
-inline std::optional<uint64_t> newest_rounding_seed(Rounding rounding, const Tensor& seeds) {
-  return rounding_seed(rounding, seeds, seeds.numel() - seeds.size(1));
+// A step of a combination of terms.
+struct Combination {
+  std::vector<Term> terms;
+  Ending ending;
+};
+
+// The one of a copy.
+inline Combination combination(const Tensor& seeds, const Tensor& coefficients, Rounding rounding) {
+  return {contributing(seeds, coefficients, 0, seeds.numel()), {0.0f, rounding_seed(rounding, seeds, 0)}};
 }
+
+// Of `steps` steps those that move something, in their order.
+inline std::vector<Combination> moving_combinations(const Tensor& seeds, const Tensor& coefficients,
+                                                    const Tensor& decay, int64_t steps, Rounding rounding) {
+  std::vector<Combination> moving;
+  const int64_t terms = steps == 0 ? 0 : seeds.numel() / steps;
+  for (int64_t s = 0; s < steps; ++s) {
+    Combination step{contributing(seeds, coefficients, s * terms, (s + 1) * terms),
+                     {floats_in(decay)[s], rounding_seed(rounding, seeds, s * terms)}};
+    if (!step.terms.empty() || contributes(step.ending.decay)) moving.push_back(std::move(step));
+  }
+  return moving;
+}
+
+// A step of a window: its rows that contribute, oldest first, and how they move theta. There are none where
+// nothing but the decay moves it.
+struct Window {
+  std::vector<Step> steps;
+  float minus_lr;
+  Ending ending;
+};
+
+// The windows of S steps, which end one row after the other, over a history of S + H - 1 rows.
+class Windows {
+ public:
+  Windows(const Tensor& seeds, const Tensor& coefficients, const Tensor& first_weights,
+          const Tensor& second_weights, const Tensor& lr, const Tensor& decay, int64_t steps, Rounding rounding)
+      : horizon_(seeds.size(0) - steps + 1) {
+    const int64_t terms = seeds.size(1);
+    for (int64_t row = 0; row < seeds.size(0); ++row)
+      terms_.push_back(contributing(seeds, coefficients, row * terms, (row + 1) * terms));
+    for (int64_t s = 0; s < steps; ++s) {
+      Window window{{}, -floats_in(lr)[s], {floats_in(decay)[s], std::nullopt}};
+      if (horizon_ > 0) window.ending.rounding_seed = rounding_seed(rounding, seeds, (s + horizon_ - 1) * terms);
+      if (contributes(window.minus_lr))
+        window.steps = contributing_steps(s, floats_in(first_weights) + s * horizon_,
+                                          floats_in(second_weights) + s * horizon_);
+      if (!window.steps.empty() || contributes(window.ending.decay)) moving_.push_back(std::move(window));
+    }
+  }
+
+  int64_t horizon() const { return horizon_; }
+  // Those that move something, in their order.
+  const std::vector<Window>& moving() const { return moving_; }
+
+ private:
+  std::vector<Step> contributing_steps(int64_t first_row, const float* first_weights,
+                                       const float* second_weights) const {
+    std::vector<Step> steps;
+    for (int64_t h = 0; h < horizon_; ++h) {
+      const std::vector<Term>& terms = terms_[static_cast<size_t>(first_row + h)];
+      if (!terms.empty())
+        steps.push_back({first_row + h, first_weights[h], second_weights[h], terms.data(),
+                         static_cast<int64_t>(terms.size())});
+    }
+    return steps;
+  }
+
+  const int64_t horizon_;
+  std::vector<std::vector<Term>> terms_;  // of each row
+  std::vector<Window> moving_;
+};
 
 }  // namespace zoext::cpu

@@ -23,13 +23,14 @@ struct Tile {
   int64_t aligned_count() const { return (lead() + count + tile_alignment - 1) / tile_alignment * tile_alignment; }
 };
 
-// Tiles of local elements [begin, end): they end where a run ends and where an aligned tile is full.
+// Tiles of local elements [begin, end): they end where a run ends and where an aligned tile of `longest`
+// elements is full, a multiple of `tile_alignment`.
 template <class F>
-void for_each_tile(size_t tensor, const Span& span, int64_t begin, int64_t end, F f) {
+void for_each_tile(size_t tensor, const Span& span, int64_t begin, int64_t end, int64_t longest, F f) {
   while (begin < end) {
     Tile tile{tensor, begin, span.index(begin), 0};
     const int64_t left_in_run = span.run - begin % span.run;
-    tile.count = std::min({end - begin, left_in_run, tile_elements - tile.lead()});
+    tile.count = std::min({end - begin, left_in_run, longest - tile.lead()});
     f(tile);
     begin += tile.count;
   }

@@ -34,10 +34,10 @@ class IeeeArithmetic {
 #endif
 };
 
-// f(tile) for every tile of every tensor, in parallel. Chunks of work are the same however many
-// threads there are, and nothing depends on which thread takes which.
+// f(tile) for every tile of every tensor, of at most `longest` elements, in parallel. Chunks of work are the
+// same however many threads there are, and nothing depends on which thread takes which.
 template <class F>
-void for_each_tile(const std::vector<Tensor>& tensors, const std::vector<Place>& places, F f) {
+void for_each_tile(const std::vector<Tensor>& tensors, const std::vector<Place>& places, int64_t longest, F f) {
   constexpr int64_t chunk = 16 * tile_elements, chunks_per_thread = 2;
   std::vector<int64_t> first_chunk{0};
   for (const Tensor& tensor : tensors)
@@ -48,7 +48,8 @@ void for_each_tile(const std::vector<Tensor>& tensors, const std::vector<Place>&
     for (int64_t c = begin; c < end; ++c) {
       while (c >= first_chunk[tensor + 1]) ++tensor;
       const int64_t start = (c - first_chunk[tensor]) * chunk;
-      for_each_tile(tensor, places[tensor].span, start, std::min(start + chunk, tensors[tensor].numel()), f);
+      for_each_tile(tensor, places[tensor].span, start, std::min(start + chunk, tensors[tensor].numel()), longest,
+                    f);
     }
   });
 }

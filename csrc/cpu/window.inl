@@ -40,6 +40,24 @@ void add_moments_of_estimates(Number first_weight, Number second_weight, const N
 }
 
 template <class Number>
+void step_of_estimates(const Estimate<Number>* estimates, int64_t estimates_count, Number minus_lr, Number eps,
+                       int64_t count, Number* change) {
+  constexpr int packs = 4;  // whose chains of additions overlap
+  static_assert(tile_alignment % (packs * lanes) == 0);
+  const auto rate = fill(minus_lr), delta = fill(eps);
+  for (int64_t i = 0; i < count; i += packs * lanes) {
+    Pack<Number> m[packs], v[packs];
+    for (auto& pack : m) pack = fill(Number{empty_sum});
+    for (auto& pack : v) pack = fill(Number{0});
+    for (const Estimate<Number>* one = estimates; one != estimates + estimates_count; ++one) {
+      const auto first = fill(one->first_weight), second = fill(one->second_weight);
+      for (int j = 0; j < packs; ++j) add_moments(first, second, load(one->g + i + j * lanes), m[j], v[j]);
+    }
+    for (int j = 0; j < packs; ++j) store(change + i + j * lanes, moments_step(rate, delta, m[j], v[j]));
+  }
+}
+
+template <class Number>
 void step(Number minus_lr, Number eps, const Number* m, const Number* v, int64_t count, Number* change) {
   const auto rate = fill(minus_lr), delta = fill(eps);
   for (int64_t i = 0; i < count; i += lanes)

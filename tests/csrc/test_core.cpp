@@ -66,6 +66,29 @@ void philox_gives_the_known_answers() {
   }
 }
 
+// Random123, tests/kat_vectors, philox4x32 7.
+void rounding_words_are_those_of_seven_rounds() {
+  struct Answer {
+    uint32_t counter[4];
+    uint64_t seed;
+    uint32_t output[4];
+  };
+  const Answer answers[] = {
+      {{0, 0, 0, 0}, 0, {0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}},
+      {{~0u, ~0u, ~0u, ~0u}, ~0ull, {0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662}},
+      {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+       0x299f31d0a4093822ull,
+       {0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a}},
+  };
+  for (const Answer& answer : answers) {
+    const auto& c = answer.counter;
+    const Words<uint32_t> words =
+        rounding_words({answer.seed, c[2], c[3]}, static_cast<uint64_t>(c[1]) << 32 | c[0]);
+    for (int i = 0; i < 4; ++i)
+      CHECK(words.w[i] == answer.output[i], "word %d is %08x, not %08x", i, words.w[i], answer.output[i]);
+  }
+}
+
 void step_seeds_are_words_of_their_stream() {
   const Words<uint32_t> words = Field{42, 3, 5}.words(1ull << 40);
   CHECK(step_seed(42, 1ull << 40, 3) == (static_cast<uint64_t>(words.w[1]) << 32 | words.w[0]), "step_seed");
@@ -174,7 +197,10 @@ uint32_t plainly_stochastic(float value, uint32_t random) {
   const uint32_t sign = std::signbit(value) ? 0x8000u : 0u;
   if (std::fabs(value) >= magnitudes<Storage>().end()[-2]) return plainly_to_nearest<Storage>(value);
   const Neighbours<Storage> at(std::fabs(value));
-  return sign | (at.lower + (std::floor(at.fraction * 65536) + random >= 65536));
+  // float16 has 13 bits of fraction, to which only its subnormal numbers are rounded.
+  const double fraction =
+      Format<Storage>::mantissa_bits == 10 ? std::nearbyint(at.fraction * 8192) * 8 : at.fraction * 65536;
+  return sign | (at.lower + (std::floor(fraction) + random >= 65536));
 }
 
 template <class Storage>
@@ -219,6 +245,64 @@ void conversions_are_exact() {
   }
   const float largest = std::numeric_limits<float>::max(), smallest = std::numeric_limits<float>::denorm_min();
   for (float value : {0.0f, -0.0f, largest, -largest, smallest, -smallest}) check_rounding<Storage>(value);
+}
+
+template <class Number>
+bool same(Number a, Number b) {
+  return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+// What lies between two neighbours of 24 bits goes to the nearest, and a tie to the one above. What float16
+// drops in its subnormal range is first rounded to 13 bits.
+template <class Storage>
+void check_nearest_split(float below, float above) {
+  const double middle = (double{below} + above) / 2;
+  const auto centre = static_cast<float>(middle);
+  for (float value : {std::nextafterf(centre, 0.0f), centre, std::nextafterf(centre, INFINITY)}) {
+    if (value < below || value > above) continue;
+    const bool is_counted = std::is_same_v<Storage, Half> && value < 0x1p-14f;
+    const double kept = is_counted ? std::nearbyint(double{value} * 0x1p37) * 0x1p-37 : double{value};
+    const float expected = kept < middle ? below : above, whole = join<Storage>(split<Storage>(value));
+    CHECK(whole == expected, "%a becomes %a, not %a", value, whole, expected);
+  }
+}
+
+// The value of a pattern of 16 bits and of 256 steps to the next one, which are equal between neighbours.
+template <class Storage>
+double long_magnitude(int64_t pattern) {
+  const std::vector<double>& table = magnitudes<Storage>();
+  const double low = table[pattern / 256];
+  return pattern % 256 == 0 ? low
+                            : low + (table[pattern / 256 + 1] - low) * static_cast<double>(pattern % 256) / 256;
+}
+
+// Every number of 24 bits is joined from its parts and comes back; between two of them lies the nearest.
+template <class Storage>
+void splits_are_numbers_of_24_bits() {
+  float before = -1;
+  const int64_t end = 256 * static_cast<int64_t>(infinity<Storage>) - 128;  // from here on nearest is infinity
+  for (int64_t pattern = 0; pattern < end; ++pattern) {
+    const auto upper = static_cast<uint16_t>((pattern + 128) / 256);
+    const auto lower = static_cast<int8_t>(pattern - 256 * upper);
+    const float whole = join<Storage>({{upper}, lower});
+    CHECK(whole == long_magnitude<Storage>(pattern), "%04x and %d are %a", upper, lower, whole);
+    CHECK(whole > before, "%04x and %d are not more than what comes before", upper, lower);
+    const auto negative = static_cast<uint16_t>(0x8000u | upper);
+    CHECK(same(join<Storage>({{negative}, lower}), -whole), "-%04x and %d", upper, lower);
+    for (float sign : {1.0f, -1.0f}) {
+      const Split<Storage> parts = split<Storage>(sign * whole);
+      CHECK(parts.nearest.bits == (sign < 0 ? negative : upper) && parts.residual == lower,
+            "%a splits to %04x, %d", sign * whole, parts.nearest.bits, parts.residual);
+    }
+    if (pattern > 0) check_nearest_split<Storage>(before, whole);
+    before = whole;
+  }
+  for (float beyond : {before * 2, INFINITY, NAN})
+    for (float value : {beyond, -beyond}) {
+      const Split<Storage> parts = split<Storage>(value);
+      CHECK(parts.nearest.bits == round_to_nearest<Storage>(value).bits && parts.residual == 0, "%a", value);
+      CHECK(std::isnan(value) || std::isinf(join<Storage>(parts)), "%a", value);
+    }
 }
 
 // --- Combinations and spans ----------------------------------------------------------------------
@@ -356,16 +440,16 @@ const std::vector<uint64_t> starts = {0,
                                       (1ull << 39) - 3 * tile_alignment,
                                       (1ull << 62) - tile_alignment};
 
-void words_are_the_cores(const InstructionSet& set) {
+void rounding_words_are_the_cores(const InstructionSet& set) {
   const Field field{0xfedcba9876543210ull, 9, 3};
   for (uint64_t start : starts)
     for (int64_t count : {tile_alignment, 3 * tile_alignment, tile_elements}) {
       const uint64_t block = start / roundings_per_block;
       const int64_t blocks = count / roundings_per_block;
       std::vector<uint32_t> out(4 * blocks + 64, 0xabcdef01u);
-      set.words(field, block, blocks, out.data());
+      set.rounding_words(field, block, blocks, out.data());
       for (int64_t i = 0; i < 4 * blocks; ++i)
-        CHECK(out[i] == field.words(block + i / 4).w[i % 4], "%s: word %d from %llu", set.name, int(i),
+        CHECK(out[i] == rounding_words(field, block + i / 4).w[i % 4], "%s: word %d from %llu", set.name, int(i),
               static_cast<unsigned long long>(start));
       for (size_t i = 4 * blocks; i < out.size(); ++i)
         CHECK(out[i] == 0xabcdef01u, "%s writes beyond %d words", set.name, int(4 * blocks));
@@ -383,11 +467,6 @@ float core_sign(const Field& field, uint64_t index) {
   return sign_of_bit(sign_word(field, index), static_cast<unsigned>(index % 32));
 }
 
-template <class Number>
-bool same(Number a, Number b) {
-  return std::memcmp(&a, &b, sizeof a) == 0;
-}
-
 template <class Number, class Core>
 void terms_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<Number>& loops, Core core) {
   const Field one{11, 2, 6}, other{~0ull, 2, 6};
@@ -396,8 +475,8 @@ void terms_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<Nu
     for (int64_t count : {tile_alignment, 5 * tile_alignment, tile_elements}) {
       std::vector<Number> buffer(count + 32, guard);
       Number* sum = buffer.data() + 16;
-      loops.start(one, Number(0.3f), start, count, sum, {nullptr, nullptr, 0});
-      loops.add(other, Number(-1.7f), start, count, sum, {nullptr, nullptr, 0});
+      loops.start(one, Number(0.3f), start, count, sum, cpu::nothing);
+      loops.add(other, Number(-1.7f), start, count, sum, cpu::nothing);
       for (int64_t i = 0; i < count; ++i) {
         const uint64_t index = start + static_cast<uint64_t>(i);
         const Number first = add_term<Number>(0.3f, core(one, index), Number{empty_sum});
@@ -426,6 +505,12 @@ void moments_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<
       loops.add(older, Number(0.9f), start, count, g.data(), cpu::nothing);
       window.add_moments(Number(0.5f), Number(0.1f), g.data(), count, m.data(), v.data());
       window.step(minus_lr, eps, m.data(), v.data(), count, change.data());
+      std::vector<Number> first_g(count), both(count + 16, guard);
+      loops.start(older, Number(0.3f), start, count, first_g.data(), cpu::nothing);
+      const cpu::Estimate<Number> estimates[] = {{first_g.data(), Number(0.2f), Number(0.4f)},
+                                                 {g.data(), Number(0.5f), Number(0.1f)}};
+      window.step_of(estimates, 2, minus_lr, eps, count, both.data());
+      CHECK(both == change, "%s: a step of estimates in memory", set.name);
       for (int64_t i = 0; i < count; ++i) {
         const uint64_t index = start + static_cast<uint64_t>(i);
         const Number old_z = core(older, index), new_z = core(newer, index);
@@ -469,7 +554,7 @@ struct FactoredMatrix {
 template <class Number>
 void entries_are_the_cores(const InstructionSet& set, const FactoredMatrix& matrix) {
   const cpu::Term terms[] = {{1, 0, 0.3f}, {0, 0, -1.7f}};
-  const cpu::Step steps[] = {{0.2f, 0.4f, terms, 1}, {0.5f, 0.1f, terms, 2}};
+  const cpu::Step steps[] = {{0, 0.2f, 0.4f, terms, 1}, {1, 0.5f, 0.1f, terms, 2}};
   const cpu::Factors factors{
       matrix.left.data(),        matrix.right.data(),         matrix.rows, matrix.columns, matrix.rank,
       matrix.rank * matrix.rows, matrix.rank * matrix.columns};
@@ -495,37 +580,94 @@ void entries_are_the_cores(const InstructionSet& set, const FactoredMatrix& matr
   }
 }
 
+// Changes of no size, of the size of a step and beyond float16, and decays.
+template <class Number>
+struct Change {
+  Number scale, decay;
+  std::vector<Number> sum;
+
+  static std::vector<Change> all(int64_t count) {
+    std::vector<Change> changes;
+    const Field field{5, 0, 0};
+    for (Number scale : {Number(0), Number(1e-3f), Number(3e4f)})
+      for (Number decay : {Number(0), Number(0.01f)}) {
+        changes.push_back({scale, decay, {}});
+        for (int64_t i = 0; i < count; ++i)
+          changes.back().sum.push_back(scale == 0 ? Number{empty_sum}
+                                                  : multiply(scale, Number{core_normal(field, i)}));
+      }
+    return changes;
+  }
+  Number moved(Number value, int64_t i) const { return value + add_decay<Number>(decay, value, sum[i]); }
+};
+
 template <class Storage>
 void displacements_are_the_cores(const InstructionSet& set, const std::vector<Storage>& theta) {
   using Number = typename Arithmetic<Storage>::type;
   const int64_t count = static_cast<int64_t>(theta.size());
-  const Field field{5, 0, 0};
-  std::vector<Number> z(count), sum(count);
-  std::vector<uint16_t> random(count);
   std::vector<Storage> out(count + 1);
-  for (int64_t i = 0; i < count; ++i) {
-    z[i] = core_normal(field, i);
-    random[i] = static_cast<uint16_t>(rounding_bits(field, i));
+  for (const Change<Number>& change : Change<Number>::all(count)) {
+    out[count] = theta[0];
+    set.storage<Storage>().displace(out.data(), theta.data(), change.sum.data(), change.decay, count);
+    CHECK(same(out[count], theta[0]), "%s writes beyond the tensor", set.name);
+    for (int64_t i = 0; i < count; ++i)
+      CHECK(same(out[i], round_to_nearest<Storage>(change.moved(widen(theta[i]), i))),
+            "%s: pattern %d of %d, scale %g, decay %g", set.name, int(i), int(count), double(change.scale),
+            double(change.decay));
   }
-  for (Number scale : {Number(0), Number(1e-3f), Number(3e4f)})
-    for (Number decay : {Number(0), Number(0.01f)})
-      for (bool stochastic : {false, true}) {
-        for (int64_t i = 0; i < count; ++i) sum[i] = scale == 0 ? Number{empty_sum} : multiply(scale, z[i]);
-        out[count] = theta[0];
-        set.storage<Storage>().displace(out.data(), theta.data(), sum.data(), decay, count,
-                                        stochastic ? random.data() : nullptr);
-        CHECK(same(out[count], theta[0]), "%s writes beyond the tensor", set.name);
-        for (int64_t i = 0; i < count; ++i) {
-          const Number value = widen(theta[i]), moved = value + add_decay<Number>(decay, value, sum[i]);
-          const Storage expected =
-              stochastic ? round_stochastically<Storage>(moved, random[i]) : round_to_nearest<Storage>(moved);
-          CHECK(same(out[i], expected), "%s: pattern %d of %d, scale %g, decay %g, stochastic %d", set.name,
-                int(i), int(count), double(scale), double(decay), stochastic);
-        }
-      }
+  const std::vector<Number> sum = Change<Number>::all(count).back().sum;
   set.storage<Storage>().write(out.data(), sum.data(), count);
   for (int64_t i = 0; i < count; ++i)
     CHECK(same(out[i], round_to_nearest<Storage>(sum[i])), "%s: element %d written", set.name, int(i));
+}
+
+template <class Storage>
+void stochastic_displacements_are_the_cores(const InstructionSet& set, const std::vector<Storage>& theta) {
+  const int64_t count = static_cast<int64_t>(theta.size());
+  std::vector<uint16_t> random(count);
+  for (int64_t i = 0; i < count; ++i) random[i] = static_cast<uint16_t>(rounding_bits(Field{5, 0, 0}, i));
+  std::vector<Storage> out(count + 1);
+  for (const Change<float>& change : Change<float>::all(count)) {
+    out[count] = theta[0];
+    set.storage<Storage>().displace_stochastically(out.data(), theta.data(), change.sum.data(), change.decay,
+                                                   count, random.data());
+    CHECK(same(out[count], theta[0]), "%s writes beyond the tensor", set.name);
+    for (int64_t i = 0; i < count; ++i)
+      CHECK(same(out[i], round_stochastically<Storage>(change.moved(widen(theta[i]), i), random[i])),
+            "%s: pattern %d of %d, scale %g, decay %g", set.name, int(i), int(count), double(change.scale),
+            double(change.decay));
+  }
+}
+
+// With residuals of all kinds, also beside patterns that have none.
+template <class Storage>
+void split_displacements_are_the_cores(const InstructionSet& set, const std::vector<Storage>& theta) {
+  const int64_t count = static_cast<int64_t>(theta.size());
+  for (const Change<float>& change : Change<float>::all(count))
+    for (int64_t stride : {1, 77}) {
+      std::vector<Storage> upper = theta;
+      std::vector<int8_t> lower(count + 1);
+      for (int64_t i = 0; i <= count; ++i) lower[i] = static_cast<int8_t>(stride * i - 128);
+      const std::vector<int8_t> before = lower;
+      upper.push_back(theta[0]);
+      set.storage<Storage>().displace_split(upper.data(), lower.data(), change.sum.data(), change.decay, count);
+      CHECK(same(upper[count], theta[0]) && lower[count] == before[count], "%s writes beyond the tensor",
+            set.name);
+      for (int64_t i = 0; i < count; ++i) {
+        const Split<Storage> parts = split<Storage>(change.moved(join<Storage>({theta[i], before[i]}), i));
+        CHECK(same(upper[i], parts.nearest) && lower[i] == parts.residual,
+              "%s: pattern %d of %d with %d, scale %g, decay %g, becomes %04x with %d, not %04x with %d", set.name,
+              int(i), int(count), before[i], change.scale, change.decay, upper[i].bits, lower[i],
+              parts.nearest.bits, parts.residual);
+      }
+    }
+}
+
+template <class Storage>
+void all_displacements_are_the_cores(const InstructionSet& set, const std::vector<Storage>& theta) {
+  displacements_are_the_cores(set, theta);
+  stochastic_displacements_are_the_cores(set, theta);
+  split_displacements_are_the_cores(set, theta);
 }
 
 // The dot product of core/power_iteration.h, as it is described there.
@@ -587,7 +729,7 @@ std::vector<Number> all_sizes() {
 }
 
 void loops_are_the_cores(const InstructionSet& set) {
-  words_are_the_cores(set);
+  rounding_words_are_the_cores(set);
   terms_are_the_cores(set, set.single.normals, core_normal);
   terms_are_the_cores(set, set.single.signs, core_sign);
   terms_are_the_cores(set, set.twice.normals, core_normal);
@@ -605,8 +747,8 @@ void loops_are_the_cores(const InstructionSet& set) {
     for (int count = 1; count <= cpu::most_rows; ++count) rows_are_the_cores(set, length, count);
   displacements_are_the_cores(set, all_sizes<float>());
   displacements_are_the_cores(set, all_sizes<double>());
-  displacements_are_the_cores(set, all_patterns<BFloat16>());
-  displacements_are_the_cores(set, all_patterns<Half>());
+  all_displacements_are_the_cores(set, all_patterns<BFloat16>());
+  all_displacements_are_the_cores(set, all_patterns<Half>());
 }
 
 }  // namespace
@@ -614,11 +756,14 @@ void loops_are_the_cores(const InstructionSet& set) {
 int main() {
   one_correction_makes_the_root();
   philox_gives_the_known_answers();
+  rounding_words_are_those_of_seven_rounds();
   step_seeds_are_words_of_their_stream();
   signs_are_bits_of_words();
   normals_are_box_mullers();
   conversions_are_exact<BFloat16>();
   conversions_are_exact<Half>();
+  splits_are_numbers_of_24_bits<BFloat16>();
+  splits_are_numbers_of_24_bits<Half>();
   an_empty_sum_moves_no_bit();
   a_step_is_adams();
   spans_find_the_place_in_the_whole();
