@@ -145,6 +145,7 @@ void launch_adam(const std::vector<InPlace<typename Direction::TensorSlot>>& slo
   using Tiling = typename Direction::Tiling;
   using TensorSlot = typename Direction::TensorSlot;
   constexpr bool is_rounded = can_round<typename Direction::Storage>;
+  if (windows.count == 0) return;
   if (rounding == Rounding::stochastic && windows.first.is_empty())
     rounding = Rounding::nearest;  // without a seed
   if (windows.count != 1 || (is_rounded && rounding == Rounding::residual))

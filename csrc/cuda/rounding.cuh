@@ -85,7 +85,7 @@ struct Pair<BFloat16> {
 
 template <>
 struct Pair<Half> {
-  static constexpr float stochastic_limit = 65504.0f, split_limit = 65519.75f;
+  static constexpr float stochastic_limit = 65504.0f, split_limit = 0x1.ffdfep+15f;
   static constexpr float unit = 0x1p112f;  // see half_pattern
 
   static __device__ uint32_t round_to_nearest(float a, float b) {
@@ -207,8 +207,8 @@ struct PairRounder {
     __half2 largest = magnitudes(0);
 #pragma unroll
     for (int i = 1; i < vector / 2; ++i) largest = __hmax2_nan(largest, magnitudes(i));
-    const __half infinity = __ushort_as_half(0x7c00);
-    return !__hblt2(largest, __halves2half2(infinity, infinity));
+    // From 0x7c00 on a pattern reaches the place of the sign.
+    return ((reinterpret_cast<const uint32_t&>(largest) + 0x04000400u) & 0x80008000u) != 0u;
   }
 };
 

@@ -73,6 +73,7 @@ template <class Direction>
 void launch_steps(const std::vector<InPlace<typename Direction::TensorSlot>>& slots, const Steps& steps,
                   Rounding rounding, cudaStream_t stream) {
   using Storage = typename Direction::Storage;
+  if (steps.steps == 0) return;
   if (rounding == Rounding::stochastic && steps.terms == 0) rounding = Rounding::nearest;  // without a seed
   if (steps.steps != 1)
     return launch<typename Direction::Tiling, InPlace<typename Direction::TensorSlot>, Room::many>(
