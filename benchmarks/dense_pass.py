@@ -13,7 +13,7 @@ import torch
 
 from zoext import _C
 from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import DensePass, add_rivals
+from zoext.benchmarking.dense_pass import STEPS, DensePass, add_rivals
 from zoext.benchmarking.report import Report, at_least, at_most
 from zoext.benchmarking.timing import Spread, interleaved, threads
 from zoext.ops import Distribution, Rounding
@@ -36,14 +36,36 @@ def variants(work: DensePass, dtype: torch.dtype, device: torch.device) -> dict[
     cases: dict[str, Callable[[], object]] = {
         "fused pass, signs": partial(work.fused, distribution=Distribution.SIGN)
     }
-    if dtype.itemsize == 2:
-        cases["fused pass, stochastic rounding"] = partial(work.fused, rounding=Rounding.STOCHASTIC)
     if device.type == "cpu":
         cases["fused pass, one thread"] = partial(on_one_thread, work)
         for name in _C.available_instruction_sets():
             if name != _C.instruction_set():
                 cases[f"fused pass, {name}"] = partial(with_instruction_set, name, work)
     return cases
+
+
+def roundings(work: DensePass) -> dict[str, Callable[[], object]]:
+    """The fused pass over 16 bits in all its roundings."""
+    return {
+        "fused pass": work.fused,
+        "fused pass, stochastic rounding": partial(work.fused, rounding=Rounding.STOCHASTIC),
+        "fused pass, with residuals": partial(work.fused, rounding=Rounding.RESIDUAL),
+    }
+
+
+def add_roundings(report: Report, label: str, times: dict[str, Spread]) -> None:
+    for name, spread in times.items():
+        if name != "fused pass":
+            report.add(f"{label}: {name} / fused pass", spread / times["fused pass"], "x", at_most(1.25))
+
+
+def steps(work: DensePass) -> dict[str, Callable[[], object]]:
+    return {"steps at once": work.steps_at_once, "steps one by one": work.steps_one_by_one}
+
+
+def add_steps(report: Report, label: str, times: dict[str, Spread]) -> None:
+    ratio = times["steps at once"] / times["steps one by one"]
+    report.add(f"{label}: {STEPS} steps in one call / in {STEPS} calls", ratio, "x")
 
 
 def add_variants(report: Report, label: str, times: dict[str, Spread], count: int) -> None:
@@ -74,6 +96,12 @@ def main() -> None:
             label = str(dtype).removeprefix("torch.")
             add_rivals(report, label, times, arguments.device)
             add_variants(report, label, times, arguments.threads)
+            few = max(arguments.repeats // 3, 1)
+            add_steps(report, label, interleaved(steps(work), repeats=few, device=arguments.device))
+        for dtype in (torch.bfloat16, torch.float16):
+            work = DensePass(shapes, dtype, arguments.device)
+            times = interleaved(roundings(work), repeats=arguments.repeats, device=arguments.device)
+            add_roundings(report, str(dtype).removeprefix("torch."), times)
     report.finish(arguments.json)
 
 

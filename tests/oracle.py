@@ -27,11 +27,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW = np.uint64(0xFFFFFFFF)
 
 
-def philox4x32_10(counter: Sequence[ArrayLike], key: tuple[int, int]) -> Words:
+def philox4x32(counter: Sequence[ArrayLike], key: tuple[int, int], rounds: int = 10) -> Words:
     """Salmon et al., SC 2011, section 4.1: four counter words (arrays) and two key words, [..., 4]."""
     c = [np.asarray(word, dtype=np.uint64) for word in counter]
     k = list(key)
-    for _ in range(10):
+    for _ in range(rounds):
         product0, product1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         c = [
             (product1 >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]),
@@ -43,11 +43,12 @@ def philox4x32_10(counter: Sequence[ArrayLike], key: tuple[int, int]) -> Words:
     return np.stack(np.broadcast_arrays(*c), axis=-1).astype(np.uint32)
 
 
-def words(seed: int, key: int, stream: int, blocks: ArrayLike) -> Words:
+def words(seed: int, key: int, stream: int, blocks: ArrayLike, rounds: int = 10) -> Words:
     """The words of the blocks with the given numbers: uint32 [*blocks, 4]."""
     block = np.asarray(blocks, dtype=np.uint64)
     seed %= 2**64
-    return philox4x32_10((block & LOW, block >> np.uint64(32), key, stream), (seed % 2**32, seed >> 32))
+    counter = (block & LOW, block >> np.uint64(32), key, stream)
+    return philox4x32(counter, (seed % 2**32, seed >> 32), rounds)
 
 
 # --- Normals and signs ------------------------------------------------------------------------------
@@ -90,8 +91,8 @@ def signs(seed: int, key: int, at: NDArray[np.uint64], stream: int = Stream.SIGN
 
 
 def rounding_bits(seed: int, key: int, at: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """16 bits an element, 8 elements a block of stream 3, the low half of a word first."""
-    block_words = words(seed, key, Stream.ROUNDING, at // np.uint64(8))
+    """16 bits an element, 8 elements a block of stream 3, of seven rounds, the low half of a word first."""
+    block_words = words(seed, key, Stream.ROUNDING, at // np.uint64(8), rounds=7)
     word = block_words[np.arange(len(at)), at // np.uint64(2) % np.uint64(4)]
     return np.where(at % np.uint64(2), word >> np.uint32(16), word & np.uint32(0xFFFF)).astype(np.uint32)
 
@@ -163,6 +164,41 @@ class Format(NamedTuple):
 FORMATS = {torch.bfloat16: Format(7, 127), torch.float16: Format(10, 15)}
 
 
+class Neighbours(NamedTuple):
+    """The pattern below each magnitude, and how far that lies towards the next one, in 0 .. 1."""
+
+    lower: NDArray
+    fraction: NDArray
+
+
+def neighbours(finite: NDArray, form: Format) -> Neighbours:
+    """Of magnitudes below infinity's."""
+    table = form.magnitudes()
+    lower = np.searchsorted(table, finite, side="right") - 1
+    return Neighbours(lower, (finite - table[lower]) / (table[lower + 1] - table[lower]))
+
+
+def kept_fraction(fraction: NDArray, dtype: torch.dtype) -> NDArray:
+    """float32 has 13 bits more than a float16 that is normal; below, a fraction is rounded to as many."""
+    return np.rint(fraction * 2**13) / 2**13 if dtype == torch.float16 else fraction
+
+
+def magnitudes_of(values: NDArray, form: Format) -> tuple[NDArray, NDArray]:
+    """Which have a pattern below them and one above, and the magnitudes, zero for the others."""
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        magnitude = np.abs(values.astype(np.float64))
+    is_inside = magnitude < form.magnitudes()[-1]
+    return is_inside, np.where(is_inside, magnitude, 0)
+
+
+def of_patterns(pattern: NDArray, values: NDArray, dtype: torch.dtype) -> Tensor:
+    """Patterns with the signs of the values, or that of a NaN where these are none."""
+    form = FORMATS[dtype]
+    pattern = np.where(np.isnan(values), form.infinity | 1 << (form.mantissa_bits - 1), pattern)
+    bits = np.where(np.signbit(values), pattern | 0x8000, pattern).astype(np.uint16)
+    return torch.from_numpy(bits.view(np.int16)).view(dtype)
+
+
 def round_to(values: NDArray, dtype: torch.dtype, random: NDArray[np.uint32] | None = None) -> Tensor:
     """Rounds to the two neighbours in ``dtype``: to the nearest (ties to the even pattern), or, with
     16 random bits an element, away from zero when fraction + random / 2**16 reaches 1.
@@ -172,21 +208,75 @@ def round_to(values: NDArray, dtype: torch.dtype, random: NDArray[np.uint32] | N
     if dtype not in FORMATS:
         return torch.from_numpy(np.array(values)).to(dtype)
     form = FORMATS[dtype]
-    table = form.magnitudes()
-    with np.errstate(invalid="ignore"):  # signalling NaN
-        magnitude = np.abs(values.astype(np.float64))
-    is_inside = magnitude < table[-1]
-    finite = np.where(is_inside, magnitude, 0)  # the others are infinite, or no number
-    lower = np.searchsorted(table, finite, side="right") - 1
-    fraction = (finite - table[lower]) / (table[lower + 1] - table[lower])
+    is_inside, finite = magnitudes_of(values, form)
+    lower, fraction = neighbours(finite, form)
     up = (fraction > 0.5) | ((fraction == 0.5) & (lower % 2 == 1))
     if random is not None:
         bounded = lower + 1 < form.infinity
-        up = np.where(bounded, np.floor(fraction * 2**16) + random >= 2**16, up)
-    pattern = np.where(is_inside, lower + up, form.infinity)
-    pattern = np.where(np.isnan(magnitude), form.infinity | 1 << (form.mantissa_bits - 1), pattern)
-    bits = np.where(np.signbit(values), pattern | 0x8000, pattern).astype(np.uint16)
-    return torch.from_numpy(bits.view(np.int16)).view(dtype)
+        up = np.where(bounded, np.floor(kept_fraction(fraction, dtype) * 2**16) + random >= 2**16, up)
+    return of_patterns(np.where(is_inside, lower + up, form.infinity), values, dtype)
+
+
+# --- Floats of 24 bits: a pattern of 16, and in 1/256 of the way to the next one what it lacks ----------
+
+
+def split(values: NDArray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The nearest pattern of 16 bits of each value and the rest, int8 in -128 .. 127: together the nearest
+    of 24 bits, ties away from zero. Where the first one is infinite or no number, so is the value, and the
+    rest is 0."""
+    form = FORMATS[dtype]
+    is_inside, finite = magnitudes_of(values, form)
+    lower, fraction = neighbours(finite, form)
+    steps = lower * 256 + np.floor(kept_fraction(fraction, dtype) * 256 + 0.5).astype(int)
+    upper = (steps + 128) // 256
+    is_whole = is_inside & (upper < form.infinity)
+    residual = torch.from_numpy(np.where(is_whole, steps - upper * 256, 0).astype(np.int8))
+    nearest = bits(round_to(values, dtype)).numpy().astype(int) & 0x7FFF
+    return of_patterns(np.where(is_whole, upper, nearest), values, dtype), residual
+
+
+def join(upper: Tensor, residual: Tensor) -> NDArray[np.float32]:
+    """The values of 24 bits, flat; what is infinite or no number has no rest."""
+    form = FORMATS[upper.dtype]
+    table = form.magnitudes()
+    pattern = bits(upper).reshape(-1).numpy().astype(int) & 0x7FFF
+    is_number = pattern < form.infinity
+    steps = np.where(is_number, pattern * 256 + residual.reshape(-1).numpy().astype(int), 0)
+    assert (steps >= 0).all(), "no number of 24 bits lies below zero in magnitude"
+    low = table[steps // 256]
+    whole = low + (table[steps // 256 + 1] - low) * (steps % 256) / 256
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return np.where(is_number, np.copysign(whole, numbers(upper)), numbers(upper)).astype(np.float32)
+
+
+def some_residuals(theta: Tensor) -> Tensor:
+    """Residuals of every size, a function of the weight; none makes it less than zero in magnitude. Empty
+    for wide theta."""
+    if theta.dtype not in FORMATS:
+        return torch.empty(0, dtype=torch.int8)
+    pattern = bits(theta).long() & 0x7FFF  # not its value, which a program may flush to zero
+    residual = pattern.mul(37).remainder(256).sub(128)
+    residual = torch.where(pattern == 0, residual.abs().clamp(max=127), residual)
+    return torch.where(pattern < FORMATS[theta.dtype].infinity, residual, 0).to(torch.int8)
+
+
+def equal_residuals(theta: Tensor, rounding: Rounding) -> list[Tensor | None]:
+    """Two times the same residuals, for an operator and for the oracle to overwrite, or two times none."""
+    if rounding != Rounding.RESIDUAL:
+        return [None, None]
+    return [some_residuals(theta), some_residuals(theta)]
+
+
+def with_residual(theta: Tensor, residual: Tensor | None) -> Tensor:
+    """Pairs of both, float32 [..., 2], where there is a residual of something: else theta."""
+    if residual is None or theta.dtype not in FORMATS:
+        return theta
+    return torch.stack([theta.float(), residual.float()], dim=-1)
+
+
+def as_list(residual: Tensor | None) -> list[Tensor]:
+    """As operators take the residuals of a single tensor."""
+    return [] if residual is None else [residual]
 
 
 # --- The operators ----------------------------------------------------------------------------------
@@ -269,14 +359,26 @@ def newest_rounding_bits(
     return rounding_bits(seeds[-1][0], key, at) if rounding == Rounding.STOCHASTIC and has_seeds else None
 
 
-def displaced(theta: Tensor, change: NDArray, decay: float, random: NDArray[np.uint32] | None) -> Tensor:
-    """``theta + (change - decay theta)``, rounded once to the dtype of theta."""
-    value = numbers(theta)
+def displaced(
+    theta: Tensor,
+    change: NDArray,
+    decay: float,
+    random: NDArray[np.uint32] | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``theta + (change - decay theta)``, rounded once to the dtype of theta, or, with a residual, to 24
+    bits: the residual is overwritten."""
+    is_long = residual is not None and theta.dtype in FORMATS
+    value = join(theta, residual) if is_long else numbers(theta)
     if decay != 0:
         change = fused_multiply_add(-np.float32(decay), value, change)
     with np.errstate(all="ignore"):
         moved = value + change
-    return round_to(moved, theta.dtype, random).reshape(theta.shape)
+    if not is_long:
+        return round_to(moved, theta.dtype, random).reshape(theta.shape)
+    upper, rest = split(moved, theta.dtype)
+    residual.copy_(rest.reshape(residual.shape))
+    return upper.reshape(theta.shape)
 
 
 def combination(
@@ -289,18 +391,19 @@ def combination(
     span: Span | None = None,
     distribution: Distribution = Distribution.NORMAL,
     rounding: Rounding = Rounding.NEAREST,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``theta + (sum_k c_k D(s_k) - decay theta)``: what ``noise_axpy_`` makes of theta, to the bit.
 
     The sum starts at minus zero and takes one fused multiply-add per term, in the order of k, in
     float32 (float64 for float64); terms with coefficient zero are left out. One addition joins it to
-    theta, one rounding stores it; rounding bits come from the first seed.
+    theta, one rounding stores it; rounding bits come from the first seed. A residual is overwritten.
     """
     at = indices(theta.numel(), span or whole(theta))
     directions = [direction(seed, key, at, distribution) for seed in seeds]
     change = estimate(directions, coefficients, numbers(theta))
     random = rounding_bits(seeds[0], key, at) if rounding == Rounding.STOCHASTIC and len(seeds) else None
-    return displaced(theta, change, decay, random)
+    return displaced(theta, change, decay, random, residual)
 
 
 def adam(
@@ -312,12 +415,13 @@ def adam(
     span: Span | None = None,
     distribution: Distribution = Distribution.NORMAL,
     rounding: Rounding = Rounding.NEAREST,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """What ``noise_adam_`` makes of theta, to the bit. ``seeds`` are those of each step, oldest first."""
     at = indices(theta.numel(), span or whole(theta))
     directions = [[direction(seed, key, at, distribution) for seed in step] for step in seeds]
     random = newest_rounding_bits(seeds, key, at, rounding)
-    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random)
+    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random, residual)
 
 
 def factored_combination(
@@ -331,13 +435,14 @@ def factored_combination(
     key: int = 0,
     span: Span | None = None,
     rounding: Rounding = Rounding.NEAREST,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """What ``factored_axpy_`` makes of theta, to the bit."""
     at = indices(theta.numel(), span or whole(theta))
     directions = factored_directions(left, right, len(seeds), numbers(theta).dtype)
     change = estimate(directions, coefficients, numbers(theta))
     random = rounding_bits(seeds[0], key, at) if rounding == Rounding.STOCHASTIC and len(seeds) else None
-    return displaced(theta, change, decay, random)
+    return displaced(theta, change, decay, random, residual)
 
 
 def factored_adam(
@@ -350,6 +455,7 @@ def factored_adam(
     key: int = 0,
     span: Span | None = None,
     rounding: Rounding = Rounding.NEAREST,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """What ``factored_adam_`` makes of theta, to the bit: factors are numbered step by step."""
     at = indices(theta.numel(), span or whole(theta))
@@ -357,7 +463,7 @@ def factored_adam(
     flat = iter(factored_directions(left, right, count, numbers(theta).dtype))
     directions = [[next(flat) for _ in step] for step in seeds]
     random = newest_rounding_bits(seeds, key, at, rounding)
-    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random)
+    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random, residual)
 
 
 # --- Comparison -------------------------------------------------------------------------------------
@@ -368,6 +474,14 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bits(tensor: Tensor) -> Tensor:
     """The storage patterns of a tensor: equality of these tells -0 from 0 and NaN from NaN."""
     return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def assert_same_residuals(residuals: Sequence[Tensor | None], what: str = "") -> None:
+    first, second = residuals
+    if first is None or second is None:
+        assert first is second, what
+    else:
+        assert torch.equal(first, second), f"{what}: {int((first != second).sum())} residuals differ"
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:

@@ -39,8 +39,9 @@ def matrix(rows: list[list], dtype: torch.dtype) -> Tensor:
 
 
 def step(theta: Tensor, window: oracle.Window, **options: Any) -> Tensor:
-    """theta after ``noise_adam_``, as a whole parameter."""
+    """theta after ``noise_adam_``, as a whole parameter. A ``residual`` is overwritten."""
     moved = theta.clone()
+    residuals = oracle.as_list(options.pop("residual", None))
     ops.noise_adam_(
         [moved],
         matrix(seeds_of(window), torch.int64),
@@ -48,6 +49,7 @@ def step(theta: Tensor, window: oracle.Window, **options: Any) -> Tensor:
         *(torch.tensor(numbers, dtype=torch.float32) for numbers in window[1:]),
         [options.pop("key", 0)],
         [options.pop("span", ops.span_of(theta))],
+        residuals=residuals,
         **options,
     )
     return moved
@@ -70,8 +72,10 @@ def test_steps(
     options: dict[str, Any] = {"distribution": distribution, "rounding": rounding}
     options |= {"key": 2**31 + 7, "span": (1001, 37, 90)}
     adam = window(steps, terms, decay=0.01)
-    expected = oracle.adam(theta, seeds_of(adam), adam, **options)
-    oracle.assert_same_bits(step(theta, adam, **options), expected)
+    residuals = oracle.equal_residuals(theta, rounding)
+    expected = oracle.adam(theta, seeds_of(adam), adam, residual=residuals[1], **options)
+    oracle.assert_same_bits(step(theta, adam, residual=residuals[0], **options), expected)
+    oracle.assert_same_residuals(residuals)
 
 
 @pytest.mark.parametrize("terms", [1, 3])
@@ -108,7 +112,10 @@ def test_zero_coefficients_and_zero_lr_move_no_bit(
         window(3, terms, eps=0.0)._replace(coefficients=zero),
         window(3, terms, eps=0.0, lr=0.0),
     ):
-        assert torch.equal(oracle.bits(step(theta, adam, rounding=rounding)), oracle.bits(theta))
+        residuals = oracle.equal_residuals(theta, rounding)
+        moved = step(theta, adam, rounding=rounding, residual=residuals[0])
+        assert torch.equal(oracle.bits(moved), oracle.bits(theta))
+        oracle.assert_same_residuals(residuals)
 
 
 @every_dtype
@@ -175,6 +182,8 @@ def test_nothing_beyond_the_tensor_is_touched(dtype: torch.dtype, instruction_se
             for rounding in Rounding:
                 buffer = torch.full((start + length + 70,), guard, dtype=dtype)
                 theta = buffer[start : start + length]
+                residuals = torch.full((start + length + 70,), 33, dtype=torch.int8)
+                held = residuals[start : start + (length if dtype in oracle.FORMATS else 0)]
                 ops.noise_adam_(
                     [theta],
                     torch.tensor(seeds_of(adam)),
@@ -182,7 +191,10 @@ def test_nothing_beyond_the_tensor_is_touched(dtype: torch.dtype, instruction_se
                     [0],
                     [(start, max(length, 1), 0)],
                     rounding=rounding,
+                    residuals=[held] if rounding == Rounding.RESIDUAL else [],
                 )
+                assert (residuals[:start] == 33).all()
+                assert (residuals[start + held.numel() :] == 33).all()
                 assert (buffer[:start] == guard).all()
                 assert (buffer[start + length :] == guard).all()
                 assert not (theta == guard).any()

@@ -48,7 +48,12 @@ def check(document: dict, names: set[str]) -> None:
     [
         (
             "dense_pass",
-            ["usual loop / fused pass", "signs / plain pass", "fused pass, one thread / fused pass"],
+            [
+                "usual loop / fused pass",
+                "signs / plain pass",
+                "fused pass, one thread / fused pass",
+                "16 steps in one call / in 16 calls",
+            ],
         ),
         ("adam_update", ["plain update / fused update", "fused update / noise only"]),
         ("factored_pass", ["fused pass / plain pass, rank 1", "plain / fused Adam step"]),
@@ -72,6 +77,17 @@ def test_program_writes_finite_figures(program: str, names: list[str], tmp_path:
     assert done.returncode == 0, done.stderr
     check(read(out), {f"{dtype}: {name}" for dtype in DTYPES for name in names})
     assert all(name in done.stdout for name in names)
+
+
+def test_roundings_of_both_dtypes_in_16_bits_are_compared(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "dense_pass.py"), *TINY, "--json", str(out)]
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    roundings = ("stochastic rounding", "with residuals")
+    names = {
+        f"{dtype}: fused pass, {how} / fused pass" for dtype in ("bfloat16", "float16") for how in roundings
+    }
+    check(read(out), names)
 
 
 def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:

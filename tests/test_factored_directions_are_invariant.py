@@ -4,7 +4,7 @@ matrix is cut, when its factors are cut alike."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import oracle
 import pytest
@@ -43,34 +43,50 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, *, rank: int = 2) -> Mat
 
 class Change(NamedTuple):
     """Everything of a call of ``factored_axpy_``, or of ``factored_adam_`` over two steps of two terms,
-    but the tensors."""
+    but the tensors: of one step, or of two with half as many terms."""
 
     adam: bool
+    steps: int
     rounding: Rounding
 
     def apply(
         self, matrices: Sequence[Matrix], keys: Sequence[int], spans: Sequence[Span] | None = None
     ) -> list[Tensor]:
-        """Moved copies of the matrices."""
+        """Moved copies of the matrices, with their residuals where there are some."""
         moved = [m.theta.clone() for m in matrices]
         left, right = [m.left for m in matrices], [m.right for m in matrices]
         spans = [ops.span_of(tensor) for tensor in moved] if spans is None else spans
         seeds, coefficients = torch.tensor([-5, 2**62, 7, 8]), torch.tensor([0.25, -1.5, 0.0, 3e-3])
-        decay = torch.tensor(0.03)
+        decay, lr = torch.tensor([0.03, 0.01]), torch.tensor([0.02, 0.05])
+        weights = [
+            torch.tensor([[0.3, 0.2, 0.4], [0.5, 0.1, 0.2]]),
+            torch.tensor([[0.1, 0.4, 0.6], [0.2] * 3]),
+        ]
+        is_residual = self.rounding == Rounding.RESIDUAL
+        residuals = [oracle.some_residuals(t) for t in moved] if is_residual else []
+        options: dict[str, Any] = {"rounding": self.rounding, "residuals": residuals}
+        if self.adam and self.steps == 2:  # two windows of three rows of one term
+            seeds, coefficients = seeds.reshape(4, 1), coefficients.reshape(4, 1)
+        elif self.adam:
+            seeds, coefficients = seeds.reshape(2, 2), coefficients.reshape(2, 2)
+            weights = [weight[0, :2] for weight in weights]
+        elif self.steps == 2:
+            seeds, coefficients = seeds.reshape(2, 2), coefficients.reshape(2, 2)
+        if self.steps == 1:
+            decay, lr = decay[0], lr[0]
+        numbers = [seeds, coefficients]
         if self.adam:
-            steps = seeds.reshape(2, 2), coefficients.reshape(2, 2)
-            weights = torch.tensor([0.3, 0.2]), torch.tensor([0.1, 0.4])
-            rates = torch.tensor(0.02), torch.tensor(1e-3), decay
-            ops.factored_adam_(
-                moved, left, right, *steps, *weights, *rates, keys, spans, rounding=self.rounding
-            )
-        else:
-            numbers = seeds, coefficients, decay
-            ops.factored_axpy_(moved, left, right, *numbers, keys, spans, rounding=self.rounding)
+            numbers += [*weights, lr, torch.tensor(1e-3)]
+        operator: Callable = ops.factored_adam_ if self.adam else ops.factored_axpy_
+        operator(moved, left, right, *numbers, decay, keys, spans, **options)
+        if is_residual:
+            return [oracle.with_residual(*parts) for parts in zip(moved, residuals, strict=True)]
         return moved
 
 
-CHANGES = [Change(adam, rounding) for adam in (False, True) for rounding in Rounding]
+CHANGES = [
+    Change(adam, steps, rounding) for adam in (False, True) for steps in (1, 2) for rounding in Rounding
+]
 
 
 def assert_all_same(actual: Sequence[Tensor], expected: Sequence[Tensor], what: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -32,7 +32,13 @@ class Combination(NamedTuple):
     def coefficients(self) -> list[float]:
         return [0.25, -1.5, 3e-3][: self.terms]
 
-    def move_(self, theta: Sequence[Tensor], keys: Sequence[int], spans: Sequence[Span]) -> None:
+    def move_(
+        self,
+        theta: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        keys: Sequence[int],
+        spans: Sequence[Span],
+    ) -> None:
         ops.noise_axpy_(
             theta,
             torch.tensor(self.seeds, dtype=torch.int64),
@@ -42,9 +48,10 @@ class Combination(NamedTuple):
             spans,
             distribution=self.distribution,
             rounding=self.rounding,
+            residuals=residuals,
         )
 
-    def expected(self, theta: Tensor, key: int, span: Span) -> Tensor:
+    def expected(self, theta: Tensor, residual: Tensor | None, key: int, span: Span) -> Tensor:
         return oracle.combination(
             theta,
             self.seeds,
@@ -54,7 +61,49 @@ class Combination(NamedTuple):
             span=span,
             distribution=self.distribution,
             rounding=self.rounding,
+            residual=residual,
         )
+
+
+class Combinations(NamedTuple):
+    """Everything of a call of ``noise_axpy_`` over three steps but the tensors: the second does nothing."""
+
+    distribution: Distribution
+    rounding: Rounding
+
+    seeds = ((2**62 + 11, -5), (6, 5), (7, 2**40))
+    coefficients = ((0.25, -1.5), (0.0, 0.0), (3e-3, 0.0))
+    decay = (0.03, 0.0, 0.0)
+
+    def move_(
+        self,
+        theta: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        keys: Sequence[int],
+        spans: Sequence[Span],
+    ) -> None:
+        ops.noise_axpy_(
+            theta,
+            *(torch.tensor(numbers) for numbers in (self.seeds, self.coefficients, self.decay)),
+            keys,
+            spans,
+            distribution=self.distribution,
+            rounding=self.rounding,
+            residuals=residuals,
+        )
+
+    def expected(self, theta: Tensor, residual: Tensor | None, key: int, span: Span) -> Tensor:
+        for numbers in zip(self.seeds, self.coefficients, self.decay, strict=True):
+            theta = oracle.combination(
+                theta,
+                *numbers,
+                key=key,
+                span=span,
+                distribution=self.distribution,
+                rounding=self.rounding,
+                residual=residual,
+            )
+        return theta
 
 
 class AdamStep(NamedTuple):
@@ -73,7 +122,13 @@ class AdamStep(NamedTuple):
         coefficients = [[0.25, 3.0][: self.terms], [-1.5, 0.0][: self.terms], [3e-3, -0.4][: self.terms]]
         return oracle.Window(coefficients, [0.1, 0.2, 0.4], [0.3, 0.1, 0.2], lr=0.02, eps=1e-3, decay=0.03)
 
-    def move_(self, theta: Sequence[Tensor], keys: Sequence[int], spans: Sequence[Span]) -> None:
+    def move_(
+        self,
+        theta: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        keys: Sequence[int],
+        spans: Sequence[Span],
+    ) -> None:
         ops.noise_adam_(
             theta,
             torch.tensor(self.seeds),
@@ -82,9 +137,10 @@ class AdamStep(NamedTuple):
             spans,
             distribution=self.distribution,
             rounding=self.rounding,
+            residuals=residuals,
         )
 
-    def expected(self, theta: Tensor, key: int, span: Span) -> Tensor:
+    def expected(self, theta: Tensor, residual: Tensor | None, key: int, span: Span) -> Tensor:
         return oracle.adam(
             theta,
             self.seeds,
@@ -93,19 +149,75 @@ class AdamStep(NamedTuple):
             span=span,
             distribution=self.distribution,
             rounding=self.rounding,
+            residual=residual,
         )
 
 
-Change = Combination | AdamStep
+class AdamSteps(NamedTuple):
+    """Everything of a call of ``noise_adam_`` over three windows of two steps but the tensors."""
+
+    distribution: Distribution
+    rounding: Rounding
+
+    seeds = ((2**62 + 11, 4), (-5, 2**40), (7, -1), (8, 9))
+    coefficients = ((0.25, 3.0), (-1.5, 0.0), (3e-3, -0.4), (1.0, -2.0))
+    first_weights, second_weights = ((0.1, 0.2), (0.4, 0.3), (0.2, 0.5)), ((0.3, 0.1), (0.2, 0.2), (0.5, 0.6))
+    lr, eps, decay = (0.02, 0.0, 0.01), 1e-3, (0.03, 0.01, 0.0)
+
+    def windows(self) -> Iterator[tuple[Sequence[Sequence[int]], oracle.Window]]:
+        for s in range(3):
+            weights = self.first_weights[s], self.second_weights[s]
+            rates = self.lr[s], self.eps, self.decay[s]
+            yield self.seeds[s : s + 2], oracle.Window(self.coefficients[s : s + 2], *weights, *rates)
+
+    def move_(
+        self,
+        theta: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        keys: Sequence[int],
+        spans: Sequence[Span],
+    ) -> None:
+        weights = self.first_weights, self.second_weights
+        numbers = self.seeds, self.coefficients, *weights, self.lr, self.eps, self.decay
+        ops.noise_adam_(
+            theta,
+            *(torch.tensor(some) for some in numbers),
+            keys,
+            spans,
+            distribution=self.distribution,
+            rounding=self.rounding,
+            residuals=residuals,
+        )
+
+    def expected(self, theta: Tensor, residual: Tensor | None, key: int, span: Span) -> Tensor:
+        for seeds, window in self.windows():
+            theta = oracle.adam(
+                theta,
+                seeds,
+                window,
+                key=key,
+                span=span,
+                distribution=self.distribution,
+                rounding=self.rounding,
+                residual=residual,
+            )
+        return theta
+
+
+Change = Combination | Combinations | AdamStep | AdamSteps
 
 
 def apply(
     change: Change, theta: Sequence[Tensor], keys: Sequence[int], spans: Sequence[Span]
 ) -> list[Tensor]:
-    """Moved copies of theta."""
+    """Moved copies of theta, with their residuals where there are some."""
     moved = [tensor.clone() for tensor in theta]
-    change.move_(moved, keys, spans)
-    return moved
+    if change.rounding != Rounding.RESIDUAL:
+        change.move_(moved, [], keys, spans)
+        return moved
+    residuals = [oracle.some_residuals(tensor) for tensor in theta]
+    change.move_(moved, residuals, keys, spans)
+    return [oracle.with_residual(*parts) for parts in zip(moved, residuals, strict=True)]
 
 
 ADAM_STEPS: list[Change] = [
@@ -113,8 +225,15 @@ ADAM_STEPS: list[Change] = [
     AdamStep(1, Distribution.SIGN, Rounding.NEAREST),
     AdamStep(2, Distribution.NORMAL, Rounding.NEAREST),
     AdamStep(2, Distribution.SIGN, Rounding.STOCHASTIC),
+    AdamStep(2, Distribution.NORMAL, Rounding.RESIDUAL),
 ]
-# No terms, one and several, each with both distributions and both roundings.
+SEVERAL_STEPS: list[Change] = [
+    Combinations(Distribution.NORMAL, Rounding.STOCHASTIC),
+    Combinations(Distribution.SIGN, Rounding.RESIDUAL),
+    AdamSteps(Distribution.NORMAL, Rounding.RESIDUAL),
+    AdamSteps(Distribution.SIGN, Rounding.STOCHASTIC),
+]
+# No terms, one and several, each with both distributions and every rounding.
 NO_TERMS, ONE_TERM, THREE_TERMS = (
     [
         Combination(terms, decay, distribution, rounding)
@@ -123,7 +242,7 @@ NO_TERMS, ONE_TERM, THREE_TERMS = (
     ]
     for terms, decay in ((0, 0.03), (1, 0.0), (3, 0.03))
 )
-CHANGES: list[Change] = [*NO_TERMS, *ONE_TERM, *THREE_TERMS, *ADAM_STEPS]
+CHANGES: list[Change] = [*NO_TERMS, *ONE_TERM, *THREE_TERMS, *ADAM_STEPS, *SEVERAL_STEPS]
 MARGIN = 1200
 every_dtype = pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 
@@ -231,8 +350,9 @@ def test_two_dimensional_blocks(dtype: torch.dtype, instruction_set: str) -> Non
 def expected_about(border: int, dtype: torch.dtype, change: Change) -> tuple[Tensor, Tensor]:
     """Weights about an index far out, and what the oracle makes of them."""
     theta = weights(2 * MARGIN, dtype=dtype)
-    moved = change.expected(theta, key=8, span=(border - MARGIN, 2 * MARGIN, 0))
-    return theta, moved
+    residual, _ = oracle.equal_residuals(theta, change.rounding)
+    moved = change.expected(theta, residual, key=8, span=(border - MARGIN, 2 * MARGIN, 0))
+    return theta, oracle.with_residual(moved, residual)
 
 
 @pytest.mark.parametrize("border", [32, 34, 35, 39, 62], ids=lambda border: f"2^{border}")
@@ -240,7 +360,7 @@ def expected_about(border: int, dtype: torch.dtype, change: Change) -> tuple[Ten
 def test_far_elements(dtype: torch.dtype, border: int, instruction_set: str) -> None:
     """Across the indices where 32 bits end and where the block counter carries: at 2**34 for normals, at
     2**35 for rounding bits, at 2**39 for signs. A tile that fills its buffer may start anywhere."""
-    for change in (*THREE_TERMS, *ADAM_STEPS):
+    for change in (*THREE_TERMS, *ADAM_STEPS, *SEVERAL_STEPS):
         theta, expected = expected_about(2**border, dtype, change)
         for start in (0, 1, MARGIN - 581, MARGIN - 448, MARGIN - 192, MARGIN - 64, MARGIN - 3, MARGIN):
             span = (2**border - MARGIN + start, theta.numel(), 0)
@@ -255,7 +375,7 @@ def test_far_blocks(dtype: torch.dtype) -> None:
     for base, stride in ((2**34 - 50, 41), (2**34 - 50, 60), (2**33 + 1, 2**39)):
         span = (base, 41, stride)
         expected_at = [(base + row * stride, 41, 0) for row in range(3)]
-        for change in (*THREE_TERMS, *ADAM_STEPS):
+        for change in (*THREE_TERMS, *ADAM_STEPS, *SEVERAL_STEPS):
             rows = torch.stack(apply(change, list(theta), [8] * 3, expected_at))
             oracle.assert_same_bits(apply(change, [theta], [8], [span])[0], rows, str(change))
 
@@ -266,15 +386,20 @@ def test_every_start_and_length(dtype: torch.dtype, instruction_set: str) -> Non
     whole = weights(160, dtype=dtype)
     lengths = list(range(68))
     packed = torch.empty(sum(lengths), dtype=dtype)
-    combinations = ONE_TERM if dtype in oracle.FORMATS else ONE_TERM[::2]  # only 16 bits are rounded
-    for change in (*combinations, *ADAM_STEPS):
+    combinations = ONE_TERM if dtype in oracle.FORMATS else ONE_TERM[::3]  # only 16 bits are rounded
+    for change in (*combinations, *ADAM_STEPS, *SEVERAL_STEPS):
         expected = apply(change, [whole], [2], [ops.span_of(whole)])[0]
         for start in range(68):
             torch.cat([whole[start : start + length] for length in lengths], out=packed)
             spans = [(start, max(length, 1), 0) for length in lengths]
-            change.move_(packed.split(lengths), [2] * len(lengths), spans)
+            residual, _ = oracle.equal_residuals(packed, change.rounding)
+            residuals: Sequence[Tensor] = []
+            if residual is not None:
+                residuals = residual.split(lengths) if residual.numel() else [residual] * len(lengths)
+            change.move_(packed.split(lengths), residuals, [2] * len(lengths), spans)
             wanted = torch.cat([expected[start : start + length] for length in lengths])
-            oracle.assert_same_bits(packed, wanted, f"{change}, start {start}")
+            moved = oracle.with_residual(packed, residual)
+            oracle.assert_same_bits(moved, wanted, f"{change}, start {start}")
 
 
 def test_streams_keep_their_numbers() -> None:

@@ -8,9 +8,10 @@ for each test function (the smallest p-value against 1e-4 / number of p-values, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
+import oracle
 import torch
 from numpy.typing import NDArray
 from scipy import stats
@@ -43,6 +44,16 @@ def signs(count: int, *, seed: int = SEED, key: int = 0) -> NDArray[np.float64]:
         [out], torch.tensor([seed]), [key], [span], stream=Stream.SIGN, distribution=Distribution.SIGN
     )
     return out.double().numpy()
+
+
+def rounding_bits(count: int, *, seed: int = SEED, key: int = 0) -> NDArray[np.float64]:
+    """Of the oracle, which the operators equal to the bit, in 0 .. 65535."""
+    blocks = oracle.words(seed, key, Stream.ROUNDING, np.arange(count // 8), rounds=7)
+    return np.stack([blocks & 0xFFFF, blocks >> 16], axis=-1).reshape(-1).astype(np.float64)
+
+
+def standardised_uniforms(bits: NDArray) -> NDArray:
+    return (bits - (2**16 - 1) / 2) / np.sqrt((2.0**32 - 1) / 12)
 
 
 def correlation_p_values(pairs: Iterable[tuple[NDArray, NDArray]]) -> list[float]:
@@ -170,3 +181,38 @@ def test_pairs_of_signs_do_not_correlate() -> None:
     fields += [signs(2**18, seed=SEED ^ 1 << bit) for bit in (0, 31, 32, 62)]
     fields.append(normals(2**18))
     assert_plausible(correlation_p_values([*pairs, *combinations(fields, 2)]))
+
+
+def test_rounding_bits_are_uniform() -> None:
+    """Seven rounds suffice: the values, their upper bytes in each place of a block, and each of the bits."""
+    bits = rounding_bits(2**22).astype(np.int64)
+    by_place = (bits >> 8).reshape(-1, 8).T
+    ones = (bits[:, None] >> np.arange(16) & 1).sum(axis=0)
+    assert_plausible(
+        [
+            stats.chisquare(np.bincount(bits, minlength=2**16)).pvalue,
+            *(stats.chisquare(np.bincount(place, minlength=256)).pvalue for place in by_place),
+            *two_sided((ones - len(bits) / 2) / np.sqrt(len(bits) / 4)),
+        ]
+    )
+
+
+def test_rounding_bits_do_not_correlate() -> None:
+    """Across distances, keys and seeds one bit apart, and with the normals and signs that they round."""
+    u = standardised_uniforms(rounding_bits(2**20, key=1))
+    pairs = [(u[:-lag].copy(), u[lag:].copy()) for lag in (*range(1, 25), 32, 64, 128)]
+    fields = [rounding_bits(2**18, key=key) for key in (0, 1, 2, 2**16, 2**31)]
+    fields += [rounding_bits(2**18, seed=SEED ^ 1 << bit) for bit in range(0, 64, 7)]
+    uniforms = [standardised_uniforms(field) for field in fields]
+    p_values = correlation_p_values([*pairs, *combinations(uniforms, 2)])
+    others = normals(2**18), standardised_squares(normals(2**18)), signs(2**18)
+    assert_plausible([*p_values, *correlation_p_values((uniforms[0], other) for other in others)])
+
+
+def test_consecutive_steps_round_independently() -> None:
+    """The seeds of a run's steps, and the steps from one to the next in neighbouring elements."""
+    steps = [
+        standardised_uniforms(rounding_bits(2**15, seed=noise.step_seed(SEED, step))) for step in range(24)
+    ]
+    shifted = [(a[:-1].copy(), b[1:].copy()) for a, b in pairwise(steps)]
+    assert_plausible(correlation_p_values([*combinations(steps, 2), *shifted]))

@@ -39,6 +39,10 @@ def window(steps: int = 2) -> list[Tensor]:
     return [torch.arange(steps)[:, None], one[:, None] / 2, one / 4, one / 8, *rates]
 
 
+def residuals_of(theta: list[Tensor]) -> list[Tensor]:
+    return [oracle.some_residuals(t) for t in theta]
+
+
 def factors(theta: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Left factors of rank 3 for each of two terms, a right one for both; a vector is a matrix of one row."""
     shapes = [t.shape if t.dim() == 2 else (1, t.numel()) for t in theta]
@@ -84,8 +88,13 @@ def factored_adam(theta: list[Tensor]) -> list[Tensor]:
     return theta
 
 
+def axpy_of_steps(theta: list[Tensor]) -> list[Tensor]:
+    ops.noise_axpy_(theta, *(n[:, None] for n in numbers()), torch.tensor([0.1, 0.2]), KEYS, SPANS)
+    return theta
+
+
 COPIES = [copy, factored_copy]
-OPERATORS = [axpy, *COPIES, normal, adam, factored_axpy, factored_adam]
+OPERATORS = [axpy, *COPIES, normal, adam, factored_axpy, factored_adam, axpy_of_steps]
 every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
 
 
@@ -93,14 +102,18 @@ every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.
 @every_dtype
 def test_opcheck(dtype: torch.dtype, distribution: Distribution) -> None:
     """Schema (what is mutated, what aliases), autograd registration, FakeTensor, and dynamic AOT tracing."""
-    seeds, coefficients = numbers()
+    terms, decay = numbers(), torch.tensor(0.1)
     spans, options = [n for span in SPANS for n in span], (int(distribution), int(Rounding.STOCHASTIC))
-    field, zoext = torch.tensor([5]), torch.ops.zoext
+    field, theta, zoext = torch.tensor([5]), tensors(dtype), torch.ops.zoext
+    long = tensors(dtype), residuals_of(theta)
+    with_residuals = int(distribution), int(Rounding.RESIDUAL)
     for operator, arguments in (
-        (zoext.normal_, (tensors(dtype), field, KEYS, spans, 1, int(distribution))),
-        (zoext.noise_axpy_, (tensors(dtype), seeds, coefficients, torch.tensor(0.1), KEYS, spans, *options)),
-        (zoext.noise_copy_, (tensors(dtype), tensors(dtype), seeds, coefficients, KEYS, spans, *options)),
-        (zoext.noise_adam_, (tensors(dtype), *window(), KEYS, spans, *options)),
+        (zoext.normal_, (theta, field, KEYS, spans, 1, int(distribution))),
+        (zoext.noise_axpy_, (theta, [], *terms, decay, KEYS, spans, *options)),
+        (zoext.noise_axpy_, (*long, *terms, decay, KEYS, spans, *with_residuals)),
+        (zoext.noise_copy_, (theta, tensors(dtype), *terms, KEYS, spans, *options)),
+        (zoext.noise_adam_, (theta, [], *window(), KEYS, spans, *options)),
+        (zoext.noise_adam_, (*long, *window(), KEYS, spans, *with_residuals)),
     ):
         report = torch.library.opcheck(operator.default, arguments)
         assert set(report.values()) == {"SUCCESS"}
@@ -108,13 +121,19 @@ def test_opcheck(dtype: torch.dtype, distribution: Distribution) -> None:
 
 @every_dtype
 def test_opcheck_of_factored_operators(dtype: torch.dtype) -> None:
-    seeds, coefficients = numbers()
-    places = KEYS, [n for span in SPANS for n in span], int(Rounding.STOCHASTIC)
+    terms, decay = numbers(), torch.tensor(0.1)
+    arrangement = KEYS, [n for span in SPANS for n in span]
+    places, with_residuals = (
+        (*arrangement, int(rounding)) for rounding in (Rounding.STOCHASTIC, Rounding.RESIDUAL)
+    )
     theta, sides, zoext = tensors(dtype), factors(tensors(dtype)), torch.ops.zoext
+    long = tensors(dtype), residuals_of(theta)
     for operator, arguments in (
-        (zoext.factored_axpy_, (theta, *sides, seeds, coefficients, torch.tensor(0.1), *places)),
-        (zoext.factored_copy_, (tensors(dtype), theta, *sides, seeds, coefficients, *places)),
-        (zoext.factored_adam_, (theta, *sides, *window(), *places)),
+        (zoext.factored_axpy_, (theta, [], *sides, *terms, decay, *places)),
+        (zoext.factored_axpy_, (*long, *sides, *terms, decay, *with_residuals)),
+        (zoext.factored_copy_, (tensors(dtype), theta, *sides, *terms, *places)),
+        (zoext.factored_adam_, (theta, [], *sides, *window(), *places)),
+        (zoext.factored_adam_, (*long, *sides, *window(), *with_residuals)),
     ):
         report = torch.library.opcheck(operator.default, arguments)
         assert set(report.values()) == {"SUCCESS"}
@@ -152,7 +171,12 @@ def test_compiled_steps_are_compiled_once_and_change_no_bit(backend: str) -> Non
         ops.factored_axpy_(theta, *factors(theta), seeds, c, decay, keys, spans)
         ops.factored_copy_(out, theta, *factors(theta), seeds, c, keys, spans, rounding=Rounding.STOCHASTIC)
         ops.factored_adam_(theta, *factors(theta), *steps, keys, spans)
-        return [t + 0 for t in (*theta, *out)]
+        residuals = [torch.zeros_like(t, dtype=torch.int8) for t in theta]
+        with_residuals: dict[str, Any] = {"rounding": Rounding.RESIDUAL, "residuals": residuals}
+        steps_of_one_term = seeds[:, None], c[:, None], c * c
+        ops.noise_axpy_(theta, *steps_of_one_term, keys, spans, **with_residuals)
+        ops.factored_axpy_(theta, *factors(theta), *steps_of_one_term, keys, spans, **with_residuals)
+        return [t + 0 for t in (*theta, *out, *residuals)]
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -169,6 +193,23 @@ def test_compiled_steps_are_compiled_once_and_change_no_bit(backend: str) -> Non
         for a, e in zip([*compiled(traced, *changing), *traced], [*expected, *plain], strict=True):
             oracle.assert_same_bits(a, e, f"call {call}")
     assert counter.frame_count <= 2
+
+
+def test_versions_of_written_residuals_are_bumped() -> None:
+    theta = tensors(torch.bfloat16)
+    residuals = residuals_of(theta)
+    options: dict[str, Any] = {"rounding": Rounding.RESIDUAL, "residuals": residuals}
+    for call in (
+        lambda: ops.noise_axpy_(theta, *numbers(), torch.tensor(0.1), KEYS, SPANS, **options),
+        lambda: ops.noise_adam_(theta, *window(), KEYS, SPANS, **options),
+        lambda: ops.factored_axpy_(
+            theta, *factors(theta), *numbers(), torch.tensor(0.1), KEYS, SPANS, **options
+        ),
+        lambda: ops.factored_adam_(theta, *factors(theta), *window(), KEYS, SPANS, **options),
+    ):
+        before = [t._version for t in residuals]
+        call()
+        assert all(t._version > version for t, version in zip(residuals, before, strict=True))
 
 
 def test_versions_of_written_tensors_are_bumped() -> None:
@@ -257,29 +298,41 @@ from zoext.ops import Distribution, Rounding
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 
-def run(theta, out):
+def run(theta, out, residual):
     seeds, coefficients = torch.tensor([1, 2, 3]), torch.tensor([0.1, 0.2, 0.3])
+    decay, decays = torch.tensor(0.1), torch.tensor([0.1, 0.2, 0.3])
     place = [0], [ops.span_of(theta)]
     for distribution in Distribution:
         for rounding in Rounding:
-            options = {"distribution": distribution, "rounding": rounding}
-            ops.noise_axpy_([theta], seeds, coefficients, torch.tensor(0.1), *place, **options)
-            ops.noise_copy_([out], [theta], seeds, coefficients, *place, **options)
-            window = seeds[:, None], coefficients[:, None], coefficients, coefficients
-            rates = torch.tensor(0.1), torch.tensor(0.1), torch.tensor(0.1)
-            ops.noise_adam_([theta], *window, *rates, *place, **options)
+            residuals = [residual] if rounding == Rounding.RESIDUAL else []
+            options = {"rounding": rounding, "residuals": residuals}
+            terms = seeds, coefficients
+            steps = seeds[:, None], coefficients[:, None]
+            ops.noise_axpy_([theta], *terms, decay, *place, distribution=distribution, **options)
+            ops.noise_axpy_([theta], *steps, decays, *place, distribution=distribution, **options)
+            window = *steps, coefficients, coefficients, decay, decay, decay
+            windows = *steps, torch.ones(2, 2), torch.ones(2, 2), decays[:2], decay, decays[:2]
+            ops.noise_adam_([theta], *window, *place, distribution=distribution, **options)
+            ops.noise_adam_([theta], *windows, *place, distribution=distribution, **options)
             sides = [torch.ones(1, 2, theta.shape[0])], [torch.ones(3, 2, theta.shape[1])]
-            options = {"rounding": rounding}
-            ops.factored_axpy_([theta], *sides, seeds, coefficients, torch.tensor(0.1), *place, **options)
-            ops.factored_copy_([out], [theta], *sides, seeds, coefficients, *place, **options)
-            ops.factored_adam_([theta], *sides, *window, *rates, *place, **options)
+            ops.factored_axpy_([theta], *sides, *terms, decay, *place, **options)
+            ops.factored_axpy_([theta], *sides, *steps, decays, *place, **options)
+            ops.factored_adam_([theta], *sides, *window, *place, **options)
+            ops.factored_adam_([theta], *sides, *windows, *place, **options)
+            if rounding != Rounding.RESIDUAL:
+                ops.noise_copy_([out], [theta], *terms, *place, distribution=distribution, rounding=rounding)
+                ops.factored_copy_([out], [theta], *sides, *terms, *place, rounding=rounding)
         ops.normal_([out], seeds[:1], *place, distribution=distribution)
 
-run(torch.zeros(300, 1000, dtype=torch.bfloat16), torch.zeros(300, 1000, dtype=torch.bfloat16))
+def weights(rows, columns):
+    theta, out = (torch.zeros(rows, columns, dtype=torch.bfloat16) for _ in range(2))
+    return theta, out, torch.zeros(rows, columns, dtype=torch.int8)
+
+run(*weights(300, 1000))
 rows, columns = 2**11, 2**13
-theta, out = (torch.zeros(rows, columns, dtype=torch.bfloat16) for _ in range(2))
+theta, out, residual = weights(rows, columns)
 before = peak()
-run(theta, out)
+run(theta, out, residual)
 used = peak() - before
 theta + out
 print(used, peak() - before, 2 * rows * columns)

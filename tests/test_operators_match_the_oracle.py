@@ -21,14 +21,16 @@ COEFFICIENTS = [0.3, -0.02, 0.0, 1e-7, 3.0, -0.0, 5e-4, -1.25, 1e-42]
 every_dtype = pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 every_distribution = pytest.mark.parametrize("distribution", Distribution)
 every_rounding = pytest.mark.parametrize("rounding", Rounding)
+ROUNDINGS_OF_COPIES = (Rounding.NEAREST, Rounding.STOCHASTIC)
 every_16_bit_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 def axpy(
     theta: Tensor, seeds: list[int], coefficients: list[float], decay: float = 0.0, **options: Any
 ) -> Tensor:
-    """theta after ``noise_axpy_``, as a whole parameter."""
+    """theta after ``noise_axpy_``, as a whole parameter. A ``residual`` is overwritten."""
     moved = theta.clone()
+    residuals = oracle.as_list(options.pop("residual", None))
     ops.noise_axpy_(
         [moved],
         torch.tensor(seeds, dtype=torch.int64),
@@ -36,6 +38,7 @@ def axpy(
         torch.tensor(decay),
         [options.pop("key", 0)],
         [options.pop("span", ops.span_of(theta))],
+        residuals=residuals,
         **options,
     )
     return moved
@@ -58,13 +61,16 @@ def test_axpy(
     arguments = (theta, SEEDS[:terms], COEFFICIENTS[:terms], decay)
     place: dict[str, Any] = {"key": 2**31 + 7, "span": (1001, 37, 90)}
     options: dict[str, Any] = {"distribution": distribution, "rounding": rounding}
+    residuals = oracle.equal_residuals(theta, rounding)
     oracle.assert_same_bits(
-        axpy(*arguments, **place, **options), oracle.combination(*arguments, **place, **options)
+        axpy(*arguments, residual=residuals[0], **place, **options),
+        oracle.combination(*arguments, residual=residuals[1], **place, **options),
     )
+    oracle.assert_same_residuals(residuals)
 
 
 @pytest.mark.parametrize("terms", [0, 1, 3, 9])
-@every_rounding
+@pytest.mark.parametrize("rounding", ROUNDINGS_OF_COPIES)
 @every_distribution
 @every_dtype
 def test_copy(
@@ -104,8 +110,11 @@ def test_zero_coefficients_move_no_bit(dtype: torch.dtype, rounding: Rounding, i
     """Not of -0, nor of a NaN with a payload: what an estimate of a loss that was not finite does."""
     theta = with_payloads(weights(dtype))
     for coefficients in ([], [0.0], [0.0, -0.0, 0.0]):
-        moved = axpy(theta, SEEDS[: len(coefficients)], coefficients, rounding=rounding)
+        residuals = oracle.equal_residuals(theta, rounding)
+        options: dict[str, Any] = {"rounding": rounding, "residual": residuals[0]}
+        moved = axpy(theta, SEEDS[: len(coefficients)], coefficients, **options)
         assert torch.equal(oracle.bits(moved), oracle.bits(theta))
+        oracle.assert_same_residuals(residuals)
 
 
 @every_rounding
@@ -115,19 +124,43 @@ def test_every_pattern_survives_a_zero_coefficient(
 ) -> None:
     """Only signalling NaNs change: they become quiet, as in any arithmetic."""
     theta = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    moved = axpy(theta, [1], [0.0], rounding=rounding)
+    residual, _ = oracle.equal_residuals(theta, rounding)
+    moved = axpy(theta, [1], [0.0], rounding=rounding, residual=residual)
     is_number = ~theta.isnan()
     assert torch.equal(oracle.bits(moved)[is_number], oracle.bits(theta)[is_number])
     assert moved[~is_number].isnan().all()
 
 
 @pytest.mark.parametrize("coefficient", [float("inf"), float("nan"), 3e38, 1e-45])
+@every_rounding
 @every_dtype
-def test_extreme_coefficients(dtype: torch.dtype, coefficient: float, instruction_set: str) -> None:
+def test_extreme_coefficients(
+    dtype: torch.dtype, rounding: Rounding, coefficient: float, instruction_set: str
+) -> None:
     theta = weights(dtype)
     for decay in (0.0, 1.0, 3e38):
         arguments = (theta, [5, 6], [coefficient, 0.5], decay)
-        oracle.assert_same_bits(axpy(*arguments), oracle.combination(*arguments))
+        residuals = oracle.equal_residuals(theta, rounding)
+        oracle.assert_same_bits(
+            axpy(*arguments, rounding=rounding, residual=residuals[0]),
+            oracle.combination(*arguments, rounding=rounding, residual=residuals[1]),
+        )
+        oracle.assert_same_residuals(residuals)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 1.0, 3e4])
+@every_rounding
+@every_16_bit_dtype
+def test_every_pattern(dtype: torch.dtype, rounding: Rounding, size: float, instruction_set: str) -> None:
+    """Moved by steps of all sizes, also into subnormal numbers and over the largest."""
+    theta = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    residuals = oracle.equal_residuals(theta, rounding)
+    options: dict[str, Any] = {"rounding": rounding, "key": 3}
+    oracle.assert_same_bits(
+        axpy(theta, [7], [size], residual=residuals[0], **options),
+        oracle.combination(theta, [7], [size], residual=residuals[1], **options),
+    )
+    oracle.assert_same_residuals(residuals)
 
 
 def test_terms_are_added_in_order() -> None:
@@ -143,7 +176,7 @@ def test_stochastic_rounding_goes_to_a_neighbour(dtype: torch.dtype) -> None:
     theta = weights(dtype).repeat(50)
     theta = theta[theta.isfinite()]
     arguments = (theta.double(), [8], [1e-3])
-    nearest, stochastic = (axpy(theta, [8], [1e-3], rounding=rounding) for rounding in Rounding)
+    nearest, stochastic = (axpy(theta, [8], [1e-3], rounding=rounding) for rounding in ROUNDINGS_OF_COPIES)
     exact = axpy(*arguments)
     finite = stochastic.isfinite()
     patterns = [oracle.bits(t)[finite].int() for t in (nearest, stochastic)]
@@ -189,9 +222,9 @@ def test_stochastic_rounding_keeps_steps_that_rounding_to_nearest_loses(dtype: t
     """
     count, unit = 2**14, torch.finfo(dtype).eps
     sign = axpy(torch.zeros(count), [77], [1.0], distribution=Distribution.SIGN)
-    theta = {rounding: torch.ones(count, dtype=dtype) for rounding in Rounding}
+    theta = {rounding: torch.ones(count, dtype=dtype) for rounding in ROUNDINGS_OF_COPIES}
     for step in range(64):
-        for rounding in Rounding:
+        for rounding in theta:
             # The first seed only chooses the rounding bits: fresh ones in each step.
             change = ([step, 77], [0.0, unit / 64])
             theta[rounding] = axpy(
@@ -200,6 +233,19 @@ def test_stochastic_rounding_keeps_steps_that_rounding_to_nearest_loses(dtype: t
     assert (theta[Rounding.NEAREST] == 1).all()
     moved = (theta[Rounding.STOCHASTIC].float() - 1) * sign / unit
     assert abs(moved.mean() - 1) < 5 / count**0.5
+
+
+@every_16_bit_dtype
+def test_residuals_keep_steps_that_rounding_to_nearest_loses(dtype: torch.dtype) -> None:
+    """64 steps of 1/64 unit in the last place are one unit, above one and, in units half as large, below."""
+    count, unit = 2**10, torch.finfo(dtype).eps
+    sign = axpy(torch.zeros(count), [77], [1.0], distribution=Distribution.SIGN)
+    theta, residual = torch.ones(count, dtype=dtype), torch.zeros(count, dtype=torch.int8)
+    options: dict[str, Any] = {"distribution": Distribution.SIGN, "rounding": Rounding.RESIDUAL}
+    for _ in range(64):
+        theta = axpy(theta, [77], [unit / 64], residual=residual, **options)
+    assert torch.equal(theta.float(), 1 + sign * unit)
+    assert (residual == 0).all()
 
 
 @every_dtype
@@ -214,8 +260,22 @@ def test_nothing_beyond_the_tensor_is_touched(dtype: torch.dtype, instruction_se
                 theta = torch.zeros(length, dtype=dtype)
                 numbers = torch.tensor([5]), torch.tensor([1.0])
                 place = [0], [(start, max(length, 1), 0)]
-                ops.noise_copy_([out], [theta], *numbers, *place, rounding=rounding)
-                ops.noise_axpy_([out], *numbers, torch.tensor(0.5), *place, rounding=rounding)
+                is_residual = rounding == Rounding.RESIDUAL
+                residuals = torch.full((start + length + 70,), 33, dtype=torch.int8)
+                held = residuals[start : start + (length if dtype in oracle.FORMATS else 0)]
+                ops.noise_copy_(
+                    [out], [theta], *numbers, *place, rounding=Rounding.NEAREST if is_residual else rounding
+                )
+                ops.noise_axpy_(
+                    [out],
+                    *numbers,
+                    torch.tensor(0.5),
+                    *place,
+                    rounding=rounding,
+                    residuals=[held] if is_residual else [],
+                )
+                assert (residuals[:start] == 33).all()
+                assert (residuals[start + held.numel() :] == 33).all()
                 ops.normal_([out], numbers[0], *place)
                 assert (buffer[:start] == guard).all()
                 assert (buffer[start + length :] == guard).all()
@@ -230,6 +290,23 @@ def test_the_oracles_rounding_is_torchs() -> None:
     values = patterns.view(np.float32)
     for dtype in oracle.FORMATS:
         oracle.assert_same_bits(oracle.round_to(values, dtype), torch.from_numpy(values).to(dtype))
+
+
+@every_16_bit_dtype
+def test_the_oracles_floats_of_24_bits_are_the_nearest(dtype: torch.dtype) -> None:
+    """Of ordinary numbers: no other float of 24 bits is nearer, in exact fractions, and the upper part is
+    the nearest number of 16."""
+    form = oracle.FORMATS[dtype]
+    values = np.random.default_rng(7).normal(size=3000).astype(np.float32)
+    values = values[np.abs(values) > 0.01]
+    upper, residual = oracle.split(values, dtype)
+    whole = oracle.join(upper, residual)
+    is_no_tie = residual != -128
+    assert torch.equal(upper[is_no_tie], torch.from_numpy(whole).to(dtype)[is_no_tie])
+    for value, nearest in zip(values.tolist(), whole.tolist(), strict=True):
+        unit = Fraction(2) ** (int(np.floor(np.log2(abs(value)))) - form.mantissa_bits - 8)
+        assert abs(Fraction(value) - Fraction(nearest)) <= unit / 2
+        assert (Fraction(nearest) / unit).denominator == 1
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

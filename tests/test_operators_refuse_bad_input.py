@@ -48,7 +48,6 @@ BAD_PLACES = [
 BAD_SEEDS = [
     ({"seeds": torch.tensor([1.0, 2.0])}, "seeds must be a contiguous int64 tensor of one dimension"),
     ({"seeds": torch.tensor([1, 2], dtype=torch.int32)}, "seeds must be a contiguous int64"),
-    ({"seeds": torch.tensor([[1, 2]])}, "seeds must be .* of one dimension"),
     ({"seeds": torch.arange(4)[::2]}, "seeds must be a contiguous"),
     ({"coefficients": torch.ones(2).double()}, "coefficients must be a contiguous float32 tensor"),
     ({"coefficients": torch.ones(3)}, "coefficients must be .* with one element per seed"),
@@ -59,11 +58,65 @@ BAD_CHOICES = [
     ({"distribution": 2}, r"distribution must be 0 \(normal\) or 1 \(sign\), not 2"),
     ({"distribution": -1}, "distribution must be .* not -1"),
 ]
-BAD_ROUNDINGS = [({"rounding": 2}, r"rounding must be 0 \(nearest\) or 1 \(stochastic\), not 2")]
+# Of copies, whose seeds are those of a single step.
+BAD_ROUNDINGS_OF_COPIES = [({"rounding": 2}, r"rounding must be 0 \(nearest\) or 1 \(stochastic\), not 2")]
+ONE_STEP_OF_COPIES = [({"seeds": torch.tensor([[1, 2]])}, "seeds must be .* of one dimension")]
+# Of operators that move theta.
+PER_STEP = "a contiguous float32 tensor of one number for each step, 1, not of"
 BAD_DECAYS = [
-    ({"decay": torch.zeros(2)}, "decay must hold one float32 number"),
-    ({"decay": torch.zeros(()).double()}, "decay must hold one float32 number"),
+    ({"decay": torch.zeros(2)}, f"decay must be {PER_STEP} 2"),
+    ({"decay": torch.zeros(()).double()}, f"decay must be {PER_STEP} 1"),
     ({"decay": 0.1}, "'decay'"),
+]
+BAD_ROUNDINGS = [
+    ({"rounding": 3}, r"rounding must be 0 \(nearest\), 1 \(stochastic\) or 2 \(with residuals\), not 3"),
+    ({"rounding": -1}, "rounding must be .* not -1"),
+]
+
+
+def residuals(dtype: torch.dtype = torch.int8, sizes: tuple[int, int] = (0, 0)) -> list[Tensor]:
+    return [torch.zeros(size, dtype=dtype) for size in sizes]
+
+
+def half(residuals: list[Tensor]) -> dict[str, Any]:
+    """Arguments of theta in 16 bits with residuals."""
+    theta = [five(torch.bfloat16), rows(torch.float16)]
+    return {"theta": theta, "rounding": 2, "residuals": residuals}
+
+
+ONE_EACH = "residuals must have one tensor per tensor of theta with rounding 2, else none; there are"
+BAD_RESIDUALS = [
+    ({"rounding": 2}, f"{ONE_EACH} 0 with rounding 2"),
+    ({"rounding": 2, "residuals": residuals()[:1]}, f"{ONE_EACH} 1 with rounding 2"),
+    ({"rounding": 1, "residuals": residuals()}, f"{ONE_EACH} 2 with rounding 1"),
+    ({"residuals": residuals()}, f"{ONE_EACH} 2 with rounding 0"),
+    (
+        {"rounding": 2, "residuals": residuals(sizes=(0, 6))},
+        r"residuals\[1\] must be a contiguous int8 tensor on the device of theta\[1\] with 0 elements",
+    ),
+    (half(residuals(sizes=(5, 5))), r"residuals\[1\] must be .* with 6 elements"),
+    (half(residuals(sizes=(0, 6))), r"residuals\[0\] must be .* with 5 elements"),
+    (half(residuals(torch.uint8, (5, 6))), r"residuals\[0\] must be a contiguous int8 tensor"),
+    (half([torch.zeros(10, dtype=torch.int8)[::2], *residuals(sizes=(5, 6))[1:]]), r"residuals\[0\] must be"),
+]
+# Of several steps of two terms.
+BAD_STEPS = [
+    (
+        {"seeds": torch.ones(3, 2, dtype=torch.int64), "coefficients": torch.ones(3, 2)},
+        "decay must be a contiguous float32 tensor of one number for each step, 3, not of 1",
+    ),
+    (
+        {"seeds": torch.ones(2, 1, dtype=torch.int64), "decay": torch.zeros(2)},
+        "coefficients must be a contiguous float32 tensor with one element per seed",
+    ),
+    (
+        {"seeds": torch.ones(1, 2, dtype=torch.int64), "coefficients": torch.ones(2, 1)},
+        "coefficients must be .* with one element per seed",
+    ),
+    (
+        {"seeds": torch.ones(1, 1, 2, dtype=torch.int64)},
+        "seeds must be a contiguous int64 tensor of one dimension",
+    ),
 ]
 BAD_SEED = [
     ({"seed": torch.tensor([1, 2])}, "seed must hold one int64 number"),
@@ -89,13 +142,32 @@ BAD_WINDOWS = [
     ),
     ({"coefficients": torch.ones(2, 3)}, "coefficients must be .* with one element per seed"),
     ({"coefficients": torch.ones(3, 2).double()}, "coefficients must be a contiguous float32"),
-    ({"first_weights": torch.ones(2)}, "first_weights and second_weights must be .* one element per step"),
+    (
+        {"first_weights": torch.ones(2)},
+        "first_weights and second_weights must be .* per step of a window, which has 3 of 3 steps",
+    ),
     ({"first_weights": torch.ones(3).double()}, "first_weights and second_weights must be .* float32"),
     ({"second_weights": torch.ones(3, 1)}, "first_weights and second_weights must be"),
     ({"second_weights": torch.ones(6)[::2]}, "first_weights and second_weights must be contiguous"),
+    (
+        {"first_weights": torch.ones(2, 3)},
+        "one element per step of a window, a row for each window, which has 2 of 3 steps",
+    ),
+    (
+        {"first_weights": torch.ones(2, 2), "second_weights": torch.ones(2)},
+        "one element per step of a window, a row for each window",
+    ),
+    (
+        {"first_weights": torch.ones(2, 2), "second_weights": torch.ones(2, 2)},
+        "lr must be a contiguous float32 tensor of one number for each step, 2, not of 1",
+    ),
+    (
+        {"first_weights": torch.ones(5, 0), "second_weights": torch.ones(5, 0)},
+        "one element per step of a window",
+    ),
 ]
 BAD_RATES = [
-    ({"lr": torch.zeros(2)}, "lr must hold one float32 number"),
+    ({"lr": torch.zeros(2)}, f"lr must be {PER_STEP} 2"),
     ({"lr": 0.1}, "'lr'"),
     ({"eps": torch.zeros(()).double()}, "eps must hold one float32 number"),
     ({"eps": torch.zeros(0)}, "eps must hold one float32 number"),
@@ -139,6 +211,7 @@ def refused(operator: Any, good: dict[str, Any], bad: dict[str, Any], message: s
     arguments = {**good, **bad}
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
         operator(**arguments)
+    assert all((residual == 0).all() for residual in arguments.get("residuals", ()))
     for name in ("theta", "out"):
         for tensor in arguments.get(name, ()):
             assert (tensor.to(torch.complex64) == torch.full((), GUARD).to(tensor.dtype)).all()
@@ -150,7 +223,16 @@ def combination() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [*with_tensors("theta"), *BAD_PLACES, *BAD_SEEDS, *BAD_DECAYS, *BAD_CHOICES, *BAD_ROUNDINGS],
+    [
+        *with_tensors("theta"),
+        *BAD_PLACES,
+        *BAD_SEEDS,
+        *BAD_STEPS,
+        *BAD_DECAYS,
+        *BAD_CHOICES,
+        *BAD_ROUNDINGS,
+        *BAD_RESIDUALS,
+    ],
 )
 def test_axpy(bad: dict[str, Any], message: str) -> None:
     good = {"theta": [five(), rows()], "decay": torch.tensor(0.0), **combination()}
@@ -166,7 +248,8 @@ def test_axpy(bad: dict[str, Any], message: str) -> None:
         *BAD_SEEDS,
         *BAD_COPIES,
         *BAD_CHOICES,
-        *BAD_ROUNDINGS,
+        *BAD_ROUNDINGS_OF_COPIES,
+        *ONE_STEP_OF_COPIES,
     ],
 )
 def test_copy(bad: dict[str, Any], message: str) -> None:
@@ -197,6 +280,7 @@ def window() -> dict[str, Any]:
         *BAD_DECAYS,
         *BAD_CHOICES,
         *BAD_ROUNDINGS,
+        *BAD_RESIDUALS,
     ],
 )
 def test_adam(bad: dict[str, Any], message: str) -> None:
@@ -205,7 +289,16 @@ def test_adam(bad: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [*with_tensors("theta"), *BAD_PLACES, *BAD_SEEDS, *bad_factors(2), *BAD_DECAYS, *BAD_ROUNDINGS],
+    [
+        *with_tensors("theta"),
+        *BAD_PLACES,
+        *BAD_SEEDS,
+        *BAD_STEPS,
+        *bad_factors(2),
+        *BAD_DECAYS,
+        *BAD_ROUNDINGS,
+        *BAD_RESIDUALS,
+    ],
 )
 def test_factored_axpy(bad: dict[str, Any], message: str) -> None:
     good = {"theta": [five(), rows()], "left": left(terms=2), "right": right(terms=1)}
@@ -221,7 +314,8 @@ def test_factored_axpy(bad: dict[str, Any], message: str) -> None:
         *BAD_SEEDS,
         *bad_factors(2),
         *BAD_COPIES,
-        *BAD_ROUNDINGS,
+        *BAD_ROUNDINGS_OF_COPIES,
+        *ONE_STEP_OF_COPIES,
     ],
 )
 def test_factored_copy(bad: dict[str, Any], message: str) -> None:
@@ -240,6 +334,7 @@ def test_factored_copy(bad: dict[str, Any], message: str) -> None:
         *bad_factors(6),
         *BAD_DECAYS,
         *BAD_ROUNDINGS,
+        *BAD_RESIDUALS,
     ],
 )
 def test_factored_adam(bad: dict[str, Any], message: str) -> None:

@@ -110,9 +110,9 @@ def noise_axpy_(
     ``coefficients`` [S, K] and ``decay`` [S] there are S such steps one after the other, each rounded, in one
     pass over theta.
 
-    With ``Rounding.RESIDUAL`` theta is the upper part of floats of 24 bits, and ``residuals`` has int8 tensors
-    with the lower parts: as large as theta in 16 bits, empty for others. Bits of stochastic rounding come from
-    the first seed of a step.
+    With ``Rounding.RESIDUAL`` theta is the upper part of floats of 24 bits, and ``residuals`` has int8
+    tensors with the lower parts: as large as theta in 16 bits, empty for others. Bits of stochastic
+    rounding come from the first seed of a step.
     """
     torch.ops.zoext.noise_axpy_(
         list(theta),
@@ -180,9 +180,9 @@ def noise_adam_(
     the newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all
     zero is left out; where ``lr`` is zero nothing but the decay moves theta.
 
-    S steps one after the other, in one pass over theta: ``seeds`` and ``coefficients`` [S + H - 1, K], weights
-    [S, H], ``lr`` and ``decay`` [S]; the window of a step ends a row later than that of the step before.
-    ``residuals`` is that of ``noise_axpy_``.
+    S steps one after the other, in one pass over theta: ``seeds`` and ``coefficients`` [S + H - 1, K],
+    weights [S, H], ``lr`` and ``decay`` [S]; the window of a step ends a row later than that of the step
+    before. ``residuals`` is that of ``noise_axpy_``.
     """
     torch.ops.zoext.noise_adam_(
         list(theta),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 
@@ -15,6 +16,7 @@ Shape = tuple[int, ...]
 SEED = 1
 SCALE = 1e-3
 MOST_TERMS = 4
+STEPS = 16
 
 
 def opt_shapes(
@@ -95,7 +97,29 @@ class DensePass:
             self._spans,
             distribution=distribution,
             rounding=rounding,
+            residuals=self._residuals if rounding == ops.Rounding.RESIDUAL else (),
         )
+
+    def steps_at_once(self) -> None:
+        """16 steps of one term in one call."""
+        device = self._seeds.device
+        seeds = torch.arange(SEED, SEED + STEPS, device=device)[:, None]
+        coefficients, decay = torch.full((STEPS, 1), SCALE, device=device), torch.zeros(STEPS, device=device)
+        ops.noise_axpy_(self.parameters, seeds, coefficients, decay, self._keys, self._spans)
+
+    def steps_one_by_one(self) -> None:
+        """As many steps, a call for each."""
+        for _ in range(STEPS):
+            self.fused()
+
+    @cached_property
+    def _residuals(self) -> list[torch.Tensor]:
+        return [
+            torch.zeros(
+                parameter.shape if parameter.itemsize == 2 else 0, dtype=torch.int8, device=parameter.device
+            )
+            for parameter in self.parameters
+        ]
 
     def _reused_pieces(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
         """As many elements as the parameters have, but the same few buffers again and again.
