@@ -206,21 +206,21 @@ struct WholeShareInPlace : WholeShare<Storage, Tiling> {
   using Base = WholeShare<Storage, Tiling>;
   using Base::to;
 
-  int8_t* bytes;
+  int8_t* beside;
 
   ZOEXT_HD WholeShareInPlace(const InPlace<TensorSlot>& slot, int64_t number)
-      : Base(slot, number), bytes(slot.residuals + (to - static_cast<Storage*>(slot.out))) {}
+      : Base(slot, number), beside(slot.residuals + (to - static_cast<Storage*>(slot.out))) {}
 
   static ZOEXT_HD bool is_whole_chunk(const InPlace<TensorSlot>& slot, int64_t number) {
-    const auto address =
-        reinterpret_cast<uintptr_t>(slot.residuals) + static_cast<uintptr_t>(Base::local_of(slot, number));
-    return Base::is_whole_chunk(slot, number) && address % Tiling::vector == 0;
+    const auto address = reinterpret_cast<uintptr_t>(slot.residuals + Base::local_of(slot, number));
+    const bool is_aligned = slot.residuals == nullptr || address % Tiling::vector == 0;
+    return Base::is_whole_chunk(slot, number) && is_aligned;
   }
 
-  ZOEXT_HD void advance() { Base::advance(), bytes += Tiling::stride; }
+  ZOEXT_HD void advance() { Base::advance(), beside += Tiling::stride; }
 
   ZOEXT_HD const Storage* theta(const Slot&) const { return to; }
-  ZOEXT_HD int8_t* residuals(const Slot&) const { return bytes; }
+  ZOEXT_HD int8_t* residuals(const Slot&) const { return beside; }
 };
 
 }  // namespace zoext::cuda

@@ -79,6 +79,7 @@ struct Dense {
   using Storage = StorageType;
   using Tiling = typename Noise::template Tiling<Storage>;
   using TensorSlot = Slot;
+  static constexpr bool has_rounds = true;  // of Philox
   static constexpr int displace_blocks = Noise::displace_blocks, steps_blocks = Noise::steps_blocks,
                        adam_blocks = Noise::adam_blocks, adam_steps_blocks = Noise::adam_steps_blocks;
 

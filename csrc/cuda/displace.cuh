@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(threads_per_chunk, resident_blocks<Direction>(
   for_each_share<Storage, Tiling>(table, [&](const auto& slot, const auto& share) {
     // Read first: weights travel from memory while the noise is computed.
     Weights<Storage, Tiling> weights = load(slot, share);
-    const auto random = rounding_words_of<rounding, Tiling>(slot, share, first.seed);
+    auto random = rounding_words_of<rounding, Tiling>(slot, share, first.seed);
+    if constexpr (Direction::has_rounds) random.make_here();  // beside its rounds, whose keys it shares
     const auto direction = Direction::on(slot, share);
     Sum<Number, Tiling> sum{Number{empty_sum}};
     int k = leading;

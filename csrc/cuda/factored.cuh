@@ -127,6 +127,7 @@ struct Factored {
   using Storage = StorageType;
   using Tiling = FactoredTiling<Storage>;
   using TensorSlot = FactoredSlot;
+  static constexpr bool has_rounds = false;
   static constexpr int displace_blocks = 3, steps_blocks = 2, adam_blocks = 2, adam_steps_blocks = 2;
 
   static __device__ FactoredAnywhere<Tiling> on(const FactoredSlot& slot, const Share<Tiling>& share) {

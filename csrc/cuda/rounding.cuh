@@ -15,16 +15,22 @@ struct RoundingWords {
   __device__ RoundingWords(const Field& field, uint64_t index) {
     static_assert(Tiling::vector == roundings_per_block && Tiling::step % Tiling::vector == 0, "a block a group");
 #pragma unroll
-    for (int g = 0; g < Tiling::groups; ++g) {
+    for (int g = 0; g < Tiling::groups; ++g)
       of[g] = rounding_words(field, (index + g * Tiling::step) / roundings_per_block);
-      // Made here: nvcc would make them where they are used, and the keys of their rounds once more.
-      for (uint32_t& word : of[g].w) asm volatile("" : "+r"(word));
-    }
+  }
+
+  // Before whatever follows: nvcc would else make them where they are used.
+  __device__ void make_here() {
+#pragma unroll
+    for (auto& block : of)
+      for (uint32_t& word : block.w) asm volatile("" : "+r"(word));
   }
 };
 
 // What other roundings have in their place.
-struct NoWords {};
+struct NoWords {
+  __device__ void make_here() {}
+};
 
 template <Rounding rounding, class Tiling, class AnyShare>
 __device__ auto rounding_words_of(const Slot& slot, const AnyShare& share, uint64_t seed) {

@@ -8,9 +8,12 @@ namespace zoext::cuda {
 // f(rounding) with the rounding of a launch as a constant. Loops over steps have one kernel for all roundings.
 template <class Storage, class F>
 __device__ void for_rounding(Rounding rounding, F f) {
+  const int number = static_cast<int>(rounding);  // 64 bits take twice the comparisons
   if constexpr (can_round<Storage>) {
-    if (rounding == Rounding::residual) return f(std::integral_constant<Rounding, Rounding::residual>{});
-    if (rounding == Rounding::stochastic) return f(std::integral_constant<Rounding, Rounding::stochastic>{});
+    if (number == static_cast<int>(Rounding::residual))
+      return f(std::integral_constant<Rounding, Rounding::residual>{});
+    if (number == static_cast<int>(Rounding::stochastic))
+      return f(std::integral_constant<Rounding, Rounding::stochastic>{});
   }
   f(std::integral_constant<Rounding, Rounding::nearest>{});
 }
