@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +15,17 @@ from zoext.ops import Distribution, Rounding, Span
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
-PATTERNS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 SEEDS = torch.tensor([[3, -(2**63) + 9], [2**62 + 5, -1], [12345, 2**33 + 1]])
 COEFFICIENTS = torch.tensor([[1.5e-3, -2.25], [0.0, 0.75], [-1.25, 5e-4]])
 FIRST_WEIGHTS, SECOND_WEIGHTS = torch.tensor([[0.1, 0.15, 0.2], [0.07, 0.08, 0.3]])
 LR, EPS, DECAY = torch.tensor([0.03, 1e-4, 0.01])
+#: Of several steps: a learning rate and a decay for each, and the weights of a window of two rows each.
+LRS, DECAYS = torch.tensor([[0.03, -0.02], [0.01, 0.0]])
+FIRST_WEIGHTS_OF_STEPS, SECOND_WEIGHTS_OF_STEPS = torch.tensor(
+    [[[0.1, 0.2], [0.15, 0.3]], [[0.07, 0.3], [0.1, 0.2]]]
+)
 RANK = 3
 
 #: Columns of which rows begin at addresses for wide accesses, as all rows of a real layer do, and others.
@@ -69,15 +75,19 @@ def checks(elements: int) -> Iterator[Check]:
             options = f"{label}, {distribution.name.lower()}, {rounding.name.lower()}"
             if rounding == Rounding.NEAREST:  # it has no other
                 yield Check(f"normal_, {label}, {distribution.name.lower()}", dense.normal)
-            yield Check(f"noise_axpy_, {options}", dense.axpy)
-            yield Check(f"noise_copy_, {options}", dense.copy)
-            yield Check(f"noise_adam_, {options}", dense.adam)
+            if rounding != Rounding.RESIDUAL:
+                yield Check(f"noise_copy_, {options}", dense.copy)
+            for steps in ("", ", several steps"):
+                yield Check(f"noise_axpy_, {options}{steps}", partial(dense.axpy, several=bool(steps)))
+                yield Check(f"noise_adam_, {options}{steps}", partial(dense.adam, several=bool(steps)))
         for rounding in Rounding:
             factored = Factored(elements, dtype, rounding)
             options = f"{label}, {rounding.name.lower()}"
-            yield Check(f"factored_axpy_, {options}", factored.axpy)
-            yield Check(f"factored_copy_, {options}", factored.copy)
-            yield Check(f"factored_adam_, {options}", factored.adam)
+            if rounding != Rounding.RESIDUAL:
+                yield Check(f"factored_copy_, {options}", factored.copy)
+            for steps in ("", ", several steps"):
+                yield Check(f"factored_axpy_, {options}{steps}", partial(factored.axpy, several=bool(steps)))
+                yield Check(f"factored_adam_, {options}{steps}", partial(factored.adam, several=bool(steps)))
         activations = Activations(elements, dtype)
         yield Check(f"power_iteration, {label}", activations.bases)
         yield Check(f"power_iteration, {label}, masked", activations.masked_bases)
@@ -110,20 +120,25 @@ class Dense:
         ops.normal_(out, seed, self._keys, self._spans, distribution=Distribution(distribution))
         return out
 
-    def axpy(self, device: torch.device) -> list[Tensor]:
-        theta = moved(self._weights, device)
-        ops.noise_axpy_(theta, *combination(device), DECAY.to(device), self._keys, self._spans, **self._how)
-        return theta
+    def axpy(self, device: torch.device, *, several: bool) -> list[Tensor]:
+        theta, residuals = moved(self._weights, device), self._residuals(device)
+        change = steps(device) if several else [*combination(device), DECAY.to(device)]
+        ops.noise_axpy_(theta, *change, self._keys, self._spans, residuals=residuals, **self._how)
+        return [*theta, *residuals]
 
     def copy(self, device: torch.device) -> list[Tensor]:
         theta, out = moved(self._weights, device), moved(self._weights, device)
         ops.noise_copy_(out, theta, *combination(device), self._keys, self._spans, **self._how)
         return [*out, *theta]
 
-    def adam(self, device: torch.device) -> list[Tensor]:
-        theta = moved(self._weights, device)
-        ops.noise_adam_(theta, *window(device), self._keys, self._spans, **self._how)
-        return theta
+    def adam(self, device: torch.device, *, several: bool) -> list[Tensor]:
+        theta, residuals = moved(self._weights, device), self._residuals(device)
+        change = windows(device) if several else window(device)
+        ops.noise_adam_(theta, *change, self._keys, self._spans, residuals=residuals, **self._how)
+        return [*theta, *residuals]
+
+    def _residuals(self, device: torch.device) -> list[Tensor]:
+        return moved(residuals(self._weights, self._how["rounding"]), device)
 
 
 class Factored:
@@ -149,11 +164,9 @@ class Factored:
         self._places = range(len(shapes)), spans
         self._rounding = rounding
 
-    def axpy(self, device: torch.device) -> list[Tensor]:
-        theta, factors = moved(self._weights, device), self._factors(device)
-        change = *combination(device), DECAY.to(device)
-        ops.factored_axpy_(theta, *factors, *change, *self._places, rounding=self._rounding)
-        return theta
+    def axpy(self, device: torch.device, *, several: bool) -> list[Tensor]:
+        change = steps(device) if several else [*combination(device), DECAY.to(device)]
+        return self._moved_by(ops.factored_axpy_, change, device)
 
     def copy(self, device: torch.device) -> list[Tensor]:
         theta, out = moved(self._weights, device), moved(self._weights, device)
@@ -161,10 +174,17 @@ class Factored:
         ops.factored_copy_(out, theta, *factors, *combination(device), *self._places, rounding=self._rounding)
         return [*out, *theta]
 
-    def adam(self, device: torch.device) -> list[Tensor]:
-        theta, factors = moved(self._weights, device), self._factors(device)
-        ops.factored_adam_(theta, *factors, *window(device), *self._places, rounding=self._rounding)
-        return theta
+    def adam(self, device: torch.device, *, several: bool) -> list[Tensor]:
+        change = windows(device) if several else window(device)
+        return self._moved_by(ops.factored_adam_, change, device)
+
+    def _moved_by(
+        self, operator: Callable[..., None], change: Sequence[Tensor], device: torch.device
+    ) -> list[Tensor]:
+        theta, lower = moved(self._weights, device), moved(residuals(self._weights, self._rounding), device)
+        given = *self._factors(device), *change, *self._places
+        operator(theta, *given, rounding=self._rounding, residuals=lower)
+        return [*theta, *lower]
 
     def _factors(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         return [left.to(device) for left in self._left], [right.to(device) for right in self._right]
@@ -202,6 +222,19 @@ def weights(count: int, dtype: torch.dtype) -> Tensor:
     return theta
 
 
+def residuals(weights: Sequence[Tensor], rounding: Rounding) -> list[Tensor]:
+    """The lower parts of weights, if they have some; zero beside what is zero or not finite."""
+    if rounding != Rounding.RESIDUAL:
+        return []
+    lower = []
+    for weight in weights:
+        count = weight.numel() if weight.element_size() == 2 else 0
+        upper = weight[:count]
+        pattern = (torch.arange(count) * 37 % 256 - 128).to(torch.int8)
+        lower.append(torch.where(upper.isfinite() & (upper != 0), pattern, 0))
+    return lower
+
+
 def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Copies on a device; every other one begins at an address that no wide access can have."""
     copies = []
@@ -213,6 +246,18 @@ def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 def combination(device: torch.device) -> tuple[Tensor, Tensor]:
     return SEEDS.flatten().to(device), COEFFICIENTS.flatten().to(device)
+
+
+def steps(device: torch.device) -> list[Tensor]:
+    """Two steps of three terms each."""
+    change = SEEDS.view(2, 3), COEFFICIENTS.view(2, 3), DECAYS
+    return [argument.to(device) for argument in change]
+
+
+def windows(device: torch.device) -> list[Tensor]:
+    """Two steps, whose windows of two share the middle one of three rows."""
+    weights = FIRST_WEIGHTS_OF_STEPS, SECOND_WEIGHTS_OF_STEPS
+    return [argument.to(device) for argument in (SEEDS, COEFFICIENTS, *weights, LRS, EPS, DECAYS)]
 
 
 def window(device: torch.device) -> list[Tensor]:

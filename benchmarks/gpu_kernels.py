@@ -13,7 +13,7 @@ from gpu_timing import timed
 from power_iteration import PowerIterations
 
 from zoext import ops
-from zoext.benchmarking.dense_pass import SCALE, DensePass, Shape
+from zoext.benchmarking.dense_pass import SCALE, STEPS, DensePass, Shape
 from zoext.benchmarking.report import Report
 from zoext.benchmarking.timing import Spread
 
@@ -74,25 +74,32 @@ class DenseOperators:
 def dense(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Group:
     more = DenseOperators(shapes, dtype, device)
     work = more.work
+    at_once, one_by_one = (f"noise_axpy_, {STEPS} steps {how}" for how in ("at once", "one by one"))
     operators: dict[str, Callable[[], None]] = {
         "noise_axpy_": work.fused,
         "noise_axpy_, one tensor": more.one_tensor,
         "noise_axpy_, 4 seeds": partial(work.fused, terms=4),
         "noise_axpy_, signs": partial(work.fused, distribution=ops.Distribution.SIGN),
         "noise_copy_": more.copy,
+        at_once: work.steps_at_once,
     }
+    size = work.elements * dtype.itemsize
+    traffic = dict.fromkeys((COPY, *operators), 2 * size) | {"normal_": size}
     if dtype.itemsize == 2:
-        operators["noise_axpy_, stochastic rounding"] = partial(work.fused, rounding=ops.Rounding.STOCHASTIC)
+        stochastic, residual = "noise_axpy_, stochastic rounding", "noise_axpy_, residuals"
+        operators[stochastic] = partial(work.fused, rounding=ops.Rounding.STOCHASTIC)
+        operators[residual] = partial(work.fused, rounding=ops.Rounding.RESIDUAL)
+        traffic |= {stochastic: 2 * size, residual: 2 * (size + work.elements)}
     others = {
         COPY: work.copy,
         "normals alone, in the cache": work.noise_only,
         "usual loop": work.usual_loop,
         "torch.normal and foreach": more.foreach,
         "normal_": more.write,
+        one_by_one: work.steps_one_by_one,
     }
-    size = work.elements * dtype.itemsize
-    traffic = dict.fromkeys((COPY, *operators), 2 * size) | {"normal_": size}
     rivals = [(name, "noise_axpy_") for name in ("usual loop", "torch.normal and foreach")]
+    rivals.append((one_by_one, at_once))
     return Group("dense", others | operators, traffic, rivals)
 
 

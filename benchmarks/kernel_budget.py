@@ -65,10 +65,11 @@ class Budget:
         blocks: how many blocks of 256 threads the registers of a multiprocessor hold, of 8 at most.
         local: bytes of local memory a thread, spilled registers among them.
         elements: that a thread takes in one round of the loop over whole chunks.
-        first: instructions of a round for one element, with one term or a window of one step. The rank
-            of factored directions counts as zero.
-        further: instructions for one more term or step of the window; None where that is not counted.
-        narrowest: bytes of the narrowest access to global memory for weights in that loop.
+        first: instructions of a round for one element, with one term or a window of one step, and with no
+            step at all where a kernel makes several. The rank of factored directions counts as zero.
+        further: instructions for one more term, row of the window, or step, rounded to nearest; None where
+            that is not counted.
+        narrowest: bytes of the narrowest access to global memory for weights and residuals in that loop.
         mix: how many of `first` each operation has, by its name in the machine code.
         units: how many of `first` each unit of the multiprocessor executes.
         further_units: the same for `further`.
@@ -91,6 +92,11 @@ class Budget:
     def storage(self) -> int:
         """Bytes of an element."""
         return storage_of(self.kernel)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of an element that a pass reads and writes."""
+        return 2 * (self.storage + ("residual" in self.kernel))
 
     def cycles(self, further: int = 0) -> dict[str, float]:
         """Cycles an element that each unit of a multiprocessor is busy, with so many further terms."""
@@ -127,17 +133,15 @@ def unit_counts(instructions: Sequence[str]) -> Counter[str]:
 
 
 def whole_loop(kernel: Kernel) -> Loop | None:
-    """The loop over the shares of a whole chunk: that which writes 16 bytes at a time and nothing less.
-    Of several the one that makes most of the noise."""
+    """The loop over the shares of a whole chunk: that which writes 16 bytes at a time and nothing less, but
+    for 8 residuals of 8 weights in 16 bits. Of several the one that makes most of the noise."""
+    widths = r"128|64" if re.search(r"BFloat16|Half", kernel.name) else r"128"
 
-    def writes(loop: Loop) -> list[str]:
-        return [line for line in kernel.code(loop) if line.startswith("STG")]
+    def writes_at_once(loop: Loop) -> bool:
+        writes = [line for line in kernel.code(loop) if line.startswith("STG")]
+        return bool(writes) and all(re.match(rf"STG\S*\.({widths})\b", line) for line in writes)
 
-    candidates = [
-        loop
-        for loop in kernel.loops()
-        if writes(loop) and all(".128" in instruction for instruction in writes(loop))
-    ]
+    candidates = [loop for loop in kernel.loops() if writes_at_once(loop)]
     return max(candidates, key=lambda loop: loop.latch - loop.head, default=None)
 
 
@@ -148,10 +152,10 @@ def budget(kernel: Kernel) -> Budget | None:
         return None
     noise = _noise_loop(kernel, loop)
     once = kernel.shortest_round(loop, _stops(kernel, loop, noise))
-    term = kernel.shortest_round(noise, [kernel.find(noise, ROOT)]) if noise else None
+    term = kernel.shortest_round(noise, _stops_of_a_step(kernel, noise)) if noise else None
     accesses = [line for line in once if re.match(r"(LDG|STG)\S*(?<!CONSTANT) ", line)]
-    written = sum(line.startswith("STG") for line in once) * 16
-    elements = written // storage_of(kernel.name)
+    weights = [line for line in once if re.match(r"STG\S*\.128", line)]
+    elements = len(weights) * 16 // storage_of(kernel.name)
     return Budget(
         kernel.architecture,
         kernel.name,
@@ -169,18 +173,26 @@ def budget(kernel: Kernel) -> Budget | None:
 
 
 def _noise_loop(kernel: Kernel, whole: Loop) -> Loop | None:
-    """The outermost loop within that makes normals: over terms, or over the steps of a window."""
+    """The outermost loop within that makes normals: over terms, the rows of a window, or steps."""
     inner = [loop for loop in kernel.loops() if whole.holds(loop) and _makes_normals(kernel, loop)]
     return max(inner, key=lambda loop: loop.latch - loop.head, default=None)
 
 
 def _stops(kernel: Kernel, whole: Loop, noise: Loop | None) -> list[int]:
     """What a round of the whole loop must pass: in an Adam step its noise, if of normals, and the step."""
-    if not kernel.name.startswith("adam"):
+    if not kernel.name.startswith("adam<"):
         return []
     after = Loop(noise.latch, whole.latch) if noise else whole
     found = [kernel.find(noise, ROOT) if noise else None, kernel.find(after, QUOTIENT)]
     return [stop for stop in found if stop is not None]
+
+
+def _stops_of_a_step(kernel: Kernel, noise: Loop) -> list[int]:
+    """What a round of the loop that makes normals must pass: they, and the step of Adam that it may make."""
+    root = kernel.find(noise, ROOT)
+    assert root is not None, f"no root in the loop of {kernel.name} that makes normals"
+    quotient = kernel.find(Loop(root, noise.latch), QUOTIENT)
+    return [root] if quotient is None else [root, quotient]
 
 
 def _makes_normals(kernel: Kernel, loop: Loop) -> bool:
@@ -221,7 +233,11 @@ PASSES = {
     "noise_axpy_, one term": ("displace<Dense<Normals, {}>, nearest, many>", 0),
     "noise_axpy_, four terms": ("displace<Dense<Normals, {}>, nearest, many>", 3),
     "noise_axpy_, stochastic rounding": ("displace<Dense<Normals, {}>, stochastic, many>", 0),
+    "noise_axpy_, residuals": ("displace<Dense<Normals, {}>, residual, many>", 0),
+    "noise_axpy_, 16 steps at once": ("displace_steps<Dense<Normals, {}> >", 16),
     "noise_axpy_, signs": ("displace<Dense<Signs, {}>, nearest, many>", 0),
+    "noise_axpy_, signs, stochastic rounding": ("displace<Dense<Signs, {}>, stochastic, many>", 0),
+    "noise_axpy_, signs, residuals": ("displace<Dense<Signs, {}>, residual, many>", 0),
     "noise_adam_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 9),
 }
 
@@ -237,7 +253,7 @@ def predict(found: Sequence[Budget]) -> list[Prediction]:
                     continue
                 per_ns = gpu.multiprocessors * gpu.clock
                 busy = {unit: cycles / per_ns for unit, cycles in each.cycles(further).items()}
-                busy["memory"] = 2 * each.storage / gpu.bandwidth
+                busy["memory"] = each.traffic / gpu.bandwidth
                 longest = max(busy.values())
                 units = sorted(busy, key=busy.__getitem__, reverse=True)
                 bound = tuple(unit for unit in units if busy[unit] > 0.85 * longest)

@@ -21,6 +21,7 @@ from pathlib import Path
 ENUMERATORS = {
     "(Rounding)0": "nearest",
     "(Rounding)1": "stochastic",
+    "(Rounding)2": "residual",
     "(Room)0": "few",
     "(Room)1": "many",
 }

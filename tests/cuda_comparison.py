@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from zoext import ops
-from zoext.ops import Span
+from zoext.ops import Rounding, Span
 
 try:
     import fakegpu  # an emulator: it counts launches, but is slow and has no graphs
@@ -24,6 +25,9 @@ MARKS = [
     pytest.mark.skipif(MISSING is not None, reason=f"no CUDA: {MISSING}"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
 ]
+
+#: The roundings of copies: only what moves weights where they lie has residuals.
+COPY_ROUNDINGS = (Rounding.NEAREST, Rounding.STOCHASTIC)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Whole parameters; shards that begin anywhere, also in the middle of a Philox block and beyond 2^34;
@@ -46,7 +50,7 @@ def same_bits(gpu: Tensor, cpu: Tensor) -> bool:
     """Equal to the bit; which of its many NaNs a NaN is, IEEE 754 leaves to the processor."""
     gpu, cpu = gpu.cpu(), cpu.contiguous()
     is_nan = cpu.isnan()
-    bits = torch.int16 if cpu.element_size() == 2 else torch.int32 if cpu.element_size() == 4 else torch.int64
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[cpu.element_size()]
     return torch.equal(gpu.isnan(), is_nan) and torch.equal(gpu.view(bits)[~is_nan], cpu.view(bits)[~is_nan])
 
 
@@ -61,6 +65,22 @@ def weights(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     if count >= 100:
         theta[20 : 20 + len(special)] = torch.tensor(special, dtype=dtype)
     return theta
+
+
+def residuals_of(theta: Sequence[Tensor], rounding: Rounding) -> list[Tensor]:
+    """Random lower parts of the weights, or none where there are none. As rounding leaves them: below zero
+    beside no zero, and zero beside what is not finite."""
+    if rounding != Rounding.RESIDUAL:
+        return []
+    generator = torch.Generator().manual_seed(5)
+    residuals = []
+    for weight in theta:
+        count = weight.numel() if weight.element_size() == 2 else 0
+        residual = torch.randint(-128, 128, (count,), generator=generator).to(torch.int8)
+        beside = weight.flatten()[:count]
+        residual = torch.where(beside == 0, residual.clamp(min=0), residual)
+        residuals.append(torch.where(beside.isfinite(), residual, 0))
+    return residuals
 
 
 def device(*tensors: Tensor) -> list[Tensor]:
@@ -106,3 +126,46 @@ def launches(expected: int) -> Iterator[None]:
     yield
     if fakegpu:
         assert fakegpu.counters()["launches"] - before == expected
+
+
+def assert_same_move(
+    operator: Callable[..., None],
+    theta: Tensor,
+    arguments: Sequence[Any],
+    place: tuple[Sequence[int], Sequence[Span]],
+    **options: Any,
+) -> None:
+    """``operator([theta], *arguments, *place, **options)`` gives the CPU's bits on CUDA, with all tensors at
+    addresses that are aligned and with theta, residuals and factors at such that are not."""
+    residuals = residuals_of([theta], options.get("rounding", Rounding.NEAREST))
+    with_residuals = {"residuals": residuals} if residuals else {}
+    on_device = [
+        [Moved(theta.cuda(), device(*residuals)), listed_on_device(arguments, torch.Tensor.cuda)],
+        [
+            Moved(unaligned(theta), [unaligned(each) for each in residuals]),
+            listed_on_device(arguments, unaligned),
+        ],
+    ]
+    theta = theta.clone()
+    operator([theta], *arguments, *place, **options, **with_residuals)
+    for moved, given in on_device:
+        with_residuals = {"residuals": moved.residuals} if residuals else {}
+        operator([moved.theta], *given, *place, **options, **with_residuals)
+        assert same_bits(moved.theta, theta)
+        assert all(same_bits(gpu, cpu) for gpu, cpu in zip(moved.residuals, residuals, strict=True))
+    assert all(surroundings_are_untouched(view) for view in (moved.theta, *moved.residuals))
+
+
+class Moved(NamedTuple):
+    theta: Tensor
+    residuals: list[Tensor]
+
+
+def listed_on_device(arguments: Sequence[Any], move: Callable[[Tensor], Tensor]) -> list[Any]:
+    """Copies on the device; those of lists, which are factors, by ``move``."""
+    return [
+        [move(tensor.flatten()).view(tensor.shape) for tensor in argument]
+        if isinstance(argument, list)
+        else argument.cuda()
+        for argument in arguments
+    ]

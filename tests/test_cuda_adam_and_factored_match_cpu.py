@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cuda_comparison import (
+    COPY_ROUNDINGS,
     DTYPES,
     MARKS,
     SPANS,
+    assert_same_move,
     device,
     fakegpu,
     launches,
     list_of_tensors,
     nothing_waits,
+    residuals_of,
     same_bits,
     surroundings_are_untouched,
     unaligned,
@@ -75,13 +78,7 @@ def combination(terms: int, decay: float = 0.01) -> Combination:
 
 def assert_same_step(theta: Tensor, step: Adam, span: Span, **options: Any) -> None:
     """``noise_adam_`` on the CPU and on CUDA, at an address that is aligned and at one that is not."""
-    on_device, shifted = theta.cuda(), unaligned(theta)
-    expected = theta.clone()
-    ops.noise_adam_([expected], *step, [9], [span], **options)
-    for moved in (on_device, shifted):
-        ops.noise_adam_([moved], *device(*step), [9], [span], **options)
-        assert same_bits(moved, expected)
-    assert surroundings_are_untouched(shifted)
+    assert_same_move(ops.noise_adam_, theta, step, ([9], [span]), **options)
 
 
 @pytest.mark.parametrize("terms", [1, 3])
@@ -97,11 +94,66 @@ def test_noise_adam(
 
 
 @pytest.mark.parametrize(("count", "span"), SPANS)
+@pytest.mark.parametrize("rounding", [Rounding.STOCHASTIC, Rounding.RESIDUAL])
 @every_distribution
 @every_dtype
-def test_noise_adam_in_spans(dtype: torch.dtype, distribution: Distribution, count: int, span: Span) -> None:
-    options = {"distribution": distribution, "rounding": Rounding.STOCHASTIC}
+def test_noise_adam_in_spans(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding, count: int, span: Span
+) -> None:
+    options = {"distribution": distribution, "rounding": rounding}
     assert_same_step(weights(count, dtype), adam(3, 2, decay=0.0), span, **options)
+
+
+def several_adams(count: int, steps: int, terms: int) -> Adam:
+    """Steps one after the other, each with the window of as many rows above that ends a row later. The second
+    does not move by its window, and the third moves backwards."""
+    windows = adam(4, terms, eps=1e-4)
+    rows = slice(4 - (count + steps - 1), 4)
+    generator = torch.Generator().manual_seed(count)
+    return Adam(
+        windows.seeds[rows].contiguous(),
+        windows.coefficients[rows].contiguous(),
+        torch.rand(count, steps, generator=generator),
+        torch.rand(count, steps, generator=generator),
+        torch.tensor([0.03, 0.0, -0.01, 0.02])[:count],
+        windows.eps,
+        torch.tensor([0.01, 0.013, 0.0, 0.1])[:count],
+    )
+
+
+@pytest.mark.parametrize(("count", "steps", "terms"), [(0, 2, 1), (1, 3, 2), (2, 3, 2), (3, 1, 3), (3, 2, 0)])
+@every_rounding
+@every_distribution
+@every_dtype
+def test_several_adam_steps(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding, count: int, steps: int, terms: int
+) -> None:
+    """In one launch what they are one after the other."""
+    theta, span = weights(1027, dtype), (2**34 + 3, 1027, 0)
+    several, options = (
+        several_adams(count, steps, terms),
+        {"distribution": distribution, "rounding": rounding},
+    )
+    assert_same_step(theta, several, span, **options)
+    residuals = device(*residuals_of([theta], rounding))
+    together, apart = theta.cuda(), theta.cuda()
+    kept = [tensor.clone() for tensor in residuals]
+    place = ([9], [span])
+    with launches(1 if count else 0):
+        ops.noise_adam_([together], *device(*several), *place, residuals=residuals, **options)
+    for s in range(count):
+        step = Adam(
+            several.seeds[s : s + steps],
+            several.coefficients[s : s + steps],
+            several.first_weights[s],
+            several.second_weights[s],
+            several.lr[s],
+            several.eps,
+            several.decay[s],
+        )
+        ops.noise_adam_([apart], *device(*step), *place, residuals=kept, **options)
+    assert same_bits(together, apart.cpu())
+    assert all(same_bits(one, other.cpu()) for one, other in zip(residuals, kept, strict=True))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-42, 1e19, 3e38, float("inf"), float("nan")])
@@ -130,10 +182,16 @@ def test_adam_that_moves_no_bit(dtype: torch.dtype, rounding: Rounding, case: st
     step, before, span = STILL[case], weights(1000, dtype), (0, 1000, 0)
     left, right = factors(25, 40, terms=1, rank=2)
     theta, matrix = device(before, before)
-    ops.noise_adam_([theta], *device(*step), [1], [span], rounding=rounding)
-    ops.factored_adam_([matrix], *listed(left, right), *device(*step), [1], [span], rounding=rounding)
+    residuals = residuals_of([before], rounding)
+    kept, beside_matrix = device(*residuals), device(*residuals)
+    place = ([1], [span])
+    ops.noise_adam_([theta], *device(*step), *place, rounding=rounding, residuals=kept)
+    given = (*listed(left, right), *device(*step))
+    ops.factored_adam_([matrix], *given, *place, rounding=rounding, residuals=beside_matrix)
     assert same_bits(theta, before)
     assert same_bits(matrix, before)
+    for bytes_on_device in (kept, beside_matrix):
+        assert all(same_bits(gpu, cpu) for gpu, cpu in zip(bytes_on_device, residuals, strict=True))
     decaying = step._replace(decay=torch.tensor(0.25))
     assert_same_step(before, decaying, span, rounding=rounding)
     assert_same_factored(before, left, right, decaying, span, rounding)
@@ -160,18 +218,7 @@ def assert_same_factored(
     """``factored_adam_`` or ``factored_axpy_`` on the CPU and on CUDA, everything at addresses that are
     aligned and at such that are not."""
     operator = ops.factored_adam_ if isinstance(change, Adam) else ops.factored_axpy_
-    arguments = device(*change)
-    aligned, shifted = (theta.cuda(), *listed(left, right)), (unaligned(theta), *shifted_lists(left, right))
-    expected = theta.clone()
-    operator([expected], [left], [right], *change, [9], [span], rounding=rounding)
-    for moved, lefts, rights in (aligned, shifted):
-        operator([moved], lefts, rights, *arguments, [9], [span], rounding=rounding)
-        assert same_bits(moved, expected)
-    assert surroundings_are_untouched(shifted[0])
-
-
-def shifted_lists(*tensors: Tensor) -> list[list[Tensor]]:
-    return [[unaligned(tensor.flatten()).view(tensor.shape)] for tensor in tensors]
+    assert_same_move(operator, theta, ([left], [right], *change), ([9], [span]), rounding=rounding)
 
 
 # Rows and columns that fill whole accesses and that do not, and rows that are shorter than one.
@@ -210,6 +257,21 @@ def test_shared_factors(dtype: torch.dtype, rounding: Rounding, steps: int, term
     assert_same_factored(theta, left, right, combination(count, decay=0.0), span, rounding)
 
 
+@pytest.mark.parametrize("shared", ["neither", "both"])
+@every_rounding
+@every_dtype
+def test_several_factored_steps(dtype: torch.dtype, rounding: Rounding, shared: str) -> None:
+    """Term k of step s has the factors of number s K + k, and of the row h of a history h K + k."""
+    rows, columns = 19, 24
+    left, right = factors(rows, columns, terms=1 if shared == "both" else 6, rank=3)
+    theta, span = weights(rows * columns, dtype), (8, rows * columns, 0)
+    steps = Combination(
+        SEEDS[:3, :2].contiguous(), COEFFICIENTS[:3, :2].contiguous(), torch.tensor([0.0, 0.013, 0.25])
+    )
+    for change in (steps, several_adams(2, 2, 2)):
+        assert_same_factored(theta, left, right, change, span, rounding)
+
+
 # For matrices of 30 x 24. Spans only place the bits of stochastic rounding: whole, from the middle of
 # a block of bits on, and blocks of a larger matrix, with runs that are rows and runs that are not.
 WHOLE = [(0, 720, 0), (2**34 + 3, 720, 0)]
@@ -220,8 +282,9 @@ BLOCKS = [(2**35 + 16, 24, 64), (5, 24, 37), (64, 64, 256), (3, 7, 11)]
 @every_dtype
 def test_factored_spans(dtype: torch.dtype, span: Span) -> None:
     theta, (left, right) = weights(720, dtype), factors(30, 24, terms=6, rank=2)
-    for change in (combination(6), adam(2, 3)):
-        assert_same_factored(theta, left, right, change, span, Rounding.STOCHASTIC)
+    for change in (combination(6), adam(2, 3), several_adams(2, 2, 2)):
+        for rounding in (Rounding.STOCHASTIC, Rounding.RESIDUAL):
+            assert_same_factored(theta, left, right, change, span, rounding)
 
 
 @pytest.mark.parametrize("columns", [32, 33])
@@ -238,7 +301,7 @@ def test_factors_of_every_kind(dtype: torch.dtype, columns: int) -> None:
         assert_same_factored(theta, left[:, :0], right[:, :0], change, span, Rounding.NEAREST)
 
 
-@every_rounding
+@pytest.mark.parametrize("rounding", COPY_ROUNDINGS)
 @every_dtype
 def test_factored_copy(dtype: torch.dtype, rounding: Rounding) -> None:
     for rows, columns in ((31, 24), (9, 13)):
@@ -263,12 +326,15 @@ def test_coefficients_of_zero_move_no_bit(dtype: torch.dtype, rounding: Rounding
     before = weights(1000, dtype)
     theta, nothing = before.cuda(), torch.tensor([0.0, -0.0])
     arguments = (*listed(*factors(25, 40, terms=2, rank=2)), *device(torch.tensor([5, 6]), nothing))
-    place = ([1], [(0, 1000, 0)])
-    ops.factored_axpy_([theta], *arguments, torch.tensor(0.0).cuda(), *place, rounding=rounding)
+    place, residuals = ([1], [(0, 1000, 0)]), residuals_of([before], rounding)
+    kept, decay = device(*residuals), torch.tensor(0.0).cuda()
+    ops.factored_axpy_([theta], *arguments, decay, *place, rounding=rounding, residuals=kept)
     assert same_bits(theta, before)
-    out = torch.empty_like(theta)
-    ops.factored_copy_([out], [theta], *arguments, *place, rounding=rounding)
-    assert same_bits(out, before)
+    assert all(same_bits(gpu, cpu) for gpu, cpu in zip(kept, residuals, strict=True))
+    if rounding in COPY_ROUNDINGS:
+        out = torch.empty_like(theta)
+        ops.factored_copy_([out], [theta], *arguments, *place, rounding=rounding)
+        assert same_bits(out, before)
 
 
 def places(theta: Sequence[Tensor]) -> tuple[list[int], list[Span]]:
@@ -430,10 +496,10 @@ def test_opcheck(operator: str) -> None:
     window, change = device(*adam(1, 3)), device(*combination(3))
     keys, spans = [3], [0, 130, 0]
     arguments = {
-        "noise_adam_": ([theta], *window, keys, spans, 1, 1),
-        "factored_axpy_": ([theta], left, right, *change, keys, spans, 0),
+        "noise_adam_": ([theta], [], *window, keys, spans, 1, 1),
+        "factored_axpy_": ([theta], [], left, right, *change, keys, spans, 0),
         "factored_copy_": ([out], [theta], left, right, *change[:2], keys, spans, 1),
-        "factored_adam_": ([theta], left, right, *window, keys, spans, 0),
+        "factored_adam_": ([theta], [], left, right, *window, keys, spans, 0),
     }
     torch.library.opcheck(getattr(torch.ops.zoext, operator).default, arguments[operator])
 
@@ -470,7 +536,8 @@ BAD_TENSORS_AND_PLACES: dict[str, dict[str, Any]] = {
     "one key too few": {"keys": [0]},
     "key beyond 32 bits": {"keys": [0, 2**32]},
     "span beyond 63 bits": {"spans": [(0, 12, 0), (2**63 - 4, 8, 0)]},
-    "no such rounding": {"rounding": 2},
+    "no such rounding": {"rounding": 3},
+    "residuals missing": {"rounding": 2},
     "strided theta": {"theta": [torch.full((12,), 7.0), torch.full((2, 4), 7.0).T]},
     "integers": {"theta": [torch.full((12,), 7), torch.full((4, 2), 7)]},
 }
@@ -528,7 +595,12 @@ def test_arguments_elsewhere_are_refused() -> None:
     for number, name in enumerate(Adam._fields):
         arguments = device(*window)
         arguments[number] = window[number]
-        message = f"{name} must" if name in ("lr", "eps", "decay") else "seeds, coefficients and weights must"
+        terms = (
+            "seeds and coefficients"
+            if name in ("seeds", "coefficients")
+            else "seeds, coefficients and weights"
+        )
+        message = f"{name if name in ('lr', 'eps', 'decay') else terms} must"
         with pytest.raises(RuntimeError, match=f"{message} be on the device of the parameters"):
             ops.noise_adam_([theta], *arguments, *place)
         with pytest.raises(RuntimeError, match=f"{message} be on the device of the parameters"):

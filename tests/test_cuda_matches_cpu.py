@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_comparison import (
+    COPY_ROUNDINGS,
     DTYPES,
     MARKS,
     SPANS,
+    assert_same_move,
     device,
     fakegpu,
     launches,
     list_of_tensors,
     nothing_waits,
+    residuals_of,
     same_bits,
     surroundings_are_untouched,
     unaligned,
@@ -57,21 +60,44 @@ def test_normal(dtype: torch.dtype, distribution: Distribution, seed: int, key: 
 def test_axpy(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding, terms: int, decay: float
 ) -> None:
-    theta, span = weights(4099, dtype), (2**34 + 8, 4099, 0)
+    theta, place = weights(4099, dtype), ([9], [(2**34 + 8, 4099, 0)])
     arguments = (*seeds_and_coefficients(terms), torch.tensor(decay))
-    on_device = device(theta)[0]
-    shifted = unaligned(theta)
-    ops.noise_axpy_([theta], *arguments, [9], [span], distribution=distribution, rounding=rounding)
-    for start in (on_device, shifted):
+    assert_same_move(ops.noise_axpy_, theta, arguments, place, distribution=distribution, rounding=rounding)
+
+
+#: Three steps, of which the second leaves its first term out, and the third all.
+STEPS = torch.tensor([[1.5e-3, -2.25], [0.0, 0.75], [0.0, -0.0]])
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("rounding", tuple(Rounding))
+@pytest.mark.parametrize("distribution", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_steps(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding, steps: int, terms: int
+) -> None:
+    """In one launch what they are one after the other."""
+    seeds = torch.tensor([[12345, -(2**63) + 9], [2**62 + 77, 4], [-1, 7]])[:steps, :terms].contiguous()
+    coefficients, decay = STEPS[:steps, :terms].contiguous(), torch.tensor([0.013, 0.0, 0.25])[:steps]
+    theta, place = weights(2051, dtype), ([9], [(2**34 + 8, 2051, 0)])
+    options = {"distribution": distribution, "rounding": rounding}
+    assert_same_move(ops.noise_axpy_, theta, (seeds, coefficients, decay), place, **options)
+    residuals = device(*residuals_of([theta], rounding))
+    together, apart = theta.cuda(), theta.cuda()
+    kept = [tensor.clone() for tensor in residuals]
+    with launches(1 if steps else 0):
         ops.noise_axpy_(
-            [start], *device(*arguments), [9], [span], distribution=distribution, rounding=rounding
+            [together], *device(seeds, coefficients, decay), *place, residuals=residuals, **options
         )
-        assert same_bits(start, theta)
-    assert surroundings_are_untouched(shifted)
+    for step in zip(seeds, coefficients, decay, strict=True):
+        ops.noise_axpy_([apart], *device(*step), *place, residuals=kept, **options)
+    assert same_bits(together, apart.cpu())
+    assert all(same_bits(one, other.cpu()) for one, other in zip(residuals, kept, strict=True))
 
 
 @pytest.mark.parametrize("terms", [0, 1, 3])
-@pytest.mark.parametrize("rounding", tuple(Rounding))
+@pytest.mark.parametrize("rounding", COPY_ROUNDINGS)
 @pytest.mark.parametrize("distribution", BOTH)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, terms: int) -> None:
@@ -92,18 +118,18 @@ def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding
 
 
 @pytest.mark.parametrize(("count", "span"), SPANS)
+@pytest.mark.parametrize("rounding", [Rounding.STOCHASTIC, Rounding.RESIDUAL])
 @pytest.mark.parametrize("distribution", BOTH)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_spans(dtype: torch.dtype, distribution: Distribution, count: int, span: Span) -> None:
-    theta = weights(count, dtype)
-    arguments = (*seeds_and_coefficients(3), torch.tensor(0.25))
-    on_device, shifted = theta.cuda(), unaligned(theta)
-    how = {"distribution": distribution, "rounding": Rounding.STOCHASTIC}
-    ops.noise_axpy_([theta], *arguments, [1], [span], **how)
-    for start in (on_device, shifted):
-        ops.noise_axpy_([start], *device(*arguments), [1], [span], **how)
-        assert same_bits(start, theta)
-    assert surroundings_are_untouched(shifted)
+def test_spans(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding, count: int, span: Span
+) -> None:
+    theta, options = weights(count, dtype), {"distribution": distribution, "rounding": rounding}
+    seeds, coefficients = seeds_and_coefficients(3)
+    one = (seeds, coefficients, torch.tensor(0.25))
+    three = (seeds[:, None].contiguous(), coefficients[:, None].contiguous(), torch.tensor([0.25, 0.0, 0.1]))
+    for arguments in (one, three):
+        assert_same_move(ops.noise_axpy_, theta, arguments, ([1], [span]), **options)
 
 
 @pytest.mark.parametrize("rounding", tuple(Rounding))
@@ -113,10 +139,18 @@ def test_coefficients_of_zero_move_no_bit(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding
 ) -> None:
     before = weights(1000, dtype)
-    theta = before.cuda()
-    arguments = device(torch.tensor([5, 6]), torch.tensor([0.0, -0.0]), torch.tensor(0.0))
-    ops.noise_axpy_([theta], *arguments, [1], [(0, 1000, 0)], distribution=distribution, rounding=rounding)
-    assert same_bits(theta, before)
+    theta, place = before.cuda(), ([1], [(0, 1000, 0)])
+    residuals = residuals_of([before], rounding)
+    kept, options = device(*residuals), {"distribution": distribution, "rounding": rounding}
+    seeds, nothing = torch.tensor([5, 6]), torch.tensor([0.0, -0.0])
+    for arguments in (
+        (seeds, nothing, torch.tensor(0.0)),
+        (seeds[:, None], nothing[:, None], torch.zeros(2)),
+    ):
+        arguments = device(*arguments)
+        ops.noise_axpy_([theta], *arguments, *place, residuals=kept, **options)
+        assert same_bits(theta, before)
+        assert all(same_bits(gpu, cpu) for gpu, cpu in zip(kept, residuals, strict=True))
 
 
 @pytest.mark.parametrize("distribution", BOTH)
@@ -224,7 +258,7 @@ def test_opcheck(operator: str) -> None:
     keys, spans = [3], [0, 130, 0]
     arguments = {
         "normal_": ([out], seeds[:1].clone(), keys, spans, 0, 0),
-        "noise_axpy_": ([theta], seeds, coefficients, decay, keys, spans, 0, 0),
+        "noise_axpy_": ([theta], [], seeds, coefficients, decay, keys, spans, 0, 0),
         "noise_copy_": ([out], [theta], seeds, coefficients, keys, spans, 1, 1),
     }
     torch.library.opcheck(getattr(torch.ops.zoext, operator).default, arguments[operator])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_comparison import DTYPES, MARKS, device, same_bits, weights
+from cuda_comparison import COPY_ROUNDINGS, DTYPES, MARKS, assert_same_move, same_bits, weights
 from torch import Tensor
 
 from zoext import ops
@@ -29,6 +29,7 @@ COEFFICIENTS = {
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_distribution = pytest.mark.parametrize("distribution", Distribution)
 every_rounding = pytest.mark.parametrize("rounding", Rounding)
+every_rounding_of_copies = pytest.mark.parametrize("rounding", COPY_ROUNDINGS)
 every_combination = pytest.mark.parametrize("case", COEFFICIENTS)
 every_decay = pytest.mark.parametrize("decay", [0.0, 0.013])
 
@@ -62,15 +63,24 @@ def test_normal(dtype: torch.dtype, distribution: Distribution) -> None:
 def test_axpy(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding, case: str, decay: float
 ) -> None:
-    theta, arguments = weights(COUNT, dtype), (*combination(case), torch.tensor(decay))
-    on_device = theta.cuda()
-    for tensor, given in ((theta, arguments), (on_device, device(*arguments))):
-        ops.noise_axpy_([tensor], *given, [9], [SPAN], distribution=distribution, rounding=rounding)
-    assert same_bits(on_device, theta)
+    arguments = (*combination(case), torch.tensor(decay))
+    options = {"distribution": distribution, "rounding": rounding}
+    assert_same_move(ops.noise_axpy_, weights(COUNT, dtype), arguments, ([9], [SPAN]), **options)
+
+
+@every_rounding
+@every_distribution
+@every_dtype
+def test_steps(dtype: torch.dtype, distribution: Distribution, rounding: Rounding) -> None:
+    """Two steps of three terms, of which the second leaves its first one out."""
+    coefficients = torch.tensor([[1.5e-3, 0.0, -3.0], [0.0, 0.25, 1.0]])
+    arguments = (SEEDS.view(2, 3), coefficients, torch.tensor([0.0, 0.013]))
+    options = {"distribution": distribution, "rounding": rounding}
+    assert_same_move(ops.noise_axpy_, weights(COUNT, dtype), arguments, ([9], [SPAN]), **options)
 
 
 @every_combination
-@every_rounding
+@every_rounding_of_copies
 @every_distribution
 @every_dtype
 def test_copy(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, case: str) -> None:
@@ -93,16 +103,35 @@ def window(decay: float) -> tuple[Tensor, ...]:
     return SEEDS.view(3, 2), coefficients, *weights_of_moments, *sizes
 
 
+def windows() -> tuple[Tensor, ...]:
+    """Two steps, whose windows of two share a row of those above."""
+    seeds, coefficients, *_, eps, _ = window(0.0)
+    weights_of_moments = torch.tensor([[0.1, 0.2], [0.15, 0.25]]), torch.tensor([[0.07, 0.3], [0.06, 0.2]])
+    return (
+        seeds,
+        coefficients,
+        *weights_of_moments,
+        torch.tensor([0.03, 0.02]),
+        eps,
+        torch.tensor([0.013, 0.0]),
+    )
+
+
 @every_decay
 @every_rounding
 @every_distribution
 @every_dtype
 def test_noise_adam(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, decay: float) -> None:
-    theta = weights(COUNT, dtype)
-    on_device = theta.cuda()
-    for tensor, given in ((theta, window(decay)), (on_device, device(*window(decay)))):
-        ops.noise_adam_([tensor], *given, [9], [SPAN], distribution=distribution, rounding=rounding)
-    assert same_bits(on_device, theta)
+    options = {"distribution": distribution, "rounding": rounding}
+    assert_same_move(ops.noise_adam_, weights(COUNT, dtype), window(decay), ([9], [SPAN]), **options)
+
+
+@every_rounding
+@every_distribution
+@every_dtype
+def test_noise_adam_steps(dtype: torch.dtype, distribution: Distribution, rounding: Rounding) -> None:
+    options = {"distribution": distribution, "rounding": rounding}
+    assert_same_move(ops.noise_adam_, weights(COUNT, dtype), windows(), ([9], [SPAN]), **options)
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, COLUMNS - 1])
@@ -112,27 +141,24 @@ def test_noise_adam(dtype: torch.dtype, distribution: Distribution, rounding: Ro
 def test_factored_axpy(dtype: torch.dtype, rounding: Rounding, case: str, columns: int) -> None:
     """Rows of whole accesses, and rows of which none begins like the one before."""
     seeds, coefficients = combination(case)
-    theta = weights(ROWS * columns, dtype)
-    on_device = theta.cuda()
-    left, right = factors(len(seeds), columns=columns)
-    span = (0, ROWS * columns, 0)
-    arguments = (seeds, coefficients, torch.tensor(0.01))
-    ops.factored_axpy_([theta], left, right, *arguments, [9], [span], rounding=rounding)
-    on_device_factors = device(*left), device(*right)
-    ops.factored_axpy_([on_device], *on_device_factors, *device(*arguments), [9], [span], rounding=rounding)
-    assert same_bits(on_device, theta)
+    theta, span = weights(ROWS * columns, dtype), (0, ROWS * columns, 0)
+    arguments = (*factors(len(seeds), columns=columns), seeds, coefficients, torch.tensor(0.01))
+    assert_same_move(ops.factored_axpy_, theta, arguments, ([9], [span]), rounding=rounding)
+
+
+@every_rounding
+@every_dtype
+def test_factored_steps(dtype: torch.dtype, rounding: Rounding) -> None:
+    coefficients = torch.tensor([[1.5e-3, -3.0], [0.0, 0.25], [0.0, 0.0]])
+    arguments = (*factors(6), SEEDS.view(3, 2), coefficients, torch.tensor([0.0, 0.013, 0.01]))
+    theta, span = weights(ROWS * COLUMNS, dtype), (0, ROWS * COLUMNS, 0)
+    assert_same_move(ops.factored_axpy_, theta, arguments, ([9], [span]), rounding=rounding)
 
 
 @pytest.mark.parametrize("base", [0, 2**34 + 64, 2**34 + 3])
 @every_rounding
 @every_dtype
 def test_factored_adam(dtype: torch.dtype, rounding: Rounding, base: int) -> None:
-    theta = weights(ROWS * COLUMNS, dtype)
-    on_device = theta.cuda()
-    left, right = factors(6)
-    span = (base, ROWS * COLUMNS, 0)
-    ops.factored_adam_([theta], left, right, *window(0.013), [9], [span], rounding=rounding)
-    ops.factored_adam_(
-        [on_device], device(*left), device(*right), *device(*window(0.013)), [9], [span], rounding=rounding
-    )
-    assert same_bits(on_device, theta)
+    theta, span = weights(ROWS * COLUMNS, dtype), (base, ROWS * COLUMNS, 0)
+    for steps in (window(0.013), windows()):
+        assert_same_move(ops.factored_adam_, theta, (*factors(6), *steps), ([9], [span]), rounding=rounding)

@@ -275,7 +275,7 @@ def test_all_is_measured(modules: Callable[[str], ModuleType], tmp_path: Path) -
         else:  # it has no graphs
             assert "the driver refused to capture" in left_out[0]
             assert not any(figure.startswith(f"{label}, graphed") for figure in figures)
-    assert document["notes"][0] == "All bits of 88 checks on 1003 elements are those of the CPU."
+    assert document["notes"][0] == "All bits of 184 checks on 1003 elements are those of the CPU."
     assert document["environment"]["GPU"] == torch.cuda.get_device_name()
     assert document["settings"]["size"] == "1x32x70"
 
@@ -332,7 +332,7 @@ def test_nothing_is_timed_where_a_bit_is_wrong(
     assert modules("gpu").main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Not the bits of the CPU:"
-    assert len(lines) == 1 + 4
+    assert len(lines) == 1 + 12
     assert all(line.startswith("noise_axpy_, bfloat16, ") for line in lines[1:])
     assert all(": tensor 3, element 17: " in line for line in lines[1:])
     assert not list(tmp_path.iterdir())

@@ -17,8 +17,12 @@ struct Product {
 };
 
 ZOEXT_HD Product<uint32_t> multiply_wide(uint32_t constant, uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return {__umulhi(constant, word), constant * word};  // of 64-bit factors ptxas adds up halves that are zero
+#else
   const uint64_t product = static_cast<uint64_t>(constant) * word;
   return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+#endif
 }
 
 constexpr int most_rounds = 10;  // as the paper recommends

@@ -53,6 +53,13 @@ struct Slot {
   }
 };
 
+// A tensor that is moved where it lies, and the bytes beside its weights, if there are any. Only launches of
+// such tensors have room for fewer of them.
+template <class TensorSlot>
+struct InPlace : TensorSlot {
+  int8_t* residuals;
+};
+
 // How many tensors a kernel has room for among its parameters. All of these are sent with every launch, so
 // that the few of one module should not take as long as the many of a model.
 enum class Room { few, many };
@@ -114,6 +121,10 @@ struct Share {
 
   ZOEXT_HD const void* theta(const Slot& slot) const { return slot.theta; }
   ZOEXT_HD void* out(const Slot& slot) const { return slot.out; }
+  template <class TensorSlot>
+  ZOEXT_HD int8_t* residuals(const InPlace<TensorSlot>& slot) const {
+    return slot.residuals;
+  }
 
   ZOEXT_HD Part group(int g) const {
     const int64_t start = local + g * Tiling::step;
@@ -178,7 +189,7 @@ struct WholeShare {
   ZOEXT_HD Storage* out(const Slot&) const { return to; }
   ZOEXT_HD WholePart group(int g) const { return {g * Tiling::step}; }
 
- private:
+ protected:
   struct Access {
     uint32_t words[4];
   };
@@ -187,6 +198,29 @@ struct WholeShare {
     const int64_t lead = static_cast<int64_t>(static_cast<uint64_t>(slot.span.base) % Tiling::unit);
     return number / Tiling::lanes * Tiling::unit + number % Tiling::lanes * Tiling::vector - lead;
   }
+};
+
+// The same of a tensor that is moved where it lies.
+template <class Storage, class Tiling, class TensorSlot>
+struct WholeShareInPlace : WholeShare<Storage, Tiling> {
+  using Base = WholeShare<Storage, Tiling>;
+  using Base::to;
+
+  int8_t* beside;
+
+  ZOEXT_HD WholeShareInPlace(const InPlace<TensorSlot>& slot, int64_t number)
+      : Base(slot, number), beside(slot.residuals + (to - static_cast<Storage*>(slot.out))) {}
+
+  static ZOEXT_HD bool is_whole_chunk(const InPlace<TensorSlot>& slot, int64_t number) {
+    const auto address = reinterpret_cast<uintptr_t>(slot.residuals + Base::local_of(slot, number));
+    const bool is_aligned = slot.residuals == nullptr || address % Tiling::vector == 0;
+    return Base::is_whole_chunk(slot, number) && is_aligned;
+  }
+
+  ZOEXT_HD void advance() { Base::advance(), beside += Tiling::stride; }
+
+  ZOEXT_HD const Storage* theta(const Slot&) const { return to; }
+  ZOEXT_HD int8_t* residuals(const Slot&) const { return beside; }
 };
 
 }  // namespace zoext::cuda

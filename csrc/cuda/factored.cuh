@@ -127,13 +127,15 @@ struct Factored {
   using Storage = StorageType;
   using Tiling = FactoredTiling<Storage>;
   using TensorSlot = FactoredSlot;
-  static constexpr int displace_blocks = 3, adam_blocks = 2;
+  static constexpr bool has_rounds = false;
+  static constexpr int displace_blocks = 3, steps_blocks = 2, adam_blocks = 2, adam_steps_blocks = 2;
 
-  static __device__ FactoredInRow<Tiling> on(const FactoredSlot& slot, const WholeShare<Storage, Tiling>& share) {
-    return {slot, share.theta(slot) - static_cast<const Storage*>(slot.theta)};
-  }
   static __device__ FactoredAnywhere<Tiling> on(const FactoredSlot& slot, const Share<Tiling>& share) {
     return {slot, share.group(0)};
+  }
+  template <class AnyWholeShare>
+  static __device__ FactoredInRow<Tiling> on(const FactoredSlot& slot, const AnyWholeShare& share) {
+    return {slot, share.theta(slot) - static_cast<const Storage*>(slot.theta)};
   }
 };
 

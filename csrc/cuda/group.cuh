@@ -8,15 +8,17 @@
 
 namespace zoext::cuda {
 
-// Elements as they are stored: read and written with 16-byte accesses where the group is whole and
-// its address allows it, else one by one.
+// Elements as they are stored: read and written with accesses of 16 bytes (8, of eight bytes) where the
+// group is whole and its address allows it, else one by one.
 template <class Storage, int vector>
 struct Group {
-  static constexpr int quads = vector * sizeof(Storage) / sizeof(uint4);
+  static constexpr int bytes = vector * sizeof(Storage);
+  using Access = std::conditional_t<bytes % sizeof(uint4) == 0, uint4, uint2>;
+  static constexpr int accesses = bytes / sizeof(Access);
 
   union {
-    uint4 quad[quads];
-    uint32_t word[4 * quads];
+    Access access[accesses];
+    uint32_t word[bytes / sizeof(uint32_t)];
     Storage element[vector];
   };
 
@@ -30,14 +32,14 @@ struct Group {
   }
 
   static __device__ bool is_fast(const Storage* address, const Part& part) {
-    return part.first == 0 && part.last == vector && reinterpret_cast<uintptr_t>(address) % sizeof(uint4) == 0;
+    return part.first == 0 && part.last == vector && reinterpret_cast<uintptr_t>(address) % sizeof(Access) == 0;
   }
 
   __device__ void load(const void* tensor, const Part& part) {
     const Storage* from = static_cast<const Storage*>(tensor) + part.local;
     if (is_fast(from, part)) {
 #pragma unroll
-      for (int q = 0; q < quads; ++q) quad[q] = reinterpret_cast<const uint4*>(from)[q];
+      for (int a = 0; a < accesses; ++a) access[a] = reinterpret_cast<const Access*>(from)[a];
     } else {
 #pragma unroll
       for (int i = 0; i < vector; ++i) element[i] = i >= part.first && i < part.last ? from[i] : Storage{};
@@ -45,15 +47,15 @@ struct Group {
   }
 
   __device__ void load(const Storage* share, const WholePart& part) {
-    const auto from = reinterpret_cast<const uint4*>(share + part.offset);
+    const auto from = reinterpret_cast<const Access*>(share + part.offset);
 #pragma unroll
-    for (int q = 0; q < quads; ++q) quad[q] = from[q];
+    for (int a = 0; a < accesses; ++a) access[a] = from[a];
   }
 
   __device__ void store(Storage* share, const WholePart& part) const {
-    const auto to = reinterpret_cast<uint4*>(share + part.offset);
+    const auto to = reinterpret_cast<Access*>(share + part.offset);
 #pragma unroll
-    for (int q = 0; q < quads; ++q) __stwb(to + q, quad[q]);
+    for (int a = 0; a < accesses; ++a) __stwb(to + a, access[a]);
   }
 
   __device__ void store(void* tensor, const Part& part) const {
@@ -61,7 +63,7 @@ struct Group {
     if (is_fast(to, part)) {
       // An assignment of a uint4 made of elements is taken apart by nvcc; this store is not.
 #pragma unroll
-      for (int q = 0; q < quads; ++q) __stwb(reinterpret_cast<uint4*>(to) + q, quad[q]);
+      for (int a = 0; a < accesses; ++a) __stwb(reinterpret_cast<Access*>(to) + a, access[a]);
     } else {
 #pragma unroll
       for (int i = 0; i < vector; ++i)

@@ -27,6 +27,12 @@ inline Slot slot_of(const Tensor& out, const Tensor& theta, const Place& place) 
   return {out.mutable_data_ptr(), theta.const_data_ptr(), out.numel(), place.span, place.key};
 }
 
+// One tensor of a list that is moved where it lies, and the bytes beside it, or null.
+template <class TensorSlot>
+InPlace<TensorSlot> in_place(const TensorSlot& slot, const std::vector<Tensor>& residuals, size_t t) {
+  return {slot, residuals.empty() ? nullptr : static_cast<int8_t*>(residuals[t].mutable_data_ptr())};
+}
+
 // f(Storage{}, slots) for every storage type in the list, with make_slot(t) for each tensor of it that
 // is not empty.
 template <class MakeSlot, class F>
@@ -44,9 +50,9 @@ template <class TensorSlot, Room room, class... Parameters>
 using Kernel = void (*)(Table<TensorSlot, room>, Parameters...);
 
 // One launch, or one for every `capacity` tensors of a table.
-template <class Tiling, class TensorSlot, Room room, class... Parameters>
-void launch(Kernel<TensorSlot, room, Parameters...> kernel, const std::vector<TensorSlot>& slots,
-            cudaStream_t stream, Parameters... parameters) {
+template <class Tiling, class TensorSlot, Room room, class AnySlot, class... Parameters>
+void launch(Kernel<TensorSlot, room, Parameters...> kernel, const std::vector<AnySlot>& slots, cudaStream_t stream,
+            Parameters... parameters) {
   using List = Table<TensorSlot, room>;
   static_assert(sizeof(List) + (sizeof(Parameters) + ... + 0) <= 32764, "too many parameters");
   for (size_t first = 0; first < slots.size(); first += List::capacity) {

@@ -1,6 +1,6 @@
 // theta + a combination of dense directions, and the noise itself, on CUDA.
 #include "dense.cuh"
-#include "displace.cuh"
+#include "steps.cuh"
 
 namespace zoext::cuda {
 namespace {
@@ -25,29 +25,28 @@ __global__ void __launch_bounds__(threads_per_chunk)
   });
 }
 
-void displace_all(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, const Combination& combination,
-                  const float* decay, const std::vector<Place>& places, Distribution distribution,
-                  Rounding rounding) {
-  const torch::stable::accelerator::DeviceGuard guard(theta[0].get_device_index());
-  const cudaStream_t stream = current_stream(theta[0]);
-  const auto slot = [&](size_t t) { return slot_of(out[t], theta[t], places[t]); };
-  for_each_storage(out, slot, [&](auto storage, const std::vector<Slot>& slots) {
-    for_noise(distribution, [&](auto noise) {
-      launch_displace<Dense<decltype(noise), decltype(storage)>>(slots, combination, decay, rounding, stream);
-    });
+// f(Dense, slots) for every storage type in a list.
+template <class MakeSlot, class F>
+void for_each_direction(const std::vector<Tensor>& tensors, Distribution distribution, MakeSlot make_slot, F f) {
+  const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
+  for_each_storage(tensors, make_slot, [&](auto storage, const auto& slots) {
+    for_noise(distribution, [&](auto noise) { f(Dense<decltype(noise), decltype(storage)>{}, slots); });
   });
 }
 
-void noise_axpy_(std::vector<Tensor> theta, Tensor seeds, Tensor coefficients, Tensor decay,
-                 std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution, int64_t rounding) {
+void noise_axpy_(std::vector<Tensor> theta, std::vector<Tensor> residuals, Tensor seeds, Tensor coefficients,
+                 Tensor decay, std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution,
+                 int64_t rounding) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Distribution checked = checked_distribution(distribution);
-  const Rounding how = checked_rounding(rounding);
+  const Rounding how = checked_rounding(rounding, theta, residuals);
   if (theta.empty()) return;
-  check_seeds(seeds, coefficients, theta[0]);
-  check_scalar("decay", decay, ScalarType::Float, theta[0]);
-  displace_all(theta, theta, combination_of(seeds, coefficients), floats_in(decay), places, checked, how);
+  const Steps steps = checked_steps_of(seeds, coefficients, decay, theta[0]);
+  const auto slot = [&](size_t t) { return in_place(slot_of(theta[t], theta[t], places[t]), residuals, t); };
+  for_each_direction(theta, checked, slot, [&](auto direction, const std::vector<InPlace<Slot>>& slots) {
+    launch_steps<decltype(direction)>(slots, steps, how, current_stream(theta[0]));
+  });
 }
 
 void noise_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, Tensor seeds, Tensor coefficients,
@@ -59,8 +58,12 @@ void noise_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, Tensor seed
   const Distribution checked = checked_distribution(distribution);
   const Rounding how = checked_rounding(rounding);
   if (theta.empty()) return;
-  check_seeds(seeds, coefficients, theta[0]);
-  displace_all(out, theta, combination_of(seeds, coefficients), nullptr, places, checked, how);
+  check_terms(seeds, coefficients, theta[0], 1);
+  const Combination combination = combination_of(seeds, coefficients);
+  const auto slot = [&](size_t t) { return slot_of(out[t], theta[t], places[t]); };
+  for_each_direction(out, checked, slot, [&](auto direction, const std::vector<Slot>& slots) {
+    launch_displace<decltype(direction)>(slots, combination, nullptr, how, current_stream(theta[0]));
+  });
 }
 
 void normal_(std::vector<Tensor> out, Tensor seed, std::vector<int64_t> keys, std::vector<int64_t> spans,

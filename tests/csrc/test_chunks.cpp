@@ -121,6 +121,32 @@ void tensors_are_divided() {
   CHECK(whole + 1 == table.chunks, "%u of %u chunks are whole", whole, table.chunks);
 }
 
+// The shares of a chunk are whole only where residuals are aligned as well, and have those of their weights.
+template <class Storage, class Tiling>
+void residuals_lie_beside_weights() {
+  using Whole = WholeShareInPlace<Storage, Tiling, Slot>;
+  constexpr int64_t count = 30000, lead = 3;
+  auto* const bytes = reinterpret_cast<int8_t*>(uintptr_t{1} << 40);
+  // A tensor that begins within a unit, at an address that makes its units begin at one for wide accesses.
+  const Slot slot = slot_with<Storage>(count, {lead, count, 0}, lead);
+  for (int64_t shift = 0; shift < Tiling::vector; ++shift) {
+    const InPlace<Slot> beside{slot, bytes + shift};
+    Table<InPlace<Slot>, Room::many> table;
+    table.add<Tiling>(beside);
+    const InPlace<Slot>& added = table.slots[0];
+    const int64_t second_chunk = Tiling::shares_per_chunk;
+    CHECK((Whole::is_whole_chunk(added, second_chunk)) == (shift == lead), "bytes %ld further", long(shift));
+    Whole share(added, second_chunk + 5);
+    Share<Tiling> any = share_of<Tiling>(added, second_chunk + 5);
+    for (int i = 0; i < Tiling::shares_per_thread; ++i, share.advance(), any = any.next())
+      CHECK(share.residuals(added) == any.residuals(added) + any.local, "share %d", i);
+  }
+  const InPlace<Slot> alone{slot, nullptr};
+  Table<InPlace<Slot>, Room::many> table;
+  table.add<Tiling>(alone);
+  CHECK((Whole::is_whole_chunk(table.slots[0], Tiling::shares_per_chunk)), "without residuals");
+}
+
 void divisors_divide() {
   std::mt19937_64 random(1);
   const int64_t most = INT64_MAX;
@@ -146,5 +172,7 @@ int main() {
   tensors_are_divided<BFloat16, NormalTiling<BFloat16>>();
   tensors_are_divided<float, SignTiling<float>>();
   tensors_are_divided<BFloat16, SignTiling<BFloat16>>();
+  residuals_lie_beside_weights<BFloat16, NormalTiling<BFloat16>>();
+  residuals_lie_beside_weights<BFloat16, SignTiling<BFloat16>>();
   return finish("how launches divide tensors");
 }
