@@ -236,13 +236,13 @@ def split(values: NDArray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join(upper: Tensor, residual: Tensor) -> NDArray[np.float32]:
-    """The values of 24 bits, flat; what is infinite or no number has no rest."""
+    """The values of 24 bits, flat; what is infinite or no number has no rest, that of zero is modulo 128."""
     form = FORMATS[upper.dtype]
     table = form.magnitudes()
     pattern = bits(upper).reshape(-1).numpy().astype(int) & 0x7FFF
     is_number = pattern < form.infinity
-    steps = np.where(is_number, pattern * 256 + residual.reshape(-1).numpy().astype(int), 0)
-    assert (steps >= 0).all(), "no number of 24 bits lies below zero in magnitude"
+    rest = residual.reshape(-1).numpy().astype(int)
+    steps = np.where(is_number, pattern * 256 + np.where(pattern == 0, rest % 128, rest), 0)
     low = table[steps // 256]
     whole = low + (table[steps // 256 + 1] - low) * (steps % 256) / 256
     with np.errstate(invalid="ignore"):  # signalling NaN

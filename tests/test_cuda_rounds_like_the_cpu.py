@@ -50,6 +50,22 @@ def test_every_kind_of_float(dtype: torch.dtype, rounding: Rounding) -> None:
     assert_same_sum(torch.zeros(len(change), dtype=dtype), change, rounding)
 
 
+@every_dtype
+def test_weights_that_were_set_to_zero(dtype: torch.dtype) -> None:
+    """Their residuals may be anything."""
+    theta = torch.tensor([0.0, -0.0], dtype=dtype).repeat(256)
+    residual = torch.arange(-128, 128, dtype=torch.int8).repeat_interleave(2)
+    term = torch.tensor([5]), torch.tensor([torch.finfo(dtype).smallest_normal / 2**6]), torch.tensor(0.125)
+    moved = [(theta.clone(), residual.clone()), (theta.cuda(), residual.cuda())]
+    for weights, rest in moved:
+        given = [tensor.to(weights.device) for tensor in term]
+        place = ([2], [(8, 512, 0)])
+        ops.noise_axpy_([weights], *given, *place, rounding=Rounding.RESIDUAL, residuals=[rest])
+    for cpu, gpu in zip(*moved, strict=True):
+        assert cpu.isfinite().all()
+        assert cpu.equal(gpu.cpu())
+
+
 @every_rounding
 @every_dtype
 def test_every_weight(dtype: torch.dtype, rounding: Rounding) -> None:

@@ -69,6 +69,21 @@ def test_axpy(
     oracle.assert_same_residuals(residuals)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1.0])
+@every_16_bit_dtype
+def test_weights_that_were_set_to_zero(dtype: torch.dtype, scale: float, instruction_set: str) -> None:
+    """Their residuals may be anything, and never make a number of them that is none."""
+    theta = torch.tensor([0.0, -0.0, 1.0], dtype=dtype).repeat(256)
+    residuals = [torch.arange(-128, 128, dtype=torch.int8).repeat_interleave(3) for _ in range(2)]
+    arguments = (theta, SEEDS[:1], [scale], 0.125)
+    moved = axpy(*arguments, residual=residuals[0], rounding=Rounding.RESIDUAL)
+    assert moved.isfinite().all()
+    oracle.assert_same_bits(
+        moved, oracle.combination(*arguments, residual=residuals[1], rounding=Rounding.RESIDUAL)
+    )
+    oracle.assert_same_residuals(residuals)
+
+
 @pytest.mark.parametrize("terms", [0, 1, 3, 9])
 @pytest.mark.parametrize("rounding", ROUNDINGS_OF_COPIES)
 @every_distribution

@@ -143,9 +143,14 @@ struct Split {
   int8_t residual;
 };
 
-// The whole number, exactly.
+// The whole number, exactly. Zero has no residual below it; one that is there, since somebody else has set the
+// weight to zero, counts from above.
 template <class Storage>
 ZOEXT_HD float join(Split<Storage> a);
+
+ZOEXT_HD uint32_t residual_of(uint16_t nearest, int8_t residual) {
+  return static_cast<uint32_t>((nearest & 0x7fffu) == 0 ? residual & 0x7f : static_cast<int32_t>(residual));
+}
 
 // Rounds to 24 bits, to nearest, ties away from zero. What rounds to infinity or is no number has the
 // residual 0.
@@ -154,8 +159,8 @@ ZOEXT_HD Split<Storage> split(float a);
 
 template <>
 ZOEXT_HD float join<BFloat16>(Split<BFloat16> a) {
-  const auto residual = static_cast<uint32_t>(static_cast<int32_t>(a.residual));
-  return float_of_bits((static_cast<uint32_t>(a.nearest.bits) << 16) + (residual << 8));
+  return float_of_bits((static_cast<uint32_t>(a.nearest.bits) << 16) +
+                       (residual_of(a.nearest.bits, a.residual) << 8));
 }
 
 template <>
@@ -170,15 +175,14 @@ ZOEXT_HD float join<Half>(Split<Half> a) {
   const uint32_t sign = static_cast<uint32_t>(a.nearest.bits & 0x8000u) << 16,
                  magnitude = a.nearest.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return widen(a.nearest);
-  const auto residual = static_cast<uint32_t>(static_cast<int32_t>(a.residual));
-  const float scaled = float_of_bits((magnitude << 13) + (residual << 5));
+  const float scaled = float_of_bits((magnitude << 13) + (residual_of(a.nearest.bits, a.residual) << 5));
   return float_of_bits(sign | bits_of(multiply(scaled, 0x1p112f)));
 }
 
 template <>
 ZOEXT_HD Split<Half> split<Half>(float a) {
   const uint32_t bits = bits_of(a), magnitude = bits & 0x7fffffffu;
-  if (magnitude >= 0x477feff0u) return {round_to_nearest<Half>(a), 0};  // from 65519.75 on
+  if (magnitude >= 0x477feff0u) return {round_to_nearest<Half>(a), 0};  // from 65519.9375 on
   const uint32_t rounded = half_pattern(float_of_bits(magnitude)) + 0x10u;
   return {{static_cast<uint16_t>((bits & 0x80000000u) >> 16 | (rounded + 0x1000u) >> 13)},
           static_cast<int8_t>(rounded >> 5)};

@@ -297,6 +297,11 @@ void splits_are_numbers_of_24_bits() {
     if (pattern % 7 == 1) check_nearest_split<Storage>(before, whole);
     before = whole;
   }
+  for (int lower = -128; lower < 0; ++lower) {  // where somebody else has set a weight to zero
+    const float whole = join<Storage>({{0}, static_cast<int8_t>(lower)});
+    CHECK(whole == long_magnitude<Storage>(lower + 128), "zero and %d are %a", lower, whole);
+    CHECK(same(join<Storage>({{0x8000u}, static_cast<int8_t>(lower)}), -whole), "-0 and %d", lower);
+  }
   for (float beyond : {before * 2, INFINITY, NAN})
     for (float value : {beyond, -beyond}) {
       const Split<Storage> parts = split<Storage>(value);
