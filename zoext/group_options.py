@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_POSITIVE = {"lr": False, "mu": True, "weight_decay": False}  # the others may be zero
 
-def check(options: dict[str, Any]) -> None:
+
+def check(options: Mapping[str, Any]) -> None:
     """Raises for ``lr``, ``mu`` or ``weight_decay`` out of range."""
-    for name, low, strict in (("lr", 0.0, False), ("mu", 0.0, True), ("weight_decay", 0.0, False)):
-        value = options[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.dim() or value.dtype not in (torch.float32, torch.float64):
-                kind = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-                raise TypeError(f"{name} must be a float, or lr a float32 tensor of shape (), not {kind}")
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a float, not {value!r}")
-        if not math.isfinite(value) or value < low or (strict and value == low):
-            relation = ">" if strict else ">="
-            raise ValueError(f"{name} must be finite and {relation} 0, not {value}")
+    check_on_host(options)
+    if isinstance(lr := options["lr"], Tensor):
+        if lr.dim() or lr.dtype not in (torch.float32, torch.float64):
+            kind = f"a {lr.dtype} tensor of shape {tuple(lr.shape)}"
+            raise TypeError(f"lr must be a float, or a float32 tensor of shape (), not {kind}")
+        _check("lr", float(lr))
+
+
+def check_on_host(options: Mapping[str, Any]) -> None:
+    """The same without waiting for the device, on which an lr may be."""
+    for name in _POSITIVE:
+        if name != "lr" or not isinstance(options[name], Tensor):
+            _check(name, options[name])
+
+
+def _check(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a float, not {kind}")
+    if not math.isfinite(value) or value < 0 or (_POSITIVE[name] and value == 0):
+        raise ValueError(f"{name} must be finite and {'>' if _POSITIVE[name] else '>='} 0, not {value}")

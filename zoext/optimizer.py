@@ -20,7 +20,7 @@ from zoext.losses import Closure, Losses
 from zoext.nonfinite import NonfiniteWatch
 from zoext.ops import Rounding
 from zoext.parameters import Parameters
-from zoext.precision import check_state, rounded, rounding_of, with_residuals
+from zoext.precision import checked_state, own_state, rounded, rounding_of, with_residuals
 from zoext.profiling import Phase, record
 from zoext.randomness import RandomState
 from zoext.step_seeds import StepSeeds
@@ -131,6 +131,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """
         self._check_not_recorded("add_param_group")
         group = dict(param_group)
+        for name in ("seed", "recipe", "precision"):
+            if group.get(name, self._defaults[name]) != self._defaults[name]:
+                raise ValueError(
+                    f"{name} is that of the whole optimizer, {self._defaults[name]!r}; not of a group"
+                )
         given = group["params"]
         if isinstance(given, set):
             raise TypeError("params must be in an order that does not change; pass a list, not a set")
@@ -157,6 +162,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: while the steps are recorded.
         """
         self._check_not_recorded("load_state_dict")
+        # After the hooks of the user, who may change what is loaded, and before those that see what was.
+        before = self.register_load_state_dict_pre_hook(lambda _, state: self._checked(state))
+        after = self.register_load_state_dict_post_hook(lambda _: self._settle(), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         recipe, precision = self._axes.recipe(), self._defaults["precision"]
         for group in state_dict["param_groups"]:
             if missing := self._defaults.keys() - group.keys():
@@ -173,15 +188,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     f"state_dict comes from precision={group['precision']!r}, this optimizer has "
                     f"{precision!r}; build it with the same"
                 )
+        state = dict(state_dict["state"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for tensor, name in zip(group["params"], saved["params"], strict=False):  # torch compares lengths
-                check_state(tensor, state_dict["state"].get(name, {}))
-        # What torch loads as the state of a parameter gets its dtype, which residuals must not.
-        super().load_state_dict({**state_dict, "state": {}})
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for tensor, name in zip(group["params"], saved["params"], strict=True):
-                if own := state_dict["state"].get(name):
-                    self.state[tensor] = {k: value.to(tensor.device, copy=True) for k, value in own.items()}
+                if own := state.pop(name, None):
+                    state[name] = checked_state(tensor, own)
+        return {**state_dict, "state": state}
+
+    def _settle(self) -> None:
+        """Makes loaded data this optimizer's own."""
+        for tensor, own in self.state.items():
+            self.state[tensor] = own_state(tensor, own)
+        for group in self.param_groups:
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self._pending.clear()
@@ -250,13 +268,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._pending.clear()  # first: should an update raise, no group is to move twice
             assert self._frame is not None
             step = TakenStep(estimate, self._frame, self._options())
-            self.take([step])
+            self._take([step])
             self._finish_step(step)
         return estimate.loss
 
     def _options(self) -> tuple[GroupOptions, ...]:
         groups = zip(self.param_groups, self._mus, strict=True)
-        return tuple(GroupOptions(group["lr"], mu, group["weight_decay"]) for group, mu in groups)
+        return tuple(GroupOptions(group["lr"], mu, float(group["weight_decay"])) for group, mu in groups)
 
     def _finish_step(self, step: TakenStep) -> None:
         self._frame = None
@@ -324,7 +342,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group in movable:
             for tensor, name in zip(group.tensors, group.names, strict=True):
                 parameters.check(tensor, name)
-        self._mus = [float(group["mu"]) for group in self.param_groups]
+        for options in self.param_groups:
+            group_options.check_on_host(options)
+        self._mus = [float(options["mu"]) for options in self.param_groups]
         device = movable[0].device
         estimate = self._evaluate(closure, self._step_seeds(device), RandomState(device))
         self._watch.note(estimate.finite)
@@ -399,7 +419,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # Updates
 
-    def take(self, steps: Sequence[TakenStep]) -> None:
+    def _take(self, steps: Sequence[TakenStep]) -> None:
         """Moves theta by one step after the other that were taken before, as by a run that is replayed.
 
         Several steps at once leave the same bits as one call for each, in one pass over theta.

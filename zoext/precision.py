@@ -40,21 +40,38 @@ def with_residuals(
     return dataclasses.replace(parameters, rounding=Rounding.RESIDUAL, residuals=residuals)
 
 
-def check_state(tensor: Tensor, state: Mapping[str, Any]) -> None:
-    """Raises a ValueError unless the residual in the state of a parameter, if any, fits it."""
+@dataclasses.dataclass(frozen=True)
+class _Uncast:
+    """A tensor that ``torch.optim`` does not turn into the dtype of its parameter when it is loaded."""
+
+    tensor: Tensor
+
+
+def checked_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, for torch to load. Raises a ValueError if its residual does not fit."""
     residual = state.get(RESIDUAL)
     if residual is None:
-        return
+        return dict(state)
     if not isinstance(residual, Tensor) or residual.dtype != torch.int8 or residual.shape != tensor.shape:
         kind = f"{residual.dtype} {list(residual.shape)}" if isinstance(residual, Tensor) else repr(residual)
         raise ValueError(
             f"state_dict has the residual {kind} for a parameter of shape {list(tensor.shape)}, which takes "
             "int8 of that shape; load the state of the same model"
         )
+    return {**state, RESIDUAL: _Uncast(residual)}
+
+
+def own_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that torch loaded, with a copy of its residual on the device of the parameter."""
+    residual = state.get(RESIDUAL)
+    if not isinstance(residual, _Uncast):
+        return dict(state)
+    return {**state, RESIDUAL: residual.tensor.to(tensor.device, copy=True)}
 
 
 def _residual_of(tensor: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]) -> Tensor:
     if tensor.element_size() != 2:
+        state.get(tensor, {}).pop(RESIDUAL, None)  # of before it was made wider
         empty = torch.empty(0, dtype=torch.int8, device=tensor.device)
         return _NO_RESIDUAL.setdefault(tensor.device, empty)
     known: Tensor | None = state[tensor].get(RESIDUAL)

@@ -29,7 +29,7 @@ class Probe(ABC):
     """
 
     #: Whether theta is restored bit for bit, so that a run can be replayed without its probes.
-    is_exact: ClassVar[bool] = True
+    is_exact: ClassVar[bool] = False
 
     @abstractmethod
     def session(self) -> AbstractContextManager[Evaluate]:
@@ -65,8 +65,6 @@ class InplaceProbe(Probe):
     Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the
     error grows with every step, so prefer ``StreamedProbe`` where there is a module.
     """
-
-    is_exact = False
 
     @contextmanager
     def session(self) -> Iterator[Evaluate]:
@@ -127,6 +125,8 @@ class StreamedProbe(Probe):
     by operator, at the first probe and again whenever other modules run than before; a weight that is
     read elsewhere raises a RuntimeError that names it, before anything was moved.
     """
+
+    is_exact = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -115,7 +115,7 @@ class _Replay:
                 self._drawn = None
                 while some := list(islice(steps, at_once)):
                     with interrupts.deferred():
-                        optimizer.take(self._taken(some))
+                        optimizer._take(self._taken(some))
         if self._steps:
             self._set_options(self._steps[-1])
 
