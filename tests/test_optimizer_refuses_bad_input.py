@@ -192,3 +192,31 @@ def test_states_of_other_optimizers() -> None:
     with pytest.raises(ValueError, match="has no mu, precision, recipe, seed, step"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
     assert optimizer.step(lambda: model(torch.ones(3)).sum()).isfinite()
+
+
+@pytest.mark.parametrize(("name", "value"), [("precision", "residual"), ("seed", 5), ("recipe", {})])
+def test_what_belongs_to_the_whole_optimizer(name: str, value: object) -> None:
+    model = nn.Linear(3, 3).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=f"{name} belongs to the whole optimizer"):
+        zoext.MeZO([{"params": list(model.parameters()), name: value}])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("mu", -1e-3, ValueError),
+        ("mu", 0.0, ValueError),
+        ("weight_decay", float("nan"), ValueError),
+        ("weight_decay", torch.tensor(0.1), TypeError),
+        ("lr", "fast", TypeError),
+    ],
+)
+def test_options_that_were_changed_between_steps(name: str, value: object, error: type[Exception]) -> None:
+    model = nn.Linear(3, 3)
+    parameters = list(model.parameters())
+    optimizer = zoext.MeZO([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    optimizer.param_groups[1][name] = value
+    before = [parameter.detach().clone() for parameter in parameters]
+    with pytest.raises(error, match=f"{name} must be"):
+        optimizer.step(lambda: model(torch.ones(3)).sum())
+    assert all(map(torch.equal, parameters, before))

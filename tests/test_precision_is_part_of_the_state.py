@@ -186,3 +186,38 @@ def test_a_failed_step_leaves_them_alone_in_a_state_that_was_loaded() -> None:
     with pytest.raises(FloatingPointError):
         run.step(lambda loss: loss * float("nan"))
     assert run.bits() == bits
+
+
+def test_hooks_of_the_user_see_and_change_what_is_loaded() -> None:
+    run = FaultyRun("mezo", torch.bfloat16, precision="residual")
+    run.healthy(4)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    seen = []
+
+    def forget(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        seen.append(len(state["state"]))
+        cleared = {
+            name: {**own, "residual": torch.zeros_like(own["residual"])}
+            for name, own in state["state"].items()
+        }
+        return {**state, "state": cleared}
+
+    run.optimizer.register_load_state_dict_pre_hook(forget)
+    run.optimizer.register_load_state_dict_post_hook(
+        lambda optimizer: seen.append([own["residual"].dtype for own in optimizer.state.values()])
+    )
+    run.optimizer.load_state_dict(saved)
+    count = len(saved["state"])
+    assert seen == [count, [torch.int8] * count]
+    assert not any(residual.any() for residual in residuals(run))
+
+
+def test_other_data_in_the_state_is_kept_as_torch_keeps_it() -> None:
+    run = FaultyRun("mezo", torch.bfloat16, precision="residual")
+    run.healthy(1)
+    parameter = next(run.model.parameters())
+    run.optimizer.state[parameter]["seen"] = 7
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    run.optimizer.load_state_dict(saved)
+    assert run.optimizer.state[parameter]["seen"] == 7
+    assert run.optimizer.state[parameter]["residual"].dtype == torch.int8

@@ -134,7 +134,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for name in ("seed", "recipe", "precision"):
             if group.get(name, self._defaults[name]) != self._defaults[name]:
                 raise ValueError(
-                    f"{name} is that of the whole optimizer, {self._defaults[name]!r}; not of a group"
+                    f"{name} belongs to the whole optimizer and is {self._defaults[name]!r}, a group must not "
+                    f"have another one, {group[name]!r}"
                 )
         given = group["params"]
         if isinstance(given, set):
