@@ -134,8 +134,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for name in ("seed", "recipe", "precision"):
             if group.get(name, self._defaults[name]) != self._defaults[name]:
                 raise ValueError(
-                    f"{name} belongs to the whole optimizer and is {self._defaults[name]!r}, a group must not "
-                    f"have another one, {group[name]!r}"
+                    f"{name} belongs to the whole optimizer and is {self._defaults[name]!r}; leave it out of "
+                    f"the group, which has {group[name]!r}"
                 )
         given = group["params"]
         if isinstance(given, set):

@@ -46,10 +46,8 @@ __device__ __forceinline__ uint32_t second_bytes(const uint32_t* words) {
   return __byte_perm(__byte_perm(words[0], words[1], 0x0051), __byte_perm(words[2], words[3], 0x0051), 0x5410);
 }
 
-// Ones in each half of a word that is a zero in 16 bits, of either sign.
-__device__ __forceinline__ uint32_t zero_halves(uint32_t word) {
-  return __heq2_mask(reinterpret_cast<const __half2&>(word), __half2{});
-}
+// The highest bit of each half of a word: whether it is not a zero in 16 bits, of either sign.
+__device__ __forceinline__ uint32_t nonzero_halves(uint32_t word) { return (word & 0x7fff7fffu) + 0x7fff7fffu; }
 
 // False for what is no number, too.
 __device__ __forceinline__ bool is_below(float limit, float a) { return fabsf(a) < limit; }
@@ -187,8 +185,8 @@ struct PairRounder {
     for (int i = 0; i < vector; i += 4) {
       const uint32_t first = group.word[i / 2], second = group.word[i / 2 + 1];
       // Beside zero the upper bit is set, as it is in the patterns of residuals from 0 on.
-      const uint32_t zeros = __byte_perm(zero_halves(first), zero_halves(second), 0x6420);
-      const uint32_t bytes = (residuals.word[i / 4] ^ 0x80808080u) | (zeros & 0x80808080u);
+      const uint32_t nonzero = __byte_perm(nonzero_halves(first), nonzero_halves(second), 0x7531);
+      const uint32_t bytes = (residuals.word[i / 4] ^ 0x80808080u) | (~nonzero & 0x80808080u);
       const uint32_t even = bytes & (0x00ff00ffu | Two::last_byte_mask << 8 | Two::last_byte_mask << 24);
       const uint32_t odd = bytes & (0xff00ff00u | Two::last_byte_mask | Two::last_byte_mask << 16);
       numbers[i] = Two::join(__byte_perm(first, even, 0x1045));
