@@ -54,6 +54,7 @@ def replay(
         TrajectoryError: for a trajectory that is damaged (within ``to_step``), of another version, or of
             other weights, and for one of AGZO without its bases. No weight was moved.
         ValueError: for a ``to_step`` that the trajectory does not reach.
+        RuntimeError: for an optimizer whose steps are recorded.
         OSError: for a file that cannot be read.
     """
     paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(each) for each in path]
@@ -81,6 +82,8 @@ class _Replay:
     """A replay of which everything was read and checked."""
 
     def __init__(self, target: nn.Module | ZerothOrderOptimizer, part: Part) -> None:
+        if isinstance(target, ZerothOrderOptimizer):
+            target._check_not_recorded("replay")
         header, path = part.header, part.path
         self.path = path
         self.is_exact = header.exact
