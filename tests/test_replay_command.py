@@ -258,6 +258,25 @@ def test_steps_that_there_are_not(command: Command, to_step: str, expected: str)
     assert expected in refused(command, f"--to-step={to_step}")
 
 
+def test_paths_are_named_as_they_are(command: Command) -> None:
+    """Also those with words that an error of the library says, and a command says otherwise."""
+    command.works("--steps=3", "--optimizer=agzo")
+    folder = command.folder / "to_step=2_frames=True_to_step"
+    command.out.rename(folder)
+    path = f"{folder.name}/trajectory.jsonl"
+    assert f"--to-step must be at most 3, the last of {folder / 'trajectory.jsonl'}, not 4" in refused(
+        command, "--to-step=4", trajectory=path
+    )
+    error = refused(command, trajectory=path)
+    assert f"{folder / 'trajectory.jsonl'}: was recorded without" in error
+    assert error.endswith("record the run with --record-frames\n")
+    file = folder / "trajectory.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"step":3', b'"step":9'))
+    error = refused(command, trajectory=path)
+    assert f"{file}: line 4 " in error
+    assert error.endswith(", --to-step 2 or fewer\n")
+
+
 def test_several_up_to_a_step(command: Command) -> None:
     command.works()
     error = refused(command, "--to-step=1", trajectory="run/trajectory.jsonl run/trajectory.jsonl")

@@ -16,6 +16,7 @@ different magnitudes that float32 must round; replay.json has their number.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from zoext.cli import base, demo, devices, difference, models, numbers
 from zoext.cli.base import Base
 from zoext.cli.errors import UserError, reading, require
 from zoext.cli.replay_folder import ReplayFolder
+from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.reading import Part, read_until
 from zoext.trajectory.replaying import replay_parts
 
@@ -69,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
     device = devices.choose(arguments.device)
     say = _Progress(arguments.quiet)
     # Once, and before BASE is loaded, which may take long: a run may go on writing meanwhile.
-    parts = [read_until(path, arguments.to_step) for path in arguments.trajectories]
+    parts = [_read(path, arguments.to_step) for path in arguments.trajectories]
 
     say(f"loading {arguments.base}")
     model, tokenizer = _load(arguments.base, parts)
@@ -102,6 +104,15 @@ class _Progress:
             print(f"{time.monotonic() - self._began:6.1f} s  {text}", file=sys.stderr)
 
 
+def _read(path: Path, to_step: int | None) -> Part:
+    try:
+        return read_until(path, to_step)
+    except TrajectoryError:
+        raise
+    except ValueError as error:  # of that argument, whose name it begins with
+        raise UserError(f"--to-step{str(error).removeprefix('to_step')}") from None
+
+
 def _note(part: Part) -> dict[str, Any]:
     """What replay.json says of a trajectory."""
     return {"path": str(part.path), "sha256": part.sha256, "step": part.end}
@@ -129,10 +140,6 @@ def _load(name: str, parts: Sequence[Part]) -> tuple[Any, Any | None]:
 
 
 def _in_terms_of_options(error: str) -> str:
-    for of_python, of_command in (
-        ("to_step=", "--to-step "),
-        ("to_step", "--to-step"),
-        ("frames=True", "--record-frames"),
-    ):
-        error = error.replace(of_python, of_command)
-    return error
+    """An error of the library, whose remedy is at its end; before that are names of files and parameters."""
+    error = re.sub(r"to_step=(\d+ or fewer)\Z", r"--to-step \1", error)
+    return re.sub(r"record the run with frames=True\Z", "record the run with --record-frames", error)
