@@ -114,6 +114,8 @@ def check_movable(header: Header, groups: Groups, keys: Collection[int], path: P
         name = header.parameters[key].name
         if flat[key].dtype not in noise.FLOATING:
             raise TrajectoryError(f"{path}: moves {shown(name)}, which has dtype {flat[key].dtype}")
+        if not header.parameters[key].digest:
+            raise TrajectoryError(f"{path}: moves {shown(name)}, of whose weights its header has no digest")
         with moving([[flat[key]]], [0]):
             try:
                 parameters.check(flat[key], name)
