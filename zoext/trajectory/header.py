@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from zoext import noise
+from zoext import noise, wrappers
 from zoext.axes import Axes
 from zoext.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
@@ -196,7 +196,8 @@ def _recipe(fields: Fields) -> dict[str, dict[str, Any]]:
 def named_groups(optimizer: ZerothOrderOptimizer) -> list[list[tuple[str, int, Tensor]]]:
     """The parameters of each group: name in the module if there is one, key, tensor."""
     module = optimizer._module
-    names = {id(tensor): name for name, tensor in module.named_parameters()} if module is not None else {}
+    own = wrappers.named_parameters(module) if module is not None else ()
+    names = {id(tensor): name for name, tensor in own}
     groups, key = [], 0
     for group in optimizer.param_groups:
         given = group.get("param_names") or [None] * len(group["params"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from zoext import noise, parameters, probes
+from zoext import noise, parameters, probes, wrappers
 from zoext.axes import Axes
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.precision import RESIDUAL, rounding_of
@@ -24,7 +24,8 @@ def find(header: Header, model: nn.Module, path: Path) -> Groups:
     Raises:
         TrajectoryError: for a model that is not the one, or has not the weights, that the run began with.
     """
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    # With the names that a wrapper gives them too: an optimizer of named parameters knows no others.
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(wrappers.named_parameters(model))}
     missing = [parameter.name for parameter in header.parameters if parameter.name not in named]
     if missing:
         raise TrajectoryError(
