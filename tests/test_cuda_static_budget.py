@@ -51,8 +51,8 @@ MOST = [
     (r"adam_steps<.*double", 11, 54, 2),
     (r"adam_steps<", 11, 38, 2),
 ]
-#: What a pass may take with one of the roundings that lose nothing, with that to the nearest as 1. The goal is
-#: 1.25; residuals of float16 miss it by the instructions that keep weights which were set to zero numbers.
+#: What a pass may take with one of the roundings that lose nothing, with that to the nearest as 1. The goal
+#: is 1.25; residuals of float16 miss it by the instructions that keep weights which were set to zero numbers.
 MOST_OF_NEAREST = {
     ("stochastic", "BFloat16"): 1.17,
     ("stochastic", "Half"): 1.23,

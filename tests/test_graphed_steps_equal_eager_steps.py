@@ -12,6 +12,7 @@ from torch import nn
 
 import zoext
 from zoext import graphs
+from zoext.taken_step import TakenStep
 
 STEPS = 12
 
@@ -37,6 +38,26 @@ def test_over_a_run(graph: type[RecordedGraph], recipe: str, dtype: torch.dtype,
     assert graph.captures == 1
     assert graph.replays >= STEPS - 6
     assert same(graphed.result(), eager.result())
+
+
+@pytest.mark.parametrize("recipe", ["lozo", "agzo"])
+def test_a_recorder_gets_the_factors_that_no_seed_gives(graph: type[RecordedGraph], recipe: str) -> None:
+    """The others stay where they are: a copy of those of LowRank is as large as a gradient's."""
+
+    class Frames(list[bool]):
+        def check(self) -> None:
+            pass
+
+        def record(self, step: TakenStep) -> None:
+            self.append(bool(step.frame.left or step.frame.right))
+
+    run, frames = Run(recipe), Frames()
+    run.steps(range(4))
+    run.optimizer.recorder = frames
+    replays = graph.replays
+    run.steps(range(4, STEPS))
+    assert frames[replays - graph.replays :] == [recipe == "agzo"] * (graph.replays - replays)
+    assert graph.replays > replays
 
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.02), torch.tensor(0.02, dtype=torch.float64)])

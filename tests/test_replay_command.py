@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import BertForSequenceClassification
 import zoext
 from zoext import _C
 from zoext.cli import demo, main, plot
+from zoext.cli import replay as replay_command
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.trajectory import lines
 
@@ -112,6 +115,38 @@ def test_to_a_step(command: Command) -> None:
     assert replay(command, "--to-step=0", "--overwrite") == 0
     base, found = (load_file(command.folder / at / "model.safetensors") for at in ("model", "replayed"))
     assert all(found[name].equal(base[name]) for name in base)
+
+
+@pytest.mark.parametrize("to_step", [None, 2])
+def test_a_run_that_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch, to_step: int | None) -> None:
+    """Just what was there when the command began is replayed, and the note is of that."""
+    command.works("--steps=3", "--lr=1e-2")
+    tuned = weights(command.out / "model")
+    short = (command.out / "trajectory.jsonl").read_bytes()
+    command.works("--steps=6", "--resume")
+    path, other = command.folder / "live.jsonl", command.folder / "other.jsonl"
+    whole = (command.out / "trajectory.jsonl").read_bytes()
+    loads = replay_command._load
+
+    def load(*arguments: Any) -> Any:
+        path.write_bytes(whole)
+        return loads(*arguments)
+
+    monkeypatch.setattr(replay_command, "_load", load)
+    for name, inputs in (("replayed", "live.jsonl"), ("both", "live.jsonl other.jsonl")):
+        if to_step is not None and " " in inputs:
+            continue
+        path.write_bytes(short)
+        other.write_bytes(short)
+        options = [f"--to-step={to_step}"] if to_step is not None else []
+        assert replay(command, *options, f"--out={command.folder / name}", trajectory=inputs) == 0
+        note = json.loads((command.folder / name / "replay.json").read_text())
+        lines_read = b"".join(short.splitlines(keepends=True)[: 1 + (to_step or 3)])
+        for part in note["trajectories"]:
+            assert part["step"] == (to_step or 3)
+            assert part["sha256"] == hashlib.sha256(lines_read).hexdigest()
+    if to_step is None:
+        assert weights(command.folder / "replayed") == tuned
 
 
 def test_the_sum_of_two(command: Command) -> None:
@@ -221,6 +256,25 @@ def test_another_base(command: Command) -> None:
 def test_steps_that_there_are_not(command: Command, to_step: str, expected: str) -> None:
     command.works("--steps=3")
     assert expected in refused(command, f"--to-step={to_step}")
+
+
+def test_paths_are_named_as_they_are(command: Command) -> None:
+    """Also those with words that an error of the library says, and a command says otherwise."""
+    command.works("--steps=3", "--optimizer=agzo")
+    folder = command.folder / "to_step=2_frames=True_to_step"
+    command.out.rename(folder)
+    path = f"{folder.name}/trajectory.jsonl"
+    assert f"--to-step must be at most 3, the last of {folder / 'trajectory.jsonl'}, not 4" in refused(
+        command, "--to-step=4", trajectory=path
+    )
+    error = refused(command, trajectory=path)
+    assert f"{folder / 'trajectory.jsonl'}: was recorded without" in error
+    assert error.endswith("record the run with --record-frames\n")
+    file = folder / "trajectory.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"step":3', b'"step":9'))
+    error = refused(command, trajectory=path)
+    assert f"{file}: line 4 " in error
+    assert error.endswith(", --to-step 2 or fewer\n")
 
 
 def test_several_up_to_a_step(command: Command) -> None:

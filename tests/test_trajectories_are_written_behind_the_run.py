@@ -594,6 +594,21 @@ def test_what_an_optimizer_remembers_must_be_in_the_trajectory(precision: str, t
 
 
 @pytest.mark.parametrize("recipe", ["mezo", "adamezo"])
+def test_a_replay_in_mid_run_is_refused(recipe: str, tmp_path: Path) -> None:
+    path, run = tmp_path / "run.jsonl", FaultyRun(recipe)
+    with zoext.Trajectory(path, run.optimizer):
+        run.healthy(2)
+    other = FaultyRun(recipe)
+    with zoext.Trajectory(tmp_path / "other.jsonl", other.optimizer):
+        before = copy.deepcopy(other.state())
+        with pytest.raises(RuntimeError, match=r"replay: the steps.*close\(\)"):
+            zoext.replay(other.optimizer, path)
+        assert same(other.state(), before)
+        other.healthy(1)
+    assert steps_in(tmp_path / "other.jsonl") == [1]
+
+
+@pytest.mark.parametrize("recipe", ["mezo", "adamezo"])
 def test_loading_a_state_in_mid_run_is_refused(recipe: str, tmp_path: Path) -> None:
     """Also one of the same step, which no line would show."""
     run, path = FaultyRun(recipe), tmp_path / "run.jsonl"

@@ -329,8 +329,9 @@ class _Recorded(NamedTuple):
         fields = {
             field.name: getattr(self.step.estimate, field.name) for field in dataclasses.fields(Estimate)
         }
-        # A frame is large, and read by nobody but a recorder.
-        known = self.step.frame if optimizer.recorder is not None else Frame()
+        # A frame is large, and read by nobody but a recorder: if it cannot be drawn from seeds.
+        is_read = optimizer.recorder is not None and optimizer._axes.direction.watches
+        known = self.step.frame if is_read else Frame()
         frame = Frame(*_map(keep, (dict(known.left), dict(known.right))))
         return TakenStep(Estimate(**_map(keep, fields)), frame, optimizer._options()), _map(keep, self.states)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoext import interrupts
+from zoext import interrupts, wrappers
 from zoext.directions import Combination, Direction, Terms
 from zoext.parameters import Parameters
 from zoext.profiling import Phase, record
@@ -221,8 +220,7 @@ def _watching(combination: Combination) -> Iterator[None]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether any part is compiled or scripted, so that its code may not see swapped weights."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
-    kinds = (torch.jit.ScriptModule, *((dynamo.OptimizedModule,) if dynamo else ()))
+    kinds: tuple[type, ...] = (torch.jit.ScriptModule, *wrappers.compiled())
     return any(
         isinstance(part, kinds) or getattr(part, "_compiled_call_impl", None) is not None
         for part in module.modules()

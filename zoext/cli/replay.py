@@ -5,31 +5,33 @@ BASE is the model that the run began with: a folder or a name on the Hugging Fac
 what zoext.Trajectory recorded. With several, all of runs that began with BASE, their changes are added up.
 The device, the number of threads and the instruction set may be others than the run's.
 
-The folder DIR gets model and tokenizer, for from_pretrained of transformers, and replay.json, which says what
-was replayed. With --difference it gets difference.safetensors instead of a model: the tuned weights less
-those of BASE, in float32, of all parameters that moved. It is exact, but for elements whose tuned and base
-weights are of so different magnitudes that float32 must round; replay.json has their number.
+The folder DIR gets model and tokenizer, for from_pretrained of transformers, and replay.json, which says
+what was replayed: the path of each trajectory, the step it was replayed to, and the SHA-256 of its lines up
+to that step, as they were read once at the beginning; a run that goes on meanwhile changes neither. With
+--difference it gets difference.safetensors instead of a model: the tuned weights less those of BASE, in
+float32, of all parameters that moved. It is exact, but for elements whose tuned and base weights are of so
+different magnitudes that float32 must round; replay.json has their number.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-import zoext
 from zoext.cli import base, demo, devices, difference, models, numbers
 from zoext.cli.base import Base
 from zoext.cli.errors import UserError, reading, require
-from zoext.cli.position import Position
 from zoext.cli.replay_folder import ReplayFolder
-from zoext.trajectory.header import Header
-from zoext.trajectory.reading import open_recording
+from zoext.trajectory.fields import TrajectoryError
+from zoext.trajectory.reading import Part, read_until
+from zoext.trajectory.replaying import replay_parts
 
 HELP = "base model and trajectory to tuned model, bit for bit"
 
@@ -68,20 +70,20 @@ def _run(arguments: argparse.Namespace) -> int:
     folder.check_spares([Path(arguments.base), *arguments.trajectories])
     device = devices.choose(arguments.device)
     say = _Progress(arguments.quiet)
-    replayed = [_end(path, arguments.to_step) for path in arguments.trajectories]
+    # Once, and before BASE is loaded, which may take long: a run may go on writing meanwhile.
+    parts = [_read(path, arguments.to_step) for path in arguments.trajectories]
 
     say(f"loading {arguments.base}")
-    headers = [open_recording(path).header for path in arguments.trajectories]
-    model, tokenizer = _load(arguments.base, headers, arguments.trajectories)
+    model, tokenizer = _load(arguments.base, parts)
     model.to(device)
-    names = {parameter.name for header in headers for parameter in header.parameters}
+    names = {parameter.name for part in parts for parameter in part.header.parameters}
     before = difference.copies(model, names) if arguments.difference else {}
-    for end in replayed:
-        say(f"replaying {end.steps} steps of {end.path}")
-    zoext.replay(model, arguments.trajectories, to_step=arguments.to_step)
+    for part in parts:
+        say(f"replaying {len(part.steps)} steps of {part.path}")
+    replay_parts(model, parts)
 
     say(f"writing {folder.path}")
-    record = {"base": arguments.base, "trajectories": [end.record() for end in replayed]}
+    record = {"base": arguments.base, "trajectories": [_note(part) for part in parts]}
     if arguments.difference:
         folder.write_difference(difference.of(model, before), record)
     else:
@@ -102,34 +104,27 @@ class _Progress:
             print(f"{time.monotonic() - self._began:6.1f} s  {text}", file=sys.stderr)
 
 
-class _End(NamedTuple):
-    """Where the replay of a trajectory ends, and after how many steps of its own."""
-
-    path: Path
-    step: int
-    steps: int
-
-    def record(self) -> dict[str, Any]:
-        return {"path": str(self.path), "sha256": Position.of(self.path).sha256, "step": self.step}
+def _read(path: Path, to_step: int | None) -> Part:
+    try:
+        return read_until(path, to_step)
+    except TrajectoryError:
+        raise
+    except ValueError as error:  # of that argument, whose name it begins with
+        raise UserError(f"--to-step{str(error).removeprefix('to_step')}") from None
 
 
-def _end(path: Path, to_step: int | None) -> _End:
-    recording = open_recording(path)
-    begin = recording.header.step
-    # All lines are read, and so checked, before BASE is loaded, which may take long.
-    end = sum(1 for _ in recording.rest) + begin if to_step is None else to_step
-    return _End(path, end, end - begin)
+def _note(part: Part) -> dict[str, Any]:
+    """What replay.json says of a trajectory."""
+    return {"path": str(part.path), "sha256": part.sha256, "step": part.end}
 
 
-def _load(name: str, headers: Sequence[Header], paths: Sequence[Path]) -> tuple[Any, Any | None]:
+def _load(name: str, parts: Sequence[Part]) -> tuple[Any, Any | None]:
     """The model that the runs began with and its tokenizer, built as the first run that says how did it.
 
     Replaying checks that it has the weights that each of them began with.
     """
     known = [
-        (path, found)
-        for path, header in zip(paths, headers, strict=True)
-        if (found := base.of_notes(header.notes, str(path)))
+        (part.path, found) for part in parts if (found := base.of_notes(part.header.notes, str(part.path)))
     ]
     for path, found in known:
         if found.demo != (name == DEMO):
@@ -138,17 +133,13 @@ def _load(name: str, headers: Sequence[Header], paths: Sequence[Path]) -> tuple[
     if known:
         chosen = known[0][1]
         return demo.load_model(chosen) if chosen.demo else models.load(name, chosen)
-    dtype = headers[0].parameters[0].dtype.removeprefix("torch.")
+    dtype = parts[0].header.parameters[0].dtype.removeprefix("torch.")
     if name == DEMO:
         return demo.load_model(Base(True, "classification", demo.LABEL_WORDS, dtype, 0))
     return models.load_own(name, getattr(torch, dtype))
 
 
 def _in_terms_of_options(error: str) -> str:
-    for of_python, of_command in (
-        ("to_step=", "--to-step "),
-        ("to_step", "--to-step"),
-        ("frames=True", "--record-frames"),
-    ):
-        error = error.replace(of_python, of_command)
-    return error
+    """An error of the library, whose remedy is at its end; before that are names of files and parameters."""
+    error = re.sub(r"to_step=(\d+ or fewer)\Z", r"--to-step \1", error)
+    return re.sub(r"record the run with frames=True\Z", "record the run with --record-frames", error)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from zoext import noise
+from zoext import noise, wrappers
 from zoext.axes import Axes
 from zoext.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
@@ -23,7 +24,10 @@ NOISE_FIELD = 1  # raised with every change of a bit of the noise field
 
 @dataclass(frozen=True)
 class RecordedParameter:
-    """A parameter of a run, and a digest of its weights when recording began."""
+    """A parameter of a run, and a digest of its weights when recording began.
+
+    The digest is empty for a frozen parameter of a kind that has none; see ``digest``.
+    """
 
     name: str
     key: int
@@ -31,8 +35,17 @@ class RecordedParameter:
     dtype: str
     digest: str
 
+    @classmethod
+    def of(cls, name: str, key: int, tensor: Tensor, *, digests: bool) -> RecordedParameter:
+        if is_lazy(tensor):
+            raise ValueError(f"optimizer: {name} is lazy and has no shape yet; run the model once first")
+        found = digest(tensor) if digests else ""
+        return cls(name, key, tuple(tensor.shape), str(tensor.dtype), found)
+
     def unlike(self, tensor: Tensor) -> str | None:
         """How a tensor differs in kind from the parameter of the run, if it does."""
+        if is_lazy(tensor):
+            return "is lazy and has no shape yet"
         if tuple(tensor.shape) == self.shape and str(tensor.dtype) == self.dtype:
             return None
         ours = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -40,7 +53,7 @@ class RecordedParameter:
 
     def changed(self, tensor: Tensor) -> str | None:
         """Whether its weights differ from those that the run began with."""
-        return None if digest(tensor) == self.digest else "has other weights"
+        return None if self.digest in ("", digest(tensor)) else "has other weights"
 
 
 @dataclass(frozen=True)
@@ -64,15 +77,14 @@ class Header:
     def of(
         cls, optimizer: ZerothOrderOptimizer, frames: bool, notes: Mapping[str, Any], *, digests: bool = True
     ) -> Header:
-        """The header of what ``optimizer`` does from now on; digests take a pass over all weights."""
+        """The header of what ``optimizer`` does from now on; digests take a pass over all weights.
+
+        Raises:
+            ValueError: for a parameter that is lazy, so that it has no shape yet.
+        """
         first = optimizer.param_groups[0]
         groups = tuple(
-            tuple(
-                RecordedParameter(
-                    name, key, tuple(tensor.shape), str(tensor.dtype), digest(tensor) if digests else ""
-                )
-                for name, key, tensor in group
-            )
+            tuple(RecordedParameter.of(name, key, tensor, digests=digests) for name, key, tensor in group)
             for group in named_groups(optimizer)
         )
         seed = noise.signed(first["seed"]) % 2**64
@@ -161,8 +173,8 @@ def _writer_of(fields: Fields) -> str:
 def _parameter(fields: Fields) -> RecordedParameter:
     shape = fields.list_of("shape", lambda size: is_integer(size, 0, 2**62), "sizes")
     found = fields.text("digest")
-    if not is_hexadecimal(found, 32):
-        raise fields.error(f"digest must be 32 hexadecimal digits, not {shown(found)}")
+    if found and not is_hexadecimal(found, 32):
+        raise fields.error(f"digest must be empty or 32 hexadecimal digits, not {shown(found)}")
     key = fields.integer("key", 0, 2**32 - 1)
     return RecordedParameter(fields.text("name"), key, tuple(shape), _dtype(fields), found)
 
@@ -184,7 +196,8 @@ def _recipe(fields: Fields) -> dict[str, dict[str, Any]]:
 def named_groups(optimizer: ZerothOrderOptimizer) -> list[list[tuple[str, int, Tensor]]]:
     """The parameters of each group: name in the module if there is one, key, tensor."""
     module = optimizer._module
-    names = {id(tensor): name for name, tensor in module.named_parameters()} if module is not None else {}
+    own = wrappers.named_parameters(module) if module is not None else ()
+    names = {id(tensor): name for name, tensor in own}
     groups, key = [], 0
     for group in optimizer.param_groups:
         given = group.get("param_names") or [None] * len(group["params"])

@@ -17,12 +17,13 @@ _CHECKSUM = re.compile(rb'^(\{.*),"crc32":"([0-9a-f]{8})"\}$', re.DOTALL)
 
 
 class Line(NamedTuple):
-    """A record of a file and where it ends."""
+    """A record of a file, as it is written there and where it ends."""
 
     number: int
     record: Any
     checksum: int
     end: int
+    text: bytes
 
 
 def encode(record: dict[str, Any], previous: int) -> tuple[bytes, int]:
@@ -57,7 +58,7 @@ def read(path: Path) -> Iterator[Line]:
                 return
             record, checksum = _decode(line[:-1], checksum, path, number)
             end += len(line)
-            yield Line(number, record, checksum, end)
+            yield Line(number, record, checksum, end, line)
 
 
 def _decode(line: bytes, previous: int, path: Path, number: int) -> tuple[Any, int]:

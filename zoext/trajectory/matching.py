@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from zoext import noise, parameters, probes
+from zoext import noise, parameters, probes, wrappers
 from zoext.axes import Axes
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.precision import RESIDUAL, rounding_of
@@ -24,7 +24,8 @@ def find(header: Header, model: nn.Module, path: Path) -> Groups:
     Raises:
         TrajectoryError: for a model that is not the one, or has not the weights, that the run began with.
     """
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    # With the names that a wrapper gives them too: an optimizer of named parameters knows no others.
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(wrappers.named_parameters(model))}
     missing = [parameter.name for parameter in header.parameters if parameter.name not in named]
     if missing:
         raise TrajectoryError(
@@ -114,6 +115,8 @@ def check_movable(header: Header, groups: Groups, keys: Collection[int], path: P
         name = header.parameters[key].name
         if flat[key].dtype not in noise.FLOATING:
             raise TrajectoryError(f"{path}: moves {shown(name)}, which has dtype {flat[key].dtype}")
+        if not header.parameters[key].digest:
+            raise TrajectoryError(f"{path}: moves {shown(name)}, of whose weights its header has no digest")
         with moving([[flat[key]]], [0]):
             try:
                 parameters.check(flat[key], name)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,47 @@ class Recording(NamedTuple):
     header: Header
     first: Line
     rest: Iterator[tuple[RecordedStep, Line]]
+
+
+class Part(NamedTuple):
+    """A trajectory up to a step, read at one moment: a run may be writing more of it.
+
+    ``sha256`` is that of the lines which were read, the header's among them.
+    """
+
+    path: Path
+    header: Header
+    steps: list[RecordedStep]
+    sha256: str
+
+    @property
+    def end(self) -> int:
+        """The step of the run that it ends with."""
+        return self.header.step + len(self.steps)
+
+
+def read_until(path: Path, to_step: int | None) -> Part:
+    """Reads and checks the header and the steps up to ``to_step``; all that are there, if it is None.
+
+    Raises:
+        TrajectoryError: for a file that is no trajectory, is of another version, or is damaged by then.
+        ValueError: for a ``to_step`` that the trajectory does not reach.
+        OSError: for a file that cannot be read.
+    """
+    recording = open_recording(path)
+    begin = recording.header.step
+    if to_step is not None and to_step < begin:
+        raise ValueError(f"to_step must be at least {begin}, with which {path} begins, not {to_step}")
+    rest = recording.rest if to_step is None else islice(recording.rest, min(to_step - begin, sys.maxsize))
+    sha256 = hashlib.sha256(recording.first.text)
+    steps = []
+    for step, line in rest:
+        steps.append(step)
+        sha256.update(line.text)
+    part = Part(path, recording.header, steps, sha256.hexdigest())
+    if to_step is not None and part.end < to_step:
+        raise ValueError(f"to_step must be at most {part.end}, the last of {path}, not {to_step}")
+    return part
 
 
 def open_recording(path: Path) -> Recording:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
@@ -20,7 +19,7 @@ from zoext.optimizer import ZerothOrderOptimizer
 from zoext.taken_step import GroupOptions, TakenStep
 from zoext.trajectory import frames, matching
 from zoext.trajectory.fields import TrajectoryError
-from zoext.trajectory.reading import Recording, open_recording
+from zoext.trajectory.reading import Part, read_until
 from zoext.trajectory.steps import RecordedStep, Setting
 
 #: Steps in one pass over the weights, and where each has factors in memory.
@@ -55,18 +54,24 @@ def replay(
         TrajectoryError: for a trajectory that is damaged (within ``to_step``), of another version, or of
             other weights, and for one of AGZO without its bases. No weight was moved.
         ValueError: for a ``to_step`` that the trajectory does not reach.
+        RuntimeError: for an optimizer whose steps are recorded.
         OSError: for a file that cannot be read.
     """
     paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(each) for each in path]
     if len(paths) != 1 and (not paths or to_step is not None or not isinstance(target, nn.Module)):
         raise ValueError("path: several trajectories are replayed whole, at least one, and on a module")
-    replays = [_Replay(target, each, to_step) for each in paths]
+    return replay_parts(target, [read_until(each, to_step) for each in paths])
+
+
+def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]) -> ZerothOrderOptimizer:
+    """Replays what was read of one or several trajectories, as ``replay`` does."""
+    replays = [_Replay(target, part) for part in parts]
     for each in replays:
         if not each.is_exact:
             warnings.warn(
                 f"{each.path}: the probes of this run changed the weights in place and took that back to "
                 "rounding, which no line tells of: the replay is near the run, but not equal to it",
-                stacklevel=2,
+                stacklevel=3,
             )
     for each in replays:
         each.run()
@@ -76,12 +81,13 @@ def replay(
 class _Replay:
     """A replay of which everything was read and checked."""
 
-    def __init__(self, target: nn.Module | ZerothOrderOptimizer, path: Path, to_step: int | None) -> None:
-        recording = open_recording(path)
-        header = recording.header
+    def __init__(self, target: nn.Module | ZerothOrderOptimizer, part: Part) -> None:
+        if isinstance(target, ZerothOrderOptimizer):
+            target._check_not_recorded("replay")
+        header, path = part.header, part.path
         self.path = path
         self.is_exact = header.exact
-        self._steps = _steps_until(recording, to_step)
+        self._steps = part.steps
         self._drawn: tuple[int, Frame] | None = None
         if isinstance(target, ZerothOrderOptimizer):
             matching.check_optimizer(header, target, path)
@@ -202,18 +208,6 @@ def _fits(factor: Tensor, tensor: Tensor, side: int) -> bool:
         return False
     length = matrix_shape(tensor)[side]
     return factor.shape[1] == length and 0 < factor.shape[0] <= length
-
-
-def _steps_until(recording: Recording, to_step: int | None) -> list[RecordedStep]:
-    path, begin = recording.path, recording.header.step
-    if to_step is not None and to_step < begin:
-        raise ValueError(f"to_step must be at least {begin}, with which {path} begins, not {to_step}")
-    rest = recording.rest if to_step is None else islice(recording.rest, min(to_step - begin, sys.maxsize))
-    steps = [step for step, _ in rest]
-    end = begin + len(steps)
-    if to_step is not None and end < to_step:
-        raise ValueError(f"to_step must be at most {end}, the last of {path}, not {to_step}")
-    return steps
 
 
 def _moved(factors: Mapping[int, Tensor], device: torch.device) -> dict[int, Tensor]:
