@@ -111,6 +111,22 @@ def test_nothing_is_read_from_a_step_before_the_thread_writes_it(tmp_path: Path)
     assert [row["lr"] for row in records(path)[1:]] == [[1.0], [0.5], [0.25], [0.125]]
 
 
+def test_closing_waits_again_after_it_was_interrupted(disk: threading.Event, tmp_path: Path) -> None:
+    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
+    trajectory = zoext.Trajectory(path, run.optimizer)
+    run.healthy(3)
+    for _ in range(2):
+        ctrl_c = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+        ctrl_c.start()
+        with pytest.raises(KeyboardInterrupt):
+            trajectory.close()
+        ctrl_c.join()
+    threading.Timer(0.2, disk.set).start()
+    trajectory.close()
+    assert disk.is_set()
+    assert steps_in(path) == [1, 2, 3]
+
+
 # Processes of their own: all are forks of one that has imported everything, and run side by side
 
 PARENT = """
@@ -223,6 +239,41 @@ for _ in range(2):
     run.step()
 """
 
+FULL = """
+real = os.write
+
+def write(file, data):
+    if file > 2:
+        raise OSError(28, os.strerror(28))
+    return real(file, data)
+
+run.step()
+trajectory.flush()
+os.write = write
+run.step()
+run.step()
+"""
+
+# Ctrl-C comes while all waits for a slow disk, and nobody closes the trajectory again.
+INTERRUPTED = """
+import threading
+real = os.fsync
+
+def fsync(file):
+    time.sleep(0.6)
+    real(file)
+
+os.fsync = fsync
+run.step()
+timer = threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+timer.start()
+try:
+    trajectory.close()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+timer.join()
+"""
+
 FIVE = "for _ in range(5): run.step()\n"
 SCENARIOS = {
     "killed": ("mezo", ENDLESS),
@@ -234,6 +285,8 @@ SCENARIOS = {
     "limited": ("mezo", LIMITED),
     "read-only": ("mezo", READ_ONLY),
     "forking": ("mezo", FORKING),
+    "full": ("mezo", FULL),
+    "interrupted": ("mezo", INTERRUPTED),
 }
 
 
@@ -295,6 +348,19 @@ def test_processes_that_end_by_themselves_lose_nothing(
     assert outcome.code == code, outcome.err
     assert not outcome.err or name == "fails"
     assert steps_in(outcome.path) == [1, 2, 3, 4, 5]
+
+
+def test_the_exit_of_a_process_waits_for_what_an_interrupted_close_left(outcomes: dict[str, Outcome]) -> None:
+    path, code, out, err = outcomes["interrupted"]
+    assert (code, out, err) == (0, "interrupted\n", "")
+    assert steps_in(path) == [1]
+
+
+def test_what_is_lost_at_the_exit_of_a_process_is_told(outcomes: dict[str, Outcome]) -> None:
+    path, code, _, err = outcomes["full"]
+    assert code == 0
+    assert err == f"zoext: {path}: No space left on device; its last steps are lost: 2 of them\n"
+    assert steps_in(path) == [1]
 
 
 # A full disk
@@ -381,6 +447,47 @@ def test_closing_when_there_is_room_again_writes_the_rest(room: list[int], tmp_p
     assert steps_in(path) == [1, 2, 3]
 
 
+def test_a_close_that_was_refused_can_be_tried_again(
+    room: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
+    base = copy.deepcopy(run.model)
+    trajectory = zoext.Trajectory(path, run.optimizer)
+    room[0] = 0
+    run.healthy(3)
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            trajectory.close()
+    with pytest.raises(OSError, match="No space left"):
+        trajectory.flush()
+    room[0] = 10**9
+    trajectory.close()
+    trajectory.close()
+    assert steps_in(path) == [1, 2, 3]
+    assert_replays(base, path, run)
+    assert not capsys.readouterr().err
+
+
+def test_what_is_lost_with_a_forgotten_trajectory_is_told_once(
+    room: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for closed in (True, False):
+        run, path = FaultyRun("mezo"), tmp_path / f"{closed}.jsonl"
+        trajectory = zoext.Trajectory(path, run.optimizer)
+        thread = trajectory._writer._thread
+        room[0] = 0
+        run.healthy(3)
+        if closed:
+            with pytest.raises(OSError, match="No space left"):
+                trajectory.close()
+        del run, trajectory
+        gc.collect()
+        thread.join(30)
+        assert not thread.is_alive()
+        told = f"zoext: {path}: No space left on device; its last steps are lost: 3 of them\n"
+        assert capsys.readouterr().err == ("" if closed else told)
+
+
 def test_what_the_block_raised_comes_first(room: list[int], tmp_path: Path) -> None:
     run = FaultyRun("mezo")
 
@@ -390,8 +497,9 @@ def test_what_the_block_raised_comes_first(room: list[int], tmp_path: Path) -> N
             run.step()
             raise KeyError
 
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError) as raised:
         block()
+    assert "No space left" in raised.value.__notes__[0]
     assert run.optimizer.recorder is None
 
 

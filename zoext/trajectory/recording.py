@@ -30,7 +30,8 @@ class Trajectory:
     The first line is a header: versions, the recipe, and name, shape, dtype, key and digest of every
     parameter. A step has its seeds, coefficients, lr, loss and forwards: some hundred bytes. Each line ends
     with a checksum of itself and of all before it. A thread writes them: no step waits for the disk or for
-    the device, and what was recorded is on the disk less than a second later.
+    the device, and what was recorded is on the disk less than a second later. While a disk stalls, what waits
+    for it is kept in memory, without a bound: a line for each step, and with ``frames`` the bases.
 
     Args:
         path: the file. It must not exist, unless ``resume`` is given.
@@ -52,7 +53,9 @@ class Trajectory:
         ValueError: for an optimizer that is in the middle of what it remembers.
         TrajectoryError: for a file that cannot be continued.
         OSError: if the file cannot be written. A write that is refused later is raised before the next step
-            moves anything, and by ``flush`` and ``close``; each of them tries it again.
+            moves anything, and by ``flush`` and ``close``; each of them tries it again. The end of the
+            interpreter does so once more; how many steps are lost then is told on stderr, unless ``close``
+            has raised.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class Trajectory:
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends the recording; the optimizer goes on without it."""
+        """Ends the recording; the optimizer goes on without it. Where it raises, it can be tried again."""
         if self._optimizer.recorder is self:
             self._optimizer.recorder = None
         self._writer.close()
@@ -142,9 +145,10 @@ class Trajectory:
     ) -> None:
         try:
             self.close()
-        except OSError:
-            if error is None:  # what the block raised tells more
+        except OSError as refusal:
+            if error is None:
                 raise
+            error.add_note(f"{refusal}; close() the trajectory again when that is put right")
 
 
 def _check_fresh(optimizer: ZerothOrderOptimizer) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import sys
 import threading
 import time
 import weakref
@@ -24,7 +26,11 @@ class BackgroundWriter:
     What is put is on the disk half a second later, if the disk is fast enough. Files are written and
     synchronised in their order: a line of the last one may speak of what is in those before it. Where the
     system refuses a write the files keep what was written whole before, and the rest is kept to be tried
-    again: by ``check``, ``flush`` and ``close``, each of which raises the error if there is one again.
+    again: by ``check``, ``flush`` and ``close``, each of which raises the error if there is one again, and
+    once more when the writer is forgotten or the interpreter ends. What is lost then is told on stderr,
+    unless ``close`` has raised the reason.
+
+    What waits is kept in memory, without a bound: nothing is lost, and nobody waits, while a disk stalls.
 
     Args:
         paths: the files, which exist and are appended to.
@@ -36,7 +42,7 @@ class BackgroundWriter:
         # The thread does not hold the writer, so that one that is forgotten is closed and not kept for ever.
         self._thread = threading.Thread(target=self._tail.run, name="zoext trajectory", daemon=True)
         self._thread.start()
-        self._finish = weakref.finalize(self, _finish, self._tail, self._thread, self._process)
+        self._forgotten = weakref.finalize(self, _forget, self._tail, self._thread, self._process)
 
     def put(self, piece: Piece) -> None:
         """Appends what ``piece()`` returns; it is called in the thread, in the order of these calls.
@@ -67,10 +73,17 @@ class BackgroundWriter:
         self._raise()
 
     def close(self) -> None:
-        """Writes what was put and ends the thread. Raises as ``flush``. In a fork it does nothing."""
-        self._finish()
-        if os.getpid() == self._process:
-            self._raise()
+        """Writes what was put and ends the thread. Raises as ``flush``. In a fork it does nothing.
+
+        Where it raises, or is interrupted, all that is unwritten is still there: close again.
+        """
+        if os.getpid() != self._process:
+            return
+        self._tail.close()
+        self._tail.is_told = self._tail.error is not None
+        self._raise()
+        self._thread.join()
+        self._forgotten.detach()
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -80,14 +93,16 @@ class BackgroundWriter:
             )
 
     def _raise(self) -> None:
-        if self._tail.error is not None:
-            raise self._tail.error
+        error = self._tail.error
+        if error is not None:
+            # A copy: what is raised holds this writer, and the thread, which holds the error, must not.
+            raise copy.copy(error) from error
 
 
-def _finish(tail: _Tail, thread: threading.Thread, process: int) -> None:
+def _forget(tail: _Tail, thread: threading.Thread, process: int) -> None:
     if os.getpid() != process:
         return
-    tail.close()
+    tail.forget()
     if thread is not threading.current_thread():  # which may be the one that collects garbage
         thread.join()
 
@@ -105,7 +120,8 @@ class _Tail:
         self._unwritten = [bytearray() for _ in paths]
         self._put = self._made = self._done = self._tries = 0
         self._hurry = 0  # how many pieces somebody waits for
-        self._closed = self._ended = False
+        self._closing = self._forgotten = self._ended = False
+        self.is_told = False  # whether somebody knows that what is unwritten may be lost
         self.error: BaseException | None = None
 
     @property
@@ -131,14 +147,21 @@ class _Tail:
             )
 
     def close(self) -> None:
+        """Returns when all is written and the thread ends, or one more try has failed."""
         with self._changed:
-            self._closed = True
+            self._closing = not self._ended
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._closing)
+
+    def forget(self) -> None:
+        """Ends the thread after one more try."""
+        with self._changed:
+            self._forgotten = True
             self._changed.notify_all()
 
     def run(self) -> None:
-        is_last = False
-        while not is_last:
-            is_last = self._wait()
+        while not self._ended:
+            closing, is_last = self._wait()
             error = self._try()
             with self._changed:
                 self.error = error
@@ -147,22 +170,32 @@ class _Tail:
                     self._done = self._made
                 else:
                     self._hurry = self._done  # whoever waits is told
-                self._ended = is_last
+                self._ended = is_last or (closing and error is None)
+                if closing or self._ended:
+                    self._closing = False
                 self._changed.notify_all()
         for file in self._files:
             os.close(file)
+        self._tell_what_is_lost()
 
-    def _wait(self) -> bool:
-        """Until some time after something was put. Whether the end has come."""
+    def _wait(self) -> tuple[bool, bool]:
+        """Until some time after something was put. Whether somebody closes, and whether none is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._made < self._put or self._is_urgent())
             until = time.monotonic() + INTERVAL
             while not self._is_urgent() and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return self._closed
+            return self._closing, self._forgotten
 
     def _is_urgent(self) -> bool:
-        return self._closed or self._hurry > self._done
+        return self._closing or self._forgotten or self._hurry > self._done
+
+    def _tell_what_is_lost(self) -> None:
+        lost = self._put - self._done
+        if lost and not self.is_told and sys.stderr is not None:
+            error = self.error
+            reason = error.strerror if isinstance(error, OSError) else repr(error)
+            print(f"zoext: {self.name}: {reason}; its last steps are lost: {lost} of them", file=sys.stderr)
 
     def _try(self) -> BaseException | None:
         try:
