@@ -89,8 +89,17 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
         if not used:
             beside.touch()  # a run may have been killed before it did
         _shorten(beside, used)
-    _shorten(path, last.end)
+    _end_lines(path, last.end)
     return End(last.checksum, used if recording.header.frames else None, setting)
+
+
+def _end_lines(path: Path, size: int) -> None:
+    """Removes all that is after ``size`` bytes, of which the last becomes the newline that may be lost."""
+    with path.open("r+b") as file:
+        file.seek(size - 1)
+        file.write(b"\n")
+        file.truncate()
+    atomic.sync(path)
 
 
 def _shorten(path: Path, size: int) -> None:
