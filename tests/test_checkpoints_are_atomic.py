@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import stat
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,26 @@ TRAJECTORY = Path(os.devnull)
 
 def reached(step: int) -> Reached:
     return Reached(step, 2 * step, Position.of(TRAJECTORY))
+
+
+def test_a_long_trajectory_is_not_read_into_memory(tmp_path: Path) -> None:
+    path, data = tmp_path / "long.jsonl", bytes(range(256)) * 2**15
+    path.write_bytes(data)
+    tracemalloc.start()
+    position = Position.of(path)
+    path.write_bytes(data + b"and more")
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    position.check(path)
+    assert Position.of(path).bytes == len(data) + 8
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert position == (len(data), hashlib.sha256(data).hexdigest())
+    assert peak < len(data) // 2
+    for changed in (data[:-1], data[:-1] + b"x" + b"and more", b""):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="is not what it was"):
+            position.check(path)
 
 
 class PlainState(torch.optim.Optimizer):

@@ -78,12 +78,21 @@ def test_any_flipped_byte(run: tuple[nn.Module, Path]) -> None:
             refused(base, path, str(path), f"line {line} ")
 
 
-def test_a_last_newline_that_is_not_there_leaves_out_one_line(run: tuple[nn.Module, Path]) -> None:
+@pytest.mark.parametrize("last", [b"", b" ", b"\x0b", b"}", bytes(500), b'\x0b{"step":5,"se'])
+def test_a_last_newline_that_is_lost_loses_no_step(run: tuple[nn.Module, Path], last: bytes) -> None:
+    """The line is whole; who goes on with the file gives it its newline back."""
     base, path = run
     data = path.read_bytes()
-    for last in (b"", b" ", b"\x0b"):
-        path.write_bytes(data[:-1] + last)
-        assert zoext.replay(copy.deepcopy(base), path).param_groups[0]["step"] == 3
+    expected, found = copy.deepcopy(base), copy.deepcopy(base)
+    zoext.replay(expected, path)
+    path.write_bytes(data[:-1] + last)
+    optimizer = zoext.replay(found, path)
+    assert optimizer.param_groups[0]["step"] == 4
+    assert same(found.state_dict(), expected.state_dict())
+    for parameter in found.parameters():
+        parameter.requires_grad_(True)
+    zoext.Trajectory(path, optimizer, resume=True).close()
+    assert path.read_bytes() == data
 
 
 def test_a_torn_last_line_is_left_out(run: tuple[nn.Module, Path]) -> None:
@@ -95,11 +104,16 @@ def test_a_torn_last_line_is_left_out(run: tuple[nn.Module, Path]) -> None:
         model = copy.deepcopy(base)
         zoext.replay(model, path, to_step=step)
         expected.append(model)
-    for size in [*range(ends[0], len(data), 61), *ends]:
+    for size in [
+        *range(ends[0], len(data), 61),
+        *ends,
+        *(end - 1 for end in ends),
+        *(end - 2 for end in ends[1:]),
+    ]:
         path.write_bytes(data[:size])
         model = copy.deepcopy(base)
         step = zoext.replay(model, path).param_groups[0]["step"]
-        assert step == sum(end <= size for end in ends) - 1
+        assert step == sum(end - 1 <= size for end in ends) - 1
         assert same(model.state_dict(), expected[step].state_dict())
     path.write_bytes(data[: ends[2]] + bytes(500))  # what a power cut may leave
     assert zoext.replay(copy.deepcopy(base), path).param_groups[0]["step"] == 2

@@ -701,6 +701,26 @@ def test_what_an_optimizer_remembers_must_be_in_the_trajectory(precision: str, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names it, and nothing that is internal."""
+    monkeypatch.chdir(tmp_path)
+    optimizer = FaultyRun("mezo").optimizer
+    for path in ("", ".", tmp_path):
+        with pytest.raises(IsADirectoryError, match=r"path must be a file") as raised:
+            zoext.Trajectory(path, optimizer)
+        assert raised.value.filename == str(Path(path))
+    missing = tmp_path / "none" / "run.jsonl"
+    with pytest.raises(FileNotFoundError, match=f"its folder {missing.parent} is missing") as raised:
+        zoext.Trajectory(missing, optimizer)
+    assert raised.value.filename == str(missing)
+    for name in ("x" * 255, "x" * 300):  # a name that is as long as can be, and one that is longer
+        with pytest.raises(OSError, match="too long") as raised:
+            zoext.Trajectory(tmp_path / name, optimizer)
+        assert raised.value.filename == str(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert optimizer.recorder is None
+
+
 @pytest.mark.parametrize("recipe", ["mezo", "adamezo"])
 def test_a_replay_in_mid_run_is_refused(recipe: str, tmp_path: Path) -> None:
     path, run = tmp_path / "run.jsonl", FaultyRun(recipe)

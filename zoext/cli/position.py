@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from zoext.cli.errors import UserError
+
+_PIECE = 2**20  # bytes that are in memory at a time
 
 
 class Position(NamedTuple):
@@ -18,8 +21,17 @@ class Position(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> Position:
         """Where the file ``path`` ends now."""
-        data = path.read_bytes()
-        return cls(len(data), hashlib.sha256(data).hexdigest())
+        with path.open("rb") as file:
+            return cls.read(file)
+
+    @classmethod
+    def read(cls, file: BinaryIO, most: int = sys.maxsize) -> Position:
+        """The end of what there is to read, or of the first ``most`` bytes of it; in pieces."""
+        sha256, size = hashlib.sha256(), 0
+        while piece := file.read(min(_PIECE, most - size)):
+            sha256.update(piece)
+            size += len(piece)
+        return cls(size, sha256.hexdigest())
 
     @classmethod
     def of_record(cls, record: Any) -> Position:
@@ -31,8 +43,8 @@ class Position(NamedTuple):
         remedy = "put back the one of this run, or start again with --overwrite"
         try:
             with path.open("rb") as file:
-                data = file.read(self.bytes)
+                found = Position.read(file, self.bytes)
         except FileNotFoundError:
             raise UserError(f"{path}: is missing; {remedy}") from None
-        if hashlib.sha256(data).hexdigest() != self.sha256:
+        if found != self:
             raise UserError(f"{path}: is not what it was when the checkpoint was written; {remedy}")

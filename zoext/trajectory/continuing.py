@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ def begin(path: Path, header: Header) -> End:
     Raises:
         OSError: if it exists or cannot be written.
     """
+    _check_place(path)
     beside = frames.path_beside(path)
     if header.frames and beside == path:
         raise ValueError(f"path must not be {path}, the name of its own side file; use .jsonl")
@@ -39,10 +41,22 @@ def begin(path: Path, header: Header) -> End:
         if file.exists():
             raise FileExistsError(f"path: {file} exists; give another path, or resume=True to go on with it")
     line, checksum = lines.encode(header.record(), 0)
-    atomic.write_text(path, line.decode())
+    try:
+        atomic.write_text(path, line.decode())
+    except OSError as error:  # of a temporary file, whose name says nothing to anybody
+        raise OSError(error.errno, error.strerror, str(path)) from None
     if header.frames:
         beside.touch()  # after the header: it is nobody's without one
     return End(checksum, 0 if header.frames else None, None)
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "path must be a file to write, not a folder", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"path: its folder {path.parent} is missing; make it first", str(path)
+        )
 
 
 def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End:
@@ -75,8 +89,17 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
         if not used:
             beside.touch()  # a run may have been killed before it did
         _shorten(beside, used)
-    _shorten(path, last.end)
+    _end_lines(path, last.end)
     return End(last.checksum, used if recording.header.frames else None, setting)
+
+
+def _end_lines(path: Path, size: int) -> None:
+    """Removes all that is after ``size`` bytes, of which the last becomes the newline that may be lost."""
+    with path.open("r+b") as file:
+        file.seek(size - 1)
+        file.write(b"\n")
+        file.truncate()
+    atomic.sync(path)
 
 
 def _shorten(path: Path, size: int) -> None:

@@ -17,7 +17,7 @@ _CHECKSUM = re.compile(rb'^(\{.*),"crc32":"([0-9a-f]{8})"\}$', re.DOTALL)
 
 
 class Line(NamedTuple):
-    """A record of a file, as it is written there and where it ends."""
+    """A record of a file: where it ends, newline and all, and its text as it was read."""
 
     number: int
     record: Any
@@ -41,7 +41,9 @@ def encode(record: dict[str, Any], previous: int) -> tuple[bytes, int]:
 
 
 def read(path: Path) -> Iterator[Line]:
-    """The lines of a file; a last one that is torn, without a newline at its end, is left out.
+    """The lines of a file; a last one that is torn is left out.
+
+    One of which just the newline is lost is whole.
 
     Raises:
         TrajectoryError: for a line that is no record, or not the one that was written.
@@ -55,6 +57,12 @@ def read(path: Path) -> Iterator[Line]:
             if not line.endswith(b"\n"):
                 if len(line) == LONGEST:
                     raise _damaged(path, number, f"is longer than {LONGEST} bytes")
+                try:
+                    body = line[: line.rfind(b'"}') + 2]
+                    record, checksum = _decode(body, checksum, path, number)
+                except TrajectoryError:
+                    return
+                yield Line(number, record, checksum, end + len(body) + 1, body)
                 return
             record, checksum = _decode(line[:-1], checksum, path, number)
             end += len(line)
