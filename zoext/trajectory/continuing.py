@@ -39,7 +39,10 @@ def begin(path: Path, header: Header) -> End:
         if file.exists():
             raise FileExistsError(f"path: {file} exists; give another path, or resume=True to go on with it")
     line, checksum = lines.encode(header.record(), 0)
-    atomic.write_text(path, line.decode())
+    try:
+        atomic.create_text(path, line.decode())
+    except FileExistsError:
+        raise FileExistsError(f"path: {path} has just been made by another recording") from None
     if header.frames:
         beside.touch()  # after the header: it is nobody's without one
     return End(checksum, 0 if header.frames else None, None)
