@@ -27,6 +27,7 @@ from trajectory_files import records
 import zoext
 from zoext.trajectory import recording, writer
 from zoext.trajectory.lines import read
+from zoext.trajectory.owned import OwnedFile
 from zoext.trajectory.writer import BackgroundWriter
 
 
@@ -586,7 +587,7 @@ def test_a_trajectory_that_is_forgotten_still_writes(disk: threading.Event, tmp_
 def test_garbage_that_the_thread_itself_collects(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "file"
     path.touch()
-    written = BackgroundWriter(path)
+    written = BackgroundWriter(OwnedFile(path))
     thread, forgotten = written._thread, threading.Event()
 
     def piece() -> tuple[bytes]:
@@ -652,28 +653,6 @@ def test_two_trajectories_of_one_optimizer(tmp_path: Path) -> None:
             zoext.Trajectory(tmp_path / "other.jsonl", run.optimizer)
         run.step()
     assert [file.name for file in tmp_path.iterdir()] == ["run.jsonl"]
-
-
-def test_two_runs_on_one_path(tmp_path: Path) -> None:
-    """The second one takes the file over; the first one is told, and does not write between its lines."""
-    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
-    base = copy.deepcopy(run.model)
-    first = zoext.Trajectory(path, run.optimizer)
-    run.healthy(3)
-    first.flush()
-    other = FaultyRun("mezo")
-    other.healthy(2)
-    with zoext.Trajectory(path, other.optimizer, resume=True) as second:
-        other.healthy(3)
-        second.flush()
-        run.step()
-        for action in (first.flush, run.step, first.close):
-            with pytest.raises(OSError, match="somebody else"):
-                action()
-        assert run.steps == 4
-        other.step()
-    assert steps_in(path) == [1, 2, 3, 4, 5, 6]
-    assert_replays(base, path, other)
 
 
 def test_a_run_in_pieces_and_after_loading_a_state(tmp_path: Path) -> None:

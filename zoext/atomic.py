@@ -23,6 +23,42 @@ def write_text(path: Path, text: str) -> None:
     sync(path.absolute().parent)
 
 
+def create_text(path: Path, text: str) -> None:
+    """Makes the file ``path``, there whole or not at all.
+
+    Raises:
+        FileExistsError: if it is there, also if another process makes it at the same moment.
+    """
+    temporary = _temporary(path)
+    temporary.unlink(missing_ok=True)  # of a process that was killed; it may be a second name of its file
+    try:
+        _create(temporary, text)
+        _link(temporary, path, text)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.absolute().parent)
+
+
+def _link(temporary: Path, path: Path, text: str) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename it replaces nothing
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        _create(path, text)  # a file system without links
+
+
+def _create(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise
+
+
 @contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill, which becomes ``path`` at the end of the block.

@@ -89,6 +89,10 @@ class Recording:
 def _writing(folder: RunFolder) -> Iterator[None]:
     try:
         yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"{error.filename}: another run is writing it; wait for its end, or stop it"
+        ) from None
     except OSError as error:
         path = error.filename or folder.trajectory
         reason = os.strerror(error.errno) if error.errno else error

@@ -42,7 +42,9 @@ def begin(path: Path, header: Header) -> End:
             raise FileExistsError(f"path: {file} exists; give another path, or resume=True to go on with it")
     line, checksum = lines.encode(header.record(), 0)
     try:
-        atomic.write_text(path, line.decode())
+        atomic.create_text(path, line.decode())
+    except FileExistsError:
+        raise FileExistsError(f"path: {path} has just been made by another recording") from None
     except OSError as error:  # of a temporary file, whose name says nothing to anybody
         raise OSError(error.errno, error.strerror, str(path)) from None
     if header.frames:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +17,7 @@ from zoext.taken_step import TakenStep
 from zoext.trajectory import continuing, lines, matching
 from zoext.trajectory import frames as side_file
 from zoext.trajectory.header import Header
+from zoext.trajectory.owned import OwnedFile
 from zoext.trajectory.sending import Fetch, send
 from zoext.trajectory.steps import RecordedStep, Setting, moving
 from zoext.trajectory.writer import BackgroundWriter, Piece
@@ -52,8 +55,10 @@ class Trajectory:
         FileExistsError: if ``path`` exists, without ``resume``.
         ValueError: for an optimizer that is in the middle of what it remembers.
         TrajectoryError: for a file that cannot be continued.
-        OSError: if the file cannot be written. A write that is refused later is raised before the next step
-            moves anything, and by ``flush`` and ``close``; each of them tries it again. The end of the
+        BlockingIOError: if another recording is writing the file. It is locked until ``close``, or the end of
+            the process; where the file system has no locks, a second one is told at its first write at best.
+        OSError: if the file cannot be written, or was moved, removed or replaced since. A
+            write that is refused later is raised before the next step moves anything, and by ``flush`` and ``close``; each of them tries it again. The end of the
             interpreter does so once more; how many steps are lost then is told on stderr, unless ``close``
             has raised.
     """
@@ -85,14 +90,20 @@ class Trajectory:
                 "probe=StreamedProbe(module)",
                 stacklevel=2,
             )
-        if resume:
-            end = continuing.cut(self.path, optimizer, frames and watches)
-        else:
-            _check_fresh(optimizer)
-            end = continuing.begin(self.path, Header.of(optimizer, frames and watches, dict(notes or {})))
+        with ExitStack() as opened:
+            if resume:
+                file = opened.enter_context(OwnedFile(self.path))
+                end = continuing.cut(self.path, optimizer, frames and watches)
+            else:
+                _check_fresh(optimizer)
+                end = continuing.begin(self.path, Header.of(optimizer, frames and watches, dict(notes or {})))
+                file = opened.enter_context(OwnedFile(self.path))
+            files = [file]
+            if end.frames is not None:
+                files.insert(0, opened.enter_context(OwnedFile(side_file.path_beside(self.path))))
+            self._writer = BackgroundWriter(*files)
+            opened.pop_all()  # they are the writer's now
         self._chain = _Chain(end)
-        beside = [side_file.path_beside(self.path)] if end.frames is not None else []
-        self._writer = BackgroundWriter(*beside, self.path)
         self._step = optimizer.param_groups[0]["step"]
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         optimizer.recorder = self
@@ -102,9 +113,10 @@ class Trajectory:
         try:
             self._writer.check()
         except OSError as error:
+            remedy = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Put that right"
             raise OSError(
                 error.errno,
-                f"{error.strerror}; no weight was moved now, and no step is lost yet. Make room and step "
+                f"{error.strerror}; no weight was moved now, and no step is lost yet. {remedy} and step "
                 "again, or close() the trajectory to go on without it",
                 error.filename,
             ) from None

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from zoext.trajectory.owned import OwnedFile
+
 INTERVAL = 0.25  # seconds that what is put waits to be written together with what follows
 
 #: Makes what is appended next to each file, in the order of the files.
@@ -33,11 +35,12 @@ class BackgroundWriter:
     What waits is kept in memory, without a bound: nothing is lost, and nobody waits, while a disk stalls.
 
     Args:
-        paths: the files, which exist and are appended to.
+        files: are appended to, and closed at the end. Their locks are let go after a ``close`` that failed,
+            until the next try.
     """
 
-    def __init__(self, *paths: Path) -> None:
-        self._tail = _Tail(paths)
+    def __init__(self, *files: OwnedFile) -> None:
+        self._tail = _Tail(files)
         self._process = os.getpid()
         # The thread does not hold the writer, so that one that is forgotten is closed and not kept for ever.
         self._thread = threading.Thread(target=self._tail.run, name="zoext trajectory", daemon=True)
@@ -110,14 +113,13 @@ def _forget(tail: _Tail, thread: threading.Thread, process: int) -> None:
 class _Tail:
     """The ends of the files, and what is still to be appended."""
 
-    def __init__(self, paths: tuple[Path, ...]) -> None:
-        self._paths = paths
-        self._files = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in paths]
-        self._sizes = [os.fstat(file).st_size for file in self._files]  # of what is whole
+    def __init__(self, files: tuple[OwnedFile, ...]) -> None:
+        self._files = files
+        self._sizes = [os.fstat(file.descriptor).st_size for file in files]  # of what is whole
         self._changed = threading.Condition()
         self._waiting: deque[Piece] = deque()
-        self._torn = [False for _ in paths]  # whether a part of what was refused is still there
-        self._unwritten = [bytearray() for _ in paths]
+        self._torn = [False for _ in files]  # whether a part of what was refused is still there
+        self._unwritten = [bytearray() for _ in files]
         self._put = self._made = self._done = self._tries = 0
         self._hurry = 0  # how many pieces somebody waits for
         self._closing = self._forgotten = self._ended = False
@@ -126,7 +128,7 @@ class _Tail:
 
     @property
     def name(self) -> Path:
-        return self._paths[-1]
+        return self._files[-1].path
 
     def put(self, piece: Piece) -> None:
         with self._changed:
@@ -163,6 +165,9 @@ class _Tail:
         while not self._ended:
             closing, is_last = self._wait()
             error = self._try()
+            if closing and error is not None:
+                for file in self._files:
+                    file.let_go()
             with self._changed:
                 self.error = error
                 self._tries += 1
@@ -175,7 +180,7 @@ class _Tail:
                     self._closing = False
                 self._changed.notify_all()
         for file in self._files:
-            os.close(file)
+            file.close()
         self._tell_what_is_lost()
 
     def _wait(self) -> tuple[bool, bool]:
@@ -204,6 +209,8 @@ class _Tail:
                     unwritten += data
                 self._waiting.popleft()
                 self._made += 1
+            for file in self._files:
+                file.hold()
             for i, unwritten in enumerate(self._unwritten):
                 if unwritten:
                     self._append(i, bytes(unwritten))
@@ -215,7 +222,7 @@ class _Tail:
 
     def _append(self, i: int, data: bytes) -> None:
         """Appends ``data`` to a file, all of it or nothing."""
-        file, size = self._files[i], self._sizes[i]
+        file, size = self._files[i].descriptor, self._sizes[i]
         try:
             if self._torn[i]:
                 self._cut(i)
@@ -231,8 +238,10 @@ class _Tail:
             if self._torn[i]:
                 with suppress(OSError):
                     self._cut(i)
-            raise OSError(error.errno, error.strerror, str(self._paths[i])) from None
+            raise OSError(error.errno, error.strerror, str(self._files[i].path)) from None
 
     def _cut(self, i: int) -> None:
-        os.ftruncate(self._files[i], self._sizes[i])  # whole lines only; to shorten a file needs no room
+        os.ftruncate(
+            self._files[i].descriptor, self._sizes[i]
+        )  # whole lines only; to shorten a file needs no room
         self._torn[i] = False
