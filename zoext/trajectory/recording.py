@@ -57,10 +57,10 @@ class Trajectory:
         TrajectoryError: for a file that cannot be continued.
         BlockingIOError: if another recording is writing the file. It is locked until ``close``, or the end of
             the process; where the file system has no locks, a second one is told at its first write at best.
-        OSError: if the file cannot be written, or was moved, removed or replaced since. A
-            write that is refused later is raised before the next step moves anything, and by ``flush`` and ``close``; each of them tries it again. The end of the
-            interpreter does so once more; how many steps are lost then is told on stderr, unless ``close``
-            has raised.
+        OSError: if the file cannot be written, or was moved, removed or replaced since. A write that is
+            refused later is raised before the next step moves anything, and by ``flush`` and ``close``; each
+            of them tries it again. The end of the interpreter does so once more; how many steps are lost
+            then is told on stderr, unless ``close`` has raised.
     """
 
     def __init__(
