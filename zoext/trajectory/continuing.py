@@ -55,6 +55,8 @@ def begin(path: Path, header: Header) -> End:
 def _check_place(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "path must be a file to write, not a folder", str(path))
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"path: {path.parent} is no folder", str(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(
             errno.ENOENT, f"path: its folder {path.parent} is missing; make it first", str(path)
