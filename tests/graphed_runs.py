@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from oracle import bits
 from torch import Tensor, nn
 
 import zoext
@@ -108,9 +110,11 @@ class Counts(NamedTuple):
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nests are equal, tensors to the bit."""
+    """Whether two nests are equal, tensors and floats to the bit: -0 is not 0, and NaN is NaN."""
     if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+    if isinstance(a, float) and isinstance(b, float):
+        return struct.pack("d", a) == struct.pack("d", b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):

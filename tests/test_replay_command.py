@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_command import Command, files_of_at_most, prepare
+from graphed_runs import same
 from safetensors.torch import load_file
 from tiny_models import OTHER, labelled, tiny_bert
 from transformers import BertForSequenceClassification
@@ -114,7 +115,7 @@ def test_to_a_step(command: Command) -> None:
     )
     assert replay(command, "--to-step=0", "--overwrite") == 0
     base, found = (load_file(command.folder / at / "model.safetensors") for at in ("model", "replayed"))
-    assert all(found[name].equal(base[name]) for name in base)
+    assert all(same(found[name], base[name]) for name in base)
 
 
 @pytest.mark.parametrize("to_step", [None, 2])
@@ -187,7 +188,7 @@ def test_the_difference(command: Command, dtype: str) -> None:
         assert change.equal(wanted.float())
         rounded += int((change.double() != wanted).sum())
         if dtype != "float32":
-            assert (base[name].float() + change).to(kind).equal(tuned[name])
+            assert same((base[name].float() + change).to(kind), tuned[name])
     note = json.loads((command.folder / "replayed" / "replay.json").read_text())
     assert note["difference"]["rounded"] == rounded
     assert note["difference"]["elements"] == sum(change.numel() for change in difference.values())
@@ -204,7 +205,7 @@ def test_what_was_recorded_in_python(command: Command, dtype: torch.dtype) -> No
             optimizer.step(lambda: model(input_ids=tokens).logits.float().square().mean())
     assert replay(command, trajectory="mine.jsonl") == 0
     found = load_file(command.folder / "replayed" / "model.safetensors")
-    assert all(found[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert all(same(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_an_agzo_run_without_its_bases(command: Command) -> None:
@@ -397,6 +398,6 @@ def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: s
     set_threads(2)
     assert replay(command, base="demo", trajectory="demo.jsonl") == 0
     found = load_file(command.folder / "replayed" / "model.safetensors")
-    assert all(found[name].equal(tensor) for name, tensor in problem.model.state_dict().items())
+    assert all(same(found[name], tensor) for name, tensor in problem.model.state_dict().items())
     error = refused(command, f"--out={command.folder / 'x'}", trajectory="demo.jsonl")
     assert "is of another; give demo" in error
