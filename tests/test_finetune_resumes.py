@@ -17,6 +17,7 @@ from tiny_models import labelled, tiny_bert
 
 from zoext.cli import checkpoint, main, metrics
 from zoext.cli.training import Training
+from zoext.trajectory.owned import OwnedFile
 
 STEPS = 24
 
@@ -85,6 +86,34 @@ def test_after_an_exception(
             main(["finetune", *inputs, "--out", str(tmp_path / "run")])
     assert main(["finetune", "--out", str(tmp_path / "run"), "--resume", "--quiet"]) == 0
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_steps_that_a_resumed_run_takes_again_are_kept_until_it_is_overwritten(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["finetune", *inputs, *out, "--steps", "7", "--checkpoint-every", "5"]) == 0
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    newest.rename(tmp_path / newest.name)
+    longer = (tmp_path / "run" / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    assert main(["finetune", *out, "--resume", "--quiet", "--steps", "8"]) == 0
+    cut = tmp_path / "run" / "trajectory.jsonl.cut"
+    assert cut.read_bytes() == b"".join(longer[6:])
+    assert main(["finetune", *inputs, *out, "--steps", "2", "--overwrite"]) == 0
+    assert not cut.exists()
+
+
+def test_a_run_that_another_process_writes_is_refused(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["finetune", *inputs, *out, "--steps", "2"]) == 0
+    capsys.readouterr()
+    with OwnedFile(tmp_path / "run" / "trajectory.jsonl"):
+        assert main(["finetune", *out, "--resume", "--quiet", "--steps", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "trajectory.jsonl: another run is writing it" in said
+    assert said.count("\n") == 1
 
 
 def test_with_more_steps_than_at_first(inputs: list[str], uninterrupted: Path, tmp_path: Path) -> None:

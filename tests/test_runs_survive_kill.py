@@ -111,7 +111,8 @@ def result(out: Path) -> dict[str, object]:
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for record in metrics:
         record.pop("seconds", None)
-    trajectory = {path.name: path.read_bytes() for path in out.glob("trajectory.*")}
+    files = [path for path in out.glob("trajectory.*") if path.suffix != ".cut"]
+    trajectory = {path.name: path.read_bytes() for path in files}
     return {"model": contents(out / "model"), "metrics": metrics, **trajectory}
 
 

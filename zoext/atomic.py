@@ -23,6 +23,22 @@ def write_text(path: Path, text: str) -> None:
     sync(path.absolute().parent)
 
 
+def copy_tail(source: Path, start: int, path: Path) -> None:
+    """Replaces the file ``path`` in one step by what ``source`` has from byte ``start`` on."""
+    temporary = _temporary(path)
+    try:
+        with source.open("rb") as read, temporary.open("wb") as written:
+            read.seek(start)
+            shutil.copyfileobj(read, written)
+            written.flush()
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.absolute().parent)
+
+
 def create_text(path: Path, text: str) -> None:
     """Makes the file ``path``, there whole or not at all.
 

@@ -21,11 +21,14 @@ class RunFolder(OutputFolder[Settings]):
             "model",
             "metrics.jsonl",
             "curve.png",
+            "trajectory.frames.cut",
+            "trajectory.jsonl.cut",
             "trajectory.frames",
             "trajectory.jsonl",
         )
         super().__init__(path, "run.json", results)
-        self.checkpoints, self.model, self.metrics, self.curve, self.frames, self.trajectory = self._results
+        self.checkpoints, self.model, self.metrics, self.curve = self._results[:4]
+        self.frames, self.trajectory = self._results[-2:]
 
     def _parse(self, record: Any) -> Settings:
         return stored_settings.parse(record, Settings, arguments.add_arguments)

@@ -11,7 +11,7 @@ from zoext import atomic
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.trajectory import frames, lines
 from zoext.trajectory.fields import TrajectoryError
-from zoext.trajectory.header import Header, RecordedParameter
+from zoext.trajectory.header import Header, RecordedParameter, named_groups
 from zoext.trajectory.reading import open_recording
 from zoext.trajectory.steps import Setting
 
@@ -64,11 +64,14 @@ def _check_place(path: Path) -> None:
 
 
 def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End:
-    """Removes all lines after the step that ``optimizer`` is at.
+    """Moves all lines after the step that ``optimizer`` is at, and their frames, to files ``NAME.cut``.
+
+    Older files of that name are replaced. A run that was killed in here is cut again, with the same result.
 
     Raises:
         TrajectoryError: for a trajectory that is damaged before that step, ends before it, is of another
-            run, or was begun without the frames that are wanted. Nothing was changed.
+            run or other weights, or was begun without the frames that are wanted. Nothing was changed.
+        OSError: if the lines cannot be kept; none is lost then.
     """
     recording = open_recording(path)
     _check_same_run(path, recording.header, optimizer)
@@ -88,31 +91,58 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
         used = step.frame.offset + step.frame.length if step.frame else used
     if at > wanted:
         raise TrajectoryError(f"{path}: begins with step {at}, and the optimizer is at step {wanted}")
+    if wanted == recording.header.step:
+        _check_same_weights(path, recording.header, optimizer)
+    ends = [(path, last.end)]
     if recording.header.frames:
         beside = frames.path_beside(path)
         if not used:
             beside.touch()  # a run may have been killed before it did
-        _shorten(beside, used)
-    _end_lines(path, last.end)
+        ends.insert(0, (beside, used))
+    for file, size in ends:
+        _check_reaches(file, size - 1 if file == path else size)  # the last newline may be lost
+    if _has_line_after(path, last.end):
+        for file, size in ends:
+            if file.stat().st_size > size:
+                atomic.copy_tail(file, size, file.with_name(f"{file.name}.cut"))
+    for file, size in ends:
+        os.truncate(file, size)
+        if file == path:
+            _end_line(path, size)
+        atomic.sync(file)
     return End(last.checksum, used if recording.header.frames else None, setting)
 
 
-def _end_lines(path: Path, size: int) -> None:
-    """Removes all that is after ``size`` bytes, of which the last becomes the newline that may be lost."""
+def _end_line(path: Path, size: int) -> None:
     with path.open("r+b") as file:
         file.seek(size - 1)
         file.write(b"\n")
-        file.truncate()
-    atomic.sync(path)
 
 
-def _shorten(path: Path, size: int) -> None:
+def _check_reaches(path: Path, size: int) -> None:
     if not path.exists():
         raise TrajectoryError(f"{path}: is missing; it must lie beside its trajectory")
     if path.stat().st_size < size:
         raise TrajectoryError(f"{path}: ends before byte {size}; it is damaged")
-    os.truncate(path, size)
-    atomic.sync(path)
+
+
+def _has_line_after(path: Path, end: int) -> bool:
+    """Whether more than a torn line is there, whole or not."""
+    with path.open("rb") as file:
+        file.seek(end)
+        return file.readline(lines.LONGEST).endswith(b"\n")
+
+
+def _check_same_weights(path: Path, header: Header, optimizer: ZerothOrderOptimizer) -> None:
+    """Only where recording began are they known."""
+    tensors = [tensor for group in named_groups(optimizer) for _, _, tensor in group]
+    for parameter, tensor in zip(header.parameters, tensors, strict=True):
+        difference = parameter.changed(tensor)
+        if difference is not None:
+            raise TrajectoryError(
+                f"{path}: {parameter.name} {difference} than when its run began, at step {header.step}, so "
+                "it could never be replayed; load those of that run, or record to another path"
+            )
 
 
 def _check_same_run(path: Path, header: Header, optimizer: ZerothOrderOptimizer) -> None:

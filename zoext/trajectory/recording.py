@@ -44,8 +44,10 @@ class Trajectory:
             (``run.frames``), r floats for each input of each layer and step. Without it a run of AGZO is
             recorded, but cannot be replayed.
         notes: plain data to keep in the header.
-        resume: go on with the file at ``path``, from the step that the optimizer is at; later lines are
-            removed. It must be of the same recipe and parameters.
+        resume: go on with the file at ``path``, from the step that the optimizer is at. Later lines
+            are moved to a file beside it, ``run.jsonl.cut``, and their frames to ``run.frames.cut``; older
+            ones of these names are replaced. It must be of the same recipe and parameters, and where it has
+            no steps yet, of the same weights.
 
     Warns:
         UserWarning: for a run that cannot be replayed, or not to the bit: one of AGZO without ``frames``, and
