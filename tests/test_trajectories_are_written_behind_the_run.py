@@ -894,3 +894,18 @@ def test_no_pickle_and_no_text_but_ascii(tmp_path: Path) -> None:
     text = (tmp_path / "run.jsonl").read_bytes()
     assert text.isascii()
     assert json.loads(text.splitlines()[0])["notes"] == {"ünïcode": "☃\u2028"}
+
+
+@pytest.mark.parametrize("change", ["dtype", "seed"])
+def test_what_no_line_tells_of_is_refused(tmp_path: Path, change: str) -> None:
+    run = FaultyRun("lozo")
+    with zoext.Trajectory(tmp_path / "run.jsonl", run.optimizer):
+        run.healthy(2)
+        if change == "dtype":
+            run.model.to(torch.float64)
+        else:
+            run.optimizer.param_groups[0]["seed"] = 1
+        before = [parameter.detach().clone() for parameter in run.model.parameters()]
+        with pytest.raises(RuntimeError, match="which no line tells of"):
+            run.step()
+        assert all(map(torch.equal, before, run.model.parameters()))

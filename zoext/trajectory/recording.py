@@ -107,7 +107,7 @@ class Trajectory:
             opened.pop_all()  # they are the writer's now
         self._chain = _Chain(end)
         self._step = optimizer.param_groups[0]["step"]
-        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._outline = _outline(optimizer)
         optimizer.recorder = self
 
     def check(self) -> None:
@@ -122,11 +122,14 @@ class Trajectory:
                 "again, or close() the trajectory to go on without it",
                 error.filename,
             ) from None
-        groups = self._optimizer.param_groups
-        if groups[0]["step"] != self._step or [len(group["params"]) for group in groups] != self._sizes:
+        if (
+            self._optimizer.param_groups[0]["step"] != self._step
+            or _outline(self._optimizer) != self._outline
+        ):
             raise RuntimeError(
-                f"{self.path}: the optimizer was at step {self._step} with {self._sizes} parameters when its "
-                "last step was recorded, and is not any more; close() the trajectory and begin another one"
+                f"{self.path}: since step {self._step}, the last that was recorded, the optimizer's step, seed or "
+                "parameters (their number, a dtype) have been changed, which no line tells of; close() the "
+                "trajectory and begin another one"
             )
 
     def record(self, step: TakenStep) -> None:
@@ -163,6 +166,12 @@ class Trajectory:
             if error is None:
                 raise
             error.add_note(f"{refusal}; close() the trajectory again when that is put right")
+
+
+def _outline(optimizer: ZerothOrderOptimizer) -> list[object]:
+    """What must not change while steps are recorded."""
+    groups = optimizer.param_groups
+    return [groups[0]["seed"], *([tensor.dtype for tensor in group["params"]] for group in groups)]
 
 
 def _check_fresh(optimizer: ZerothOrderOptimizer) -> None:
