@@ -125,9 +125,9 @@ class Trajectory:
         step = self._optimizer.param_groups[0]["step"]
         if step != self._step or _outline(self._optimizer) != self._outline:
             raise RuntimeError(
-                f"{self.path}: the optimizer was at step {self._step} when its last step was recorded and is at "
-                f"{step}, or its seed, the number of its parameters or a dtype is another, which no line tells "
-                "of; close() the trajectory and begin another one"
+                f"{self.path}: the optimizer was at step {self._step} when its last step was recorded and is "
+                f"at {step}, or its seed, the number of its parameters or a dtype is another, which no line "
+                "tells of; close() the trajectory and begin another one"
             )
 
     def record(self, step: TakenStep) -> None:
