@@ -150,6 +150,15 @@ inline void store(Half* p, Floats a) {
 }
 constexpr bool truncates_to_half = false;
 
+// The words of a group of blocks in the order of their number.
+template <int rounds>
+inline void store_words(uint32_t* p, const Words<Counters>& counters, const Keys<rounds>& keys) {
+  const Pairs pairs = pair_up(philox4x32<rounds>(counters, keys));
+  Ints ordered[2 * vectors];
+  in_order(pairs.first, pairs.second, ordered);
+  for (int j = 0; j < 2 * vectors; ++j) store(p + j * lanes, ordered[j]);
+}
+
 // Signs of consecutive elements whose first bit is `bit` of `word`.
 inline Floats signs(uint32_t word, unsigned bit) {
   const int32x4_t shifts = {31, 30, 29, 28};
