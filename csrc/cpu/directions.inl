@@ -50,8 +50,8 @@ void words(const Field& field, uint64_t block, int64_t blocks, uint32_t* out) {
   const Keys<rounds> keys{field.seed};
   for_each_stretch(block, blocks, [&](uint64_t first, int64_t done, int64_t count) __attribute__((always_inline)) {
     const Counters high(static_cast<uint32_t>(first >> 32)), key(field.key), stream(field.stream);
-    for (int64_t i = 0; i < count; i += blocks_per_group) {
-      const Counters low = consecutive_blocks(static_cast<uint32_t>(first + static_cast<uint64_t>(i)));
+    Counters low = consecutive_blocks(static_cast<uint32_t>(first));
+    for (int64_t i = 0; i < count; i += blocks_per_group, advance(low)) {
       store_words<rounds>(out + (done + i) * 4, Words<Counters>{{low, high, key, stream}}, keys);
     }
   });

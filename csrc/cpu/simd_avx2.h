@@ -33,8 +33,12 @@ constexpr int blocks_per_group = vectors * blocks_per_vector;
 inline __m256i exchanged(__m256i a) { return _mm256_shuffle_epi32(a, 0xb1); }
 
 inline Counters xor_of_three(Counters a, Counters b, __m256i key) {
-  return {_mm256_xor_si256(a.v[0], _mm256_xor_si256(b.v[0], key)),
-          _mm256_xor_si256(a.v[1], _mm256_xor_si256(b.v[1], key))};
+  for (int j = 0; j < vectors; ++j) {
+    __m256i early = _mm256_xor_si256(b.v[j], key);
+    asm("" : "+x"(early));
+    a.v[j] = _mm256_xor_si256(a.v[j], early);
+  }
+  return a;
 }
 
 // Counters before the last round, after which both halves of a lane are needed: it makes words 0 and 2, in high
@@ -100,6 +104,10 @@ inline Counters consecutive_blocks(uint32_t first) {
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
   const __m256i next = _mm256_add_epi64(order, _mm256_set1_epi64x(blocks_per_vector));
   return {_mm256_add_epi64(_mm256_set1_epi64x(first), order), _mm256_add_epi64(_mm256_set1_epi64x(first), next)};
+}
+
+inline void advance(Counters& blocks) {
+  for (__m256i& vector : blocks.v) vector = _mm256_add_epi64(vector, _mm256_set1_epi64x(blocks_per_group));
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }

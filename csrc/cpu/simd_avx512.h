@@ -109,6 +109,10 @@ inline Counters consecutive_blocks(uint32_t first) {
   return blocks;
 }
 
+inline void advance(Counters& blocks) {
+  for (__m512i& vector : blocks.v) vector = _mm512_add_epi64(vector, _mm512_set1_epi64(blocks_per_group));
+}
+
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }

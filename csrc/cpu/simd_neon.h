@@ -46,6 +46,10 @@ inline Counters consecutive_blocks(uint32_t first) {
   return {vaddq_u64(vdupq_n_u64(first), order), vaddq_u64(vdupq_n_u64(first + blocks_per_vector), order)};
 }
 
+inline void advance(Counters& blocks) {
+  for (uint64x2_t& vector : blocks.v) vector = vaddq_u64(vector, vdupq_n_u64(blocks_per_group));
+}
+
 inline Ints operator&(Ints a, Ints b) { return {vandq_u32(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {vorrq_u32(a.v, b.v)}; }
 inline Ints operator^(Ints a, Ints b) { return {veorq_u32(a.v, b.v)}; }

@@ -17,6 +17,7 @@ constexpr int lanes = 1;
 constexpr int blocks_per_group = 1;
 
 inline Counters consecutive_blocks(uint32_t first) { return first; }
+inline void advance(Counters& block) { ++block; }
 
 inline float halving_sum(Floats a) { return a; }
 
