@@ -8,16 +8,26 @@ constexpr int pairs_per_group = packs_per_group / 2;
 static_assert(tile_alignment % (roundings_per_block * blocks_per_group) == 0);
 static_assert(tile_elements % tile_alignment == 0);
 
-// Calls f(words, offset) for every group of Philox blocks. The high word of the counter is constant
-// within a stretch, so that the compiler can take its share of the first rounds out of the loop.
+// Calls f(first, done, count) for stretches of blocks: `count` from `first` on, after `done` others. The high
+// word of the counter is constant within a stretch, so that the compiler can take its share of the first rounds
+// out of the loop.
+template <class F>
+inline __attribute__((always_inline)) void for_each_stretch(uint64_t block, int64_t blocks, F f) {
+  for (int64_t done = 0; done < blocks;) {
+    const uint64_t first = block + static_cast<uint64_t>(done);
+    const int64_t until_carry = static_cast<int64_t>((uint64_t{1} << 32) - (first & 0xffffffffu));
+    const int64_t count = blocks - done < until_carry ? blocks - done : until_carry;
+    f(first, done, count);
+    done += count;
+  }
+}
+
+// Calls f(words, offset) for every group of Philox blocks.
 template <int rounds, class F>
 inline __attribute__((always_inline)) void for_each_group(const Field& field, uint64_t block, int64_t blocks,
                                                           F f) {
   const Keys<rounds> keys{field.seed};
-  for (int64_t done = 0; done < blocks;) {
-    const uint64_t first = block + static_cast<uint64_t>(done);
-    const int64_t until_carry = static_cast<int64_t>((uint64_t{1} << 32) - (first & 0xffffffffu));
-    const int64_t stretch = blocks - done < until_carry ? blocks - done : until_carry;
+  for_each_stretch(block, blocks, [&](uint64_t first, int64_t done, int64_t count) __attribute__((always_inline)) {
     const Counters high(static_cast<uint32_t>(first >> 32)), key(field.key), stream(field.stream);
     const auto group = [&](int64_t i) __attribute__((always_inline)) {
       const Counters low = consecutive_blocks(static_cast<uint32_t>(first + static_cast<uint64_t>(i)));
@@ -26,22 +36,24 @@ inline __attribute__((always_inline)) void for_each_group(const Field& field, ui
     // One group ahead: the words of the next group fill the waits of what `f` does with this one.
     Pairs current = group(0);
     int64_t i = 0;
-    for (; i + blocks_per_group < stretch; i += blocks_per_group) {
+    for (; i + blocks_per_group < count; i += blocks_per_group) {
       const Pairs next = group(i + blocks_per_group);
       f(current, (done + i) * 4);
       current = next;
     }
     f(current, (done + i) * 4);
-    done += stretch;
-  }
+  });
 }
 
 template <int rounds>
 void words(const Field& field, uint64_t block, int64_t blocks, uint32_t* out) {
-  for_each_group<rounds>(field, block, blocks, [&](const Pairs& pairs, int64_t offset) {
-    Ints ordered[packs_per_group];
-    in_order(pairs.first, pairs.second, ordered);
-    for (int j = 0; j < packs_per_group; ++j) store(out + offset + j * lanes, ordered[j]);
+  const Keys<rounds> keys{field.seed};
+  for_each_stretch(block, blocks, [&](uint64_t first, int64_t done, int64_t count) __attribute__((always_inline)) {
+    const Counters high(static_cast<uint32_t>(first >> 32)), key(field.key), stream(field.stream);
+    Counters low = consecutive_blocks(static_cast<uint32_t>(first));
+    for (int64_t i = 0; i < count; i += blocks_per_group, advance(low)) {
+      store_words<rounds>(out + (done + i) * 4, Words<Counters>{{low, high, key, stream}}, keys);
+    }
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include "../core/normal.h"
 #include "../core/storage.h"
+#include "half_range.h"
 
 namespace zoext::cpu::avx2 {
 
@@ -28,12 +29,35 @@ constexpr int lanes = 8;
 constexpr int blocks_per_vector = 4;
 constexpr int blocks_per_group = vectors * blocks_per_vector;
 
-// The high half of each lane. A shuffle, not a shift: shifts share their port with the products.
-inline __m256i high_words(__m256i a) { return _mm256_shuffle_epi32(a, 0xf5); }
+// The halves of each lane exchanged. A shuffle, not a shift: shifts share their port with the products.
+inline __m256i exchanged(__m256i a) { return _mm256_shuffle_epi32(a, 0xb1); }
 
 inline Counters xor_of_three(Counters a, Counters b, __m256i key) {
-  return {_mm256_xor_si256(_mm256_xor_si256(a.v[0], b.v[0]), key),
-          _mm256_xor_si256(_mm256_xor_si256(a.v[1], b.v[1]), key)};
+  for (int j = 0; j < vectors; ++j) {
+    __m256i early = _mm256_xor_si256(b.v[j], key);
+    asm("" : "+x"(early));
+    a.v[j] = _mm256_xor_si256(a.v[j], early);
+  }
+  return a;
+}
+
+// Counters before the last round, after which both halves of a lane are needed: it makes words 0 and 2, in high
+// halves, beside words 1 and 3.
+struct LastCounters {
+  __m256i v[vectors];
+  LastCounters() = default;
+  explicit LastCounters(const Counters& a) {
+    for (int j = 0; j < vectors; ++j) v[j] = a.v[j];
+  }
+};
+
+inline LastCounters xor_of_three(const LastCounters& product, const LastCounters& b, __m256i key) {
+  const __m256i high_halves = _mm256_set1_epi64x(~int64_t{0xffffffff});
+  LastCounters words;
+  for (int j = 0; j < vectors; ++j)
+    words.v[j] =
+        _mm256_xor_si256(product.v[j], _mm256_and_si256(_mm256_xor_si256(exchanged(b.v[j]), key), high_halves));
+  return words;
 }
 
 // The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
@@ -44,26 +68,46 @@ struct Keys {
 
   explicit Keys(uint64_t seed) {
     for (int round = 0; round < rounds; ++round) {
-      keys[round][0] = _mm256_set1_epi64x(RoundKeys{seed}.first(round));
-      keys[round][1] = _mm256_set1_epi64x(RoundKeys{seed}.second(round));
+      keys[round][0] = _mm256_set1_epi32(static_cast<int>(RoundKeys{seed}.first(round)));
+      keys[round][1] = _mm256_set1_epi32(static_cast<int>(RoundKeys{seed}.second(round)));
     }
     asm volatile("" : : "r"(keys) : "memory");
   }
   __m256i first(int round) const { return keys[round][0]; }
   __m256i second(int round) const { return keys[round][1]; }
+
+  // Those of the rounds from `start` on.
+  struct Later {
+    const Keys& all;
+    int start;
+    __m256i first(int round) const { return all.first(start + round); }
+    __m256i second(int round) const { return all.second(start + round); }
+  };
+  Later from(int round) const { return {*this, round}; }
 };
 
 inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
   const __m256i factor = _mm256_set1_epi64x(constant);
   const __m256i p = _mm256_mul_epu32(factor, a.v[0]), q = _mm256_mul_epu32(factor, a.v[1]);
-  return {{high_words(p), high_words(q)}, {p, q}};
+  return {{exchanged(p), exchanged(q)}, {p, q}};
+}
+
+inline Product<LastCounters> multiply_wide(uint32_t constant, const LastCounters& a) {
+  const __m256i factor = _mm256_set1_epi64x(constant);
+  LastCounters product;
+  for (int j = 0; j < vectors; ++j) product.v[j] = _mm256_mul_epu32(factor, a.v[j]);
+  return {product, product};
 }
 
 // In the order that makes `in_order` two unpack instructions a vector.
 inline Counters consecutive_blocks(uint32_t first) {
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
-  return {_mm256_add_epi64(_mm256_set1_epi64x(first), order),
-          _mm256_add_epi64(_mm256_set1_epi64x(first + blocks_per_vector), order)};
+  const __m256i next = _mm256_add_epi64(order, _mm256_set1_epi64x(blocks_per_vector));
+  return {_mm256_add_epi64(_mm256_set1_epi64x(first), order), _mm256_add_epi64(_mm256_set1_epi64x(first), next)};
+}
+
+inline void advance(Counters& blocks) {
+  for (__m256i& vector : blocks.v) vector = _mm256_add_epi64(vector, _mm256_set1_epi64x(blocks_per_group));
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
@@ -179,8 +223,55 @@ inline void store(Half* p, Floats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 constexpr bool truncates_to_half = true;
-inline void store_truncated(Half* p, Floats a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+
+// Two packs in float16, rounded toward zero.
+inline __m256i truncated(Floats a, Floats b) {
+  const __m128i first = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  const __m128i second = _mm256_cvtps_ph(b.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+}
+// Zero where a lane is out of range.
+inline __m256i range_bits(__m256i halves) {
+  const __m256i moved = _mm256_add_epi16(halves, _mm256_set1_epi16(half_range_offset));
+  return _mm256_and_si256(moved, _mm256_set1_epi16(half_range_bits));
+}
+inline bool any_zero(__m256i words) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi16(words, _mm256_setzero_si256())) != 0;
+}
+inline bool store_truncated(Half* p, Floats a, Floats b) {
+  const __m256i halves = truncated(a, b);
+  if (any_zero(range_bits(halves))) return false;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  return true;
+}
+inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
+  const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i halves = truncated(float_of_bits(a), float_of_bits(b));
+  if (any_zero(_mm256_min_epu16(range_bits(before), range_bits(halves)))) return false;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(a.v, 5), _mm256_slli_epi32(b.v, 11), 0xaa);
+  const __m256i lowest = _mm256_setr_epi32(0x0c080400, 0x0e0a0602, -1, -1, 0x0c080400, 0x0e0a0602, -1, -1);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(words, lowest), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(residuals),
+                   _mm_xor_si128(_mm256_castsi256_si128(bytes), _mm_set1_epi8(-128)));
+  return true;
+}
+
+// The words of a group of blocks in the order of their number.
+template <int rounds>
+inline __attribute__((always_inline)) void store_words(uint32_t* p, const Words<Counters>& counters,
+                                                       const Keys<rounds>& keys) {
+  const Words<Counters> state = philox4x32<rounds - 1>(counters, keys);
+  const Words<LastCounters> last{
+      {LastCounters(state.w[0]), LastCounters(state.w[1]), LastCounters(state.w[2]), LastCounters(state.w[3])}};
+  const Words<LastCounters> words = philox4x32<1>(last, keys.from(rounds - 1));
+  float* const to = reinterpret_cast<float*>(p);
+  for (int j = 0; j < vectors; ++j) {
+    const __m256 even = _mm256_castsi256_ps(words.w[0].v[j]), odd = _mm256_castsi256_ps(words.w[2].v[j]);
+    _mm256_storeu_ps(to + 2 * j * lanes, _mm256_shuffle_ps(even, odd, 0x11));
+    _mm256_storeu_ps(to + (2 * j + 1) * lanes, _mm256_shuffle_ps(even, odd, 0xbb));
+  }
 }
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.

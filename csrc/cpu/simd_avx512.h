@@ -5,6 +5,7 @@
 
 #include "../core/normal.h"
 #include "../core/storage.h"
+#include "half_range.h"
 
 namespace zoext::cpu::avx512 {
 
@@ -29,12 +30,30 @@ constexpr int lanes = 16;
 constexpr int blocks_per_vector = 8;
 constexpr int blocks_per_group = vectors * blocks_per_vector;
 
-// The high half of each lane. A shuffle, not a shift: shifts share their port with the products.
-inline __m512i high_words(__m512i a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xf5)); }
+// The halves of each lane exchanged. A shuffle, not a shift: shifts share their port with the products.
+inline __m512i exchanged(__m512i a) { return _mm512_shuffle_epi32(a, _MM_PERM_CDAB); }
 
 inline Counters xor_of_three(Counters a, const Counters& b, __m512i key) {
   for (int j = 0; j < vectors; ++j) a.v[j] = _mm512_ternarylogic_epi64(a.v[j], b.v[j], key, 0x96);
   return a;
+}
+
+// Counters before the last round, after which both halves of a lane are needed: it makes words 0 and 2, in high
+// halves, beside words 1 and 3.
+struct LastCounters {
+  __m512i v[vectors];
+  LastCounters() = default;
+  explicit LastCounters(const Counters& a) {
+    for (int j = 0; j < vectors; ++j) v[j] = a.v[j];
+  }
+};
+
+inline LastCounters xor_of_three(const LastCounters& product, const LastCounters& b, __m512i key) {
+  constexpr __mmask16 high_halves = 0xaaaa;
+  LastCounters words;
+  for (int j = 0; j < vectors; ++j)
+    words.v[j] = _mm512_mask_ternarylogic_epi32(product.v[j], high_halves, exchanged(b.v[j]), key, 0x96);
+  return words;
 }
 
 // The keys of a seed in all lanes, in memory: kept from the compiler's eyes, which would make each
@@ -45,13 +64,22 @@ struct Keys {
 
   explicit Keys(uint64_t seed) {
     for (int round = 0; round < rounds; ++round) {
-      keys[round][0] = _mm512_set1_epi64(RoundKeys{seed}.first(round));
-      keys[round][1] = _mm512_set1_epi64(RoundKeys{seed}.second(round));
+      keys[round][0] = _mm512_set1_epi32(static_cast<int>(RoundKeys{seed}.first(round)));
+      keys[round][1] = _mm512_set1_epi32(static_cast<int>(RoundKeys{seed}.second(round)));
     }
     asm volatile("" : : "r"(keys) : "memory");
   }
   __m512i first(int round) const { return keys[round][0]; }
   __m512i second(int round) const { return keys[round][1]; }
+
+  // Those of the rounds from `start` on.
+  struct Later {
+    const Keys& all;
+    int start;
+    __m512i first(int round) const { return all.first(start + round); }
+    __m512i second(int round) const { return all.second(start + round); }
+  };
+  Later from(int round) const { return {*this, round}; }
 };
 
 inline Product<Counters> multiply_wide(uint32_t constant, const Counters& a) {
@@ -59,9 +87,16 @@ inline Product<Counters> multiply_wide(uint32_t constant, const Counters& a) {
   Product<Counters> product;
   for (int j = 0; j < vectors; ++j) {
     product.low.v[j] = _mm512_mul_epu32(factor, a.v[j]);
-    product.high.v[j] = high_words(product.low.v[j]);
+    product.high.v[j] = exchanged(product.low.v[j]);
   }
   return product;
+}
+
+inline Product<LastCounters> multiply_wide(uint32_t constant, const LastCounters& a) {
+  const __m512i factor = _mm512_set1_epi64(constant);
+  LastCounters product;
+  for (int j = 0; j < vectors; ++j) product.v[j] = _mm512_mul_epu32(factor, a.v[j]);
+  return {product, product};
 }
 
 // In the order that makes `in_order` two unpack instructions a vector.
@@ -69,8 +104,13 @@ inline Counters consecutive_blocks(uint32_t first) {
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   Counters blocks;
   for (int j = 0; j < vectors; ++j)
-    blocks.v[j] = _mm512_add_epi64(_mm512_set1_epi64(first + static_cast<uint32_t>(j * blocks_per_vector)), order);
+    blocks.v[j] = _mm512_add_epi64(_mm512_set1_epi64(first),
+                                   _mm512_add_epi64(order, _mm512_set1_epi64(j * blocks_per_vector)));
   return blocks;
+}
+
+inline void advance(Counters& blocks) {
+  for (__m512i& vector : blocks.v) vector = _mm512_add_epi64(vector, _mm512_set1_epi64(blocks_per_group));
 }
 
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
@@ -186,8 +226,50 @@ inline void store(Half* p, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 constexpr bool truncates_to_half = true;
-inline void store_truncated(Half* p, Floats a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+
+// Two packs in float16, rounded toward zero.
+inline __m512i truncated(Floats a, Floats b) {
+  const __m256i first = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  const __m256i second = _mm512_cvtps_ph(b.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+inline __mmask32 out_of_range(__m512i halves) {
+  const __m512i moved = _mm512_add_epi16(halves, _mm512_set1_epi16(half_range_offset));
+  return _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(half_range_bits));
+}
+inline bool store_truncated(Half* p, Floats a, Floats b) {
+  const __m512i halves = truncated(a, b);
+  if (out_of_range(halves)) return false;
+  _mm512_storeu_si512(p, halves);
+  return true;
+}
+inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
+  const __m512i halves = truncated(float_of_bits(a), float_of_bits(b));
+  if (!_kortestz_mask32_u8(out_of_range(_mm512_loadu_si512(p)), out_of_range(halves))) return false;
+  _mm512_storeu_si512(p, halves);
+  const __m512i words = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), _mm512_srli_epi32(a.v, 5),
+                                                  _mm512_slli_epi32(b.v, 11), 0xca);
+  const __m512i lowest = _mm512_set4_epi32(-1, -1, 0x0e0a0602, 0x0c080400);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(words, lowest));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(residuals),
+                      _mm256_xor_si256(_mm512_castsi512_si256(bytes), _mm256_set1_epi8(-128)));
+  return true;
+}
+
+// The words of a group of blocks in the order of their number.
+template <int rounds>
+inline __attribute__((always_inline)) void store_words(uint32_t* p, const Words<Counters>& counters,
+                                                       const Keys<rounds>& keys) {
+  const Words<Counters> state = philox4x32<rounds - 1>(counters, keys);
+  const Words<LastCounters> last{
+      {LastCounters(state.w[0]), LastCounters(state.w[1]), LastCounters(state.w[2]), LastCounters(state.w[3])}};
+  const Words<LastCounters> words = philox4x32<1>(last, keys.from(rounds - 1));
+  for (int j = 0; j < vectors; ++j) {
+    const __m512 even = _mm512_castsi512_ps(words.w[0].v[j]), odd = _mm512_castsi512_ps(words.w[2].v[j]);
+    _mm512_storeu_ps(p + 2 * j * lanes, _mm512_shuffle_ps(even, odd, 0x11));
+    _mm512_storeu_ps(p + (2 * j + 1) * lanes, _mm512_shuffle_ps(even, odd, 0xbb));
+  }
 }
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.

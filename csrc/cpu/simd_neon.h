@@ -46,6 +46,10 @@ inline Counters consecutive_blocks(uint32_t first) {
   return {vaddq_u64(vdupq_n_u64(first), order), vaddq_u64(vdupq_n_u64(first + blocks_per_vector), order)};
 }
 
+inline void advance(Counters& blocks) {
+  for (uint64x2_t& vector : blocks.v) vector = vaddq_u64(vector, vdupq_n_u64(blocks_per_group));
+}
+
 inline Ints operator&(Ints a, Ints b) { return {vandq_u32(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {vorrq_u32(a.v, b.v)}; }
 inline Ints operator^(Ints a, Ints b) { return {veorq_u32(a.v, b.v)}; }
@@ -149,6 +153,15 @@ inline void store(Half* p, Floats a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));
 }
 constexpr bool truncates_to_half = false;
+
+// The words of a group of blocks in the order of their number.
+template <int rounds>
+inline void store_words(uint32_t* p, const Words<Counters>& counters, const Keys<rounds>& keys) {
+  const Pairs pairs = pair_up(philox4x32<rounds>(counters, keys));
+  Ints ordered[2 * vectors];
+  in_order(pairs.first, pairs.second, ordered);
+  for (int j = 0; j < 2 * vectors; ++j) store(p + j * lanes, ordered[j]);
+}
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.
 inline Floats signs(uint32_t word, unsigned bit) {

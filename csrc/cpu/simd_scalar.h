@@ -17,6 +17,7 @@ constexpr int lanes = 1;
 constexpr int blocks_per_group = 1;
 
 inline Counters consecutive_blocks(uint32_t first) { return first; }
+inline void advance(Counters& block) { ++block; }
 
 inline float halving_sum(Floats a) { return a; }
 
@@ -53,6 +54,13 @@ inline void store_low(uint16_t* p, Ints a) { *p = static_cast<uint16_t>(a); }
 inline void store_low(int8_t* p, Ints a) { *p = static_cast<int8_t>(a); }
 inline void store(uint32_t* p, Ints a) { *p = a; }
 constexpr bool truncates_to_half = false;
+
+// The words of a block in the order of their number.
+template <int rounds>
+inline void store_words(uint32_t* p, const Words<Counters>& counter, const Keys<rounds>& keys) {
+  const Words<uint32_t> words = philox4x32<rounds>(counter, keys);
+  for (int i = 0; i < 4; ++i) p[i] = words.w[i];
+}
 
 // Signs of consecutive elements whose first bit is `bit` of `word`.
 inline Floats signs(uint32_t word, unsigned bit) { return float_of_bits(0x3f800000u | (word >> bit & 1u) << 31); }

@@ -10,6 +10,12 @@ inline __attribute__((always_inline)) auto displacement(float decay) {
   };
 }
 
+// f(displace_pack) with code of its own for no decay, which is most frequent.
+template <class F>
+inline __attribute__((always_inline)) auto with_displacement(float decay, F f) {
+  return contributes(decay) ? f(displacement(decay)) : f(displacement(0.0f));
+}
+
 template <class Number>
 inline Number displaced(Number value, Number sum, Number decay) {
   return value + add_decay<Number>(decay, value, sum);
@@ -66,7 +72,9 @@ constexpr uint32_t unbounded = std::is_same_v<Storage, BFloat16> ? 0x7f7f0000u :
 template <class Storage>
 constexpr bool truncates = std::is_same_v<Storage, Half> && truncates_to_half;
 
-constexpr uint32_t smallest_normal_half = 0x38800000u;
+// Elements that are rounded at a time.
+template <class Storage>
+constexpr int rounded_at_a_time = truncates<Storage> ? 2 * lanes : lanes;
 
 // Rounds by the random bits of each lane, unless a lane is rounded to nearest; whether none is.
 template <class Storage>
@@ -77,42 +85,52 @@ inline __attribute__((always_inline)) bool store_stochastically(Storage* out, Fl
   return true;
 }
 
-// The same for lanes that are all normal numbers of float16, whose patterns in float32 have 13 bits more.
+inline Floats add_to_pattern(Floats a, Ints n) { return float_of_bits(bits_of(a) + n); }
+
+// Rounds elements until one is rounded to nearest or is not normal, or too few are left; how many it has done.
 template <class Storage>
-inline __attribute__((always_inline)) bool store_normals_stochastically(Storage* out, Floats value,
-                                                                        const uint16_t* random) {
-  const Ints bits = bits_of(value), above_smallest = magnitudes(bits) - fill_word(smallest_normal_half);
-  if (any_at_least(above_smallest, unbounded<Half> - smallest_normal_half)) return false;
-  store_truncated(out, float_of_bits(bits + (load_words(random) >> 3)));
-  return true;
+__attribute__((noinline)) int64_t displace_many_stochastically(Storage* out, const Storage* theta,
+                                                               const float* sum, float decay, int64_t count,
+                                                               const uint16_t* random) {
+  return with_displacement(decay, [=](auto displace_pack) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + rounded_at_a_time<Storage> <= count; i += rounded_at_a_time<Storage>) {
+      const Floats value = displace_pack(load(theta + i), load(sum + i));
+      if constexpr (truncates<Storage>) {
+        const int64_t j = i + lanes;
+        const Floats next = displace_pack(load(theta + j), load(sum + j));
+        if (!store_truncated(out + i, add_to_pattern(value, load_words(random + i) >> 3),
+                             add_to_pattern(next, load_words(random + j) >> 3)))
+          break;
+      } else {
+        if (!store_stochastically(out + i, value, random + i)) break;
+      }
+    }
+    return i;
+  });
 }
 
 template <class Storage>
 __attribute__((noinline)) void displace_few_stochastically(Storage* out, const Storage* theta, const float* sum,
                                                            float decay, int64_t count, const uint16_t* random) {
-  if (truncates<Storage> && count == lanes) {
-    const Floats value = displacement(decay)(load(theta), load(sum));
-    if (store_stochastically(out, value, random)) return;
+  int64_t i = 0;
+  if constexpr (truncates<Storage>) {
+    const auto displace_pack = displacement(decay);
+    for (; i + lanes <= count; i += lanes)
+      if (!store_stochastically(out + i, displace_pack(load(theta + i), load(sum + i)), random + i)) break;
   }
-  for (int64_t i = 0; i < count; ++i)
+  for (; i < count; ++i)
     out[i] = round_stochastically<Storage>(displaced(widen(theta[i]), sum[i], decay), random[i]);
 }
 
 template <class Storage>
 void displace_stochastically(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
                              const uint16_t* random) {
-  const auto displace_pack = displacement(decay);
-  for (int64_t i = 0; i < count; i += lanes) {
-    for (; i + lanes <= count; i += lanes) {
-      const Floats value = displace_pack(load(theta + i), load(sum + i));
-      if constexpr (truncates<Storage>) {
-        if (!store_normals_stochastically(out + i, value, random + i)) break;
-      } else {
-        if (!store_stochastically(out + i, value, random + i)) break;
-      }
-    }
-    const int64_t few = count - i < lanes ? count - i : lanes;
+  for (int64_t i = 0; i < count;) {
+    i += displace_many_stochastically(out + i, theta + i, sum + i, decay, count - i, random + i);
+    const int64_t few = count - i < rounded_at_a_time<Storage> ? count - i : rounded_at_a_time<Storage>;
     displace_few_stochastically(out + i, theta + i, sum + i, decay, few, random + i);
+    i += few;
   }
 }
 
@@ -138,31 +156,37 @@ inline __attribute__((always_inline)) bool displace_split_pack(Storage* theta, i
   return true;
 }
 
-// The same for lanes that are normal numbers of float16 before and after. Just above the smallest one a residual
-// may lead below it.
-template <class Storage, class DisplacePack>
-inline __attribute__((always_inline)) bool displace_split_normals(Storage* theta, int8_t* residuals,
-                                                                  const float* sum,
-                                                                  const DisplacePack& displace_pack) {
-  constexpr uint32_t half_step = 0x2000u;
-  const Ints before = bits_of(load(theta));
-  const Floats value = displace_pack(float_of_bits(before + (load_words(residuals) << 5)), load(sum));
-  const Ints after = bits_of(value);
-  const Ints above_smallest = larger(magnitudes(before) - fill_word(smallest_normal_half + half_step),
-                                     magnitudes(after) - fill_word(smallest_normal_half));
-  if (any_at_least(above_smallest, infinite<Half> - smallest_normal_half)) return false;
-  const Ints rounded = after + fill_word(0x10u);
-  store_truncated(theta, float_of_bits(rounded + fill_word(0x1000u)));
-  store_low(residuals, rounded >> 5);
-  return true;
+// As `displace_many_stochastically`.
+template <class Storage>
+__attribute__((noinline)) int64_t displace_many_split(Storage* theta, int8_t* residuals, const float* sum,
+                                                      float decay, int64_t count) {
+  return with_displacement(decay, [=](auto displace_pack) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + rounded_at_a_time<Storage> <= count; i += rounded_at_a_time<Storage>) {
+      if constexpr (truncates<Storage>) {
+        const auto moved = [&](int64_t j) __attribute__((always_inline)) {
+          const Floats value = add_to_pattern(load(theta + j), load_words(residuals + j) << 5);
+          return bits_of(displace_pack(value, load(sum + j))) + fill_word(0x1010u);
+        };
+        if (!replace_split(theta + i, residuals + i, moved(i), moved(i + lanes))) break;
+      } else {
+        if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack)) break;
+      }
+    }
+    return i;
+  });
 }
 
 template <class Storage>
 __attribute__((noinline)) void displace_few_split(Storage* theta, int8_t* residuals, const float* sum, float decay,
                                                   int64_t count) {
-  if (truncates<Storage> && count == lanes && displace_split_pack(theta, residuals, sum, displacement(decay)))
-    return;
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t i = 0;
+  if constexpr (truncates<Storage>) {
+    const auto displace_pack = displacement(decay);
+    for (; i + lanes <= count; i += lanes)
+      if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack)) break;
+  }
+  for (; i < count; ++i) {
     const float value = join<Storage>({theta[i], residuals[i]});
     const Split<Storage> parts = split<Storage>(displaced(value, sum[i], decay));
     theta[i] = parts.nearest;
@@ -172,17 +196,11 @@ __attribute__((noinline)) void displace_few_split(Storage* theta, int8_t* residu
 
 template <class Storage>
 void displace_split(Storage* theta, int8_t* residuals, const float* sum, float decay, int64_t count) {
-  const auto displace_pack = displacement(decay);
-  for (int64_t i = 0; i < count; i += lanes) {
-    for (; i + lanes <= count; i += lanes) {
-      if constexpr (truncates<Storage>) {
-        if (!displace_split_normals(theta + i, residuals + i, sum + i, displace_pack)) break;
-      } else {
-        if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack)) break;
-      }
-    }
-    const int64_t few = count - i < lanes ? count - i : lanes;
+  for (int64_t i = 0; i < count;) {
+    i += displace_many_split(theta + i, residuals + i, sum + i, decay, count - i);
+    const int64_t few = count - i < rounded_at_a_time<Storage> ? count - i : rounded_at_a_time<Storage>;
     displace_few_split(theta + i, residuals + i, sum + i, decay, few);
+    i += few;
   }
 }
 
