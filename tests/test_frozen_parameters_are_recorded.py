@@ -79,7 +79,7 @@ def test_recorded_and_replayed(kind: str, tmp_path: Path) -> None:
     assert [name for name, digest in digests.items() if not digest] == (["odd"] if kind in KINDS else [])
     zoext.replay(base, path)
     assert same(moved(base), moved(model))
-    zoext.Trajectory(path, zoext.MeZO(model, lr=1e-2), resume=True).close()
+    zoext.Trajectory(path, zoext.MeZO(model_with(make()), lr=1e-2), resume=True).close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
