@@ -94,7 +94,7 @@ def test_still_compared_by_shape_and_dtype(kind: str, tmp_path: Path) -> None:
 def test_weights_that_were_there_must_be_there(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     record(model_with(torch.ones(3, 2)), path)
-    with pytest.raises(zoext.TrajectoryError, match="begins with another weights: odd"):
+    with pytest.raises(zoext.TrajectoryError, match="begins with other weights: odd"):
         zoext.replay(model_with(torch.empty(3, 2, device="meta")), path)
 
 

@@ -244,7 +244,7 @@ def test_another_base(command: Command) -> None:
     tiny_bert(command.folder / "wide", hidden=24)
     tiny_bert(command.folder / "other", seed=4)
     assert "begins with another model" in refused(command, base=str(command.folder / "wide"))
-    assert "begins with another weights" in refused(command, base=str(command.folder / "other"))
+    assert "begins with other weights" in refused(command, base=str(command.folder / "other"))
     assert "model ./none: cannot be loaded" in refused(command, base="./none")
     error = refused(command, base="demo")
     assert f"BASE demo: {command.out / 'trajectory.jsonl'} is of another" in error

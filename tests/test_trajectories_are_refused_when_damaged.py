@@ -187,7 +187,7 @@ def test_another_model(run: tuple[nn.Module, Path]) -> None:
     refused(copy.deepcopy(base).half(), path, "0.weight is float16 [4, 3], not float32 [4, 3]")
     with torch.no_grad():
         base[0].bias[2] = torch.nextafter(base[0].bias[2], torch.tensor(9.0))
-    refused(base, path, "begins with another weights: 0.bias has other weights (1 of")
+    refused(base, path, "begins with other weights: 0.bias has other weights (1 of")
 
 
 def test_weights_that_differ_in_the_sign_of_a_zero(run: tuple[nn.Module, Path]) -> None:

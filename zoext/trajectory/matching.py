@@ -67,14 +67,17 @@ def _check(header: Header, groups: Groups, path: Path) -> None:
     pairs: list[tuple[RecordedParameter, Tensor]] = []
     for recorded, tensors in zip(header.groups, groups, strict=True):
         pairs += zip(recorded, tensors, strict=True)
-    for check, what in ((RecordedParameter.unlike, "model"), (RecordedParameter.changed, "weights")):
+    for check, what in (
+        (RecordedParameter.unlike, "another model"),
+        (RecordedParameter.changed, "other weights"),
+    ):
         different = [
             (parameter.name, reason) for parameter, tensor in pairs if (reason := check(parameter, tensor))
         ]
         if different:
             name, reason = different[0]
             raise TrajectoryError(
-                f"{path}: begins with another {what}: {name} {reason} ({len(different)} of {len(pairs)} "
+                f"{path}: begins with {what}: {name} {reason} ({len(different)} of {len(pairs)} "
                 "parameters differ); load what the run began with"
             )
 
