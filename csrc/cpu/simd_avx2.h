@@ -240,14 +240,13 @@ inline bool any_zero(__m256i words) {
 }
 inline bool store_truncated(Half* p, Floats a, Floats b) {
   const __m256i halves = truncated(a, b);
-  if (any_zero(range_bits(halves))) return false;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
-  return true;
+  return !any_zero(range_bits(halves));
 }
 inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i halves = truncated(float_of_bits(a), float_of_bits(b));
-  if (any_zero(_mm256_min_epu16(range_bits(before), range_bits(halves)))) return false;
+  const bool in_range = !any_zero(_mm256_min_epu16(range_bits(before), range_bits(halves)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
   const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(a.v, 5), _mm256_slli_epi32(b.v, 11), 0xaa);
   const __m256i lowest = _mm256_setr_epi32(0x0c080400, 0x0e0a0602, -1, -1, 0x0c080400, 0x0e0a0602, -1, -1);
@@ -255,7 +254,7 @@ inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(words, lowest), order);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(residuals),
                    _mm_xor_si128(_mm256_castsi256_si128(bytes), _mm_set1_epi8(-128)));
-  return true;
+  return in_range;
 }
 
 // The words of a group of blocks in the order of their number.

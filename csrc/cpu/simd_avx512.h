@@ -239,13 +239,12 @@ inline __mmask32 out_of_range(__m512i halves) {
 }
 inline bool store_truncated(Half* p, Floats a, Floats b) {
   const __m512i halves = truncated(a, b);
-  if (out_of_range(halves)) return false;
   _mm512_storeu_si512(p, halves);
-  return true;
+  return _kortestz_mask32_u8(out_of_range(halves), out_of_range(halves));
 }
 inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m512i halves = truncated(float_of_bits(a), float_of_bits(b));
-  if (!_kortestz_mask32_u8(out_of_range(_mm512_loadu_si512(p)), out_of_range(halves))) return false;
+  const bool in_range = _kortestz_mask32_u8(out_of_range(_mm512_loadu_si512(p)), out_of_range(halves));
   _mm512_storeu_si512(p, halves);
   const __m512i words = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), _mm512_srli_epi32(a.v, 5),
                                                   _mm512_slli_epi32(b.v, 11), 0xca);
@@ -254,7 +253,7 @@ inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(words, lowest));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(residuals),
                       _mm256_xor_si256(_mm512_castsi512_si256(bytes), _mm256_set1_epi8(-128)));
-  return true;
+  return in_range;
 }
 
 // The words of a group of blocks in the order of their number.

@@ -72,9 +72,14 @@ constexpr uint32_t unbounded = std::is_same_v<Storage, BFloat16> ? 0x7f7f0000u :
 template <class Storage>
 constexpr bool truncates = std::is_same_v<Storage, Half> && truncates_to_half;
 
-// Elements that are rounded at a time.
+constexpr int pair = 2 * lanes;
+
+// Weights as they were before a loop over pairs of packs, of which it may spoil some.
 template <class Storage>
-constexpr int rounded_at_a_time = truncates<Storage> ? 2 * lanes : lanes;
+struct Before {
+  alignas(64) Storage theta[tile_elements];
+  alignas(64) int8_t residuals[tile_elements];
+};
 
 // Rounds by the random bits of each lane, unless a lane is rounded to nearest; whether none is.
 template <class Storage>
@@ -87,51 +92,75 @@ inline __attribute__((always_inline)) bool store_stochastically(Storage* out, Fl
 
 inline Floats add_to_pattern(Floats a, Ints n) { return float_of_bits(bits_of(a) + n); }
 
-// Rounds elements until one is rounded to nearest or is not normal, or too few are left; how many it has done.
+// Normal numbers of float16, where the processor truncates. A pair with others is spoiled; the bits of these.
 template <class Storage>
-__attribute__((noinline)) int64_t displace_many_stochastically(Storage* out, const Storage* theta,
-                                                               const float* sum, float decay, int64_t count,
-                                                               const uint16_t* random) {
+__attribute__((noinline)) uint64_t displace_pairs_stochastically(Storage* out, const Storage* theta, const float* sum,
+                                                            float decay, int64_t count, const uint16_t* random,
+                                                            Before<Storage>& before) {
+  return with_displacement(decay, [=, &before](auto displace_pack) __attribute__((always_inline)) {
+    uint64_t spoiled = 0;
+    for (int64_t i = 0; i < count; i += pair) {
+      std::memcpy(before.theta + i, theta + i, pair * sizeof(Storage));
+      const auto rounded = [&](int64_t j) __attribute__((always_inline)) {
+        return add_to_pattern(displace_pack(load(theta + j), load(sum + j)), load_words(random + j) >> 3);
+      };
+      spoiled = 2 * spoiled + !store_truncated(out + i, rounded(i), rounded(i + lanes));
+    }
+    return spoiled;
+  });
+}
+
+// Whole packs, until a lane is rounded to nearest; how many elements it has done.
+template <class Storage>
+__attribute__((noinline)) int64_t displace_packs_stochastically(Storage* out, const Storage* theta,
+                                                                const float* sum, float decay, int64_t count,
+                                                                const uint16_t* random) {
   return with_displacement(decay, [=](auto displace_pack) __attribute__((always_inline)) {
     int64_t i = 0;
-    for (; i + rounded_at_a_time<Storage> <= count; i += rounded_at_a_time<Storage>) {
-      const Floats value = displace_pack(load(theta + i), load(sum + i));
-      if constexpr (truncates<Storage>) {
-        const int64_t j = i + lanes;
-        const Floats next = displace_pack(load(theta + j), load(sum + j));
-        if (!store_truncated(out + i, add_to_pattern(value, load_words(random + i) >> 3),
-                             add_to_pattern(next, load_words(random + j) >> 3)))
-          break;
-      } else {
-        if (!store_stochastically(out + i, value, random + i)) break;
-      }
-    }
+    for (; i + lanes <= count; i += lanes)
+      if (!store_stochastically(out + i, displace_pack(load(theta + i), load(sum + i)), random + i)) break;
     return i;
   });
 }
 
 template <class Storage>
-__attribute__((noinline)) void displace_few_stochastically(Storage* out, const Storage* theta, const float* sum,
-                                                           float decay, int64_t count, const uint16_t* random) {
-  int64_t i = 0;
-  if constexpr (truncates<Storage>) {
-    const auto displace_pack = displacement(decay);
-    for (; i + lanes <= count; i += lanes)
-      if (!store_stochastically(out + i, displace_pack(load(theta + i), load(sum + i)), random + i)) break;
+void displace_any_stochastically(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
+                                 const uint16_t* random) {
+  for (int64_t i = 0; i < count;) {
+    i += displace_packs_stochastically(out + i, theta + i, sum + i, decay, count - i, random + i);
+    for (const int64_t end = count - i < lanes ? count : i + lanes; i < end; ++i)
+      out[i] = round_stochastically<Storage>(displaced(widen(theta[i]), sum[i], decay), random[i]);
   }
-  for (; i < count; ++i)
-    out[i] = round_stochastically<Storage>(displaced(widen(theta[i]), sum[i], decay), random[i]);
+}
+
+template <class Storage>
+__attribute__((noinline)) void displace_spoiled_stochastically(Storage* out, const float* sum, float decay,
+                                                               const uint16_t* random, uint64_t spoiled, int64_t count,
+                                                               const Before<Storage>& before) {
+  const auto displace_pack = displacement(decay);
+  for (; spoiled; spoiled &= spoiled - 1) {
+    const int64_t first = count - pair * (1 + __builtin_ctzll(spoiled));
+    for (int64_t i = first; i < first + pair; i += lanes)
+      if (!store_stochastically(out + i, displace_pack(load(before.theta + i), load(sum + i)), random + i))
+        displace_any_stochastically(out + i, before.theta + i, sum + i, decay, lanes, random + i);
+  }
 }
 
 template <class Storage>
 void displace_stochastically(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
                              const uint16_t* random) {
-  for (int64_t i = 0; i < count;) {
-    i += displace_many_stochastically(out + i, theta + i, sum + i, decay, count - i, random + i);
-    const int64_t few = count - i < rounded_at_a_time<Storage> ? count - i : rounded_at_a_time<Storage>;
-    displace_few_stochastically(out + i, theta + i, sum + i, decay, few, random + i);
-    i += few;
+  int64_t i = 0;
+  if constexpr (truncates<Storage>) {
+    Before<Storage> before;
+    while (i + pair <= count) {
+      const int64_t part = count - i < tile_elements ? (count - i) / pair * pair : tile_elements;
+      const uint64_t spoiled =
+          displace_pairs_stochastically(out + i, theta + i, sum + i, decay, part, random + i, before);
+      if (spoiled) displace_spoiled_stochastically(out + i, sum + i, decay, random + i, spoiled, part, before);
+      i += part;
+    }
   }
+  if (i < count) displace_any_stochastically(out + i, theta + i, sum + i, decay, count - i, random + i);
 }
 
 // Magnitudes whose nearest number is infinity begin here.
@@ -156,52 +185,75 @@ inline __attribute__((always_inline)) bool displace_split_pack(Storage* theta, i
   return true;
 }
 
-// As `displace_many_stochastically`.
 template <class Storage>
-__attribute__((noinline)) int64_t displace_many_split(Storage* theta, int8_t* residuals, const float* sum,
-                                                      float decay, int64_t count) {
+__attribute__((noinline)) uint64_t displace_pairs_split(Storage* theta, int8_t* residuals, const float* sum, float decay,
+                                                   int64_t count, Before<Storage>& before) {
+  return with_displacement(decay, [=, &before](auto displace_pack) __attribute__((always_inline)) {
+    uint64_t spoiled = 0;
+    for (int64_t i = 0; i < count; i += pair) {
+      std::memcpy(before.theta + i, theta + i, pair * sizeof(Storage));
+      std::memcpy(before.residuals + i, residuals + i, pair);
+      const auto rounded = [&](int64_t j) __attribute__((always_inline)) {
+        const Floats value = add_to_pattern(load(theta + j), load_words(residuals + j) << 5);
+        return bits_of(displace_pack(value, load(sum + j))) + fill_word(0x1010u);
+      };
+      spoiled = 2 * spoiled + !replace_split(theta + i, residuals + i, rounded(i), rounded(i + lanes));
+    }
+    return spoiled;
+  });
+}
+
+template <class Storage>
+__attribute__((noinline)) int64_t displace_packs_split(Storage* theta, int8_t* residuals, const float* sum,
+                                                       float decay, int64_t count) {
   return with_displacement(decay, [=](auto displace_pack) __attribute__((always_inline)) {
     int64_t i = 0;
-    for (; i + rounded_at_a_time<Storage> <= count; i += rounded_at_a_time<Storage>) {
-      if constexpr (truncates<Storage>) {
-        const auto moved = [&](int64_t j) __attribute__((always_inline)) {
-          const Floats value = add_to_pattern(load(theta + j), load_words(residuals + j) << 5);
-          return bits_of(displace_pack(value, load(sum + j))) + fill_word(0x1010u);
-        };
-        if (!replace_split(theta + i, residuals + i, moved(i), moved(i + lanes))) break;
-      } else {
-        if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack)) break;
-      }
-    }
+    for (; i + lanes <= count; i += lanes)
+      if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack)) break;
     return i;
   });
 }
 
 template <class Storage>
-__attribute__((noinline)) void displace_few_split(Storage* theta, int8_t* residuals, const float* sum, float decay,
-                                                  int64_t count) {
-  int64_t i = 0;
-  if constexpr (truncates<Storage>) {
-    const auto displace_pack = displacement(decay);
-    for (; i + lanes <= count; i += lanes)
-      if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack)) break;
+void displace_any_split(Storage* theta, int8_t* residuals, const float* sum, float decay, int64_t count) {
+  for (int64_t i = 0; i < count;) {
+    i += displace_packs_split(theta + i, residuals + i, sum + i, decay, count - i);
+    for (const int64_t end = count - i < lanes ? count : i + lanes; i < end; ++i) {
+      const float value = join<Storage>({theta[i], residuals[i]});
+      const Split<Storage> parts = split<Storage>(displaced(value, sum[i], decay));
+      theta[i] = parts.nearest;
+      residuals[i] = parts.residual;
+    }
   }
-  for (; i < count; ++i) {
-    const float value = join<Storage>({theta[i], residuals[i]});
-    const Split<Storage> parts = split<Storage>(displaced(value, sum[i], decay));
-    theta[i] = parts.nearest;
-    residuals[i] = parts.residual;
+}
+
+template <class Storage>
+__attribute__((noinline)) void displace_spoiled_split(Storage* theta, int8_t* residuals, const float* sum, float decay,
+                                                      uint64_t spoiled, int64_t count, const Before<Storage>& before) {
+  const auto displace_pack = displacement(decay);
+  for (; spoiled; spoiled &= spoiled - 1) {
+    const int64_t first = count - pair * (1 + __builtin_ctzll(spoiled));
+    std::memcpy(theta + first, before.theta + first, pair * sizeof(Storage));
+    std::memcpy(residuals + first, before.residuals + first, pair);
+    for (int64_t i = first; i < first + pair; i += lanes)
+      if (!displace_split_pack(theta + i, residuals + i, sum + i, displace_pack))
+        displace_any_split(theta + i, residuals + i, sum + i, decay, lanes);
   }
 }
 
 template <class Storage>
 void displace_split(Storage* theta, int8_t* residuals, const float* sum, float decay, int64_t count) {
-  for (int64_t i = 0; i < count;) {
-    i += displace_many_split(theta + i, residuals + i, sum + i, decay, count - i);
-    const int64_t few = count - i < rounded_at_a_time<Storage> ? count - i : rounded_at_a_time<Storage>;
-    displace_few_split(theta + i, residuals + i, sum + i, decay, few);
-    i += few;
+  int64_t i = 0;
+  if constexpr (truncates<Storage>) {
+    Before<Storage> before;
+    while (i + pair <= count) {
+      const int64_t part = count - i < tile_elements ? (count - i) / pair * pair : tile_elements;
+      const uint64_t spoiled = displace_pairs_split(theta + i, residuals + i, sum + i, decay, part, before);
+      if (spoiled) displace_spoiled_split(theta + i, residuals + i, sum + i, decay, spoiled, part, before);
+      i += part;
+    }
   }
+  if (i < count) displace_any_split(theta + i, residuals + i, sum + i, decay, count - i);
 }
 
 // out = round(sum)
