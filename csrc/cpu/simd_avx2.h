@@ -75,10 +75,26 @@ struct Keys {
   }
   __m256i first(int round) const { return keys[round][0]; }
   __m256i second(int round) const { return keys[round][1]; }
+};
+
+// The same for a loop that is soon over: they are spread over the lanes where they are read.
+template <int rounds>
+struct NarrowKeys {
+  uint32_t keys[rounds][2];
+
+  explicit NarrowKeys(uint64_t seed) {
+    for (int round = 0; round < rounds; ++round) {
+      keys[round][0] = RoundKeys{seed}.first(round);
+      keys[round][1] = RoundKeys{seed}.second(round);
+    }
+    asm volatile("" : : "r"(keys) : "memory");
+  }
+  __m256i first(int round) const { return _mm256_set1_epi32(static_cast<int>(keys[round][0])); }
+  __m256i second(int round) const { return _mm256_set1_epi32(static_cast<int>(keys[round][1])); }
 
   // Those of the rounds from `start` on.
   struct Later {
-    const Keys& all;
+    const NarrowKeys& all;
     int start;
     __m256i first(int round) const { return all.first(start + round); }
     __m256i second(int round) const { return all.second(start + round); }
@@ -260,7 +276,7 @@ inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
 // The words of a group of blocks in the order of their number.
 template <int rounds>
 inline __attribute__((always_inline)) void store_words(uint32_t* p, const Words<Counters>& counters,
-                                                       const Keys<rounds>& keys) {
+                                                       const NarrowKeys<rounds>& keys) {
   const Words<Counters> state = philox4x32<rounds - 1>(counters, keys);
   const Words<LastCounters> last{
       {LastCounters(state.w[0]), LastCounters(state.w[1]), LastCounters(state.w[2]), LastCounters(state.w[3])}};

@@ -34,7 +34,7 @@ constexpr int blocks_per_group = vectors * blocks_per_vector;
 inline __m512i exchanged(__m512i a) { return _mm512_shuffle_epi32(a, _MM_PERM_CDAB); }
 
 inline Counters xor_of_three(Counters a, const Counters& b, __m512i key) {
-  for (int j = 0; j < vectors; ++j) a.v[j] = _mm512_ternarylogic_epi64(a.v[j], b.v[j], key, 0x96);
+  for (int j = 0; j < vectors; ++j) a.v[j] = _mm512_ternarylogic_epi32(a.v[j], b.v[j], key, 0x96);
   return a;
 }
 
@@ -71,10 +71,26 @@ struct Keys {
   }
   __m512i first(int round) const { return keys[round][0]; }
   __m512i second(int round) const { return keys[round][1]; }
+};
+
+// The same for a loop that is soon over: they are spread over the lanes where they are read.
+template <int rounds>
+struct NarrowKeys {
+  uint32_t keys[rounds][2];
+
+  explicit NarrowKeys(uint64_t seed) {
+    for (int round = 0; round < rounds; ++round) {
+      keys[round][0] = RoundKeys{seed}.first(round);
+      keys[round][1] = RoundKeys{seed}.second(round);
+    }
+    asm volatile("" : : "r"(keys) : "memory");
+  }
+  __m512i first(int round) const { return _mm512_set1_epi32(static_cast<int>(keys[round][0])); }
+  __m512i second(int round) const { return _mm512_set1_epi32(static_cast<int>(keys[round][1])); }
 
   // Those of the rounds from `start` on.
   struct Later {
-    const Keys& all;
+    const NarrowKeys& all;
     int start;
     __m512i first(int round) const { return all.first(start + round); }
     __m512i second(int round) const { return all.second(start + round); }
@@ -259,7 +275,7 @@ inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
 // The words of a group of blocks in the order of their number.
 template <int rounds>
 inline __attribute__((always_inline)) void store_words(uint32_t* p, const Words<Counters>& counters,
-                                                       const Keys<rounds>& keys) {
+                                                       const NarrowKeys<rounds>& keys) {
   const Words<Counters> state = philox4x32<rounds - 1>(counters, keys);
   const Words<LastCounters> last{
       {LastCounters(state.w[0]), LastCounters(state.w[1]), LastCounters(state.w[2]), LastCounters(state.w[3])}};
