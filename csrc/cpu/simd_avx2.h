@@ -246,23 +246,19 @@ inline __m256i truncated(Floats a, Floats b) {
   const __m128i second = _mm256_cvtps_ph(b.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
 }
-// Zero where a lane is out of range.
-inline __m256i range_bits(__m256i halves) {
-  const __m256i moved = _mm256_add_epi16(halves, _mm256_set1_epi16(half_range_offset));
-  return _mm256_and_si256(moved, _mm256_set1_epi16(half_range_bits));
-}
-inline bool any_zero(__m256i words) {
-  return _mm256_movemask_epi8(_mm256_cmpeq_epi16(words, _mm256_setzero_si256())) != 0;
-}
+// One bit is set where a magnitude is above 0x0400, the smallest normal number, and not above 0x4400, which is 4:
+// what is rounded to such a pattern was neither subnormal nor too large for float16.
+inline __m256i range_bits(__m256i halves) { return _mm256_add_epi16(halves, _mm256_set1_epi16(0x3bff)); }
+inline bool all_in_range(__m256i bits) { return _mm256_testc_si256(bits, _mm256_set1_epi16(0x4000)); }
 inline bool store_truncated(Half* p, Floats a, Floats b) {
   const __m256i halves = truncated(a, b);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
-  return !any_zero(range_bits(halves));
+  return all_in_range(range_bits(halves));
 }
 inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i halves = truncated(float_of_bits(a), float_of_bits(b));
-  const bool in_range = !any_zero(_mm256_min_epu16(range_bits(before), range_bits(halves)));
+  const bool in_range = all_in_range(_mm256_and_si256(range_bits(before), range_bits(halves)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
   const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(a.v, 5), _mm256_slli_epi32(b.v, 11), 0xaa);
   const __m256i lowest = _mm256_setr_epi32(0x0c080400, 0x0e0a0602, -1, -1, 0x0c080400, 0x0e0a0602, -1, -1);
