@@ -5,7 +5,6 @@
 
 #include "../core/normal.h"
 #include "../core/storage.h"
-#include "half_range.h"
 
 namespace zoext::cpu::avx2 {
 
@@ -250,11 +249,14 @@ inline __m256i truncated(Floats a, Floats b) {
 // what is rounded to such a pattern was neither subnormal nor too large for float16.
 inline __m256i range_bits(__m256i halves) { return _mm256_add_epi16(halves, _mm256_set1_epi16(0x3bff)); }
 inline bool all_in_range(__m256i bits) { return _mm256_testc_si256(bits, _mm256_set1_epi16(0x4000)); }
+// Whether all lanes are in range, so that what was written is right.
 inline bool store_truncated(Half* p, Floats a, Floats b) {
   const __m256i halves = truncated(a, b);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
   return all_in_range(range_bits(halves));
 }
+// The same for parts of 24 bits: the patterns of a and b hold the number plus half a unit of each part. Lanes have
+// to be in range before as well.
 inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i halves = truncated(float_of_bits(a), float_of_bits(b));

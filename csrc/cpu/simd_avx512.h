@@ -5,7 +5,6 @@
 
 #include "../core/normal.h"
 #include "../core/storage.h"
-#include "half_range.h"
 
 namespace zoext::cpu::avx512 {
 
@@ -249,15 +248,20 @@ inline __m512i truncated(Floats a, Floats b) {
   const __m256i second = _mm512_cvtps_ph(b.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
   return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
+// Not a magnitude above 0x0400, the smallest normal number, and up to 0x7400, which is 2^14: what is rounded to
+// such a pattern was neither subnormal nor too large for float16.
 inline __mmask32 out_of_range(__m512i halves) {
-  const __m512i moved = _mm512_add_epi16(halves, _mm512_set1_epi16(half_range_offset));
-  return _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(half_range_bits));
+  const __m512i moved = _mm512_add_epi16(halves, _mm512_set1_epi16(0x0bff));
+  return _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(0x7000));
 }
+// Whether all lanes are in range, so that what was written is right.
 inline bool store_truncated(Half* p, Floats a, Floats b) {
   const __m512i halves = truncated(a, b);
   _mm512_storeu_si512(p, halves);
-  return _kortestz_mask32_u8(out_of_range(halves), out_of_range(halves));
+  return out_of_range(halves) == 0;
 }
+// The same for parts of 24 bits: the patterns of a and b hold the number plus half a unit of each part. Lanes have
+// to be in range before as well.
 inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m512i halves = truncated(float_of_bits(a), float_of_bits(b));
   const bool in_range = _kortestz_mask32_u8(out_of_range(_mm512_loadu_si512(p)), out_of_range(halves));
