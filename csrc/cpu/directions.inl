@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) void for_each_group(const Field& field, ui
 
 template <int rounds>
 void words(const Field& field, uint64_t block, int64_t blocks, uint32_t* out) {
-  const Keys<rounds> keys{field.seed};
+  const NarrowKeys<rounds> keys{field.seed};
   for_each_stretch(block, blocks, [&](uint64_t first, int64_t done, int64_t count) __attribute__((always_inline)) {
     const Counters high(static_cast<uint32_t>(first >> 32)), key(field.key), stream(field.stream);
     Counters low = consecutive_blocks(static_cast<uint32_t>(first));

@@ -7,6 +7,7 @@
 #include "window.inl"
 #include "factored.inl"
 #include "storage.inl"
+#include "rounding.inl"
 #include "rows.inl"
 // clang-format on
 

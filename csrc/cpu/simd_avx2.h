@@ -5,7 +5,6 @@
 
 #include "../core/normal.h"
 #include "../core/storage.h"
-#include "half_range.h"
 
 namespace zoext::cpu::avx2 {
 
@@ -75,10 +74,26 @@ struct Keys {
   }
   __m256i first(int round) const { return keys[round][0]; }
   __m256i second(int round) const { return keys[round][1]; }
+};
+
+// The same for a loop that is soon over: they are spread over the lanes where they are read.
+template <int rounds>
+struct NarrowKeys {
+  uint32_t keys[rounds][2];
+
+  explicit NarrowKeys(uint64_t seed) {
+    for (int round = 0; round < rounds; ++round) {
+      keys[round][0] = RoundKeys{seed}.first(round);
+      keys[round][1] = RoundKeys{seed}.second(round);
+    }
+    asm volatile("" : : "r"(keys) : "memory");
+  }
+  __m256i first(int round) const { return _mm256_set1_epi32(static_cast<int>(keys[round][0])); }
+  __m256i second(int round) const { return _mm256_set1_epi32(static_cast<int>(keys[round][1])); }
 
   // Those of the rounds from `start` on.
   struct Later {
-    const Keys& all;
+    const NarrowKeys& all;
     int start;
     __m256i first(int round) const { return all.first(start + round); }
     __m256i second(int round) const { return all.second(start + round); }
@@ -230,24 +245,22 @@ inline __m256i truncated(Floats a, Floats b) {
   const __m128i second = _mm256_cvtps_ph(b.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
 }
-// Zero where a lane is out of range.
-inline __m256i range_bits(__m256i halves) {
-  const __m256i moved = _mm256_add_epi16(halves, _mm256_set1_epi16(half_range_offset));
-  return _mm256_and_si256(moved, _mm256_set1_epi16(half_range_bits));
-}
-inline bool any_zero(__m256i words) {
-  return _mm256_movemask_epi8(_mm256_cmpeq_epi16(words, _mm256_setzero_si256())) != 0;
-}
+// One bit is set where a magnitude is above 0x0400, the smallest normal number, and not above 0x4400, which is 4:
+// what is rounded to such a pattern was neither subnormal nor too large for float16.
+inline __m256i range_bits(__m256i halves) { return _mm256_add_epi16(halves, _mm256_set1_epi16(0x3bff)); }
+inline bool all_in_range(__m256i bits) { return _mm256_testc_si256(bits, _mm256_set1_epi16(0x4000)); }
+// Whether all lanes are in range, so that what was written is right.
 inline bool store_truncated(Half* p, Floats a, Floats b) {
   const __m256i halves = truncated(a, b);
-  if (any_zero(range_bits(halves))) return false;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
-  return true;
+  return all_in_range(range_bits(halves));
 }
+// The same for parts of 24 bits: the patterns of a and b hold the number plus half a unit of each part. Lanes have
+// to be in range before as well.
 inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i halves = truncated(float_of_bits(a), float_of_bits(b));
-  if (any_zero(_mm256_min_epu16(range_bits(before), range_bits(halves)))) return false;
+  const bool in_range = all_in_range(_mm256_and_si256(range_bits(before), range_bits(halves)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
   const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(a.v, 5), _mm256_slli_epi32(b.v, 11), 0xaa);
   const __m256i lowest = _mm256_setr_epi32(0x0c080400, 0x0e0a0602, -1, -1, 0x0c080400, 0x0e0a0602, -1, -1);
@@ -255,13 +268,13 @@ inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(words, lowest), order);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(residuals),
                    _mm_xor_si128(_mm256_castsi256_si128(bytes), _mm_set1_epi8(-128)));
-  return true;
+  return in_range;
 }
 
 // The words of a group of blocks in the order of their number.
 template <int rounds>
 inline __attribute__((always_inline)) void store_words(uint32_t* p, const Words<Counters>& counters,
-                                                       const Keys<rounds>& keys) {
+                                                       const NarrowKeys<rounds>& keys) {
   const Words<Counters> state = philox4x32<rounds - 1>(counters, keys);
   const Words<LastCounters> last{
       {LastCounters(state.w[0]), LastCounters(state.w[1]), LastCounters(state.w[2]), LastCounters(state.w[3])}};

@@ -5,7 +5,6 @@
 
 #include "../core/normal.h"
 #include "../core/storage.h"
-#include "half_range.h"
 
 namespace zoext::cpu::avx512 {
 
@@ -34,7 +33,7 @@ constexpr int blocks_per_group = vectors * blocks_per_vector;
 inline __m512i exchanged(__m512i a) { return _mm512_shuffle_epi32(a, _MM_PERM_CDAB); }
 
 inline Counters xor_of_three(Counters a, const Counters& b, __m512i key) {
-  for (int j = 0; j < vectors; ++j) a.v[j] = _mm512_ternarylogic_epi64(a.v[j], b.v[j], key, 0x96);
+  for (int j = 0; j < vectors; ++j) a.v[j] = _mm512_ternarylogic_epi32(a.v[j], b.v[j], key, 0x96);
   return a;
 }
 
@@ -71,10 +70,26 @@ struct Keys {
   }
   __m512i first(int round) const { return keys[round][0]; }
   __m512i second(int round) const { return keys[round][1]; }
+};
+
+// The same for a loop that is soon over: they are spread over the lanes where they are read.
+template <int rounds>
+struct NarrowKeys {
+  uint32_t keys[rounds][2];
+
+  explicit NarrowKeys(uint64_t seed) {
+    for (int round = 0; round < rounds; ++round) {
+      keys[round][0] = RoundKeys{seed}.first(round);
+      keys[round][1] = RoundKeys{seed}.second(round);
+    }
+    asm volatile("" : : "r"(keys) : "memory");
+  }
+  __m512i first(int round) const { return _mm512_set1_epi32(static_cast<int>(keys[round][0])); }
+  __m512i second(int round) const { return _mm512_set1_epi32(static_cast<int>(keys[round][1])); }
 
   // Those of the rounds from `start` on.
   struct Later {
-    const Keys& all;
+    const NarrowKeys& all;
     int start;
     __m512i first(int round) const { return all.first(start + round); }
     __m512i second(int round) const { return all.second(start + round); }
@@ -233,19 +248,23 @@ inline __m512i truncated(Floats a, Floats b) {
   const __m256i second = _mm512_cvtps_ph(b.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
   return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
+// Not a magnitude above 0x0400, the smallest normal number, and up to 0x7400, which is 2^14: what is rounded to
+// such a pattern was neither subnormal nor too large for float16.
 inline __mmask32 out_of_range(__m512i halves) {
-  const __m512i moved = _mm512_add_epi16(halves, _mm512_set1_epi16(half_range_offset));
-  return _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(half_range_bits));
+  const __m512i moved = _mm512_add_epi16(halves, _mm512_set1_epi16(0x0bff));
+  return _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(0x7000));
 }
+// Whether all lanes are in range, so that what was written is right.
 inline bool store_truncated(Half* p, Floats a, Floats b) {
   const __m512i halves = truncated(a, b);
-  if (out_of_range(halves)) return false;
   _mm512_storeu_si512(p, halves);
-  return true;
+  return out_of_range(halves) == 0;
 }
+// The same for parts of 24 bits: the patterns of a and b hold the number plus half a unit of each part. Lanes have
+// to be in range before as well.
 inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m512i halves = truncated(float_of_bits(a), float_of_bits(b));
-  if (!_kortestz_mask32_u8(out_of_range(_mm512_loadu_si512(p)), out_of_range(halves))) return false;
+  const bool in_range = _kortestz_mask32_u8(out_of_range(_mm512_loadu_si512(p)), out_of_range(halves));
   _mm512_storeu_si512(p, halves);
   const __m512i words = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), _mm512_srli_epi32(a.v, 5),
                                                   _mm512_slli_epi32(b.v, 11), 0xca);
@@ -254,13 +273,13 @@ inline bool replace_split(Half* p, int8_t* residuals, Ints a, Ints b) {
   const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(words, lowest));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(residuals),
                       _mm256_xor_si256(_mm512_castsi512_si256(bytes), _mm256_set1_epi8(-128)));
-  return true;
+  return in_range;
 }
 
 // The words of a group of blocks in the order of their number.
 template <int rounds>
 inline __attribute__((always_inline)) void store_words(uint32_t* p, const Words<Counters>& counters,
-                                                       const Keys<rounds>& keys) {
+                                                       const NarrowKeys<rounds>& keys) {
   const Words<Counters> state = philox4x32<rounds - 1>(counters, keys);
   const Words<LastCounters> last{
       {LastCounters(state.w[0]), LastCounters(state.w[1]), LastCounters(state.w[2]), LastCounters(state.w[3])}};

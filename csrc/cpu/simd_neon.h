@@ -35,6 +35,8 @@ inline Counters xor_of_three(Counters a, Counters b, uint32_t key) {
 
 template <int rounds>
 using Keys = RoundKeys;
+template <int rounds>
+using NarrowKeys = RoundKeys;
 
 inline Product<Counters> multiply_wide(uint32_t constant, Counters a) {
   const uint64x2_t p = vmull_n_u32(vmovn_u64(a.v[0]), constant), q = vmull_n_u32(vmovn_u64(a.v[1]), constant);
@@ -156,7 +158,7 @@ constexpr bool truncates_to_half = false;
 
 // The words of a group of blocks in the order of their number.
 template <int rounds>
-inline void store_words(uint32_t* p, const Words<Counters>& counters, const Keys<rounds>& keys) {
+inline void store_words(uint32_t* p, const Words<Counters>& counters, const NarrowKeys<rounds>& keys) {
   const Pairs pairs = pair_up(philox4x32<rounds>(counters, keys));
   Ints ordered[2 * vectors];
   in_order(pairs.first, pairs.second, ordered);

@@ -12,6 +12,8 @@ using Ints = uint32_t;
 using Counters = uint32_t;
 template <int rounds>
 using Keys = RoundKeys;
+template <int rounds>
+using NarrowKeys = RoundKeys;
 
 constexpr int lanes = 1;
 constexpr int blocks_per_group = 1;
@@ -57,7 +59,7 @@ constexpr bool truncates_to_half = false;
 
 // The words of a block in the order of their number.
 template <int rounds>
-inline void store_words(uint32_t* p, const Words<Counters>& counter, const Keys<rounds>& keys) {
+inline void store_words(uint32_t* p, const Words<Counters>& counter, const NarrowKeys<rounds>& keys) {
   const Words<uint32_t> words = philox4x32<rounds>(counter, keys);
   for (int i = 0; i < 4; ++i) p[i] = words.w[i];
 }

@@ -675,6 +675,32 @@ void all_displacements_are_the_cores(const InstructionSet& set, const std::vecto
   split_displacements_are_the_cores(set, theta);
 }
 
+// Moves from `weight` by steps of `change` in every lane, between normal numbers in an odd number of elements:
+// loops that take several packs at a time may not overlook one of them.
+void lanes_alone_are_the_cores(const InstructionSet& set, uint16_t weight, float change) {
+  constexpr int64_t count = 2 * 64 + 5;
+  for (int64_t lane = 0; lane < count; ++lane)
+    for (uint16_t sign : {0x0000, 0x8000}) {
+      std::vector<Half> theta(count, Half{0x3555}), rounded(count), nearest = theta;
+      theta[lane] = nearest[lane] = {static_cast<uint16_t>(sign | weight)};
+      std::vector<float> sum(count, 0.0f);
+      sum[lane] = change * static_cast<float>(lane - count / 2);
+      std::vector<uint16_t> random(count, static_cast<uint16_t>(509 * lane));
+      std::vector<int8_t> residuals(count, static_cast<int8_t>(97 * lane));
+      set.float16.displace_stochastically(rounded.data(), theta.data(), sum.data(), 0.0f, count, random.data());
+      set.float16.displace_split(nearest.data(), residuals.data(), sum.data(), 0.0f, count);
+      for (int64_t i = 0; i < count; ++i) {
+        const Half expected = round_stochastically<Half>(widen(theta[i]) + sum[i], random[i]);
+        const Split<Half> parts = split<Half>(join<Half>({theta[i], static_cast<int8_t>(97 * lane)}) + sum[i]);
+        CHECK(same(rounded[i], expected), "%s: element %d, %04x in lane %d becomes %04x, not %04x", set.name,
+              int(i), theta[lane].bits, int(lane), rounded[i].bits, expected.bits);
+        CHECK(same(nearest[i], parts.nearest) && residuals[i] == parts.residual,
+              "%s: element %d, %04x in lane %d becomes %04x with %d, not %04x with %d", set.name, int(i),
+              theta[lane].bits, int(lane), nearest[i].bits, residuals[i], parts.nearest.bits, parts.residual);
+      }
+    }
+}
+
 // The dot product of core/power_iteration.h, as it is described there.
 float plain_dot(const float* a, const float* b, int64_t length) {
   float lane[dot_lanes] = {};
@@ -754,6 +780,10 @@ void loops_are_the_cores(const InstructionSet& set) {
   displacements_are_the_cores(set, all_sizes<double>());
   all_displacements_are_the_cores(set, all_patterns<BFloat16>());
   all_displacements_are_the_cores(set, all_patterns<Half>());
+  // Around numbers that are zero, subnormal, the smallest normal one, 4, 2^14, the largest, infinite and none.
+  for (uint16_t weight : {0x0000, 0x0001, 0x03ff, 0x0400, 0x0401, 0x0402, 0x4400, 0x4401, 0x7400, 0x7401, 0x7bfe,
+                          0x7bff, 0x7c00, 0x7c01, 0x7e00})
+    for (float change : {0.0f, 0x1p-37f, 0x1p-31f, 0x1p-13f, 0.5f}) lanes_alone_are_the_cores(set, weight, change);
 }
 
 }  // namespace
