@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +14,8 @@ import zoext
 from zoext.directions import Direction
 from zoext.parameters import Parameters
 from zoext.updates import Move, State
+
+Closure = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,29 +44,32 @@ def setup(size: int) -> tuple[nn.Module, zoext.ZerothOrderOptimizer]:
     return model, zoext.ZerothOrderOptimizer(groups, update=Failing(size=size), lr=0.1, probe=probe)
 
 
-def test_between_two_groups() -> None:
-    model, optimizer = setup(size=3)
-    loss = lambda: model(torch.ones(5, dtype=torch.bfloat16)).float().square().sum()  # noqa: E731
+def torn(size: int) -> tuple[nn.Module, zoext.ZerothOrderOptimizer, Closure, State, State]:
+    """A run whose second step has failed: its parts, and the weights and the state before that step."""
+    model, optimizer = setup(size)
+
+    def loss() -> torch.Tensor:
+        return model(torch.ones(5, dtype=torch.bfloat16)).float().square().sum()
+
     optimizer.step(loss)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step(loss)
     assert optimizer.state_dict() == state
-    for again in (lambda: optimizer.step(loss), lambda: optimizer.estimate(loss)):
+    return model, optimizer, loss, weights, state
+
+
+def test_between_two_groups() -> None:
+    model, optimizer, loss, weights, state = torn(size=3)
+    for again in (optimizer.step, optimizer.estimate):
         with pytest.raises(RuntimeError, match="theta is between two steps; load the weights"):
-            again()
+            again(loss)
     model.load_state_dict(weights)
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(dict(state))
     assert optimizer.estimate(loss).finite
 
 
 def test_before_anything_moved() -> None:
-    model, optimizer = setup(size=1)
-    loss = lambda: model(torch.ones(5, dtype=torch.bfloat16)).float().square().sum()  # noqa: E731
-    optimizer.step(loss)
-    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(torch.OutOfMemoryError):
-        optimizer.step(loss)
-    assert optimizer.state_dict() == state
+    model, optimizer, loss, weights, _ = torn(size=1)
     assert all(model.state_dict()[name].equal(weight) for name, weight in weights.items())
     assert optimizer.estimate(loss).finite
