@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import: no test contacts a hub
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from zoext import _C
+
+# A shell that starts the tests in the background ignores Ctrl-C for them; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=_C.available_instruction_sets())

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from faulty_runs import FaultyRun
+from graphed_runs import same
 from torch import nn
 
 import zoext
+from zoext.trajectory.lines import read
 
 
 def record(
@@ -57,3 +59,14 @@ def forge_text(path: Path, line: int, old: str, new: str) -> None:
     assert found[line - 1].count(old) == 1, found[line - 1]
     found[line - 1] = found[line - 1].replace(old, new)
     write_bodies(path, [body.encode() for body in found])
+
+
+def steps_in(path: Path) -> list[int]:
+    """The steps that a file has whole and undamaged."""
+    return [line.record["step"] for line in read(path)][1:]
+
+
+def assert_replays(base: nn.Module, path: Path, run: FaultyRun) -> None:
+    model = copy.deepcopy(base)
+    zoext.replay(model, path)
+    assert same(dict(model.named_parameters()), dict(run.model.named_parameters()))
