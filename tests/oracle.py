@@ -91,10 +91,12 @@ def signs(seed: int, key: int, at: NDArray[np.uint64], stream: int = Stream.SIGN
 
 
 def rounding_bits(seed: int, key: int, at: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """16 bits an element, 8 elements a block of stream 3, of seven rounds, the low half of a word first."""
-    block_words = words(seed, key, Stream.ROUNDING, at // np.uint64(8), rounds=7)
+    """16 bits an element, 16 elements a block of stream 3, of seven rounds: the low half of a word first, and
+    after eight elements the same words again, rotated by a byte."""
+    block_words = words(seed, key, Stream.ROUNDING, at // np.uint64(16), rounds=7)
     word = block_words[np.arange(len(at)), at // np.uint64(2) % np.uint64(4)]
-    return np.where(at % np.uint64(2), word >> np.uint32(16), word & np.uint32(0xFFFF)).astype(np.uint32)
+    turned = np.where(at // np.uint64(8) % np.uint64(2), word << np.uint32(8) | word >> np.uint32(24), word)
+    return np.where(at % np.uint64(2), turned >> np.uint32(16), turned & np.uint32(0xFFFF)).astype(np.uint32)
 
 
 # --- Arithmetic -------------------------------------------------------------------------------------

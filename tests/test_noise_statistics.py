@@ -8,7 +8,7 @@ for each test function (the smallest p-value against 1e-4 / number of p-values, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import oracle
@@ -48,8 +48,7 @@ def signs(count: int, *, seed: int = SEED, key: int = 0) -> NDArray[np.float64]:
 
 def rounding_bits(count: int, *, seed: int = SEED, key: int = 0) -> NDArray[np.float64]:
     """Of the oracle, which the operators equal to the bit, in 0 .. 65535."""
-    blocks = oracle.words(seed, key, Stream.ROUNDING, np.arange(count // 8), rounds=7)
-    return np.stack([blocks & 0xFFFF, blocks >> 16], axis=-1).reshape(-1).astype(np.float64)
+    return oracle.rounding_bits(seed, key, np.arange(count, dtype=np.uint64)).astype(np.float64)
 
 
 def standardised_uniforms(bits: NDArray) -> NDArray:
@@ -198,15 +197,47 @@ def test_rounding_bits_are_uniform() -> None:
 
 
 def test_rounding_bits_do_not_correlate() -> None:
-    """Across distances, keys and seeds one bit apart, and with the normals and signs that they round."""
-    u = standardised_uniforms(rounding_bits(2**20, key=1))
-    pairs = [(u[:-lag].copy(), u[lag:].copy()) for lag in (*range(1, 25), 32, 64, 128)]
+    """Across distances, keys and seeds one bit apart, and with the normals and signs that they round.
+
+    In half a block, since its other half has the same bytes: see below.
+    """
+    u = standardised_uniforms(rounding_bits(2**21, key=1))
+    first = u.reshape(-1, 2, 8)[:, 0].ravel()
+    pairs = [(first[:-lag].copy(), first[lag:].copy()) for lag in (*range(1, 25), 32, 64, 128)]
     fields = [rounding_bits(2**18, key=key) for key in (0, 1, 2, 2**16, 2**31)]
     fields += [rounding_bits(2**18, seed=SEED ^ 1 << bit) for bit in range(0, 64, 7)]
     uniforms = [standardised_uniforms(field) for field in fields]
     p_values = correlation_p_values([*pairs, *combinations(uniforms, 2)])
     others = normals(2**18), standardised_squares(normals(2**18)), signs(2**18)
     assert_plausible([*p_values, *correlation_p_values((uniforms[0], other) for other in others)])
+
+
+def test_halves_of_a_block_go_up_together_as_if_independent() -> None:
+    """Of all words, for every two elements of different halves and many fractions: to 1/1000."""
+    byte = np.arange(256, dtype=np.uint32)
+    # All that two elements depend on are three bytes; elements of other places have others of the same kind.
+    upper, shared, lower = np.meshgrid(byte, byte, byte, indexing="ij", sparse=True)
+    for fraction in (1, 3, 40, 256, 300, 5000, 2**15, 65000):
+        is_first_up = (upper << 8 | shared) + np.uint32(fraction) >= 2**16
+        for other in (1, 3, 40, 255, 256, 2000, 2**14, 65280):
+            is_second_up = (shared << 8 | lower) + np.uint32(other) >= 2**16
+            both = (is_first_up & is_second_up).mean()
+            assert abs(both - fraction * other / 2**32) <= 1 / 1000
+
+
+def test_two_halves_of_a_block_share_bytes_crosswise() -> None:
+    """What the test above takes for granted, of the bits as they are."""
+    bits = rounding_bits(2**12).astype(np.int64).reshape(-1, 2, 8)
+    for i, j in product(range(8), range(8)):
+        first, second = bits[:, 0, i], bits[:, 1, j]
+        is_same = {
+            (a, b): bool(((first >> a & 255) == (second >> b & 255)).all()) for a in (0, 8) for b in (0, 8)
+        }
+        in_one_word = i // 2 == j // 2
+        crosswise = is_same[0, 8] + is_same[8, 0]
+        assert not is_same[0, 0]
+        assert not is_same[8, 8]
+        assert crosswise == in_one_word
 
 
 def test_consecutive_steps_round_independently() -> None:

@@ -21,9 +21,9 @@ void time_tiles(benchmark::State& state, Write write) {
   state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(sizeof(tile)));
 }
 
-void rounding_words(benchmark::State& state, const cpu::InstructionSet& set) {
-  time_tiles<uint32_t>(
-      state, [&](uint64_t index, uint32_t* tile) { set.rounding_words(field, index / 4, count / 4, tile); });
+void rounding_bits(benchmark::State& state, const cpu::InstructionSet& set) {
+  time_tiles<uint16_t>(state,
+                       [&](uint64_t index, uint16_t* tile) { set.rounding_bits(field, index, count, tile); });
 }
 
 void time_direction(benchmark::State& state, const cpu::DirectionLoops<float>& direction) {
@@ -34,7 +34,7 @@ void time_direction(benchmark::State& state, const cpu::DirectionLoops<float>& d
 }  // namespace
 
 void register_noise() {
-  for_each_set("noise/rounding_words", rounding_words);
+  for_each_set("noise/rounding_bits", rounding_bits);
   for_each_set("noise/normals", [](benchmark::State& state, const cpu::InstructionSet& set) {
     time_direction(state, set.single.normals);
   });

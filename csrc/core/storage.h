@@ -116,11 +116,15 @@ ZOEXT_HD Half round_stochastically<Half>(float a, uint32_t random) {
   return {static_cast<uint16_t>((bits & 0x80000000u) >> 16 | pattern >> 13)};
 }
 
-constexpr int roundings_per_block = 8;  // 16 random bits an element
+// 16 random bits an element. The second eight elements of a block read its words again, a byte farther: uniform
+// bits for each, and any two of them share at most the lower byte of one, which is the upper byte of the other.
+// So they both go up with the product of their probabilities to 1/1000.
+constexpr int roundings_per_block = 16;
 
 // The bits of the element that is number `i` of its block.
 ZOEXT_HD uint32_t rounding_bits(const Words<uint32_t>& block, int i) {
-  return i % 2 ? block.w[i / 2] >> 16 : block.w[i / 2] & 0xffffu;
+  const uint32_t word = block.w[i % 8 / 2], turned = i < 8 ? word : word << 8 | word >> 24;
+  return turned >> 16 * (i % 2) & 0xffffu;
 }
 
 // A block of them. One bit is decided by each, and no statistic of directions depends on it, so that as few

@@ -5,7 +5,7 @@ constexpr int packs_per_group = words_per_group / lanes;
 constexpr int pairs_per_group = packs_per_group / 2;
 
 // Or a group that begins just below a carry of the counter would be written past the end of a tile.
-static_assert(tile_alignment % (roundings_per_block * blocks_per_group) == 0);
+static_assert(tile_alignment % (4 * blocks_per_group) == 0 && tile_alignment % roundings_per_block == 0);
 static_assert(tile_elements % tile_alignment == 0);
 
 // Calls f(first, done, count) for stretches of blocks: `count` from `first` on, after `done` others. The high
@@ -55,6 +55,20 @@ void words(const Field& field, uint64_t block, int64_t blocks, uint32_t* out) {
       store_words<rounds>(out + (done + i) * 4, Words<Counters>{{low, high, key, stream}}, keys);
     }
   });
+}
+
+// Words of stretches that end within a group: they are written whole, over what a stretch after them writes again.
+void rounding_bits(const Field& field, uint64_t index, int64_t count, uint16_t* out) {
+  using Block = uint32_t __attribute__((vector_size(16)));
+  alignas(64) uint32_t blocks[4 * tile_elements / roundings_per_block + words_per_group];
+  words<least_rounds>(field, index / roundings_per_block, count / roundings_per_block, blocks);
+  for (int64_t i = 0; i < count; i += roundings_per_block) {
+    Block block;
+    std::memcpy(&block, blocks + i / 4, sizeof block);
+    const Block turned = block << 8 | block >> 24;
+    std::memcpy(out + i, &block, sizeof block);
+    std::memcpy(out + i + 8, &turned, sizeof turned);
+  }
 }
 
 inline __attribute__((always_inline)) void normals_of(const Pairs& pairs, Floats (&z)[packs_per_group]) {

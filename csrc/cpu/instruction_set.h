@@ -14,7 +14,7 @@
 
 namespace zoext::cpu {
 
-constexpr int tile_alignment = 256;  // a power of two: whole groups of Philox blocks, also of rounding bits
+constexpr int tile_alignment = 256;  // a power of two: whole groups of Philox blocks
 constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 
 // Weights that will be needed next. They are asked for line by line while noise is computed: the
@@ -140,7 +140,8 @@ struct RowLoops {
 
 struct InstructionSet {
   const char* name;
-  void (*rounding_words)(const Field&, uint64_t block, int64_t blocks, uint32_t* out);
+  // 16 for each of at most `tile_elements` elements.
+  void (*rounding_bits)(const Field&, uint64_t index, int64_t count, uint16_t* out);
   ArithmeticLoops<float> single;
   ArithmeticLoops<double> twice;
   StorageLoops<float> float32;

@@ -28,7 +28,7 @@ constexpr RoundedLoops<Storage> rounded_loops{storage_loops<Storage>, &displace_
 
 const InstructionSet instruction_set{
     name,
-    words<least_rounds>,
+    rounding_bits,
     arithmetic_loops<float>,
     arithmetic_loops<double>,
     storage_loops<float>,

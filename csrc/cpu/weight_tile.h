@@ -52,10 +52,10 @@ class WeightTile {
     if constexpr (can_round<Storage>) {
       if (residuals_) return loops.displace_split(out_, residuals_, change, ending.decay, tile_.count);
       if (ending.rounding_seed) {
-        alignas(64) uint32_t random[tile_elements / 2];
-        fill_rounding_bits(*ending.rounding_seed, random);
-        loops.displace_stochastically(out_, theta_, change, ending.decay, tile_.count,
-                                      reinterpret_cast<const uint16_t*>(random) + tile_.lead());
+        alignas(64) uint16_t random[tile_elements];  // of the tile's aligned stretch
+        const Field field{*ending.rounding_seed, key_, static_cast<uint32_t>(Stream::rounding)};
+        set_.rounding_bits(field, tile_.aligned_index(), tile_.aligned_count(), random);
+        loops.displace_stochastically(out_, theta_, change, ending.decay, tile_.count, random + tile_.lead());
         theta_ = out_;
         return;
       }
@@ -65,13 +65,6 @@ class WeightTile {
   }
 
  private:
-  // 16 random bits for each element of the tile's aligned stretch.
-  void fill_rounding_bits(uint64_t seed, uint32_t* words) const {
-    const Field field{seed, key_, static_cast<uint32_t>(Stream::rounding)};
-    set_.rounding_words(field, tile_.aligned_index() / roundings_per_block,
-                        tile_.aligned_count() / roundings_per_block, words);
-  }
-
   const InstructionSet& set_;
   const Tile tile_;
   const uint32_t key_;

@@ -217,7 +217,12 @@ struct WholeShareInPlace : WholeShare<Storage, Tiling> {
     return Base::is_whole_chunk(slot, number) && is_aligned;
   }
 
-  ZOEXT_HD void advance() { Base::advance(), beside += Tiling::stride; }
+  ZOEXT_HD void advance() {
+    Base::advance(), beside += Tiling::stride;
+#if defined(__CUDA_ARCH__)
+    asm("" : "+l"(to), "+l"(beside));  // or nvcc keeps each twice, to read and to write
+#endif
+  }
 
   ZOEXT_HD const Storage* theta(const Slot&) const { return to; }
   ZOEXT_HD int8_t* residuals(const Slot&) const { return beside; }

@@ -49,7 +49,7 @@ struct Group {
   __device__ void load(const Storage* share, const WholePart& part) {
     const auto from = reinterpret_cast<const Access*>(share + part.offset);
 #pragma unroll
-    for (int a = 0; a < accesses; ++a) access[a] = from[a];
+    for (int a = 0; a < accesses; ++a) access[a] = __ldca(from + a);
   }
 
   __device__ void store(Storage* share, const WholePart& part) const {

@@ -7,16 +7,21 @@
 
 namespace zoext::cuda {
 
-// The random words of a share: a block for each group.
+// The random words of a share: for each group those of its half of a block.
 template <class Tiling>
 struct RoundingWords {
   Words<uint32_t> of[Tiling::groups];
 
   __device__ RoundingWords(const Field& field, uint64_t index) {
-    static_assert(Tiling::vector == roundings_per_block && Tiling::step % Tiling::vector == 0, "a block a group");
+    static_assert(2 * Tiling::vector == roundings_per_block && Tiling::step % roundings_per_block == 0,
+                  "all groups are the same half of their blocks");
+    const uint32_t turn = index / Tiling::vector % 2 * 8;
 #pragma unroll
-    for (int g = 0; g < Tiling::groups; ++g)
+    for (int g = 0; g < Tiling::groups; ++g) {
       of[g] = rounding_words(field, (index + g * Tiling::step) / roundings_per_block);
+#pragma unroll
+      for (uint32_t& word : of[g].w) word = __funnelshift_l(word, word, turn);
+    }
   }
 
   // Before whatever follows: nvcc would else make them where they are used.
@@ -46,9 +51,6 @@ __device__ __forceinline__ uint32_t second_bytes(const uint32_t* words) {
   return __byte_perm(__byte_perm(words[0], words[1], 0x0051), __byte_perm(words[2], words[3], 0x0051), 0x5410);
 }
 
-// The highest bit of each half of a word: whether it is not a zero in 16 bits, of either sign.
-__device__ __forceinline__ uint32_t nonzero_halves(uint32_t word) { return (word & 0x7fff7fffu) + 0x7fff7fffu; }
-
 // False for what is no number, too.
 __device__ __forceinline__ bool is_below(float limit, float a) { return fabsf(a) < limit; }
 
@@ -73,6 +75,10 @@ struct Pair<BFloat16> {
   // Patterns are joined to numbers in this unit.
   static constexpr float unit = 1.0f;
 
+  // What the patterns of infinities and of no numbers are joined to is not below, nor is what a zero and a
+  // residual that leads below it are joined to: a carry makes all bits of the exponent ones.
+  static constexpr float join_limit = __builtin_inff();
+
   static __device__ uint32_t round_to_nearest(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
     return reinterpret_cast<const uint32_t&>(pair);
@@ -95,7 +101,8 @@ struct Pair<BFloat16> {
 template <>
 struct Pair<Half> {
   static constexpr float stochastic_limit = 65504.0f, split_limit = 0x1.ffdfep+15f;
-  static constexpr float unit = 0x1p112f;  // see half_pattern
+  static constexpr float unit = 0x1p112f;               // see half_pattern
+  static constexpr float join_limit = 65520.0f / unit;  // the largest number with its largest residual is below
 
   static __device__ uint32_t round_to_nearest(float a, float b) {
     const __half2 pair = __floats2half2_rn(a, b);
@@ -184,9 +191,7 @@ struct PairRounder {
 #pragma unroll
     for (int i = 0; i < vector; i += 4) {
       const uint32_t first = group.word[i / 2], second = group.word[i / 2 + 1];
-      // Beside zero the upper bit is set, as it is in the patterns of residuals from 0 on.
-      const uint32_t nonzero = __byte_perm(nonzero_halves(first), nonzero_halves(second), 0x7531);
-      const uint32_t bytes = (residuals.word[i / 4] ^ 0x80808080u) | (~nonzero & 0x80808080u);
+      const uint32_t bytes = residuals.word[i / 4] ^ 0x80808080u;
       const uint32_t even = bytes & (0x00ff00ffu | Two::last_byte_mask << 8 | Two::last_byte_mask << 24);
       const uint32_t odd = bytes & (0xff00ff00u | Two::last_byte_mask | Two::last_byte_mask << 16);
       numbers[i] = Two::join(__byte_perm(first, even, 0x1045));
@@ -194,13 +199,11 @@ struct PairRounder {
       numbers[i + 2] = Two::join(__byte_perm(second, even, 0x1065));
       numbers[i + 3] = Two::join(__byte_perm(second, odd, 0x3274));
     }
-    if constexpr (std::is_same_v<Storage, Half>) {
-      // The patterns of infinities and of no numbers are not those of longer floats.
-      if (has_largest_exponent(group))
+    if (!are_below(Two::join_limit, numbers))
 #pragma unroll
-        for (int i = 0; i < vector; ++i)
-          if ((group.element[i].bits & 0x7c00u) == 0x7c00u) numbers[i] = widen(group.element[i]);
-    }
+      for (int i = 0; i < vector; ++i)
+        if (!is_below(Two::join_limit, numbers[i]))
+          numbers[i] = multiply(zoext::join<Storage>({group.element[i], residuals.element[i]}), 1 / Two::unit);
   }
 
  private:
@@ -211,15 +214,6 @@ struct PairRounder {
     for (int i = 0; i < vector; ++i)
       if (!is_below(limit, exact[i]))
         group.word[i / 2] = __byte_perm(group.word[i / 2], nearest.word[i / 2], i % 2 ? 0x7610 : 0x3254);
-  }
-
-  static __device__ bool has_largest_exponent(const Weights& group) {
-    const auto magnitudes = [&](int i) { return __habs2(reinterpret_cast<const __half2&>(group.word[i])); };
-    __half2 largest = magnitudes(0);
-#pragma unroll
-    for (int i = 1; i < vector / 2; ++i) largest = __hmax2_nan(largest, magnitudes(i));
-    // From 0x7c00 on a pattern reaches the place of the sign.
-    return ((reinterpret_cast<const uint32_t&>(largest) + 0x04000400u) & 0x80008000u) != 0u;
   }
 };
 

@@ -440,24 +440,22 @@ const std::vector<uint64_t> starts = {0,
                                       tile_alignment,
                                       (1ull << 34) - tile_alignment,
                                       (1ull << 34) - 5 * tile_alignment,
-                                      (1ull << 35) - tile_alignment,
-                                      (1ull << 35) - 2 * tile_alignment,
+                                      (1ull << 36) - tile_alignment,
+                                      (1ull << 36) - 2 * tile_alignment,
                                       (1ull << 39) - 3 * tile_alignment,
                                       (1ull << 62) - tile_alignment};
 
-void rounding_words_are_the_cores(const InstructionSet& set) {
+void rounding_bits_are_the_cores(const InstructionSet& set) {
   const Field field{0xfedcba9876543210ull, 9, 3};
   for (uint64_t start : starts)
     for (int64_t count : {tile_alignment, 3 * tile_alignment, tile_elements}) {
-      const uint64_t block = start / roundings_per_block;
-      const int64_t blocks = count / roundings_per_block;
-      std::vector<uint32_t> out(4 * blocks + 64, 0xabcdef01u);
-      set.rounding_words(field, block, blocks, out.data());
-      for (int64_t i = 0; i < 4 * blocks; ++i)
-        CHECK(out[i] == rounding_words(field, block + i / 4).w[i % 4], "%s: word %d from %llu", set.name, int(i),
+      std::vector<uint16_t> out(count + 64, 0xabcd);
+      set.rounding_bits(field, start, count, out.data());
+      for (int64_t i = 0; i < count; ++i)
+        CHECK(out[i] == rounding_bits(field, start + i), "%s: element %d from %llu", set.name, int(i),
               static_cast<unsigned long long>(start));
-      for (size_t i = 4 * blocks; i < out.size(); ++i)
-        CHECK(out[i] == 0xabcdef01u, "%s writes beyond %d words", set.name, int(4 * blocks));
+      for (size_t i = count; i < out.size(); ++i)
+        CHECK(out[i] == 0xabcd, "%s writes beyond %d elements", set.name, int(count));
     }
 }
 
@@ -760,7 +758,7 @@ std::vector<Number> all_sizes() {
 }
 
 void loops_are_the_cores(const InstructionSet& set) {
-  rounding_words_are_the_cores(set);
+  rounding_bits_are_the_cores(set);
   terms_are_the_cores(set, set.single.normals, core_normal);
   terms_are_the_cores(set, set.single.signs, core_sign);
   terms_are_the_cores(set, set.twice.normals, core_normal);
