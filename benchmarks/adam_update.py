@@ -7,8 +7,6 @@ The moments of the last ten estimates are made anew from their seeds in every up
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from zoext import ops
@@ -75,9 +73,7 @@ class AdamUpdate:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     options.add_measuring_arguments(parser, repeats=5)
     options.add_model_arguments(parser)
     arguments = parser.parse_args()

@@ -5,7 +5,6 @@ python benchmarks/dense_pass.py --threads 2 --json dense_pass.json
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -80,9 +79,7 @@ def add_variants(report: Report, label: str, times: dict[str, Spread], count: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     options.add_measuring_arguments(parser, repeats=9)
     options.add_model_arguments(parser)
     arguments = parser.parse_args()

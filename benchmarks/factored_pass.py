@@ -8,7 +8,6 @@ A pass of one term of rank 1, as AGZO makes (arXiv 2601.17261), one of rank 2, a
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 
 import torch
@@ -94,9 +93,7 @@ def add_figures(report: Report, label: str, times: dict[str, Spread]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     options.add_measuring_arguments(parser, repeats=9)
     options.add_model_arguments(parser)
     arguments = parser.parse_args()

@@ -56,9 +56,7 @@ def named_size(text: str) -> tuple[str, Size]:
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     options.add_measuring_arguments(parser, repeats=9)
     parser.set_defaults(device=torch.device("cuda"))
     parser.add_argument(
@@ -70,14 +68,9 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"{', '.join(SIZES)} or LAYERSxWIDTHxVOCABULARY; default: 1.3b 7b",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time; default: all")
-    for name, default, meaning in (
-        ("--elements", 4_000_003, "that each operator is compared on"),
-        ("--batch", 16, "examples of a step's forwards"),
-        ("--tokens", 256, "of each example"),
-    ):
-        parser.add_argument(
-            name, type=options.positive, default=default, help=f"{meaning}; default: {default}"
-        )
+    options.add_count(parser, "--elements", 4_000_003, "that each operator is compared on")
+    options.add_count(parser, "--batch", 16, "examples of a step's forwards")
+    options.add_count(parser, "--tokens", 256, "of each example")
     arguments = parser.parse_args(argv)
     if arguments.device.type != "cuda":
         parser.error(f"argument --device: must be cuda or cuda:N, not {arguments.device}")

@@ -8,7 +8,6 @@ public peak rates predicts passes over weights in bfloat16 and float32. docs/per
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -21,7 +20,7 @@ from typing import Any
 
 from machine_code import Kernel, Loop, ToolMissing, kernels
 
-from zoext.benchmarking.arguments import writable
+from zoext.benchmarking import arguments as options
 
 PACKAGE = Path(__file__).parents[1] / "zoext"
 THREADS = 256  # csrc/cuda/chunks.h, threads_per_chunk
@@ -290,8 +289,8 @@ def as_rows(found: Sequence[Budget]) -> list[list[object]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures here as well")
+    parser = options.parser_of(__doc__)
+    options.add_json_argument(parser)
     parser.add_argument(
         "--shared-object", type=Path, metavar="FILE", help="default: that of the package beside this program"
     )

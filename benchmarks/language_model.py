@@ -132,21 +132,16 @@ def names_of_rivals(text: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     parser.add_argument("--folder", type=Path, default=FIXTURES, help="default: %(default)s")
     parser.add_argument("--rivals", type=names_of_rivals, default=list(RIVALS), metavar="'NAME; NAME'")
-    parser.add_argument("--seeds", type=options.positive, default=3, help="how many; default: %(default)s")
-    parser.add_argument("--steps", type=options.positive, default=1000, help="default: %(default)s")
-    parser.add_argument("--batch", type=options.positive, default=8, help="texts; default: %(default)s")
-    parser.add_argument("--tokens", type=options.positive, default=64, help="of a text; default: %(default)s")
+    options.add_count(parser, "--seeds", 3, "how many")
+    options.add_count(parser, "--steps", 1000)
+    options.add_count(parser, "--batch", 8, "texts")
+    options.add_count(parser, "--tokens", 64, "of a text")
     parser.add_argument("--lr", type=float, default=5e-5, help="default: %(default)s")
     parser.add_argument("--mu", type=float, default=1e-3, help="default: %(default)s")
-    parser.add_argument("--threads", type=options.positive, default=torch.get_num_threads())
-    parser.add_argument(
-        "--json", type=options.writable, metavar="FILE", help="write the figures here as well"
-    )
+    options.add_threads_and_json_arguments(parser)
     arguments = parser.parse_args()
     require_transformers()
     if not arguments.folder.is_dir():

@@ -66,9 +66,7 @@ def too_many(repeats: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     options.add_measuring_arguments(parser, repeats=7)
     options.add_model_arguments(parser)
     arguments = parser.parse_args()

@@ -69,9 +69,7 @@ def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spre
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     options.add_measuring_arguments(parser, repeats=9)
     options.add_model_arguments(parser)
     arguments = parser.parse_args()

@@ -107,18 +107,11 @@ def add(report: Report, dtype: torch.dtype, size: float, steps: int, arguments: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--elements", type=options.positive, default=4_000_037, help="default: %(default)s")
-    parser.add_argument(
-        "--steps", type=options.positive, default=100, help="beside one; default: %(default)s"
-    )
-    parser.add_argument("--repeats", type=options.positive, default=3, help="seeds; default: %(default)s")
-    parser.add_argument("--threads", type=options.positive, default=torch.get_num_threads())
-    parser.add_argument(
-        "--json", type=options.writable, metavar="FILE", help="write the figures here as well"
-    )
+    parser = options.parser_of(__doc__)
+    options.add_count(parser, "--elements", 4_000_037)
+    options.add_count(parser, "--steps", 100, "beside one")
+    options.add_count(parser, "--repeats", 3, "seeds")
+    options.add_threads_and_json_arguments(parser)
     arguments = parser.parse_args()
     title = f"Steps lr g z on {arguments.elements / 1e6:.2f} million weights of 16 bits"
     report = Report(title, options.settings_of(arguments))

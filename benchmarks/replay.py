@@ -10,7 +10,6 @@ probe are watched and take longer.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import statistics
@@ -97,18 +96,13 @@ def add(report: Report, method: str, rounds: list[Seconds], run_steps: int) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=options.positive, default=100, help="recorded; default: %(default)s")
-    parser.add_argument("--run-steps", type=options.positive, default=1000, help="default: %(default)s")
-    parser.add_argument("--repeats", type=options.positive, default=3, help="default: %(default)s")
-    parser.add_argument("--threads", type=options.positive, default=torch.get_num_threads())
-    parser.add_argument(
-        "--json", type=options.writable, metavar="FILE", help="write the figures here as well"
-    )
+    options.add_count(parser, "--steps", 100, "recorded")
+    options.add_count(parser, "--run-steps", 1000)
+    options.add_count(parser, "--repeats", 3)
+    options.add_threads_and_json_arguments(parser)
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     if unknown := [method for method in methods if method not in OPTIMIZERS]:

@@ -78,9 +78,7 @@ def measure(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser_of(__doc__)
     options.add_measuring_arguments(parser, repeats=1)
     options.add_model_arguments(parser)
     arguments = parser.parse_args()

@@ -20,9 +20,18 @@ CSRC = TESTS.parent / "csrc"
 COMPILER = os.environ.get("CXX", "c++")
 OPTIONS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", f"-I{CSRC}", "-w"]
 #: For each program the sources it is built with beside its own, and the end of what it prints.
-PROGRAMS = {
-    "test_core": (
-        [CSRC / "cpu" / "instruction_set.cpp", *sorted(CSRC.glob("cpu/isa_*.cpp"))],
+PROGRAMS: dict[str, tuple[list[Path], str]] = {
+    "test_words": ([], "words"),
+    "test_normals": ([], "normals"),
+    "test_storage": ([], "numbers of 16 and 24 bits"),
+    "test_formulas": ([], "steps and spans"),
+    "test_power_iteration": ([], "parts of the power iteration"),
+    "test_loops": (
+        [
+            *sorted(TESTS.glob("csrc/loops_*.cpp")),
+            CSRC / "cpu" / "instruction_set.cpp",
+            *sorted(CSRC.glob("cpu/isa_*.cpp")),
+        ],
         " ".join(_C.available_instruction_sets()),
     ),
     "test_chunks": ([], "how launches divide tensors"),

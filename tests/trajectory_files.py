@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from faulty_runs import FaultyRun
 from graphed_runs import same
 from torch import nn
 
 import zoext
+from zoext.trajectory import TrajectoryError
 from zoext.trajectory.lines import read
 
 
@@ -27,6 +29,13 @@ def record(
     with zoext.Trajectory(path, run.optimizer, frames=True):
         run.healthy(steps)
     return base, run
+
+
+def record_mezo(path: Path) -> tuple[nn.Module, Path]:
+    """The model that a run of MeZO began with, a bias frozen since, and its trajectory of four steps."""
+    base, _ = record(path)
+    base[3].bias.requires_grad_(False)
+    return base, path
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -70,3 +79,28 @@ def assert_replays(base: nn.Module, path: Path, run: FaultyRun) -> None:
     model = copy.deepcopy(base)
     zoext.replay(model, path)
     assert same(dict(model.named_parameters()), dict(run.model.named_parameters()))
+
+
+def refused(
+    target: nn.Module | zoext.ZerothOrderOptimizer, path: Path, *messages: str, **options: Any
+) -> TrajectoryError:
+    """The error of a replay, which leaves the target and all files alone."""
+    tensors = target.state_dict() if isinstance(target, nn.Module) else {}
+    parameters = (
+        list(target.parameters())
+        if isinstance(target, nn.Module)
+        else [tensor for group in target.param_groups for tensor in group["params"]]
+    )
+    tensors |= {str(number): tensor for number, tensor in enumerate(parameters)}
+    before = copy.deepcopy({name: tensor.detach() for name, tensor in tensors.items()})
+    flags = [parameter.requires_grad for parameter in parameters]
+    files = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with pytest.raises(TrajectoryError) as raised:
+        zoext.replay(target, path, **options)
+    assert same({name: tensor.detach() for name, tensor in tensors.items()}, before)
+    assert [parameter.requires_grad for parameter in parameters] == flags
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == files
+    for message in messages:
+        assert message in str(raised.value)
+    assert len(str(raised.value)) < 1500
+    return raised.value

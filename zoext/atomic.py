@@ -12,26 +12,24 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file ``path`` in one step."""
-    temporary = _temporary(path)
-    try:
+    with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.absolute().parent)
 
 
 def copy_tail(source: Path, start: int, path: Path) -> None:
     """Replaces the file ``path`` in one step by what ``source`` has from byte ``start`` on."""
+    with _replacing(path) as temporary, source.open("rb") as read, temporary.open("wb") as written:
+        read.seek(start)
+        shutil.copyfileobj(read, written)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``path`` at the end of the block, unless that raises."""
     temporary = _temporary(path)
     try:
-        with source.open("rb") as read, temporary.open("wb") as written:
-            read.seek(start)
-            shutil.copyfileobj(read, written)
-            written.flush()
-            os.fsync(written.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstring>
 
 inline long checks = 0, failures = 0;
 
@@ -14,6 +15,12 @@ inline long checks = 0, failures = 0;
       std::printf("\n");                                                \
     }                                                                   \
   } while (false)
+
+// Bit for bit: tells zeros of either sign apart, and NaN is itself.
+template <class Number>
+bool same(Number a, Number b) {
+  return std::memcmp(&a, &b, sizeof a) == 0;
+}
 
 // The exit status, after one line about the checks and what they were made with.
 inline int finish(const char* with) {

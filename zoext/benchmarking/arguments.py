@@ -13,24 +13,40 @@ import torch
 from zoext.benchmarking.dense_pass import Shape, opt_shapes
 
 
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """For a program whose docstring is the description: its lines stay as they are."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     """How to measure, and where to write the figures."""
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures here as well")
+    add_json_argument(parser)
     parser.add_argument(
         "--device",
         type=_device,
         default=torch.device("cpu"),
         help="where to measure; default: %(default)s",
     )
-    parser.add_argument(
-        "--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive,
-        default=repeats,
-        help="rounds, after one to warm up; default: %(default)s",
-    )
+    add_count(parser, "--threads", torch.get_num_threads())
+    add_count(parser, "--repeats", repeats, "rounds, after one to warm up")
+
+
+def add_threads_and_json_arguments(parser: argparse.ArgumentParser) -> None:
+    """For a program that runs on the CPU alone and has its own way to repeat."""
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    add_json_argument(parser)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures here as well")
+
+
+def add_count(parser: argparse.ArgumentParser, name: str, default: int, meaning: str = "") -> None:
+    """An integer of at least 1, whose help ends with the default."""
+    help_text = f"{meaning}; default: %(default)s" if meaning else "default: %(default)s"
+    parser.add_argument(name, type=positive, default=default, help=help_text)
 
 
 def writable(text: str) -> Path:
@@ -43,9 +59,9 @@ def writable(text: str) -> Path:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The size of the OPT decoder; the defaults are OPT-125M."""
-    parser.add_argument("--layers", type=positive, default=12, help="default: %(default)s")
-    parser.add_argument("--width", type=positive, default=768, help="default: %(default)s")
-    parser.add_argument("--vocabulary", type=positive, default=50272, help="default: %(default)s")
+    add_count(parser, "--layers", 12)
+    add_count(parser, "--width", 768)
+    add_count(parser, "--vocabulary", 50272)
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
