@@ -101,7 +101,7 @@ def _start_from_label_words(model: Any, tokenizer: Any) -> None:
     # which the order of sums in float32 is not, and a trajectory can be replayed on them only bit for bit.
     dtype = model.dtype
     model.double()
-    inputs = tokenizer(list(LABEL_WORDS), padding=True, return_tensors="pt")
+    inputs = models.encode(tokenizer, LABEL_WORDS, padding=True, return_tensors="pt")
     words = model.bert(**inputs).pooler_output
     model.classifier.weight.copy_(HEAD_SCALE * (words - words.mean(0)))
     model.classifier.bias.zero_()

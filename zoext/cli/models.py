@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +72,14 @@ def load_own(name: str, dtype: torch.dtype) -> tuple[Any, Any | None]:
         except (OSError, ValueError, KeyError):
             tokenizer = None
     return model.eval(), tokenizer
+
+
+def encode(tokenizer: Any, texts: Iterable[str], **options: Any) -> Any:
+    """What ``tokenizer`` makes of ``texts``; it stays as it was loaded.
+
+    One of tokenizers remembers how it last padded and truncated, and would write that into its file.
+    """
+    return copy.deepcopy(tokenizer)(list(texts), **options)
 
 
 def _transformers() -> Any:

@@ -89,9 +89,8 @@ def tokenize(
     tokenizer: Any, table: Table, max_length: int, classes: Sequence[str] | None = None
 ) -> tuple[Example, ...]:
     """Token ids once for the whole run, cut at ``max_length``, with the index of each label's class."""
-    rows: Sequence[list[int]] = tokenizer(list(table.texts), truncation=True, max_length=max_length)[
-        "input_ids"
-    ]
+    encoded = models.encode(tokenizer, table.texts, truncation=True, max_length=max_length)
+    rows: Sequence[list[int]] = encoded["input_ids"]
     if classes is None or table.labels is None:
         return tuple(Example(tuple(row)) for row in rows)
     indices = {name: index for index, name in enumerate(classes)}

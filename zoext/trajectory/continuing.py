@@ -88,7 +88,9 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
                 "checkpoint of that step or an earlier one, or record to another path"
             )
         at, setting = step.number, step.setting
-        used = step.frame.offset + step.frame.length if step.frame else used
+        if step.frame is not None:
+            frames.read(frames.path_beside(path), step.frame)  # for nothing but its check
+            used = step.frame.offset + step.frame.length
     if at > wanted:
         raise TrajectoryError(f"{path}: begins with step {at}, and the optimizer is at step {wanted}")
     if wanted == recording.header.step:
