@@ -50,8 +50,10 @@ class LowRank(Factored):
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
         for group in groups:
             for tensor, name in zip(group.tensors, group.names, strict=True):
+                if tensor.dim() < 2 or not tensor.numel():
+                    continue
                 rows, columns = matrix_shape(tensor)
-                if tensor.dim() > 1 and 0 < columns < self.rank:
+                if columns < self.rank:
                     raise ValueError(
                         f"rank must be at most the number of columns of every matrix, not {self.rank}: "
                         f"{name} is {rows} x {columns}; lower it, or freeze that parameter"
