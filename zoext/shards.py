@@ -28,7 +28,8 @@ class Block(NamedTuple):
 
     @classmethod
     def of_whole(cls, tensor: Tensor) -> Block:
-        return cls(tensor.shape, (0,) * tensor.dim(), tensor.shape, ops.span_of(tensor))
+        shape = tensor.shape  # once: this is done for every parameter at every step
+        return cls(shape, (0,) * len(shape), shape, ops.span_of(tensor))
 
     @classmethod
     def of_shard(cls, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Block:
