@@ -102,6 +102,16 @@ def test_vectors_are_dense_and_kernels_are_matrices() -> None:
     assert torch.allclose(bias, -optimizer.last_estimate.coefficients * z, rtol=1e-3, atol=1e-5)
 
 
+def test_numbers_and_empty_matrices_are_no_matrices() -> None:
+    """A parameter of no dimensions has dense directions, as vectors have."""
+    model = nn.ParameterDict({"scale": torch.tensor(2.0), "none": torch.empty(0, 1), "w": torch.ones(3, 2)})
+    optimizer = zoext.LOZO(model, rank=2, lr=1e-2, probe="inplace")
+    losses = iter((1.0, 2.0))
+    optimizer.step(lambda: next(losses))
+    assert model["scale"] != 2
+    assert (model["w"] != 1).all()
+
+
 def test_v_needs_no_state_to_resume() -> None:
     ends = []
     for interrupted in (False, True):

@@ -339,9 +339,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "no parameter requires grad, so none can move; unfreeze some with requires_grad_()"
             )
+        parameters.check_not_sharded(movable)
         parameters.check_one_device(movable)
         for group in movable:
-            for tensor, name in zip(group.tensors, group.names, strict=True):
+            for tensor, name in zip(group.owners, group.names, strict=True):
                 parameters.check(tensor, name)
         for options in self.param_groups:
             group_options.check_on_host(options)
@@ -455,7 +456,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self._rounding is Rounding.STOCHASTIC:
             movable = rounded(movable, self._rounding)
         moves = [self._move(step, position) for step in steps]
-        return self._axes.update.apply(self._axes.direction, movable, moves, state)
+        new = self._axes.update.apply(self._axes.direction, movable, moves, state)
+        movable.tell_autograd()
+        return new
 
     def _move(self, step: TakenStep, position: int) -> Move:
         lr, mu, weight_decay = step.options[position]

@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from zoext import ops
+from zoext import ops, shards
 from zoext.noise import FLOATING
+from zoext.shards import Block
 
-_Row = tuple[Tensor, int, ops.Span, str, int]
+_Row = tuple[Tensor, int, Block, str, int, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
     """Tensors that move together: what one call of an operator takes."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]  # of sharded parameters the parts of this rank
     keys: tuple[int, ...]
-    spans: tuple[ops.Span, ...]
+    blocks: tuple[Block, ...]  # their places in the unsharded parameters
     names: tuple[str, ...]
     addresses: tuple[int, ...]  # where the weights lay when this was made
+    owners: tuple[Tensor, ...]  # the parameters, as modules and the optimizer's state know them
     rounding: ops.Rounding = ops.Rounding.NEAREST  # of what is written to them
     residuals: tuple[Tensor, ...] = ()  # int8, one for each tensor where that is Rounding.RESIDUAL
 
@@ -32,28 +34,37 @@ class Parameters:
     def device(self) -> torch.device:
         return self.tensors[0].device
 
+    @property
+    def spans(self) -> tuple[ops.Span, ...]:
+        return tuple(block.span for block in self.blocks)
+
     def __len__(self) -> int:
         return len(self.tensors)
 
     def take(self, positions: Sequence[int]) -> Parameters:
         """Those at ``positions``."""
-        columns = (self.tensors, self.keys, self.spans, self.names, self.addresses)
+        columns = (self.tensors, self.keys, self.blocks, self.names, self.addresses, self.owners)
         taken = Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
         residuals = tuple(self.residuals[i] for i in positions) if self.residuals else ()
         return replace(taken, rounding=self.rounding, residuals=residuals)
 
+    def tell_autograd(self) -> None:
+        """Has autograd see that parts of parameters were written: a DTensor counts its versions itself."""
+        pairs = zip(self.owners, self.tensors, strict=True)
+        torch.autograd.graph.increment_version([owner for owner, part in pairs if owner is not part])
+
     def same_as(self, other: Parameters) -> bool:
-        """Whether the tensors are the same objects in the same memory, with the same keys."""
-        if (self.keys, self.spans, self.addresses) != (other.keys, other.spans, other.addresses):
+        """Whether the parameters are the same objects in the same memory, with the same keys."""
+        if (self.keys, self.blocks, self.addresses) != (other.keys, other.blocks, other.addresses):
             return False
         if len(self.residuals) != len(other.residuals):
             return False
-        pairs = zip(self.tensors + self.residuals, other.tensors + other.residuals, strict=True)
+        pairs = zip(self.owners + self.residuals, other.owners + other.residuals, strict=True)
         return all(a is b for a, b in pairs)
 
 
 def _from_rows(rows: Iterable[_Row]) -> Parameters:
-    columns = tuple(zip(*rows, strict=True)) or ((), (), (), (), ())
+    columns = tuple(zip(*rows, strict=True)) or ((),) * 6
     return Parameters(*columns)  # type: ignore[arg-type]
 
 
@@ -77,7 +88,8 @@ def _trainable_rows(group: dict[str, Any], first_key: int) -> Iterator[_Row]:
         if tensor.requires_grad:
             key = first_key + position
             name = names[position] if names else f"parameter {key}"
-            yield tensor, key, ops.span_of(tensor), name, tensor.data_ptr()
+            part = shards.part_of(tensor)
+            yield part, key, shards.block_of(tensor), name, part.data_ptr(), tensor
 
 
 def check(tensor: object, name: str) -> None:
@@ -86,23 +98,39 @@ def check(tensor: object, name: str) -> None:
         raise TypeError(f"params: {name} must be a Tensor, not {type(tensor).__name__}")
     if not tensor.requires_grad:
         return
-    remedy = None
+    obstacle = shards.obstacle(tensor) if shards.is_distributed(tensor) else None
+    if obstacle or (obstacle := _obstacle(shards.part_of(tensor))):
+        raise ValueError(f"params: {name} {obstacle}")
+
+
+def _obstacle(tensor: Tensor) -> str | None:
+    """Why a tensor that is all here cannot be moved, and what to do about it."""
     if isinstance(tensor, UninitializedParameter):
-        remedy = "is lazy and has no shape yet; run the model once first"
-    elif type(tensor.detach()) is not Tensor:
+        return "is lazy and has no shape yet; run the model once first"
+    if type(tensor.detach()) is not Tensor:
         kind = type(tensor.detach()).__name__
-        remedy = f"is a {kind}; only plain tensors can be moved, so freeze it with requires_grad_(False)"
-    elif tensor.is_meta:
-        remedy = "is on the meta device; give the model its weights first, with model.to_empty(device=...)"
-    elif tensor.layout != torch.strided:
-        remedy = f"has layout {tensor.layout}; use a dense tensor, or freeze it with requires_grad_(False)"
-    elif tensor.dtype not in FLOATING:
+        return f"is a {kind}; only plain tensors can be moved, so freeze it with requires_grad_(False)"
+    if tensor.is_meta:
+        return "is on the meta device; give the model its weights first, with model.to_empty(device=...)"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}; use a dense tensor, or freeze it with requires_grad_(False)"
+    if tensor.dtype not in FLOATING:
         known = ", ".join(map(str, FLOATING))
-        remedy = f"has dtype {tensor.dtype}; use one of {known}, or freeze it with requires_grad_(False)"
-    elif not tensor.is_contiguous():
-        remedy = "is not contiguous; use param.data = param.data.contiguous()"
-    if remedy:
-        raise ValueError(f"params: {name} {remedy}")
+        return f"has dtype {tensor.dtype}; use one of {known}, or freeze it with requires_grad_(False)"
+    if not tensor.is_contiguous():
+        return "is not contiguous; use param.data = param.data.contiguous()"
+    return None
+
+
+def check_not_sharded(groups: list[Parameters]) -> None:
+    """Raises for parameters of which this rank may have a part only."""
+    for group in groups:
+        for tensor, name in zip(group.owners, group.names, strict=True):
+            if shards.is_distributed(tensor):
+                raise ValueError(
+                    f"params: {name} is a DTensor; sharded parameters can be replayed but not yet trained: "
+                    "train the model before it is sharded, and replay that run on the shards"
+                )
 
 
 def check_one_device(groups: list[Parameters]) -> None:

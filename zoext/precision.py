@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoext.ops import Rounding
 from zoext.parameters import Parameters
+from zoext.shards import part_of
 
 #: The name under which ``optimizer.state`` has the residual of a parameter.
 RESIDUAL = "residual"
@@ -36,7 +37,8 @@ def with_residuals(
     parameters: Parameters, state: MutableMapping[Tensor, MutableMapping[str, Any]]
 ) -> Parameters:
     """The parameters with the residuals in ``state``, which gets zeros where it has none yet."""
-    residuals = tuple(_residual_of(tensor, state) for tensor in parameters.tensors)
+    pairs = zip(parameters.tensors, parameters.owners, strict=True)
+    residuals = tuple(_residual_of(tensor, owner, state) for tensor, owner in pairs)
     return dataclasses.replace(parameters, rounding=Rounding.RESIDUAL, residuals=residuals)
 
 
@@ -48,14 +50,18 @@ class _Uncast:
 
 
 def checked_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a parameter, for torch to load. Raises a ValueError if its residual does not fit."""
+    """The state of a parameter, for torch to load. Raises a ValueError if its residual does not fit.
+
+    Of a sharded parameter each rank has the residual of its part.
+    """
     residual = state.get(RESIDUAL)
     if residual is None:
         return dict(state)
-    if not isinstance(residual, Tensor) or residual.dtype != torch.int8 or residual.shape != tensor.shape:
+    shape = part_of(tensor).shape
+    if not isinstance(residual, Tensor) or residual.dtype != torch.int8 or residual.shape != shape:
         kind = f"{residual.dtype} {list(residual.shape)}" if isinstance(residual, Tensor) else repr(residual)
         raise ValueError(
-            f"state_dict has the residual {kind} for a parameter of shape {list(tensor.shape)}, which takes "
+            f"state_dict has the residual {kind} for a parameter of shape {list(shape)}, which takes "
             "int8 of that shape; load the state of the same model"
         )
     return {**state, RESIDUAL: _Uncast(residual)}
@@ -69,13 +75,15 @@ def own_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, RESIDUAL: residual.tensor.to(tensor.device, copy=True)}
 
 
-def _residual_of(tensor: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]) -> Tensor:
+def _residual_of(
+    tensor: Tensor, owner: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]
+) -> Tensor:
     if tensor.element_size() != 2:
-        state.get(tensor, {}).pop(RESIDUAL, None)  # of before it was made wider
+        state.get(owner, {}).pop(RESIDUAL, None)  # of before it was made wider
         empty = torch.empty(0, dtype=torch.int8, device=tensor.device)
         return _NO_RESIDUAL.setdefault(tensor.device, empty)
-    known: Tensor | None = state[tensor].get(RESIDUAL)
+    known: Tensor | None = state[owner].get(RESIDUAL)
     if known is None or known.shape != tensor.shape:
         known = torch.zeros(tensor.shape, dtype=torch.int8, device=tensor.device)
-    state[tensor][RESIDUAL] = known = known.to(tensor.device)  # a model may have been moved
+    state[owner][RESIDUAL] = known = known.to(tensor.device)  # a model may have been moved
     return known

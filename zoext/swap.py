@@ -15,6 +15,7 @@ from zoext.directions import Combination, Terms
 from zoext.interrupts import Signals
 from zoext.parameters import Parameters
 from zoext.profiling import Phase, record
+from zoext.shards import Block
 
 
 class StreamedProbeError(RuntimeError):
@@ -373,9 +374,15 @@ class ModuleSwap:
         width = output.shape[-1]
         tensors = output.view(-1, width).unbind(0)
         count = len(tensors)
-        spans = tuple((row * width, width, 0) for row in rows)
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        read = Parameters(tensors, parameters.keys * count, spans, parameters.names * count, addresses)
+        (table,), shape = parameters.owners, parameters.blocks[0].shape
+        read = Parameters(
+            tensors,
+            parameters.keys * count,
+            tuple(Block.of_shard(shape, (row, 0), (1, width)) for row in rows),
+            parameters.names * count,
+            tuple(tensor.data_ptr() for tensor in tensors),
+            (table,) * count,
+        )
         self._combination.direction.axpy_(read, [terms])
 
     def _restore(self, module: nn.Module) -> None:

@@ -108,7 +108,7 @@ void moments_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<
 }  // namespace
 
 void directions_are_the_cores(const InstructionSet& set) {
-  rounding_words_are_the_cores(set);
+  rounding_bits_are_the_cores(set);
   terms_are_the_cores(set, set.single.normals, core_normal);
   terms_are_the_cores(set, set.single.signs, core_sign);
   terms_are_the_cores(set, set.twice.normals, core_normal);

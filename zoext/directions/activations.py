@@ -42,7 +42,7 @@ def linear_layers(module: nn.Module, groups: Sequence[Parameters]) -> list[Layer
     names = {
         id(tensor): (key, name)
         for group in groups
-        for tensor, key, name in zip(group.tensors, group.keys, group.names, strict=True)
+        for tensor, key, name in zip(group.owners, group.keys, group.names, strict=True)
     }
     layers, used_otherwise = [], set()
     for part in module.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from zoext.directions.base import Direction, Frame, Terms, Window
 from zoext.directions.dense import Gaussian
 from zoext.directions.rectangle import decay_of, rectangle, terms_of
 from zoext.parameters import Parameters
+from zoext.shards import Block
 
 _DENSE = Gaussian()
 
@@ -102,9 +104,9 @@ class Factored(Direction):
         return Terms(terms.seeds, terms.coefficients * self.dense_scale, terms.frame)
 
 
-def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """A parameter of two dimensions or more as a matrix: rows, and all else as columns."""
-    return tensor.shape[0], tensor.numel() // max(tensor.shape[0], 1)
+    return shape[0], prod(shape[1:])
 
 
 def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
@@ -118,31 +120,44 @@ def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], 
 def _factors(matrices: Parameters, seeds: Tensor, frames: Sequence[Frame]) -> _Factors:
     """Left (float32 [T or 1, rank, m]) and right factors ([T or 1, rank, n]) of T terms, by matrix.
 
-    ``seeds`` is int64 [T]; ``frames`` has an entry for each of them.
+    ``seeds`` is int64 [T]; ``frames`` has an entry for each of them. Those of a sharded matrix are drawn for
+    all of it, and m and n are those of the block that is here.
     """
-    pairs = zip(matrices.keys, matrices.tensors, strict=True)
-    drawn = [_empty_drawn(key, tensor, frames) for key, tensor in pairs]
+    device = seeds.device
+    pairs = zip(matrices.keys, matrices.blocks, strict=True)
+    drawn = [_empty_drawn(key, block.shape, frames, device) for key, block in pairs]
     # The same stream whichever side it is: a layer that stores its weight transposed draws the same.
     stream = ops.Stream.LEFT_FACTOR
     spans = [ops.span_of(factor[0]) for factor in drawn]
     for k in range(seeds.numel()):
         ops.normal_([factor[k] for factor in drawn], seeds[k : k + 1], matrices.keys, spans, stream=stream)
     factors = _Factors([], [])
-    for key, factor in zip(matrices.keys, drawn, strict=True):
+    for key, block, factor in zip(matrices.keys, matrices.blocks, drawn, strict=True):
         given = _given(key, frames)
         is_right = any(key in frame.right for frame in frames)
-        factors.left.append(factor if is_right else given)
-        factors.right.append(given if is_right else factor)
+        left, right = (factor, given) if is_right else (given, factor)
+        factors.left.append(left if block.is_whole else _rows_of(block, left))
+        factors.right.append(right if block.is_whole else _columns_of(block, right))
     return factors
 
 
-def _empty_drawn(key: int, tensor: Tensor, frames: Sequence[Frame]) -> Tensor:
+def _rows_of(block: Block, left: Tensor) -> Tensor:
+    return left.narrow(-1, block.offsets[0], block.sizes[0]).contiguous()
+
+
+def _columns_of(block: Block, right: Tensor) -> Tensor:
+    columns: Tensor = right.unflatten(-1, block.shape[1:])
+    for dim in range(1, len(block.shape)):
+        columns = columns.narrow(1 + dim, block.offsets[dim], block.sizes[dim])
+    return columns.flatten(2).contiguous()
+
+
+def _empty_drawn(key: int, shape: Sequence[int], frames: Sequence[Frame], device: torch.device) -> Tensor:
     known = next(frame for frame in frames if frame.holds(key))
-    rows, columns = matrix_shape(tensor)
     draws_left = key in known.right
     rank = (known.right if draws_left else known.left)[key].shape[0]
-    shape = (len(frames), rank, rows if draws_left else columns)
-    return torch.empty(shape, dtype=torch.float32, device=tensor.device)
+    length = matrix_shape(shape)[0 if draws_left else 1]
+    return torch.empty((len(frames), rank, length), dtype=torch.float32, device=device)
 
 
 def _given(key: int, frames: Sequence[Frame]) -> Tensor:

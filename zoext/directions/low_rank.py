@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoext import ops
 from zoext.directions.base import Frame, Step, Terms
@@ -49,9 +49,11 @@ class LowRank(Factored):
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
         for group in groups:
-            for tensor, name in zip(group.tensors, group.names, strict=True):
-                rows, columns = matrix_shape(tensor)
-                if tensor.dim() > 1 and 0 < columns < self.rank:
+            for block, name in zip(group.blocks, group.names, strict=True):
+                if not _is_matrix(block.shape):
+                    continue
+                rows, columns = matrix_shape(block.shape)
+                if columns < self.rank:
                     raise ValueError(
                         f"rank must be at most the number of columns of every matrix, not {self.rank}: "
                         f"{name} is {rows} x {columns}; lower it, or freeze that parameter"
@@ -63,12 +65,12 @@ class LowRank(Factored):
     def frame(self, step: Step) -> Frame:
         """V of every matrix, from the seed of the step at which it was last drawn."""
         self.check(None, step.groups)  # parameters may have been thawed or added since
-        right = {
-            key: torch.empty((self.rank, matrix_shape(tensor)[1]), dtype=torch.float32, device=tensor.device)
-            for group in step.groups
-            for key, tensor in zip(group.keys, group.tensors, strict=True)
-            if tensor.dim() > 1 and tensor.numel()
-        }
+        right: dict[int, Tensor] = {}
+        for group in step.groups:
+            for key, block in zip(group.keys, group.blocks, strict=True):
+                if _is_matrix(block.shape):
+                    columns = matrix_shape(block.shape)[1]
+                    right[key] = torch.empty((self.rank, columns), dtype=torch.float32, device=group.device)
         factors = list(right.values())
         spans = [ops.span_of(factor) for factor in factors]
         ops.normal_(factors, step.seed, list(right), spans, stream=ops.Stream.RIGHT_FACTOR)
@@ -80,3 +82,7 @@ class LowRank(Factored):
         scale = 1 / self.rank  # a product, whose bits are the same on every device; a quotient's may differ
         scaled = {key: factor * scale for key, factor in terms.frame.right.items()}
         return Terms(terms.seeds, terms.coefficients, Frame(right=scaled))
+
+
+def _is_matrix(shape: Sequence[int]) -> bool:
+    return len(shape) > 1 and 0 not in shape

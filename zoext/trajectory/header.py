@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from zoext import noise, wrappers
+from zoext import noise, shards, wrappers
 from zoext.axes import Axes
 from zoext.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
@@ -52,8 +52,10 @@ class RecordedParameter:
         return f"is {ours}, not {self.dtype.removeprefix('torch.')} {list(self.shape)}"
 
     def changed(self, tensor: Tensor) -> str | None:
-        """Whether its weights differ from those that the run began with."""
-        return None if self.digest in ("", digest(tensor)) else "has other weights"
+        """Whether its weights differ from those that the run began with. A collective for a DTensor."""
+        if not self.digest:
+            return None
+        return None if digest(shards.whole(tensor)) == self.digest else "has other weights"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from zoext.trajectory.fields import TrajectoryError, shown
 from zoext.trajectory.header import Header, RecordedParameter, named_groups
 
 Groups = list[list[Tensor]]
+Difference = Callable[[RecordedParameter, Tensor], str | None]
 
 
 def find(header: Header, model: nn.Module, path: Path) -> Groups:
     """The parameters of ``model`` that the run had, in its groups.
 
     Raises:
-        TrajectoryError: for a model that is not the one, or has not the weights, that the run began with.
+        TrajectoryError: for a model that is not the one of the run.
     """
     # With the names that a wrapper gives them too: an optimizer of named parameters knows no others.
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(wrappers.named_parameters(model))}
@@ -33,7 +34,7 @@ def find(header: Header, model: nn.Module, path: Path) -> Groups:
             "parameters) is not in this one; give the model of the run, or an optimizer of its parameters"
         )
     groups = [[named[parameter.name] for parameter in group] for group in header.groups]
-    _check(header, groups, path)
+    _check(header, groups, path, RecordedParameter.unlike, "another model")
     return groups
 
 
@@ -54,7 +55,7 @@ def check_optimizer(header: Header, optimizer: ZerothOrderOptimizer, path: Path)
     groups = [[tensor for _, _, tensor in group] for group in named_groups(optimizer)]
     if [len(group) for group in groups] != [len(group) for group in header.groups]:
         raise TrajectoryError(f"{path}: is of other groups of parameters than the optimizer has")
-    _check(header, groups, path)
+    _check(header, groups, path, RecordedParameter.unlike, "another model")
 
 
 def remembers(optimizer: ZerothOrderOptimizer) -> bool:
@@ -63,23 +64,24 @@ def remembers(optimizer: ZerothOrderOptimizer) -> bool:
     return any(group["update_state"] for group in optimizer.param_groups) or any(map(Tensor.any, residuals))
 
 
-def _check(header: Header, groups: Groups, path: Path) -> None:
+def check_weights(header: Header, groups: Groups, path: Path) -> None:
+    """Raises a TrajectoryError for weights that the run did not begin with. A collective for DTensors."""
+    _check(header, groups, path, RecordedParameter.changed, "other weights")
+
+
+def _check(header: Header, groups: Groups, path: Path, check: Difference, what: str) -> None:
     pairs: list[tuple[RecordedParameter, Tensor]] = []
     for recorded, tensors in zip(header.groups, groups, strict=True):
         pairs += zip(recorded, tensors, strict=True)
-    for check, what in (
-        (RecordedParameter.unlike, "another model"),
-        (RecordedParameter.changed, "other weights"),
-    ):
-        different = [
-            (parameter.name, reason) for parameter, tensor in pairs if (reason := check(parameter, tensor))
-        ]
-        if different:
-            name, reason = different[0]
-            raise TrajectoryError(
-                f"{path}: begins with {what}: {name} {reason} ({len(different)} of {len(pairs)} "
-                "parameters differ); load what the run began with"
-            )
+    different = [
+        (parameter.name, reason) for parameter, tensor in pairs if (reason := check(parameter, tensor))
+    ]
+    if different:
+        name, reason = different[0]
+        raise TrajectoryError(
+            f"{path}: begins with {what}: {name} {reason} ({len(different)} of {len(pairs)} "
+            "parameters differ); load what the run began with"
+        )
 
 
 def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -> ZerothOrderOptimizer:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from zoext import parameters
 from zoext.directions import Frame
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.taken_step import TakenStep
@@ -55,7 +56,7 @@ class Trajectory:
 
     Raises:
         FileExistsError: if ``path`` exists, without ``resume``.
-        ValueError: for an optimizer that is in the middle of what it remembers.
+        ValueError: for an optimizer that is in the middle of what it remembers, and for sharded parameters.
         TrajectoryError: for a file that cannot be continued.
         BlockingIOError: if another recording is writing the file. It is locked until ``close``, or the end of
             the process; where the file system has no locks, a second one is told at its first write at best.
@@ -77,6 +78,7 @@ class Trajectory:
         self.path = Path(path)
         if optimizer.recorder is not None:
             raise ValueError("optimizer: its steps are recorded already; close that trajectory first")
+        parameters.check_not_sharded(parameters.trainable(optimizer.param_groups))
         self._optimizer = optimizer
         watches = optimizer._axes.direction.watches
         if watches and not frames and not resume:

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zoext import interrupts, noise
+from zoext import interrupts, noise, shards
 from zoext.directions import Frame, Step
 from zoext.directions.factored import Factored, matrix_shape
 from zoext.estimators import Estimate
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.taken_step import GroupOptions, TakenStep
 from zoext.trajectory import frames, matching
+from zoext.trajectory.agreement import agreed
 from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.reading import Part, read_until
 from zoext.trajectory.steps import RecordedStep, Setting
@@ -33,8 +34,11 @@ def replay(
 ) -> ZerothOrderOptimizer:
     """Moves the weights that a run began with to where it had them, bit for bit, without a forward.
 
-    The device, the number of threads and the instruction set may be others than those of the run. Many steps
-    go into one pass over the weights, each rounded as it was in the run.
+    The device, the number of threads, the instruction set and the way in which parameters are sharded may be
+    others than those of the run. Many steps go into one pass over the weights, each rounded as it was in the
+    run.
+
+    Where parameters are DTensors, all ranks that have parts of them must call this; if one refuses, all do.
 
     Args:
         target: the model, with the weights that the run began with; its parameters are found by name, and
@@ -52,7 +56,8 @@ def replay(
 
     Raises:
         TrajectoryError: for a trajectory that is damaged (within ``to_step``), of another version, or of
-            other weights, and for one of AGZO without its bases. No weight was moved.
+            other weights, and for one of AGZO without its bases; on one of several ranks also where another
+            refused, or read another trajectory. No weight was moved.
         ValueError: for a ``to_step`` that the trajectory does not reach.
         RuntimeError: for an optimizer whose steps are recorded.
         OSError: for a file that cannot be read.
@@ -60,12 +65,19 @@ def replay(
     paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(each) for each in path]
     if len(paths) != 1 and (not paths or to_step is not None or not isinstance(target, nn.Module)):
         raise ValueError("path: several trajectories are replayed whole, at least one, and on a module")
-    return replay_parts(target, [read_until(each, to_step) for each in paths])
+    with agreed(_tensors(target)):
+        parts = [read_until(each, to_step) for each in paths]
+    return replay_parts(target, parts)
 
 
 def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]) -> ZerothOrderOptimizer:
     """Replays what was read of one or several trajectories, as ``replay`` does."""
-    replays = [_Replay(target, part) for part in parts]
+    tensors = _tensors(target)
+    with agreed(tensors, on=" ".join(part.sha256 for part in parts)):
+        replays = [_Replay(target, part) for part in parts]
+    with agreed(tensors):
+        for each in replays:
+            each.check_weights()
     for each in replays:
         if not each.is_exact:
             warnings.warn(
@@ -78,14 +90,25 @@ def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]
     return replays[-1].optimizer
 
 
+def _tensors(target: nn.Module | ZerothOrderOptimizer) -> list[Tensor]:
+    """The parameters of ``target``, as they are between forwards."""
+    module = target if isinstance(target, nn.Module) else target._module
+    if module is not None:
+        shards.reshard(module)
+    if isinstance(target, nn.Module):
+        return list(target.parameters())
+    return [tensor for group in target.param_groups for tensor in group["params"]]
+
+
 class _Replay:
-    """A replay of which everything was read and checked."""
+    """A replay of which everything was read and checked but the weights."""
 
     def __init__(self, target: nn.Module | ZerothOrderOptimizer, part: Part) -> None:
         if isinstance(target, ZerothOrderOptimizer):
             target._check_not_recorded("replay")
         header, path = part.header, part.path
         self.path = path
+        self._header = header
         self.is_exact = header.exact
         self._steps = part.steps
         self._drawn: tuple[int, Frame] | None = None
@@ -109,10 +132,16 @@ class _Replay:
     def _settings(self) -> Iterable[Setting]:
         return {id(step.setting): step.setting for step in self._steps}.values()
 
+    @property
+    def _groups(self) -> matching.Groups:
+        return [group["params"] for group in self.optimizer.param_groups]
+
+    def check_weights(self) -> None:
+        matching.check_weights(self._header, self._groups, self.path)
+
     def run(self) -> None:
-        optimizer = self.optimizer
+        optimizer, groups = self.optimizer, self._groups
         optimizer._pending.clear()  # estimates at weights that there will not be any more
-        groups = [group["params"] for group in optimizer.param_groups]
         at_once = AT_ONCE_FACTORED if isinstance(optimizer._axes.direction, Factored) else AT_ONCE
         with torch.inference_mode(False), torch.no_grad():
             for setting, steps in groupby(self._steps, key=lambda step: step.setting):
@@ -206,7 +235,7 @@ def _fits(factor: Tensor, tensor: Tensor, side: int) -> bool:
     """Whether a factor is one of a matrix: float32 [rank, rows] on the left, [rank, columns] on the right."""
     if factor.dtype != torch.float32 or factor.dim() != 2 or tensor.dim() < 2:
         return False
-    length = matrix_shape(tensor)[side]
+    length = matrix_shape(tensor.shape)[side]
     return factor.shape[1] == length and 0 < factor.shape[0] <= length
 
 

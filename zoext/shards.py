@@ -1,0 +1,155 @@
+"""The part of a parameter that this rank holds, where torch has spread it over several (DTensor)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from zoext import ops
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+
+class Block(NamedTuple):
+    """The place of a tensor in the parameter that it is a block of, or all of."""
+
+    shape: tuple[int, ...]  # of the whole parameter
+    offsets: tuple[int, ...]  # of the block in it, by dimension
+    sizes: tuple[int, ...]  # of the block
+    span: ops.Span
+
+    @classmethod
+    def of_whole(cls, tensor: Tensor) -> Block:
+        shape = tensor.shape  # once: this is done for every parameter at every step
+        return cls(shape, (0,) * len(shape), shape, ops.span_of(tensor))
+
+    @classmethod
+    def of_shard(cls, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Block:
+        """A block that is cut along one dimension at most, or along the first and one other."""
+        strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+        cut = [dim for dim, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
+        last = cut[-1] if cut else 0
+        span = (base, max(prod(sizes[last:]), 1), prod(shape[last:]) if last else 0)
+        return cls(tuple(shape), tuple(offsets), tuple(sizes), span)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.sizes == self.shape
+
+
+def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, of which ``to_local()`` is the part of this rank."""
+    # Not imported: that takes seconds. There is no DTensor as long as nobody has.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """What this rank has of a parameter, in the memory of the parameter; all of it, if it is no DTensor."""
+    if is_distributed(tensor):
+        with torch.no_grad():
+            return tensor.to_local()
+    return tensor
+
+
+def block_of(tensor: Tensor) -> Block:
+    """Where ``part_of(tensor)`` lies in the whole parameter; there must be no ``obstacle``."""
+    if is_distributed(tensor):
+        sizes, offsets = _local_shape_and_offset(tensor)
+        return Block.of_shard(tensor.shape, offsets, sizes)
+    return Block.of_whole(tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a parameter, to be read. All ranks must ask for DTensors, and in the same order."""
+    if is_distributed(tensor):
+        with torch.no_grad():
+            return tensor.full_tensor()
+    return tensor
+
+
+def reshard(module: nn.Module) -> None:
+    """Has FSDP2 give up what it gathered for a forward: copies, which would not follow the parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for part in module.modules() if fsdp is not None else ():
+        if isinstance(part, fsdp.FSDPModule):  # type: ignore[union-attr]
+            part.reshard()
+
+
+def obstacle(tensor: DTensor) -> str | None:
+    """Why the part of this rank has no place that a span can describe, and what to do about it.
+
+    Apart from a rank that is outside of the mesh, and from parts of sizes of their own, it is the same on all
+    ranks.
+    """
+    from torch.distributed.tensor import Replicate
+
+    placements = tensor.placements
+    has = f"has the placements {', '.join(map(repr, placements))}"
+    remedy = "; redistribute() it to Shard(0), or freeze it with requires_grad_(False)"
+    if not all(isinstance(placement, Replicate) or _is_shard(placement) for placement in placements):
+        return f"{has}, of which Shard and Replicate can be moved{remedy}"
+    cut = sorted({_dim(placement) for placement in placements if _is_shard(placement)})
+    if len(cut) > 2 or (len(cut) == 2 and cut[0] != 0):
+        return f"{has}, which cut it along dimensions other than the first and one more{remedy}"
+    if not all(_is_consecutive(tensor, dim) for dim in cut):
+        return f"{has}, whose parts are not consecutive{remedy}"
+    if tensor.device_mesh.get_coordinate() is None:
+        return "is on a mesh that this rank is no part of; give each rank the modules that it has a part of"
+    expected, held = _local_shape_and_offset(tensor)[0], part_of(tensor).shape
+    if tuple(held) != tuple(expected):
+        return (
+            f"{has} and is {list(held)} on this rank, not {list(expected)}; make it with distribute_tensor()"
+        )
+    return None
+
+
+def _is_shard(placement: Placement) -> bool:
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+    return isinstance(placement, Shard | _StridedShard)
+
+
+def _dim(placement: Placement) -> int:
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim
+
+
+def _local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def _is_consecutive(tensor: DTensor, dim: int) -> bool:
+    """Whether what each rank has along ``dim`` is consecutive: strided shards (FSDP2 over TP) may not be."""
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placements, mesh = tensor.placements, tensor.device_mesh.shape
+    if not any(isinstance(placement, _StridedShard) for placement in placements):
+        return True
+    # Parts are told by where they begin and how long they are. Were one not consecutive, another one would
+    # begin within that range: so they all are, if and only if the ranges cover the dimension without overlap.
+    ranges = []
+    axes = [
+        range(size if _is_shard(placement) and _dim(placement) == dim else 1)
+        for size, placement in zip(mesh, placements, strict=True)
+    ]
+    for coordinate in product(*axes):
+        sizes, offsets = _compute_local_shape_and_global_offset(
+            tensor.shape, mesh, list(coordinate), placements
+        )
+        if sizes[dim]:
+            ranges.append((offsets[dim], offsets[dim] + sizes[dim]))
+    ends = [0, *(end for _, end in sorted(ranges))]
+    return [begin for begin, _ in sorted(ranges)] == ends[:-1] and ends[-1] == tensor.shape[dim]
