@@ -104,6 +104,14 @@ def test_harmless_numbers(run: tuple[nn.Module, Path], field: str, value: object
     zoext.replay(base, path)
 
 
+def test_moves_that_are_many_times_what_there_is(run: tuple[nn.Module, Path]) -> None:
+    """In the order of their text they would be gigabytes."""
+    base, path = run
+    for moves in ([[0, 6]] * 200_000, [[0, 1], [0, 6]], [[2, 6], [0, 1]], []):
+        forge(path, 2, lambda step, moves=moves: step.update(moves=moves))
+        refused(base, path, f"{path}: line 2: ", "moves must be ranges in ascending order, at least one")
+
+
 @pytest.mark.parametrize(
     ("line", "field"), [*((1, name) for name in HEADER), *((2, name) for name in STEP), (2, "moves")]
 )

@@ -17,6 +17,7 @@ from trajectory_files import record, records
 
 import zoext
 from zoext import _C
+from zoext.trajectory import replaying
 
 PRECISIONS = ("nearest", "stochastic", "residual")
 DTYPES = [(torch.float32, "stochastic"), (torch.float64, "nearest")]
@@ -58,16 +59,17 @@ def test_to_every_step(recipe: str, dtype: torch.dtype, precision: str, tmp_path
     assert not same(expected[0][0], expected[-1][0])
 
 
-@pytest.mark.parametrize("recipe", ["mezo", "adamezo", "lozo"])
+@pytest.mark.parametrize("recipe", ["mezo", "adamezo", "lozo", "agzo"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_around_the_borders_of_what_is_done_at_once(recipe: str, precision: str, tmp_path: Path) -> None:
+    at_once = replaying.AT_ONCE if recipe in ("mezo", "adamezo") else replaying.AT_ONCE_FACTORED
     run, path, expected = FaultyRun(recipe, torch.bfloat16, precision=precision), tmp_path / "run.jsonl", {}
     base = copy.deepcopy(run.model)
-    with zoext.Trajectory(path, run.optimizer):
-        for step in range(1, 36):
+    with zoext.Trajectory(path, run.optimizer, frames=True):
+        for step in range(1, 2 * at_once + 4):
             run.step()
             expected[step] = parameters(run.model)
-    for step in (1, 2, 15, 16, 17, 31, 32, 33, 35):
+    for step in (1, 2, at_once - 1, at_once, at_once + 1, 2 * at_once, 2 * at_once + 1, 2 * at_once + 3):
         model = copy.deepcopy(base)
         zoext.replay(model, path, to_step=step)
         assert same(parameters(model), expected[step]), step
@@ -234,6 +236,32 @@ def test_a_sum_is_of_whole_trajectories_on_a_model(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match="several trajectories"):
             zoext.replay(target, paths, **options)
+
+
+@pytest.mark.parametrize("to_step", [2.0, "2", True])
+def test_a_step_that_is_no_integer(to_step: Any, tmp_path: Path) -> None:
+    base, _ = record(tmp_path / "run.jsonl")
+    before = parameters(base)
+    with pytest.raises(TypeError, match=f"to_step must be an integer, not {to_step!r}"):
+        zoext.replay(base, tmp_path / "run.jsonl", to_step=to_step)
+    assert same(parameters(base), before)
+
+
+def test_a_replay_that_is_interrupted_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replaying, "AT_ONCE", 2)
+    base, _ = record(tmp_path / "run.jsonl", 5)
+    real, calls = zoext.ZerothOrderOptimizer._take, []
+
+    def take(self: zoext.ZerothOrderOptimizer, steps: Any) -> None:
+        calls.append(steps)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self, steps)
+
+    monkeypatch.setattr(zoext.ZerothOrderOptimizer, "_take", take)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        zoext.replay(base, tmp_path / "run.jsonl")
+    assert "run.jsonl: the weights are those of step 2 now" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize("to_step", [-1, 5, 2**70])

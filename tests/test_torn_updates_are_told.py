@@ -73,3 +73,26 @@ def test_before_anything_moved() -> None:
     model, optimizer, loss, weights, _ = torn(size=1)
     assert all(model.state_dict()[name].equal(weight) for name, weight in weights.items())
     assert optimizer.estimate(loss).finite
+
+
+def test_within_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a second launch for which there is no memory any more, after a first one that moved some."""
+    torch.manual_seed(4)
+    model = nn.Linear(5, 3)
+    optimizer = zoext.MeZO(model, lr=0.1)
+    step = optimizer.step
+    real = torch.ops.zoext.noise_axpy_
+
+    def half(theta: list[torch.Tensor], residuals: list[torch.Tensor], *rest: object) -> None:
+        real(theta[:1], residuals[:1], *rest[:3], rest[3][:1], rest[4][:3], *rest[5:])
+        raise torch.OutOfMemoryError
+
+    def loss() -> torch.Tensor:
+        return model(torch.ones(5)).square().sum()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.zoext, "noise_axpy_", half)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(loss)
+    with pytest.raises(RuntimeError, match="theta is between two steps"):
+        step(loss)

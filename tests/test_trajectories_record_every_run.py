@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +92,102 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         assert raised.value.filename == str(tmp_path / name)
     assert not list(tmp_path.iterdir())
     assert optimizer.recorder is None
+
+
+def test_a_relative_path_is_that_of_where_recording_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = FaultyRun("agzo")
+    with zoext.Trajectory("run.jsonl", run.optimizer, frames=True) as trajectory:
+        run.step()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        run.step()
+        trajectory.flush()
+        run.step()
+    assert steps_in(tmp_path / "run.jsonl") == [1, 2, 3]
+    assert not list(Path().iterdir())
+
+
+def test_notes_that_no_file_can_hold(tmp_path: Path) -> None:
+    optimizer = FaultyRun("mezo").optimizer
+    for notes, error in (({"loss": float("nan")}, ValueError), ({"weights": torch.ones(2)}, TypeError)):
+        with pytest.raises(error, match="notes must be what JSON can hold"):
+            zoext.Trajectory(tmp_path / "run.jsonl", optimizer, notes=notes)
+    assert optimizer.recorder is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_a_group_that_are_none_are_refused_before_theta_moves(tmp_path: Path) -> None:
+    """Also where they were set between the estimate and the step."""
+    run, path = FaultyRun("mezo", lr=torch.tensor(0.5)), tmp_path / "run.jsonl"
+    group = run.optimizer.param_groups[0]
+
+    def refused(name: str, value: float | torch.Tensor) -> None:
+        before, good = run.bits(), group[name]
+        for between in (False, True):
+            if between:
+                run.optimizer.estimate(lambda: run.model(torch.ones(4, 3)).square().sum())
+            group[name] = value
+            with pytest.raises(ValueError, match=f"{name} must be finite"):
+                run.optimizer.step() if between else run.step()
+            group[name] = good
+        assert run.bits() == before
+
+    with zoext.Trajectory(path, run.optimizer):
+        run.step()
+        for bad in (float("nan"), float("inf")):
+            refused("lr", torch.tensor(bad))
+            refused("lr", bad)
+            refused("weight_decay", bad)
+        run.step()
+    assert steps_in(path) == [1, 2]
+
+
+def test_a_step_that_no_line_can_hold_is_told_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one with an lr that is no number on a GPU, where nobody looked."""
+    run, path = FaultyRun("mezo", lr=torch.tensor(0.5)), tmp_path / "run.jsonl"
+    monkeypatch.setattr("zoext.group_options.check_on_host", lambda options: None)
+    trajectory = zoext.Trajectory(path, run.optimizer)
+    run.step()
+    trajectory.flush()
+    run.optimizer.param_groups[0]["lr"].fill_(float("nan"))
+    run.step()
+    run.optimizer.param_groups[0]["lr"].fill_(0.5)
+    for again in (trajectory.flush, run.step, run.step, trajectory.close):
+        with pytest.raises(zoext.TrajectoryError, match=r"run.jsonl: step 2 cannot be recorded.*close\(\)"):
+            again()
+    run.model.load_state_dict(FaultyRun("mezo").model.state_dict())
+    run.step()
+    assert steps_in(path) == [1]
+
+
+def test_a_schedule_of_mu_repeats_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the file nor in the replay, which still takes many steps at once."""
+    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
+    base = copy.deepcopy(run.model)
+    with zoext.Trajectory(path, run.optimizer):
+        for step in range(9):
+            run.optimizer.param_groups[0]["mu"] = 1e-2 / (step + 1)
+            run.optimizer.param_groups[0]["weight_decay"] = 0.25 * (step // 4)
+            run.step()
+    _, *steps = records(path)
+    assert all("mu" in step for step in steps)
+    assert [number for number, step in enumerate(steps) if "weight_decay" in step] == [0, 4, 8]
+    assert [number for number, step in enumerate(steps) if "moves" in step] == [0]
+    calls: list[int] = []
+    real = zoext.ZerothOrderOptimizer._take
+
+    def counted(self: zoext.ZerothOrderOptimizer, steps: Sequence[Any]) -> None:
+        calls.append(len(steps))
+        real(self, steps)
+
+    monkeypatch.setattr(zoext.ZerothOrderOptimizer, "_take", counted)
+    assert_replays(base, path, run)
+    assert calls == [9]
 
 
 @pytest.mark.parametrize("recipe", ["mezo", "adamezo"])

@@ -180,6 +180,7 @@ class GraphedStep:
         return _Recorded(graph, inputs, taken, states, memory)
 
     def _replay(self, recorded: _Recorded) -> Tensor:
+        self._optimizer._check_whole()
         if rebound := self._bindings.rebound():
             raise RuntimeError(
                 f"closure: {', '.join(sorted(rebound))} is not what it was when the step was captured, and "

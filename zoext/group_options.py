@@ -23,10 +23,13 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def check_on_host(options: Mapping[str, Any]) -> None:
-    """The same without waiting for the device, on which an lr may be."""
+    """The same without waiting for another device, on which an lr may be."""
     for name in _POSITIVE:
-        if name != "lr" or not isinstance(options[name], Tensor):
-            _check(name, options[name])
+        value = options[name]
+        if name != "lr" or not isinstance(value, Tensor):
+            _check(name, value)
+        elif value.device.type == "cpu" and value.numel() == 1:
+            _check(name, float(value))
 
 
 def _check(name: str, value: object) -> None:

@@ -68,7 +68,8 @@ def span_of(tensor: Tensor) -> Span:
 
 
 def _written(tensors: Sequence[Tensor]) -> None:
-    # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error.
+    # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error. What moves
+    # theta tells before it does: should a launch fail after others, that must not go unseen.
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
 
@@ -114,6 +115,7 @@ def noise_axpy_(
     tensors with the lower parts: as large as theta in 16 bits, empty for others. Bits of stochastic
     rounding come from the first seed of a step.
     """
+    _written([*theta, *residuals])
     torch.ops.zoext.noise_axpy_(
         list(theta),
         list(residuals),
@@ -125,7 +127,6 @@ def noise_axpy_(
         int(distribution),
         int(rounding),
     )
-    _written([*theta, *residuals])
 
 
 def noise_copy_(
@@ -184,6 +185,7 @@ def noise_adam_(
     weights [S, H], ``lr`` and ``decay`` [S]; the window of a step ends a row later than that of the step
     before. ``residuals`` is that of ``noise_axpy_``.
     """
+    _written([*theta, *residuals])
     torch.ops.zoext.noise_adam_(
         list(theta),
         list(residuals),
@@ -199,7 +201,6 @@ def noise_adam_(
         int(distribution),
         int(rounding),
     )
-    _written([*theta, *residuals])
 
 
 def factored_axpy_(
@@ -222,6 +223,7 @@ def factored_axpy_(
     steps at once and ``residuals`` are those of ``noise_axpy_``; term k of step s has the factors number
     ``s * K + k``.
     """
+    _written([*theta, *residuals])
     torch.ops.zoext.factored_axpy_(
         list(theta),
         list(residuals),
@@ -234,7 +236,6 @@ def factored_axpy_(
         _flat(spans),
         int(rounding),
     )
-    _written([*theta, *residuals])
 
 
 def factored_copy_(
@@ -286,6 +287,7 @@ def factored_adam_(
     The term of row h and column k is number ``h * K + k`` of the factors, float32 [H K or 1, r, m] and
     [H K or 1, r, n]. Several steps at once and ``residuals`` are those of ``noise_adam_``.
     """
+    _written([*theta, *residuals])
     torch.ops.zoext.factored_adam_(
         list(theta),
         list(residuals),
@@ -302,7 +304,6 @@ def factored_adam_(
         _flat(spans),
         int(rounding),
     )
-    _written([*theta, *residuals])
 
 
 def power_iteration(

@@ -264,6 +264,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not self._pending:
             raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
         self._check_unchanged("the estimate was made, so it does not fit any more")
+        for options in self.param_groups:
+            group_options.check_on_host(options)
         with torch.inference_mode(False), torch.no_grad(), interrupts.deferred(), record(Phase.UPDATE):
             estimate = average(self._pending)
             self._pending.clear()  # first: should an update raise, no group is to move twice

@@ -19,7 +19,7 @@ from zoext.trajectory.fields import Fields, is_integer, shown
 
 FORMAT = "zoext trajectory"
 VERSION = 1
-NOISE_FIELD = 1  # raised with every change of a bit of the noise field
+NOISE_FIELD = 2  # raised with every change of a bit of the noise field, of rounding or of an update
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class OwnedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._place = path.absolute()  # also after the process has gone to another folder
         self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         _open_files.add(self)
         try:
@@ -74,7 +75,7 @@ class OwnedFile:
 
     def _is_at_path(self) -> bool:
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+            return os.path.samestat(os.stat(self._place), os.fstat(self.descriptor))
         except (FileNotFoundError, NotADirectoryError):
             return False
 

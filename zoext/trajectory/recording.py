@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from zoext.optimizer import ZerothOrderOptimizer
 from zoext.taken_step import TakenStep
 from zoext.trajectory import continuing, lines, matching
 from zoext.trajectory import frames as side_file
+from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.header import Header
 from zoext.trajectory.owned import OwnedFile
 from zoext.trajectory.sending import Fetch, send
@@ -100,14 +102,15 @@ class Trajectory:
                 end = continuing.cut(self.path, optimizer, frames and watches)
             else:
                 _check_fresh(optimizer)
-                end = continuing.begin(self.path, Header.of(optimizer, frames and watches, dict(notes or {})))
+                notes = _checked(notes or {})
+                end = continuing.begin(self.path, Header.of(optimizer, frames and watches, notes))
                 file = opened.enter_context(OwnedFile(self.path))
             files = [file]
             if end.frames is not None:
                 files.insert(0, opened.enter_context(OwnedFile(side_file.path_beside(self.path))))
             self._writer = BackgroundWriter(*files)
             opened.pop_all()  # they are the writer's now
-        self._chain = _Chain(end)
+        self._chain = _Chain(self.path, end)
         self._step = optimizer.param_groups[0]["step"]
         self._outline = _outline(optimizer)
         optimizer.recorder = self
@@ -174,6 +177,14 @@ def _outline(optimizer: ZerothOrderOptimizer) -> list[object]:
     return [groups[0]["seed"], *([tensor.dtype for tensor in group["params"]] for group in groups)]
 
 
+def _checked(notes: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(dict(notes), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise type(error)(f"notes must be what JSON can hold: {error}") from None
+    return dict(notes)
+
+
 def _check_fresh(optimizer: ZerothOrderOptimizer) -> None:
     if matching.remembers(optimizer):
         raise ValueError(
@@ -185,7 +196,8 @@ def _check_fresh(optimizer: ZerothOrderOptimizer) -> None:
 class _Chain:
     """What a line depends on of those before it."""
 
-    def __init__(self, end: continuing.End) -> None:
+    def __init__(self, path: Path, end: continuing.End) -> None:
+        self._path = path
         self._checksum = end.checksum
         self._offset = end.frames or 0
         self.has_frames = end.frames is not None
@@ -196,7 +208,13 @@ class _Chain:
             step = fetch()
             data, place = side_file.encode(step.frame, self._offset) if self.has_frames else (b"", None)
             record = RecordedStep(number, *step.numbers, setting, place)
-            line, self._checksum = lines.encode(record.record(self._setting), self._checksum)
+            try:
+                line, self._checksum = lines.encode(record.record(self._setting), self._checksum)
+            except ValueError as error:  # such as an lr that is no number, on a device that nobody waits for
+                raise TrajectoryError(
+                    f"{self._path}: step {number} cannot be recorded: {error}; close() the trajectory to go "
+                    "on without it, or go back to a checkpoint of an earlier step and resume it"
+                ) from None
             self._setting = setting
             self._offset += len(data)
             return (data, line) if self.has_frames else (line,)

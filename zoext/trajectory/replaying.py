@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from zoext.trajectory import frames, matching
 from zoext.trajectory.agreement import agreed
 from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.reading import Part, read_until
-from zoext.trajectory.steps import RecordedStep, Setting
+from zoext.trajectory.steps import RecordedStep, keys_in
 
 #: Steps in one pass over the weights, and where each has factors in memory.
 AT_ONCE, AT_ONCE_FACTORED = 64, 16
@@ -65,6 +65,8 @@ def replay(
     paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(each) for each in path]
     if len(paths) != 1 and (not paths or to_step is not None or not isinstance(target, nn.Module)):
         raise ValueError("path: several trajectories are replayed whole, at least one, and on a module")
+    if to_step is not None and (isinstance(to_step, bool) or not isinstance(to_step, int)):
+        raise TypeError(f"to_step must be an integer, not {to_step!r}")
     with agreed(_tensors(target)):
         parts = [read_until(each, to_step) for each in paths]
     return replay_parts(target, parts)
@@ -86,7 +88,13 @@ def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]
                 stacklevel=3,
             )
     for each in replays:
-        each.run()
+        try:
+            each.run()
+        except BaseException as error:
+            error.add_note(
+                f"{each.path}: the weights are those of step {each.step} now, between base and end"
+            )
+            raise
     return replays[-1].optimizer
 
 
@@ -118,7 +126,7 @@ class _Replay:
         else:
             groups = matching.find(header, target, path)
         # All that any step moves, so that each can be moved, or nothing happens.
-        moves = {key for setting in self._settings for key in setting.moves}
+        moves = {key for ranges in {step.setting.moves for step in part.steps} for key in keys_in(ranges)}
         matching.check_movable(header, groups, moves, path)
         with matching.moving(groups, moves if self._steps else matching.movable(groups)):
             if isinstance(target, ZerothOrderOptimizer):
@@ -129,12 +137,12 @@ class _Replay:
             self._check_frames(header.frames)
 
     @property
-    def _settings(self) -> Iterable[Setting]:
-        return {id(step.setting): step.setting for step in self._steps}.values()
-
-    @property
     def _groups(self) -> matching.Groups:
         return [group["params"] for group in self.optimizer.param_groups]
+
+    @property
+    def step(self) -> int:
+        return int(self.optimizer.param_groups[0]["step"])
 
     def check_weights(self) -> None:
         matching.check_weights(self._header, self._groups, self.path)
@@ -144,8 +152,8 @@ class _Replay:
         optimizer._pending.clear()  # estimates at weights that there will not be any more
         at_once = AT_ONCE_FACTORED if isinstance(optimizer._axes.direction, Factored) else AT_ONCE
         with torch.inference_mode(False), torch.no_grad():
-            for setting, steps in groupby(self._steps, key=lambda step: step.setting):
-                matching.let_move(groups, setting.moves)
+            for moves, steps in groupby(self._steps, key=lambda step: step.setting.moves):
+                matching.let_move(groups, keys_in(moves))
                 optimizer._current_groups()
                 self._drawn = None
                 while some := list(islice(steps, at_once)):
@@ -212,7 +220,7 @@ class _Replay:
             for side, factors in enumerate((frame.left, frame.right)):
                 for key, factor in factors.items():
                     if (
-                        key not in step.setting.moves
+                        not any(first <= key < end for first, end in step.setting.moves)
                         or not _fits(factor, tensors[key], side)
                         or kinds.setdefault(key, (side, factor.shape)) != (side, factor.shape)
                     ):

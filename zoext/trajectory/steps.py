@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from zoext.trajectory.fields import Fields, is_integer, is_number
 from zoext.trajectory.header import is_hexadecimal
 
 LARGEST_SINGLE = 3.4028234663852886e38
+
+#: Ascending keys as ranges ``[first, end)`` that neither meet nor overlap.
+Ranges = tuple[tuple[int, int], ...]
 
 
 class Place(NamedTuple):
@@ -23,17 +27,20 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What seldom changes between steps, and stands in the line of a step only where it did.
+    """What seldom changes between steps; each of it stands in the line of a step only where it did.
 
     ``moves`` has the keys of the parameters that move.
     """
 
     mu: tuple[float, ...]
     weight_decay: tuple[float, ...]
-    moves: tuple[int, ...]
+    moves: Ranges
 
-    def record(self) -> dict[str, Any]:
-        return {"mu": self.mu, "weight_decay": self.weight_decay, "moves": ranges(self.moves)}
+    def record(self, previous: Setting | None) -> dict[str, Any]:
+        """What is other than in ``previous``."""
+        names = ("mu", "weight_decay", "moves")
+        now = {name: getattr(self, name) for name in names}
+        return {name: now[name] for name in names if now[name] != getattr(previous, name, None)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,6 @@ class RecordedStep:
 
     def record(self, previous: Setting | None) -> dict[str, Any]:
         """The record of the step after one with the setting ``previous``."""
-        changed = self.setting.record() if self.setting != previous else {}
         frame = {"frame": list(self.frame)} if self.frame is not None else {}
         return {
             "step": self.number,
@@ -64,7 +70,7 @@ class RecordedStep:
             "spread": _finite_or_none(self.spread),
             "finite": self.finite,
             "forwards": self.forwards,
-            **changed,
+            **self.setting.record(previous),
             **frame,
         }
 
@@ -80,7 +86,6 @@ def parse(record: Any, where: str, groups: int, keys: int, previous: Setting | N
     coefficients = fields.list_of("coefficients", _is_single, "numbers of float32")
     if len(seeds) != len(coefficients):
         raise fields.error(f"has {len(seeds)} seeds and {len(coefficients)} coefficients")
-    changed = fields.has("mu") or fields.has("weight_decay") or fields.has("moves") or previous is None
     return RecordedStep(
         number=fields.integer("step", 1),
         seeds=tuple(int(seed, 16) for seed in seeds),
@@ -90,7 +95,7 @@ def parse(record: Any, where: str, groups: int, keys: int, previous: Setting | N
         finite=fields.flag("finite"),
         forwards=fields.integer("forwards", 0),
         lr=_of_groups(fields, "lr", groups),
-        setting=_setting(fields, groups, keys) if changed or previous is None else previous,
+        setting=_setting(fields, groups, keys, previous),
         frame=_place(fields) if fields.has("frame") else None,
     )
 
@@ -110,17 +115,27 @@ def _of_groups(fields: Fields, name: str, groups: int) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def _setting(fields: Fields, groups: int, keys: int) -> Setting:
-    mu = _of_groups(fields, "mu", groups)
+def _setting(fields: Fields, groups: int, keys: int, previous: Setting | None) -> Setting:
+    mu, decay, moves = (
+        None if fields.has(name) else getattr(previous, name, None)
+        for name in ("mu", "weight_decay", "moves")
+    )
+    if previous is not None and None not in (mu, decay, moves):
+        return previous
+    mu = _of_groups(fields, "mu", groups) if mu is None else mu
     if min(mu) <= 0:
         raise fields.error(f"mu must be positive, not {min(mu)}")
+    decay = _of_groups(fields, "weight_decay", groups) if decay is None else decay
+    return Setting(mu, decay, _moves(fields, keys) if moves is None else moves)
+
+
+def _moves(fields: Fields, keys: int) -> Ranges:
     pairs = fields.list_of("moves", _is_range, f"[first, end) in 0 .. {keys}")
     if any(end > keys for _, end in pairs):
         raise fields.error(f"moves must be ranges in 0 .. {keys}")
-    moves = tuple(key for first, end in pairs for key in range(first, end))
-    if not moves or sorted(set(moves)) != list(moves):
+    if not pairs or any(end > first for (_, end), (first, _) in pairwise(pairs)):
         raise fields.error("moves must be ranges in ascending order, at least one")
-    return Setting(mu, _of_groups(fields, "weight_decay", groups), moves)
+    return tuple((first, end) for first, end in pairs)
 
 
 def _is_range(value: Any) -> bool:
@@ -135,17 +150,22 @@ def _place(fields: Fields) -> Place:
     return Place(*numbers)
 
 
-def ranges(keys: Sequence[int]) -> list[list[int]]:
-    """Ascending keys as ranges ``[first, end)``."""
-    found: list[list[int]] = []
+def ranges(keys: Iterable[int]) -> Ranges:
+    """Ascending keys as ranges."""
+    found: list[tuple[int, int]] = []
     for key in keys:
         if found and found[-1][1] == key:
-            found[-1][1] = key + 1
+            found[-1] = (found[-1][0], key + 1)
         else:
-            found.append([key, key + 1])
-    return found
+            found.append((key, key + 1))
+    return tuple(found)
 
 
-def moving(groups: Iterable[Any]) -> tuple[int, ...]:
-    """The keys of ``Parameters``, ascending."""
-    return tuple(key for group in groups for key in group.keys)
+def keys_in(moves: Ranges) -> list[int]:
+    """The keys of ranges, ascending."""
+    return [key for first, end in moves for key in range(first, end)]
+
+
+def moving(groups: Iterable[Any]) -> Ranges:
+    """The keys of ``Parameters``, which ascend."""
+    return ranges(key for group in groups for key in group.keys)

@@ -57,6 +57,7 @@ class AdamReplay(Update):
             raise ValueError(
                 f"eps must be a float from {LEAST_EPS:.3g} to {LARGEST_EPS:.3g}, not {self.eps!r}"
             )
+        object.__setattr__(self, "eps", float(self.eps))
 
     def apply(
         self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
