@@ -45,7 +45,7 @@ def test_a_long_trajectory_is_not_read_into_memory(tmp_path: Path) -> None:
     assert peak < len(data) // 2
     for changed in (data[:-1], data[:-1] + b"x" + b"and more", b""):
         path.write_bytes(changed)
-        with pytest.raises(UserError, match="is not what it was"):
+        with pytest.raises(zoext.TrajectoryError, match="is not what it was"):
             position.check(path)
 
 

@@ -174,26 +174,6 @@ def test_a_run_that_was_killed_while_it_began(
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
-def test_a_trajectory_that_is_not_that_of_the_checkpoint(
-    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    out = tmp_path / "run"
-    assert main(["finetune", *inputs, "--out", str(out), "--steps", "12"]) == 0
-    path = out / "trajectory.jsonl"
-    content = path.read_bytes()
-    path.write_bytes(content[:-5] if damage == "cut" else content.replace(b'"step":7', b'"step":8'))
-    if damage == "gone":
-        path.unlink()
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    capsys.readouterr()
-    assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--steps", "14"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"zoext: error: {path}: ")
-    assert said.count("\n") == 1
-    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_after_a_signal(inputs: list[str], tmp_path: Path, number: signal.Signals) -> None:
     endless = [*inputs, "--steps", "1000000", "--out", str(tmp_path / "run")]

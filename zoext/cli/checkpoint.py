@@ -16,22 +16,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoext import ZerothOrderOptimizer, atomic, replay
+from zoext import TrajectoryError, ZerothOrderOptimizer, atomic, replay
 from zoext.cli import plain
 from zoext.cli.errors import UserError, writing
 from zoext.cli.position import Position
 from zoext.cli.weights import put, tensors_of
+from zoext.trajectory.reading import last_whole_step
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 KEPT = 2  # the newest, and one to fall back on should that be damaged later
 
 
 class Reached(NamedTuple):
-    """How far a run has come: its steps, their forward passes, and its trajectory, which is on the disk."""
+    """How far a run has come: its steps, their forward passes, and its trajectory, which is on the disk.
+
+    A run that goes on without a trajectory has None.
+    """
 
     step: int
     forwards: int
-    trajectory: Position
+    trajectory: Position | None
+
+    def check(self, trajectory: Path) -> None:
+        """Raises a TrajectoryError unless the file begins with what it was when this was written."""
+        if self.trajectory is None:
+            raise TrajectoryError(f"{trajectory}: was not recorded any more when the checkpoint was written")
+        self.trajectory.check(trajectory)
 
 
 @dataclass(frozen=True)
@@ -54,20 +64,47 @@ class Checkpoint:
         """Puts model and optimizer, which are as the run began, where they were when this was written.
 
         Raises:
-            UserError: for another model, or another ``trajectory``.
+            UserError: for another model, or, without weights, a ``trajectory`` that is damaged or another.
         """
-        self.reached.trajectory.check(trajectory)
         if self.saved is not None:
             _check_fits(self.path, self.saved.weights, model)
             optimizer.load_state_dict(self.saved.optimizer)
             put(model, self.saved.weights)
             return
         try:
+            self.reached.check(trajectory)
             replay(optimizer, trajectory, to_step=self.reached.step)
         except ValueError as error:
-            raise UserError(
-                f"{error}; resume with the model, the data and the versions that the run began with"
-            ) from None
+            raise UserError(f"{error}; {self._remedy(trajectory)}") from None
+
+    def _remedy(self, trajectory: Path) -> str:
+        """What can still be done with a ``trajectory`` that does not lead here."""
+        if self._is_intact(trajectory):
+            return "resume with the model, the data and the versions that the run began with"
+        last = last_whole_step(trajectory)
+        rest = f"zoext replay BASE {trajectory} --to-step {last} --out DIR still makes that model; "
+        older = [path for path in existing(self.path.parent) if path < self.path]
+        if older and _leads_to(older[-1], trajectory):
+            remedy = f"remove {self.path} to resume from {older[-1].name}"
+        else:
+            remedy = "put back the one of this run, or start again with --overwrite"
+        return ("" if last is None else rest) + remedy
+
+    def _is_intact(self, trajectory: Path) -> bool:
+        try:
+            self.reached.check(trajectory)
+        except TrajectoryError:
+            return False
+        return (last_whole_step(trajectory) or 0) >= self.reached.step
+
+
+def _leads_to(path: Path, trajectory: Path) -> bool:
+    """Whether a run can be resumed from the checkpoint ``path``."""
+    try:
+        found = _read(path)
+    except _DamagedError:
+        return False
+    return found.saved is not None or found._is_intact(trajectory)
 
 
 def _check_fits(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
@@ -118,7 +155,8 @@ def _path(folder: Path, reached: Reached) -> Path:
 
 
 def _write_state(folder: Path, reached: Reached, more: dict[str, Any]) -> None:
-    record = {**reached._asdict(), "trajectory": reached.trajectory._asdict(), **more}
+    position = None if reached.trajectory is None else reached.trajectory._asdict()
+    record = {**reached._asdict(), "trajectory": position, **more}
     (folder / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
@@ -160,7 +198,9 @@ class _DamagedError(Exception):
 def _read(path: Path) -> Checkpoint:
     try:
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
-        position = Position.of_record(record["trajectory"])
+        position = record["trajectory"]
+        if position is not None:
+            position = Position.of_record(position)
         reached = Reached(int(record["step"]), int(record["forwards"]), position)
         digests = dict(record["sha256"]) if "sha256" in record else None
         return Checkpoint(path, reached, None if digests is None else _read_saved(path, record, digests))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from zoext.cli.errors import UserError
+from zoext import TrajectoryError
 
 _PIECE = 2**20  # bytes that are in memory at a time
 
@@ -39,12 +39,11 @@ class Position(NamedTuple):
         return cls(int(record["bytes"]), str(record["sha256"]))
 
     def check(self, path: Path) -> None:
-        """Raises a UserError unless the file begins with all that it was here."""
-        remedy = "put back the one of this run, or start again with --overwrite"
+        """Raises a TrajectoryError unless the file begins with all that it was here."""
         try:
             with path.open("rb") as file:
                 found = Position.read(file, self.bytes)
         except FileNotFoundError:
-            raise UserError(f"{path}: is missing; {remedy}") from None
+            raise TrajectoryError(f"{path}: is missing") from None
         if found != self:
-            raise UserError(f"{path}: is not what it was when the checkpoint was written; {remedy}")
+            raise TrajectoryError(f"{path}: is not what it was when the checkpoint was written")

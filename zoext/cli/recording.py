@@ -12,10 +12,12 @@ from typing import Self
 from zoext import Trajectory, TrajectoryError, ZerothOrderOptimizer
 from zoext.axes import Axes
 from zoext.cli.base import Base
+from zoext.cli.checkpoint import Reached
 from zoext.cli.errors import UserError
 from zoext.cli.position import Position
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
+from zoext.trajectory.reading import open_recording
 
 
 def obstacle(settings: Settings, optimizer: ZerothOrderOptimizer) -> str | None:
@@ -36,9 +38,9 @@ def check(settings: Settings, optimizer: ZerothOrderOptimizer) -> None:
 
 
 class Recording:
-    """Writes the trajectory of ``optimizer`` below ``folder``, from now on."""
+    """Writes the trajectory of an optimizer below ``folder``, from now on; without one, nothing."""
 
-    def __init__(self, trajectory: Trajectory, folder: RunFolder) -> None:
+    def __init__(self, trajectory: Trajectory | None, folder: RunFolder) -> None:
         self._trajectory = trajectory
         self._folder = folder
 
@@ -47,7 +49,7 @@ class Recording:
         cls, folder: RunFolder, settings: Settings, optimizer: ZerothOrderOptimizer, base: Base
     ) -> Recording:
         """A trajectory from the first step on, in place of any that a killed process began."""
-        with _writing(folder), warnings.catch_warnings():
+        with writing_trajectory(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ``finetune`` says it in words of its options
             for path in (folder.frames, folder.trajectory):
                 path.unlink(missing_ok=True)
@@ -55,16 +57,27 @@ class Recording:
             return cls(Trajectory(folder.trajectory, optimizer, frames=frames, notes=base.notes()), folder)
 
     @classmethod
-    def resume(cls, folder: RunFolder, optimizer: ZerothOrderOptimizer) -> Recording:
-        """The trajectory that is there, from the step that ``optimizer`` is at."""
-        with _writing(folder):
-            try:
-                return cls(Trajectory(folder.trajectory, optimizer, resume=True), folder)
-            except TrajectoryError as error:
-                raise UserError(f"{error}; or start again with --overwrite") from None
+    def resume(
+        cls, folder: RunFolder, settings: Settings, optimizer: ZerothOrderOptimizer, reached: Reached
+    ) -> Recording:
+        """The trajectory that is there, from the step that a checkpoint ``reached`` and ``optimizer`` is at.
 
-    def position(self) -> Position:
+        Raises:
+            TrajectoryError: if it cannot be continued. Nothing was changed.
+        """
+        with writing_trajectory(folder):
+            begins_at = _first_step(folder, reached)
+            if begins_at > 0 and settings.checkpoint == "trajectory":
+                raise UserError(
+                    f"--checkpoint trajectory: {folder.trajectory} begins at step {begins_at}, not with the "
+                    "run; give --checkpoint weights"
+                )
+            return cls(Trajectory(folder.trajectory, optimizer, resume=True), folder)
+
+    def position(self) -> Position | None:
         """Where it ends, with all steps that were taken on the disk."""
+        if self._trajectory is None:
+            return None
         with self.writing():
             self._trajectory.flush()
         return Position.of(self._folder.trajectory)
@@ -72,7 +85,7 @@ class Recording:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A write that the system refused becomes a UserError."""
-        with _writing(self._folder):
+        with writing_trajectory(self._folder):
             yield
 
     def __enter__(self) -> Self:
@@ -81,12 +94,29 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        with self.writing():
-            self._trajectory.__exit__(kind, error, at)
+        if self._trajectory is not None:
+            with self.writing():
+                self._trajectory.__exit__(kind, error, at)
+
+
+def _first_step(folder: RunFolder, reached: Reached) -> int:
+    """The step that the trajectory begins at.
+
+    Raises:
+        TrajectoryError: unless it is that of the checkpoint which ``reached``.
+    """
+    try:
+        reached.check(folder.trajectory)
+    except TrajectoryError:
+        # Of a process that began it in place of a damaged one, and was killed before its next checkpoint.
+        if not folder.trajectory.exists() or open_recording(folder.trajectory).header.step != reached.step:
+            raise
+    return open_recording(folder.trajectory).header.step
 
 
 @contextmanager
-def _writing(folder: RunFolder) -> Iterator[None]:
+def writing_trajectory(folder: RunFolder) -> Iterator[None]:
+    """What the system refuses of the trajectory inside the block becomes a UserError."""
     try:
         yield
     except BlockingIOError as error:

@@ -26,7 +26,10 @@ def report(records: Sequence[Record], folder: RunFolder) -> str:
     """Held-out loss and accuracy before and after, with standard errors over examples."""
     evaluations = [record for record in records if "valid_loss" in record]
     before, after = (Evaluation.of_record(record) for record in (evaluations[0], evaluations[-1]))
-    return (
-        f"held-out, before: {before}\nheld-out, after:  {after}\n"
-        f"model: {folder.model}\ncurve: {folder.curve}\ntrajectory: {folder.trajectory}"
+    files = {"model": folder.model, "curve": folder.curve, "trajectory": folder.trajectory}
+    return "\n".join(
+        [
+            f"held-out, before: {before}\nheld-out, after:  {after}",
+            *(f"{name}: {path}" for name, path in files.items() if path.exists()),
+        ]
     )

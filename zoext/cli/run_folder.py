@@ -1,4 +1,8 @@
-"""The folder of ``zoext finetune``: its settings, metrics, trajectory, checkpoints, curve and final model."""
+"""The folder of ``zoext finetune``: its settings, metrics, trajectory, checkpoints, curve and final model.
+
+``trajectory.base`` is the model that the trajectory begins with, where that is not the one that the run began
+with; ``damaged`` has trajectories that could not be continued.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,21 @@ class RunFolder(OutputFolder[Settings]):
             "model",
             "metrics.jsonl",
             "curve.png",
+            "damaged",
+            "trajectory.base",
             "trajectory.frames.cut",
             "trajectory.jsonl.cut",
             "trajectory.frames",
             "trajectory.jsonl",
         )
         super().__init__(path, "run.json", results)
-        self.checkpoints, self.model, self.metrics, self.curve = self._results[:4]
+        self.checkpoints, self.model, self.metrics, self.curve, self.damaged, self.base = self._results[:6]
         self.frames, self.trajectory = self._results[-2:]
+
+    @property
+    def of_trajectory(self) -> tuple[Path, ...]:
+        """The trajectory and what belongs to it, itself last."""
+        return self._results[5:]
 
     def _parse(self, record: Any) -> Settings:
         return stored_settings.parse(record, Settings, arguments.add_arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoext import ZerothOrderOptimizer
+from zoext import TrajectoryError, ZerothOrderOptimizer
 from zoext.cli import checkpoint, metrics, step
 from zoext.cli.errors import UserError
 from zoext.cli.evaluation import Evaluation, evaluate
@@ -16,6 +16,7 @@ from zoext.cli.interrupt import StopRequest
 from zoext.cli.problem import Problem
 from zoext.cli.progress import Progress
 from zoext.cli.recording import Recording
+from zoext.cli.restarting import restart
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
 
@@ -62,8 +63,15 @@ class Training:
             )
         saved.restore(self.problem.model, self.optimizer, self.folder.trajectory)
         self.step, self.forwards = saved.reached.step, saved.reached.forwards
-        metrics.keep_until(self.folder.metrics, self.step)
-        return Recording.resume(self.folder, self.optimizer)
+        recording = self._resume_recording(saved.reached)
+        metrics.keep_until(self.folder.metrics, self.step)  # now that no other run is writing there
+        return recording
+
+    def _resume_recording(self, reached: checkpoint.Reached) -> Recording:
+        try:
+            return Recording.resume(self.folder, self.settings, self.optimizer, reached)
+        except TrajectoryError as damage:
+            return restart(damage, self.folder, self.settings, self.optimizer, self.problem)
 
     def run(self, recording: Recording, stop: StopRequest, progress: Progress) -> None:
         """Trains until the last step or until ``stop`` is received; either way a checkpoint is there."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from zoext.trajectory import header, lines, steps
+from zoext.trajectory import frames, header, lines, steps
 from zoext.trajectory.fields import TrajectoryError
 from zoext.trajectory.header import Header
 from zoext.trajectory.lines import Line
@@ -79,6 +80,17 @@ def open_recording(path: Path) -> Recording:
         raise TrajectoryError(f"{path}: has no header: it is empty, or its only line is torn")
     found = header.parse(first.record, f"{path}: line 1")
     return Recording(path, found, first, _steps(path, found, read))
+
+
+def last_whole_step(path: Path) -> int | None:
+    """The last step that can be replayed, with its frame if it has one; None if not even the first can."""
+    last = None
+    with suppress(TrajectoryError, OSError):
+        for step, _ in open_recording(path).rest:
+            if step.frame is not None:
+                frames.read(frames.path_beside(path), step.frame)
+            last = step.number
+    return last
 
 
 def _steps(path: Path, found: Header, read: Iterator[Line]) -> Iterator[tuple[RecordedStep, Line]]:
