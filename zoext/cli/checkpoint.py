@@ -54,11 +54,15 @@ class Saved:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read whole and found intact; nothing has been changed yet."""
+    """A checkpoint that was read whole and found intact; nothing has been changed yet.
+
+    ``threads`` is how many torch had in the process that wrote it; None where that is not known.
+    """
 
     path: Path
     reached: Reached
     saved: Saved | None
+    threads: int | None
 
     def restore(self, model: nn.Module, optimizer: ZerothOrderOptimizer, trajectory: Path) -> None:
         """Puts model and optimizer, which are as the run began, where they were when this was written.
@@ -156,7 +160,7 @@ def _path(folder: Path, reached: Reached) -> Path:
 
 def _write_state(folder: Path, reached: Reached, more: dict[str, Any]) -> None:
     position = None if reached.trajectory is None else reached.trajectory._asdict()
-    record = {**reached._asdict(), "trajectory": position, **more}
+    record = {**reached._asdict(), "trajectory": position, "threads": torch.get_num_threads(), **more}
     (folder / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
@@ -203,7 +207,9 @@ def _read(path: Path) -> Checkpoint:
             position = Position.of_record(position)
         reached = Reached(int(record["step"]), int(record["forwards"]), position)
         digests = dict(record["sha256"]) if "sha256" in record else None
-        return Checkpoint(path, reached, None if digests is None else _read_saved(path, record, digests))
+        saved = None if digests is None else _read_saved(path, record, digests)
+        threads = record.get("threads")
+        return Checkpoint(path, reached, saved, threads if type(threads) is int else None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _DamagedError(f"{path / STATE}: damaged or missing ({error!r})") from None
 

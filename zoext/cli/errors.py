@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,11 @@ from pathlib import Path
 
 class UserError(Exception):
     """Shown as one line, without a traceback; the exit code is 2. The message names the remedy."""
+
+
+def warn(text: str) -> None:
+    """Tells the user, also one who wants nothing printed but errors, what a run goes on in spite of."""
+    print(f"zoext: warning: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from zoext import TrajectoryError, ZerothOrderOptimizer, atomic
-from zoext.cli.errors import UserError
+from zoext.cli.errors import UserError, warn
 from zoext.cli.output_folder import unused
 from zoext.cli.problem import Problem
 from zoext.cli.recording import Recording, writing_trajectory
@@ -52,7 +51,7 @@ def restart(
         base = dataclasses.replace(problem.base, demo=False)
         recording = Recording.begin(folder, settings, optimizer, base)
         said.append(f"a new one begins at step {step}, with the model in {folder.base}")
-    print(f"zoext: warning: {'; '.join(said)}", file=sys.stderr)
+    warn("; ".join(said))
     return recording
 
 

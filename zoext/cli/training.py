@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoext import TrajectoryError, ZerothOrderOptimizer
 from zoext.cli import checkpoint, metrics, step
-from zoext.cli.errors import UserError
+from zoext.cli.errors import UserError, warn
 from zoext.cli.evaluation import Evaluation, evaluate
 from zoext.cli.interrupt import StopRequest
 from zoext.cli.problem import Problem
@@ -63,9 +63,19 @@ class Training:
             )
         saved.restore(self.problem.model, self.optimizer, self.folder.trajectory)
         self.step, self.forwards = saved.reached.step, saved.reached.forwards
+        self._compare_threads(saved.threads)
         recording = self._resume_recording(saved.reached)
         metrics.keep_until(self.folder.metrics, self.step)  # now that no other run is writing there
         return recording
+
+    def _compare_threads(self, before: int | None) -> None:
+        """Products of matrices on a CPU may have other bits with another number of threads."""
+        now = torch.get_num_threads()
+        if self.device.type == "cpu" and before not in (None, now):
+            warn(
+                f"torch has {now} threads, and the run had {before}: its next steps may have other bits; "
+                f"OMP_NUM_THREADS={before} keeps them"
+            )
 
     def _resume_recording(self, reached: checkpoint.Reached) -> Recording:
         try:
