@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_command import Command, prepare
 
-from zoext.cli import main, metrics, plot
+from zoext.cli import demo, main, metrics, plot
 from zoext.cli.training import Training
 from zoext.trajectory.owned import OwnedFile
 from zoext.trajectory.reading import open_recording
@@ -205,10 +205,12 @@ def test_without_weights_and_with_damaged_bases(command: Command) -> None:
     assert "put back the one of this run" in error
 
 
-def test_the_demo(command: Command) -> None:
+def test_the_demo(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its trajectory begins with a model in a folder then."""
+    read_words = demo.read_words
+    monkeypatch.setattr(demo, "read_words", lambda path: [part.rows(range(4)) for part in read_words(path)])
     out = ["--out", str(command.out), "--quiet"]
-    small = ["--batch-size=2", "--trainable=^classifier", "--eval-every=100"]
+    small = ["--batch-size=2", "--trainable=^classifier"]
     assert main(["finetune", *out, *small, "--steps=1"]) == 0
     damage(command.out / "trajectory.jsonl", "flipped")
     assert main(["finetune", *out, "--resume", "--steps=2"]) == 0

@@ -295,13 +295,15 @@ def test_factors_that_do_not_fit(
     refused(base, path, f"{beside}: damaged at byte ")
 
 
-def test_a_side_file_that_is_missing_or_short_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_side_file_that_is_missing_or_damaged_is_not_gone_on_with(tmp_path: Path) -> None:
     path, beside = tmp_path / "run.jsonl", tmp_path / "run.frames"
     _, run = record(path, recipe="agzo")
     lines, data = path.read_bytes(), beside.read_bytes()
-    beside.write_bytes(data[:-1])
-    with pytest.raises(TrajectoryError, match=r"run\.frames: ends before byte"):
-        zoext.Trajectory(path, run.optimizer, resume=True)
+    for damaged, how in ((data[:-1], "is too short"), (b"\x01" + data[1:], "damaged at byte 0")):
+        beside.write_bytes(damaged)
+        with pytest.raises(TrajectoryError, match=rf"run\.frames: {how}"):
+            zoext.Trajectory(path, run.optimizer, resume=True)
+        assert beside.read_bytes() == damaged
     beside.unlink()
     with pytest.raises(TrajectoryError, match=r"run\.frames: is missing"):
         zoext.Trajectory(path, run.optimizer, resume=True)

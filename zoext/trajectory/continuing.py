@@ -69,8 +69,9 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
     Older files of that name are replaced. A run that was killed in here is cut again, with the same result.
 
     Raises:
-        TrajectoryError: for a trajectory that is damaged before that step, ends before it, is of another
-            run or other weights, or was begun without the frames that are wanted. Nothing was changed.
+        TrajectoryError: for a trajectory that is damaged before that step, in its lines or its frames, ends
+            before it, is of another run or other weights, or was begun without the frames that are wanted.
+            Nothing was changed.
         OSError: if the lines cannot be kept; none is lost then.
     """
     recording = open_recording(path)
@@ -101,8 +102,6 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
         if not used:
             beside.touch()  # a run may have been killed before it did
         ends.insert(0, (beside, used))
-    for file, size in ends:
-        _check_reaches(file, size - 1 if file == path else size)  # the last newline may be lost
     if _has_line_after(path, last.end):
         for file, size in ends:
             if file.stat().st_size > size:
@@ -119,13 +118,6 @@ def _end_line(path: Path, size: int) -> None:
     with path.open("r+b") as file:
         file.seek(size - 1)
         file.write(b"\n")
-
-
-def _check_reaches(path: Path, size: int) -> None:
-    if not path.exists():
-        raise TrajectoryError(f"{path}: is missing; it must lie beside its trajectory")
-    if path.stat().st_size < size:
-        raise TrajectoryError(f"{path}: ends before byte {size}; it is damaged")
 
 
 def _has_line_after(path: Path, end: int) -> bool:
