@@ -23,8 +23,8 @@ OPTIMISATION = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
 # Contraction would make a product and a sum one operation on some processors only.
 HOST = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *OPTIMISATION]
 # torch's headers set off the first of these, GCC's own AVX-512 headers the others.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-WARNINGS += ["-Wno-unknown-pragmas"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+WARNINGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
 # Error messages name source files: not by where they lay on the machine that built them.
 SHORT_PATHS = f"-fmacro-prefix-map={ROOT.resolve()}/="
 
