@@ -51,17 +51,26 @@ __global__ void __launch_bounds__(threads_per_chunk, resident_blocks<Direction>(
   for_each_share<Storage, Tiling>(table, [&](const auto& slot, const auto& share) {
     // Read first: weights travel from memory while the noise is computed.
     Weights<Storage, Tiling> weights = load(slot, share);
-    auto random = rounding_words_of<rounding, Tiling>(slot, share, first.seed);
-    if constexpr (Direction::has_rounds) random.make_here();  // beside its rounds, whose keys it shares
     const auto direction = Direction::on(slot, share);
     Sum<Number, Tiling> sum{Number{empty_sum}};
-    int k = leading;
-    if constexpr (!std::is_same_v<decltype(share), const Share<Tiling>&>) {
-      direction.add(first, sum);
-      ++k;
+    const auto add_all = [&] {
+      int k = leading;
+      if constexpr (!std::is_same_v<decltype(share), const Share<Tiling>&>) {
+        direction.add(first, sum);
+        ++k;
+      }
+      combination.add_from(k, direction, sum);
+    };
+    if constexpr (Direction::has_rounds) {
+      auto random = rounding_words_of<rounding, Tiling>(slot, share, first.seed);
+      random.make_here();  // beside its rounds, whose keys it shares
+      add_all();
+      weights.template move<rounding>(sum, decay_value, random);
+    } else {
+      add_all();
+      weights.template move<rounding>(sum, decay_value,
+                                      rounding_words_of<rounding, Tiling>(slot, share, first.seed));
     }
-    combination.add_from(k, direction, sum);
-    weights.template move<rounding>(sum, decay_value, random);
     store(weights, slot, share);
   });
 }

@@ -15,7 +15,7 @@ struct RoundingWords {
   __device__ RoundingWords(const Field& field, uint64_t index) {
     static_assert(2 * Tiling::vector == roundings_per_block && Tiling::step % roundings_per_block == 0,
                   "all groups are the same half of their blocks");
-    const uint32_t turn = index / Tiling::vector % 2 * 8;
+    const uint32_t turn = static_cast<uint32_t>(index) & Tiling::vector;  // 8 bits for the second half
 #pragma unroll
     for (int g = 0; g < Tiling::groups; ++g) {
       of[g] = rounding_words(field, (index + g * Tiling::step) / roundings_per_block);
