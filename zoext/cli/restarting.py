@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from zoext import TrajectoryError, ZerothOrderOptimizer, atomic
+from zoext.cli.claim import make_unused
 from zoext.cli.errors import UserError, warn
-from zoext.cli.output_folder import unused
 from zoext.cli.problem import Problem
 from zoext.cli.recording import Recording, writing_trajectory
 from zoext.cli.result import write_model
@@ -63,8 +63,7 @@ def _set_aside(folder: RunFolder) -> Path | None:
     with writing_trajectory(folder):
         if folder.trajectory.exists():
             OwnedFile(folder.trajectory).close()  # refused while another run is writing it
-        kept = unused(folder.damaged, "trajectory")
-        kept.mkdir(parents=True)
+        kept = make_unused(folder.damaged, "trajectory")
         for path in there:
             path.rename(kept / path.name)
         for changed in (kept, folder.damaged, folder.path):
