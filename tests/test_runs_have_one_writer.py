@@ -110,3 +110,21 @@ def test_without_locks_a_run_that_has_begun_stays(command: Command, monkeypatch:
     assert main(command.arguments()) == 2
     assert "holds a run already" in command.capsys.readouterr().err
     assert command.snapshot() == kept[0]
+
+
+@pytest.mark.parametrize("live", [LOCK, "trajectory.jsonl"])
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_live_run_is_not_resumed(command: Command, checkpoints: bool, live: str) -> None:
+    command.works()
+    if not checkpoints:
+        (command.out / "checkpoints").rename(command.folder / "checkpoints")
+    with OwnedFile(command.out / live, make=True):
+        assert "is writing" in command.is_refused("--resume", "--steps=4")
+
+
+def test_a_resume_that_is_refused_changes_nothing(command: Command) -> None:
+    command.works()
+    (command.out / "checkpoints").rename(command.folder / "checkpoints")
+    with (command.out / "metrics.jsonl").open("a") as file:
+        file.write("damaged\n")
+    assert "line 5 is damaged" in command.is_refused("--resume", "--steps=4")

@@ -17,6 +17,7 @@ from zoext.cli.errors import UserError
 from zoext.cli.position import Position
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
+from zoext.trajectory.owned import OwnedFile
 from zoext.trajectory.reading import open_recording
 
 
@@ -51,6 +52,7 @@ class Recording:
         """A trajectory from the first step on, in place of any that a killed process began."""
         with writing_trajectory(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ``finetune`` says it in words of its options
+            check_not_written(folder)
             for path in (folder.frames, folder.trajectory):
                 path.unlink(missing_ok=True)
             frames = settings.record_frames
@@ -112,6 +114,12 @@ def _first_step(folder: RunFolder, reached: Reached) -> int:
         if not folder.trajectory.exists() or open_recording(folder.trajectory).header.step != reached.step:
             raise
     return open_recording(folder.trajectory).header.step
+
+
+def check_not_written(folder: RunFolder) -> None:
+    """Raises a BlockingIOError while another recording is writing the trajectory, if there is one."""
+    if folder.trajectory.exists():
+        OwnedFile(folder.trajectory).close()
 
 
 @contextmanager

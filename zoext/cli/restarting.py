@@ -9,12 +9,11 @@ from zoext import TrajectoryError, ZerothOrderOptimizer, atomic
 from zoext.cli.claim import make_unused
 from zoext.cli.errors import UserError, warn
 from zoext.cli.problem import Problem
-from zoext.cli.recording import Recording, writing_trajectory
+from zoext.cli.recording import Recording, check_not_written, writing_trajectory
 from zoext.cli.result import write_model
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
 from zoext.trajectory.matching import remembers
-from zoext.trajectory.owned import OwnedFile
 
 
 def restart(
@@ -61,8 +60,7 @@ def _set_aside(folder: RunFolder) -> Path | None:
     if not there:
         return None
     with writing_trajectory(folder):
-        if folder.trajectory.exists():
-            OwnedFile(folder.trajectory).close()  # refused while another run is writing it
+        check_not_written(folder)
         kept = make_unused(folder.damaged, "trajectory")
         for path in there:
             path.rename(kept / path.name)
