@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_DIGITS = 7  # of the number of a process; Linux has at most 2^22
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,18 +126,41 @@ def _move(temporary: Path, path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what a killed process was in the middle of writing as ``path``, whose name may hold a ``*``.
+    """Removes what a killed process was in the middle of writing as ``path``.
 
     A folder that it was about to replace is put back, if nothing has taken its place.
     """
     aside = _aside(path)
     if aside.is_dir() and not path.exists():
         aside.replace(path)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    remove_leftovers_of(path.parent, re.escape(path.name))
+
+
+def remove_leftovers_of(folder: Path, names: str) -> None:
+    """Removes what killed processes were in the middle of writing in ``folder``; ``names`` is a pattern."""
+    temporary = re.compile(rf"\.(?:{names})\.(\d{{1,{_DIGITS}}})\.tmp")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = temporary.fullmatch(path.name)
+        if found is None or path.is_symlink() or _is_another_alive(int(found[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            leftover.unlink()
+            path.unlink()
+
+
+def _is_another_alive(process: int) -> bool:
+    if process == os.getpid():  # and is in the middle of nothing; so it was one that had the same number
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sync(path: Path) -> None:
