@@ -43,6 +43,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 def create_text(path: Path, text: str) -> None:
     """Makes the file ``path``, there whole or not at all.
 
+    On a file system without hard links it is made first and then written: a process that is killed in
+    between, or a power cut, leaves a part of it.
+
     Raises:
         FileExistsError: if it is there, also if another process makes it at the same moment.
     """
@@ -62,7 +65,7 @@ def _link(temporary: Path, path: Path, text: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        _create(path, text)  # a file system without links
+        _create(path, text)  # a file system without links: a rename might replace another's file
 
 
 def _create(path: Path, text: str) -> None:
@@ -74,6 +77,14 @@ def _create(path: Path, text: str) -> None:
         except BaseException:
             path.unlink()
             raise
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder ``path`` and those above it, as far as they are missing, with durable names."""
+    missing = [folder for folder in (path.absolute(), *path.absolute().parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 @contextmanager
@@ -88,7 +99,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
-    temporary.mkdir(parents=True)
+    make_folder(temporary.parent)
+    temporary.mkdir()
     try:
         yield temporary
         _finish(temporary)

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from zoext import atomic
 from zoext.cli.errors import UserError, writing
 from zoext.trajectory.owned import OwnedFile
 
@@ -34,7 +35,7 @@ def claimed(out: Path | None, name: str) -> Iterator[Path]:
             place = make_unused(RUNS, name)
             made.insert(0, place)
         else:
-            place.mkdir(parents=True, exist_ok=True)
+            atomic.make_folder(place)
     try:
         with _locked(place):
             yield place
@@ -46,12 +47,13 @@ def claimed(out: Path | None, name: str) -> Iterator[Path]:
 
 def make_unused(parent: Path, name: str) -> Path:
     """Makes the first of ``name-1``, ``name-2``, ... that is not there yet, also if others do so now."""
-    parent.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(parent)
     for number in count(1):
         path = parent / f"{name}-{number}"
         with suppress(FileExistsError):
             path.mkdir()
             break
+    atomic.sync(parent)
     return path
 
 
