@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification
 
 import zoext
 from zoext import _C
-from zoext.cli import demo, main, plot
+from zoext.cli import demo, main, models, plot
 from zoext.cli import replay as replay_command
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.trajectory import lines
@@ -320,17 +320,24 @@ def test_a_damaged_trajectory(command: Command) -> None:
         ("seed", "1", "seed must be an integer"),
         ("demo", 1, "demo must be true or false"),
         ("demo", True, "give demo"),
-        ("classes", ["0", "1", "2"], "begins with another model"),
+        ("classes", ["0", "0"], "classes must be distinct names"),
+        ("classes", ["0", "1", "2"], "classes has 3 names, and no parameter of the run has as many rows"),
+        ("classes", [], "classes has 0 names"),
+        ("classes", [str(i) for i in range(16)], "begins with another model"),
         ("dtype", "bfloat16", "begins with another model"),
     ],
 )
-def test_notes_that_no_run_wrote(command: Command, field: str, value: object, expected: str) -> None:
+def test_notes_that_no_run_wrote(
+    command: Command, monkeypatch: pytest.MonkeyPatch, field: str, value: object, expected: str
+) -> None:
     command.works()
     path = command.out / "trajectory.jsonl"
     header = json.loads(path.read_text().splitlines()[0])
     del header["crc32"]
     header["notes"]["zoext finetune"][field] = value
     path.write_bytes(lines.encode(header, 0)[0])
+    if "another model" not in expected:
+        monkeypatch.delattr(models, "load")  # which may take more memory than there is
     assert expected in refused(command)
 
 
@@ -411,3 +418,12 @@ def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: s
     assert all(same(found[name], tensor) for name, tensor in problem.model.state_dict().items())
     error = refused(command, f"--out={command.folder / 'x'}", trajectory="demo.jsonl")
     assert "is of another; give demo" in error
+
+
+def test_notes_that_are_not_of_the_demo(command: Command) -> None:
+    """They would size its model, and its head has two rows."""
+    module = torch.nn.Linear(2, 3)
+    notes = dataclasses.replace(demo.base("float32", 0), classes=("a", "b", "c")).notes()
+    zoext.Trajectory(command.folder / "mine.jsonl", zoext.MeZO(module), notes=notes).close()
+    error = refused(command, base="demo", trajectory="mine.jsonl")
+    assert "task and classes must be those of the demo" in error
