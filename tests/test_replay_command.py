@@ -357,6 +357,44 @@ def test_what_is_in_the_folder_stays(command: Command) -> None:
     assert "which no replay wrote" in refused(command, "--out", str(command.folder), "--overwrite")
 
 
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_what_comes_into_the_folder_meanwhile_stays(
+    command: Command, monkeypatch: pytest.MonkeyPatch, overwrite: list[str]
+) -> None:
+    command.works()
+    mine = command.folder / "replayed" / "mine.txt"
+    if overwrite:
+        assert replay(command) == 0
+    loads = replay_command._load
+
+    def load(*arguments: Any) -> Any:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        return loads(*arguments)
+
+    monkeypatch.setattr(replay_command, "_load", load)
+    assert replay(command, *overwrite) == 2
+    assert "holds mine.txt, which no replay wrote" in command.capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert mine.with_name("replay.json").exists() == bool(overwrite)
+    assert not list(command.folder.glob(".*"))
+
+
+def test_a_replay_that_a_killed_process_moved_aside_stays(command: Command) -> None:
+    command.works()
+    assert replay(command, "--to-step=1") == 0
+    note = (command.folder / "replayed" / "replay.json").read_bytes()
+    aside = command.folder / ".replayed.old.tmp"
+    (command.folder / "replayed").rename(aside)
+    assert "holds a replay; give --overwrite" in refused(command)
+    (aside / "mine.txt").write_text("mine")
+    assert "holds mine.txt" in refused(command, "--overwrite")
+    (aside / "mine.txt").unlink()
+    assert replay(command, "--overwrite") == 0
+    assert (command.folder / "replayed" / "replay.json").read_bytes() != note
+    assert not list(command.folder.glob(".*"))
+
+
 def test_a_replay_that_is_a_base_stays(command: Command) -> None:
     command.works()
     assert replay(command, "--to-step=0") == 0

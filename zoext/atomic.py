@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,12 +88,14 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, replace: bool = False, check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill, which becomes ``path`` at the end of the block.
 
-    If the block raises, nothing has happened. ``path`` must not exist, unless it is a folder to ``replace``:
-    one of the two is there then at any moment, the old one for an instant under a name that
-    ``remove_leftovers`` knows.
+    If the block raises, or ``check`` just before the move, nothing has happened. ``path`` must not exist,
+    unless it is a folder to ``replace``: one of the two is there then at any moment, the old one for an
+    instant ``where`` a killed process leaves it.
     """
     if os.path.lexists(path) and not (replace and path.is_dir()):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -104,6 +106,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         _finish(temporary)
+        check()
         _move(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -137,13 +140,19 @@ def _move(temporary: Path, path: Path) -> None:
         shutil.rmtree(aside)
 
 
+def where(path: Path) -> Path:
+    """Where the folder ``path`` is, if anywhere: aside, if a process was killed as it replaced it."""
+    aside = _aside(path)
+    return aside if aside.is_dir() and not path.exists() else path
+
+
 def remove_leftovers(path: Path) -> None:
     """Removes what a killed process was in the middle of writing as ``path``.
 
     A folder that it was about to replace is put back, if nothing has taken its place.
     """
     aside = _aside(path)
-    if aside.is_dir() and not path.exists():
+    if where(path) == aside:
         aside.replace(path)
     if aside.is_dir():
         shutil.rmtree(aside)

@@ -84,9 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     say(f"writing {folder.path}")
     record = {"base": arguments.base, "trajectories": [_note(part) for part in parts]}
     if arguments.difference:
-        folder.write_difference(difference.of(model, before), record)
+        folder.write_difference(difference.of(model, before), record, arguments.overwrite)
     else:
-        folder.write_model(model, tokenizer, record)
+        folder.write_model(model, tokenizer, record, arguments.overwrite)
     say("done")
     return 0
 
