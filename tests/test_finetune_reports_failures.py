@@ -11,6 +11,7 @@ from finetune_command import Command, files_of_at_most, prepare
 from tiny_models import tiny_deberta
 
 from zoext.cli import main
+from zoext.cli.training import Training
 
 
 @pytest.fixture
@@ -60,6 +61,35 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
         command.works(*options, f"--out={whole}")
         for file in ("model/model.safetensors", "trajectory.jsonl"):
             assert (command.out / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("replaced", "was moved, removed or replaced while it was written"),
+        ("written", "somebody else writes"),
+    ],
+)
+def test_a_trajectory_that_somebody_else_changes(
+    command: Command, monkeypatch: pytest.MonkeyPatch, change: str, reason: str
+) -> None:
+    """The reason is that of the recording, and the remedy one of the command line."""
+    path, one_step = command.out / "trajectory.jsonl", Training._one_step
+
+    def steps(self: Training) -> object:
+        if self.step == 2 and change == "replaced":
+            path.rename(command.folder / "aside")
+        elif self.step == 2:
+            with path.open("a") as file:
+                file.write("graffiti")
+        return one_step(self)
+
+    monkeypatch.setattr(Training, "_one_step", steps)
+    assert main(command.arguments("--steps=4", "--checkpoint-every=9")) == 2
+    said = command.capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"zoext: error: {path}: {reason}")
+    assert said.endswith(f"; put that right, then zoext finetune --out {command.out} --resume")
+    assert "close()" not in said
 
 
 def test_a_file_in_place_of_the_model(command: Command) -> None:

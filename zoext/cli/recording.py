@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,8 +132,7 @@ def writing_trajectory(folder: RunFolder) -> Iterator[None]:
         ) from None
     except OSError as error:
         path = error.filename or folder.trajectory
-        reason = os.strerror(error.errno) if error.errno else error
+        reason = (error.strerror or str(error)).partition(";")[0]  # then comes a remedy in Python
         raise UserError(
-            f"{path}: {reason}; nothing else is harmed: put that right, then zoext finetune "
-            f"--out {folder.path} --resume"
+            f"{path}: {reason}; put that right, then zoext finetune --out {folder.path} --resume"
         ) from None
