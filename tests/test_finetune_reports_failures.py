@@ -114,7 +114,6 @@ def test_a_file_in_place_of_the_model(command: Command) -> None:
         ("steps", True),
         ("model", 3),
         ("seed", 2**64),
-        ("colour", "red"),
     ],
 )
 def test_settings_that_no_run_wrote(command: Command, field: str, value: object) -> None:
@@ -129,9 +128,19 @@ def test_settings_that_no_run_wrote(command: Command, field: str, value: object)
     command.works("--overwrite")
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "3", '{"settings": 3, "data": ""}', '{"settings": {}, "data": ""}', '{"data": ""}', "\x00"]
-)
+@pytest.mark.parametrize(("field", "what"), [("precision", "lacks"), ("colour", "has")])
+def test_settings_of_another_version(command: Command, field: str, what: str) -> None:
+    command.works()
+    record = json.loads((command.out / "run.json").read_text(encoding="utf-8"))
+    if record["settings"].pop(field, None) is None:
+        record["settings"][field] = "red"
+    (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    error = command.is_refused("--resume")
+    assert f"{command.out / 'run.json'}: is of another version of zoext, it {what} {field}; " in error
+    assert "start again with --overwrite" in error
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"settings": 3, "data": ""}', '{"data": ""}', "\x00"])
 def test_a_run_without_settings(command: Command, text: str) -> None:
     command.works()
     (command.out / "run.json").write_text(text, encoding="utf-8")

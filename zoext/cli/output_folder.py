@@ -15,7 +15,7 @@ from zoext import atomic
 from zoext.cli.errors import UserError, writing
 from zoext.cli.objectives import Example
 from zoext.cli.settings import CommonSettings
-from zoext.cli.stored_settings import SettingsT
+from zoext.cli.stored_settings import OtherVersionError, SettingsT
 
 
 class OutputFolder(ABC, Generic[SettingsT]):
@@ -48,6 +48,11 @@ class OutputFolder(ABC, Generic[SettingsT]):
         try:
             record = json.loads(self.note.read_text(encoding="utf-8"))
             return self._parse(record["settings"]), str(record["data"])
+        except OtherVersionError as error:
+            raise UserError(
+                f"{self.note}: is of another version of zoext, it {error}; resume with that version, or "
+                "start again with --overwrite"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.note}: damaged ({error!r}); start again with --overwrite") from None
 
