@@ -20,8 +20,8 @@ LOCK = "run.lock"
 def claimed(out: Path | None, name: str) -> Iterator[Path]:
     """The folder ``out``, made if it is missing, or a new one of that ``name`` below ``runs``.
 
-    It is locked until the end of the block, before which the command decides what it may write. Folders that
-    were made for it and are empty then are removed.
+    It is locked until the end of the block: what a command finds there holds until then. Folders that were
+    made for it and are still empty are removed.
 
     Raises:
         UserError: if another process is writing there, or there can be no such folder.
