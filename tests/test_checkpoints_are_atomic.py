@@ -23,6 +23,7 @@ from zoext.cli.errors import UserError
 from zoext.cli.position import Position
 
 TRAJECTORY = Path(os.devnull)
+ENDED = 9999999  # the number of no process: Linux has at most 2^22
 
 
 def reached(step: int) -> Reached:
@@ -177,14 +178,14 @@ def test_a_failure_while_writing_leaves_the_checkpoints_as_they_were(
 def test_half_a_checkpoint_of_a_killed_process_is_no_checkpoint(tmp_path: Path) -> None:
     model, optimizer = make()
     checkpoint.save(tmp_path, reached(1), model, optimizer)
-    half = tmp_path / ".step-00000002.4711.tmp"
+    half = tmp_path / f".step-00000002.{ENDED}.tmp"
     shutil.copytree(checkpoint.existing(tmp_path)[0], half)
     saved = checkpoint.load_newest(tmp_path)
     assert saved is not None
     assert saved.reached.step == 1
     hidden = tmp_path / ".keep"
     hidden.write_text("the user's own")
-    atomic.remove_leftovers(tmp_path / "step-*")
+    atomic.remove_leftovers_of(tmp_path, checkpoint.NAME)
     assert not half.exists()
     assert hidden.exists()
 
@@ -296,7 +297,7 @@ def test_what_a_killed_process_leaves_of_a_replacement(tmp_path: Path) -> None:
     """Killed between the two renames, or after them."""
     path = tmp_path / "model"
     folder(tmp_path / ".model.old.tmp", "old")
-    folder(tmp_path / ".model.4711.tmp", "new")
+    folder(tmp_path / f".model.{ENDED}.tmp", "new")
     atomic.remove_leftovers(path)
     assert outline(tmp_path) == {"model/file": b"old"}
     folder(tmp_path / ".model.old.tmp", "older")
@@ -306,3 +307,20 @@ def test_what_a_killed_process_leaves_of_a_replacement(tmp_path: Path) -> None:
     folder(tmp_path / ".model.old.tmp", "older")
     atomic.remove_leftovers(path)
     assert outline(tmp_path) == {"model/file": b"new"}
+
+
+@pytest.mark.parametrize("name", ["model", "[ab]", "*", "a.b", "step-00000002"])
+def test_folders_that_are_no_leftovers_stay(tmp_path: Path, name: str) -> None:
+    """Of the user, of others, of other names, and of processes that are not done."""
+    mine = [".a.mine.tmp", ".model.backup.tmp", ".aXb.7.tmp", ".step-1.7.tmp", f".x.{name}.{ENDED}.tmp"]
+    alive = [f".{name}.{os.getppid()}.tmp", f".{name}.1.tmp"]
+    for other in [*mine, *alive, f".{name}.{10 * ENDED}.tmp"]:
+        folder(tmp_path / other, "precious")
+    (tmp_path / f".{name}.9999998.tmp").symlink_to(folder(tmp_path / "elsewhere", "precious"))
+    before = outline(tmp_path)
+    for number in (ENDED, os.getpid()):
+        folder(tmp_path / f".{name}.{number}.tmp", "half")
+    atomic.remove_leftovers(tmp_path / name)
+    atomic.remove_leftovers(tmp_path / "absent" / name)
+    assert outline(tmp_path) == before
+    assert (tmp_path / f".{name}.9999998.tmp").is_symlink()

@@ -150,7 +150,6 @@ def test_resume_of_a_damaged_comparison(command: CompareCommand, name: str) -> N
         ("forwards", None),
         ("eval_every", "2"),
         ("seeds", True),
-        ("colour", "red"),
     ],
 )
 def test_settings_that_no_comparison_wrote(command: CompareCommand, field: str, value: object) -> None:

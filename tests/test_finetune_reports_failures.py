@@ -11,6 +11,7 @@ from finetune_command import Command, files_of_at_most, prepare
 from tiny_models import tiny_deberta
 
 from zoext.cli import main
+from zoext.cli.training import Training
 
 
 @pytest.fixture
@@ -62,6 +63,35 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
             assert (command.out / file).read_bytes() == (whole / file).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("replaced", "was moved, removed or replaced while it was written"),
+        ("written", "somebody else writes"),
+    ],
+)
+def test_a_trajectory_that_somebody_else_changes(
+    command: Command, monkeypatch: pytest.MonkeyPatch, change: str, reason: str
+) -> None:
+    """The reason is that of the recording, and the remedy one of the command line."""
+    path, one_step = command.out / "trajectory.jsonl", Training._one_step
+
+    def steps(self: Training) -> object:
+        if self.step == 2 and change == "replaced":
+            path.rename(command.folder / "aside")
+        elif self.step == 2:
+            with path.open("a") as file:
+                file.write("graffiti")
+        return one_step(self)
+
+    monkeypatch.setattr(Training, "_one_step", steps)
+    assert main(command.arguments("--steps=4", "--checkpoint-every=9")) == 2
+    said = command.capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"zoext: error: {path}: {reason}")
+    assert said.endswith(f"; put that right, then zoext finetune --out {command.out} --resume")
+    assert "close()" not in said
+
+
 def test_a_file_in_place_of_the_model(command: Command) -> None:
     command.works()
     shutil.rmtree(command.out / "model")
@@ -84,7 +114,6 @@ def test_a_file_in_place_of_the_model(command: Command) -> None:
         ("steps", True),
         ("model", 3),
         ("seed", 2**64),
-        ("colour", "red"),
     ],
 )
 def test_settings_that_no_run_wrote(command: Command, field: str, value: object) -> None:
@@ -99,9 +128,19 @@ def test_settings_that_no_run_wrote(command: Command, field: str, value: object)
     command.works("--overwrite")
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "3", '{"settings": 3, "data": ""}', '{"settings": {}, "data": ""}', '{"data": ""}', "\x00"]
-)
+@pytest.mark.parametrize(("field", "what"), [("precision", "lacks"), ("colour", "has")])
+def test_settings_of_another_version(command: Command, field: str, what: str) -> None:
+    command.works()
+    record = json.loads((command.out / "run.json").read_text(encoding="utf-8"))
+    if record["settings"].pop(field, None) is None:
+        record["settings"][field] = "red"
+    (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    error = command.is_refused("--resume")
+    assert f"{command.out / 'run.json'}: is of another version of zoext, it {what} {field}; " in error
+    assert "start again with --overwrite" in error
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"settings": 3, "data": ""}', '{"data": ""}', "\x00"])
 def test_a_run_without_settings(command: Command, text: str) -> None:
     command.works()
     (command.out / "run.json").write_text(text, encoding="utf-8")

@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_while_it_began(
     shutil.rmtree(out / "model")
     text = (out / "trajectory.jsonl").read_bytes()
     (out / "trajectory.jsonl").unlink()
-    (out / ".trajectory.jsonl.4711.tmp").write_bytes(text[:30])
+    (out / ".trajectory.jsonl.9999999.tmp").write_bytes(text[:30])
     if kept:
         (out / "trajectory.jsonl").write_bytes(text[:kept])
     more = ["--steps", str(STEPS), "--checkpoint-every", "5"]

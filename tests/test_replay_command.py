@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification
 
 import zoext
 from zoext import _C
-from zoext.cli import demo, main, plot
+from zoext.cli import demo, main, models, plot
 from zoext.cli import replay as replay_command
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.trajectory import lines
@@ -320,17 +320,24 @@ def test_a_damaged_trajectory(command: Command) -> None:
         ("seed", "1", "seed must be an integer"),
         ("demo", 1, "demo must be true or false"),
         ("demo", True, "give demo"),
-        ("classes", ["0", "1", "2"], "begins with another model"),
+        ("classes", ["0", "0"], "classes must be distinct names"),
+        ("classes", ["0", "1", "2"], "classes has 3 names, and no parameter of the run has as many rows"),
+        ("classes", [], "classes has 0 names"),
+        ("classes", [str(i) for i in range(16)], "begins with another model"),
         ("dtype", "bfloat16", "begins with another model"),
     ],
 )
-def test_notes_that_no_run_wrote(command: Command, field: str, value: object, expected: str) -> None:
+def test_notes_that_no_run_wrote(
+    command: Command, monkeypatch: pytest.MonkeyPatch, field: str, value: object, expected: str
+) -> None:
     command.works()
     path = command.out / "trajectory.jsonl"
     header = json.loads(path.read_text().splitlines()[0])
     del header["crc32"]
     header["notes"]["zoext finetune"][field] = value
     path.write_bytes(lines.encode(header, 0)[0])
+    if "another model" not in expected:
+        monkeypatch.delattr(models, "load")  # which may take more memory than there is
     assert expected in refused(command)
 
 
@@ -348,6 +355,44 @@ def test_what_is_in_the_folder_stays(command: Command) -> None:
     assert "is a file" in refused(command, "--out", str(command.folder / "words.jsonl"))
     assert "which no replay wrote" in refused(command, "--out", str(command.folder / "model"), "--overwrite")
     assert "which no replay wrote" in refused(command, "--out", str(command.folder), "--overwrite")
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_what_comes_into_the_folder_meanwhile_stays(
+    command: Command, monkeypatch: pytest.MonkeyPatch, overwrite: list[str]
+) -> None:
+    command.works()
+    mine = command.folder / "replayed" / "mine.txt"
+    if overwrite:
+        assert replay(command) == 0
+    loads = replay_command._load
+
+    def load(*arguments: Any) -> Any:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        return loads(*arguments)
+
+    monkeypatch.setattr(replay_command, "_load", load)
+    assert replay(command, *overwrite) == 2
+    assert "holds mine.txt, which no replay wrote" in command.capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert mine.with_name("replay.json").exists() == bool(overwrite)
+    assert not list(command.folder.glob(".*"))
+
+
+def test_a_replay_that_a_killed_process_moved_aside_stays(command: Command) -> None:
+    command.works()
+    assert replay(command, "--to-step=1") == 0
+    note = (command.folder / "replayed" / "replay.json").read_bytes()
+    aside = command.folder / ".replayed.old.tmp"
+    (command.folder / "replayed").rename(aside)
+    assert "holds a replay; give --overwrite" in refused(command)
+    (aside / "mine.txt").write_text("mine")
+    assert "holds mine.txt" in refused(command, "--overwrite")
+    (aside / "mine.txt").unlink()
+    assert replay(command, "--overwrite") == 0
+    assert (command.folder / "replayed" / "replay.json").read_bytes() != note
+    assert not list(command.folder.glob(".*"))
 
 
 def test_a_replay_that_is_a_base_stays(command: Command) -> None:
@@ -411,3 +456,12 @@ def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: s
     assert all(same(found[name], tensor) for name, tensor in problem.model.state_dict().items())
     error = refused(command, f"--out={command.folder / 'x'}", trajectory="demo.jsonl")
     assert "is of another; give demo" in error
+
+
+def test_notes_that_are_not_of_the_demo(command: Command) -> None:
+    """They would size its model, and its head has two rows."""
+    module = torch.nn.Linear(2, 3)
+    notes = dataclasses.replace(demo.base("float32", 0), classes=("a", "b", "c")).notes()
+    zoext.Trajectory(command.folder / "mine.jsonl", zoext.MeZO(module), notes=notes).close()
+    error = refused(command, base="demo", trajectory="mine.jsonl")
+    assert "task and classes must be those of the demo" in error

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_DIGITS = 7  # of the number of a process; Linux has at most 2^22
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,6 +43,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 def create_text(path: Path, text: str) -> None:
     """Makes the file ``path``, there whole or not at all.
 
+    On a file system without hard links it is made first and then written: a process that is killed in
+    between, or a power cut, leaves a part of it.
+
     Raises:
         FileExistsError: if it is there, also if another process makes it at the same moment.
     """
@@ -59,7 +65,7 @@ def _link(temporary: Path, path: Path, text: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        _create(path, text)  # a file system without links
+        _create(path, text)  # a file system without links: a rename might replace another's file
 
 
 def _create(path: Path, text: str) -> None:
@@ -73,22 +79,34 @@ def _create(path: Path, text: str) -> None:
             raise
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder ``path`` and those above it, as far as they are missing, with durable names."""
+    missing = [folder for folder in (path.absolute(), *path.absolute().parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 @contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, replace: bool = False, check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill, which becomes ``path`` at the end of the block.
 
-    If the block raises, nothing has happened. ``path`` must not exist, unless it is a folder to ``replace``:
-    one of the two is there then at any moment, the old one for an instant under a name that
-    ``remove_leftovers`` knows.
+    If the block raises, or ``check`` just before the move, nothing has happened. ``path`` must not exist,
+    unless it is a folder to ``replace``: one of the two is there then at any moment, the old one for an
+    instant ``where`` a killed process leaves it.
     """
     if os.path.lexists(path) and not (replace and path.is_dir()):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
-    temporary.mkdir(parents=True)
+    make_folder(temporary.parent)
+    temporary.mkdir()
     try:
         yield temporary
         _finish(temporary)
+        check()
         _move(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -122,19 +140,48 @@ def _move(temporary: Path, path: Path) -> None:
         shutil.rmtree(aside)
 
 
+def where(path: Path) -> Path:
+    """Where the folder ``path`` is, if anywhere: aside, if a process was killed as it replaced it."""
+    aside = _aside(path)
+    return aside if aside.is_dir() and not path.exists() else path
+
+
 def remove_leftovers(path: Path) -> None:
-    """Removes what a killed process was in the middle of writing as ``path``, whose name may hold a ``*``.
+    """Removes what a killed process was in the middle of writing as ``path``.
 
     A folder that it was about to replace is put back, if nothing has taken its place.
     """
     aside = _aside(path)
-    if aside.is_dir() and not path.exists():
+    if where(path) == aside:
         aside.replace(path)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    remove_leftovers_of(path.parent, re.escape(path.name))
+
+
+def remove_leftovers_of(folder: Path, names: str) -> None:
+    """Removes what killed processes were in the middle of writing in ``folder``; ``names`` is a pattern."""
+    temporary = re.compile(rf"\.(?:{names})\.(\d{{1,{_DIGITS}}})\.tmp")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = temporary.fullmatch(path.name)
+        if found is None or path.is_symlink() or _is_another_alive(int(found[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            leftover.unlink()
+            path.unlink()
+
+
+def _is_another_alive(process: int) -> bool:
+    if process == os.getpid():  # and is in the middle of nothing; so it was one that had the same number
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sync(path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zoext.cli.settings import DTYPES, TASKS
 from zoext.trajectory.fields import Fields
+from zoext.trajectory.header import Header
 
 #: The name under which the notes of a trajectory have it.
 NOTE = "zoext finetune"
@@ -37,19 +37,29 @@ class Base:
         return {NOTE: {**dataclasses.asdict(self), "classes": list(self.classes)}}
 
 
-def of_notes(notes: Mapping[str, Any], where: str) -> Base | None:
-    """What a run wrote into the ``notes`` of its trajectory; None for notes of anybody else.
+def of_header(header: Header, where: str) -> Base | None:
+    """What a run wrote into the notes of its trajectory; None for notes of anybody else.
 
     Raises:
         TrajectoryError: for notes that no run wrote.
     """
-    if NOTE not in notes:
+    if NOTE not in header.notes:
         return None
-    fields = Fields(notes[NOTE], f"{where}: notes")
+    fields = Fields(header.notes[NOTE], f"{where}: notes")
     task, dtype = fields.text("task"), fields.text("dtype")
     for name, value, known in (("task", task, TASKS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise fields.error(f"{name} must be one of {', '.join(known)}, not {value[:20]!r}")
     classes = fields.list_of("classes", lambda name: isinstance(name, str), "names")
+    if task == "classification":
+        _check_classes(classes, header, fields)
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
     return Base(fields.flag("demo"), task, tuple(classes), dtype, seed)
+
+
+def _check_classes(classes: list[str], header: Header, fields: Fields) -> None:
+    """Before a model is made with as many outputs: it may not fit into memory."""
+    if len(set(classes)) < len(classes):
+        raise fields.error("classes must be distinct names")
+    if not any(parameter.shape[:1] == (len(classes),) for parameter in header.parameters):
+        raise fields.error(f"classes has {len(classes)} names, and no parameter of the run has as many rows")

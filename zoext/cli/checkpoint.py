@@ -24,6 +24,7 @@ from zoext.cli.weights import put, tensors_of
 from zoext.trajectory.reading import last_whole_step
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+NAME = r"step-\d{8,}"
 KEPT = 2  # the newest, and one to fall back on should that be damaged later
 
 
@@ -171,7 +172,7 @@ def _drop_old(folder: Path) -> None:
 
 def existing(folder: Path) -> list[Path]:
     """The checkpoints below ``folder``, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(NAME, path.name))
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

@@ -21,6 +21,7 @@ import argparse
 
 from zoext import atomic
 from zoext.cli import devices, json_lines
+from zoext.cli.claim import claimed
 from zoext.cli.comparison import costs, figure, page, plan, records
 from zoext.cli.comparison.arguments import add_arguments as add_arguments
 from zoext.cli.comparison.folder import ComparisonFolder
@@ -48,11 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Does all runs that are missing, then prints the table and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
     with reading():
-        return _run(Request.of(arguments))
+        request = Request.of(arguments)
+        with claimed(request.out, "compare") as path:
+            return _run(request, ComparisonFolder(path))
 
 
-def _run(request: Request) -> int:
-    folder = ComparisonFolder(request.path("compare"))
+def _run(request: Request, folder: ComparisonFolder) -> int:
     settings = request.settings(folder, DEMO if request.is_demo else ComparisonSettings(), RESUMABLE)
     settings.check()
     start, raw = _prepare(settings, folder, request)
@@ -87,7 +89,7 @@ def _prepare(
         folder.remove_leftovers()
         folder.write_note(settings, start.fingerprint)
     else:
-        folder.start(settings, start.fingerprint)
+        folder.start(settings, start.fingerprint, request.overwrite)
     json_lines.replace(folder.runs, raw)
     return start, raw
 

@@ -51,16 +51,21 @@ SETTINGS = Settings(
 def load(settings: Settings) -> Problem:
     """MiniLM with a classifier from two label words, and the words of the lexicon, split by family."""
     train, valid = read_words(_folder(DATA_PACKAGE) / "vader_lexicon.txt")
-    base = Base(True, "classification", LABEL_WORDS, settings.dtype, settings.seed)
-    model, tokenizer = load_model(base)
+    start = base(settings.dtype, settings.seed)
+    model, tokenizer = load_model(start)
     parts = [tokenize(tokenizer, part, settings.max_length, LABEL_WORDS) for part in (train, valid)]
     title = "MiniLM on human word ratings"
-    return Problem(title, base, model, tokenizer, Classification(tokenizer.pad_token_id), parts[0], parts[1])
+    return Problem(title, start, model, tokenizer, Classification(tokenizer.pad_token_id), parts[0], parts[1])
 
 
-def load_model(base: Base) -> tuple[Any, Any]:
+def base(dtype: str, seed: int) -> Base:
+    """How the model of the demo is built."""
+    return Base(True, "classification", LABEL_WORDS, dtype, seed)
+
+
+def load_model(start: Base) -> tuple[Any, Any]:
     """MiniLM with a classifier from two label words, and its tokenizer."""
-    model, tokenizer = models.load(str(_folder(MODEL_PACKAGE) / "model"), base)
+    model, tokenizer = models.load(str(_folder(MODEL_PACKAGE) / "model"), start)
     _start_from_label_words(model, tokenizer)
     return model, tokenizer
 

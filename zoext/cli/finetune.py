@@ -19,6 +19,7 @@ import dataclasses
 
 from zoext.cli import checkpoint, demo, devices, metrics, optimizers, plot
 from zoext.cli.arguments import add_arguments as add_arguments
+from zoext.cli.claim import claimed
 from zoext.cli.errors import UserError, reading, require
 from zoext.cli.interrupt import StopRequest
 from zoext.cli.loading import load
@@ -42,13 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains, evaluates before and after, and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
     with reading():
-        return _run(Request.of(arguments))
+        request = Request.of(arguments)
+        with claimed(request.out, "demo" if request.is_demo else "finetune") as path:
+            return _run(request, RunFolder(path))
 
 
-def _run(request: Request) -> int:
-    folder = RunFolder(request.path("demo" if request.is_demo else "finetune"))
+def _run(request: Request, folder: RunFolder) -> int:
     settings = request.settings(folder, _usual(request), RESUMABLE)
-    training, recording = _prepare(settings, folder, request.resume)
+    training, recording = _prepare(settings, folder, request)
     with recording, StopRequest() as stop:
         if not request.quiet:
             _introduce(training)
@@ -65,7 +67,7 @@ def _run(request: Request) -> int:
     return 0
 
 
-def _prepare(settings: Settings, folder: RunFolder, resume: bool) -> tuple[Training, Recording]:
+def _prepare(settings: Settings, folder: RunFolder, request: Request) -> tuple[Training, Recording]:
     """Loads and checks everything; only then is the folder changed."""
     device = devices.choose(settings.device)
     loaded = load(settings, device)
@@ -73,8 +75,8 @@ def _prepare(settings: Settings, folder: RunFolder, resume: bool) -> tuple[Train
     check(settings, optimizer)
     training = Training(loaded, optimizer, settings, folder, device)
     data = fingerprint(loaded.train, loaded.valid)
-    if not resume:
-        folder.start(settings, data)
+    if not request.resume:
+        folder.start(settings, data, request.overwrite)
         return training, training.begin()
     if folder.read_note()[1] != data:
         raise UserError(

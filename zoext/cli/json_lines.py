@@ -43,9 +43,12 @@ def replace(path: Path, records: Iterable[Record]) -> None:
 def append(path: Path, records: Iterable[Record]) -> None:
     """Adds ``records`` and waits until they are on the disk."""
     with writing(path):
+        is_new = not path.exists()
         with path.open("a", encoding="utf-8") as file:
             file.write(_text(records))
         atomic.sync(path)
+        if is_new:
+            atomic.sync(path.absolute().parent)
 
 
 def _text(records: Iterable[Record]) -> str:

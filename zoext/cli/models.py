@@ -91,7 +91,7 @@ def _classes(config: Any, labels: Collection[Label]) -> list[str]:
     """The names of the classes in the order of the model's outputs."""
     if any("ForSequenceClassification" in name for name in config.architectures or ()):
         known = [str(config.id2label[index]) for index in range(config.num_labels)]
-        if {str(label) for label in labels} == set(known):
+        if sorted({str(label) for label in labels}) == sorted(known):  # and so no name is there twice
             return known
         if all(isinstance(label, int) and 0 <= label < len(known) for label in labels):
             return [str(index) for index in range(len(known))]

@@ -15,15 +15,16 @@ from zoext import atomic
 from zoext.cli.errors import UserError, writing
 from zoext.cli.objectives import Example
 from zoext.cli.settings import CommonSettings
-from zoext.cli.stored_settings import SettingsT
+from zoext.cli.stored_settings import OtherVersionError, SettingsT
 
 
 class OutputFolder(ABC, Generic[SettingsT]):
-    """Paths below ``--out``: a note of the settings, which makes it the command's own, and the results."""
+    """Paths below ``--out``: a note of the settings, which makes it the command's own, and the results.
+
+    It is ``claim.claimed`` before anything is looked at: what is found holds until the command ends.
+    """
 
     def __init__(self, path: Path, note: str, results: Iterable[str]) -> None:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
         self.path = path
         self.note = path / note
         self._results = tuple(path / name for name in results)
@@ -47,6 +48,11 @@ class OutputFolder(ABC, Generic[SettingsT]):
         try:
             record = json.loads(self.note.read_text(encoding="utf-8"))
             return self._parse(record["settings"]), str(record["data"])
+        except OtherVersionError as error:
+            raise UserError(
+                f"{self.note}: is of another version of zoext, it {error}; resume with that version, or "
+                "start again with --overwrite"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.note}: damaged ({error!r}); start again with --overwrite") from None
 
@@ -80,10 +86,14 @@ class OutputFolder(ABC, Generic[SettingsT]):
                     "move it away or give another folder"
                 )
 
-    def start(self, settings: SettingsT, data: str) -> None:
-        """Removes the run that was here, if there was one, and notes the settings of the new one."""
+    def start(self, settings: SettingsT, data: str, overwrite: bool) -> None:
+        """Notes the settings of a new run; on ``overwrite`` the one that was here is removed.
+
+        Raises:
+            UserError: as ``check_free``, for what came here since.
+        """
+        self.check_free(overwrite)  # a file system may have no locks, and files may be anybody's
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
             self.remove_leftovers()
             if self.holds_run:
                 self._remove_results()
@@ -105,14 +115,6 @@ class OutputFolder(ABC, Generic[SettingsT]):
     def remove_leftovers(self) -> None:
         for path in self._written:
             atomic.remove_leftovers(path)
-
-
-def unused(parent: Path, name: str) -> Path:
-    """The first of ``name-1``, ``name-2``, ... that is not there yet."""
-    number = 1
-    while (parent / f"{name}-{number}").exists():
-        number += 1
-    return parent / f"{name}-{number}"
 
 
 def fingerprint(*parts: Iterable[Example]) -> str:

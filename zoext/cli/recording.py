@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from zoext.cli.errors import UserError
 from zoext.cli.position import Position
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
+from zoext.trajectory.owned import OwnedFile
 from zoext.trajectory.reading import open_recording
 
 
@@ -51,6 +51,7 @@ class Recording:
         """A trajectory from the first step on, in place of any that a killed process began."""
         with writing_trajectory(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ``finetune`` says it in words of its options
+            check_not_written(folder)
             for path in (folder.frames, folder.trajectory):
                 path.unlink(missing_ok=True)
             frames = settings.record_frames
@@ -114,6 +115,12 @@ def _first_step(folder: RunFolder, reached: Reached) -> int:
     return open_recording(folder.trajectory).header.step
 
 
+def check_not_written(folder: RunFolder) -> None:
+    """Raises a BlockingIOError while another recording is writing the trajectory, if there is one."""
+    if folder.trajectory.exists():
+        OwnedFile(folder.trajectory).close()
+
+
 @contextmanager
 def writing_trajectory(folder: RunFolder) -> Iterator[None]:
     """What the system refuses of the trajectory inside the block becomes a UserError."""
@@ -125,8 +132,7 @@ def writing_trajectory(folder: RunFolder) -> Iterator[None]:
         ) from None
     except OSError as error:
         path = error.filename or folder.trajectory
-        reason = os.strerror(error.errno) if error.errno else error
+        reason = (error.strerror or str(error)).partition(";")[0]  # then comes a remedy in Python
         raise UserError(
-            f"{path}: {reason}; nothing else is harmed: put that right, then zoext finetune "
-            f"--out {folder.path} --resume"
+            f"{path}: {reason}; put that right, then zoext finetune --out {folder.path} --resume"
         ) from None

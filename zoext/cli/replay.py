@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from zoext.cli import base, demo, devices, difference, models, numbers
-from zoext.cli.base import Base
 from zoext.cli.errors import UserError, reading, require
 from zoext.cli.replay_folder import ReplayFolder
 from zoext.trajectory.fields import TrajectoryError
@@ -85,9 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     say(f"writing {folder.path}")
     record = {"base": arguments.base, "trajectories": [_note(part) for part in parts]}
     if arguments.difference:
-        folder.write_difference(difference.of(model, before), record)
+        folder.write_difference(difference.of(model, before), record, arguments.overwrite)
     else:
-        folder.write_model(model, tokenizer, record)
+        folder.write_model(model, tokenizer, record, arguments.overwrite)
     say("done")
     return 0
 
@@ -123,19 +122,19 @@ def _load(name: str, parts: Sequence[Part]) -> tuple[Any, Any | None]:
 
     Replaying checks that it has the weights that each of them began with.
     """
-    known = [
-        (part.path, found) for part in parts if (found := base.of_notes(part.header.notes, str(part.path)))
-    ]
+    known = [(part.path, found) for part in parts if (found := base.of_header(part.header, str(part.path)))]
     for path, found in known:
         if found.demo != (name == DEMO):
             wanted = "demo" if found.demo else "the model that its run began with"
             raise UserError(f"BASE {name}: {path} is of another; give {wanted}")
+        if found.demo and found != demo.base(found.dtype, found.seed):
+            raise TrajectoryError(f"{path}: notes: task and classes must be those of the demo")
     if known:
         chosen = known[0][1]
         return demo.load_model(chosen) if chosen.demo else models.load(name, chosen)
     dtype = parts[0].header.parameters[0].dtype.removeprefix("torch.")
     if name == DEMO:
-        return demo.load_model(Base(True, "classification", demo.LABEL_WORDS, dtype, 0))
+        return demo.load_model(demo.base(dtype, seed=0))
     return models.load_own(name, getattr(torch, dtype))
 
 

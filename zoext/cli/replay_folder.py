@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ class ReplayFolder:
 
     def check_free(self, overwrite: bool) -> None:
         """Raises a UserError if writing would replace anything but, on ``overwrite``, a replay."""
-        if not self.path.exists():
+        folder = atomic.where(self._real)
+        if not folder.exists():
             return
-        if not self.path.is_dir():
+        if not folder.is_dir():
             raise UserError(f"--out {self.path}: is a file; give a folder")
-        there = {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
-        foreign = sorted(there - self._files_of_replay())
+        there = {str(file.relative_to(folder)) for file in folder.rglob("*")}
+        foreign = sorted(there - _files_of_replay(folder))
         if foreign:
             raise UserError(
                 f"--out {self.path}: holds {foreign[0]}, which no replay wrote; give another folder"
@@ -48,35 +50,37 @@ class ReplayFolder:
             if any(self.path.samefile(path) for path in (real, *real.parents)):
                 raise UserError(f"--out {self.path}: the replay would replace {given}; give another folder")
 
-    def _files_of_replay(self) -> set[str]:
-        try:
-            files = json.loads((self.path / NOTE).read_text(encoding="utf-8"))["files"]
-            return {NOTE, *map(str, files)}
-        except (OSError, ValueError, KeyError, TypeError):
-            return set()
-
-    def write_model(self, model: Any, tokenizer: Any | None, record: dict[str, Any]) -> None:
+    def write_model(self, model: Any, tokenizer: Any | None, record: dict[str, Any], overwrite: bool) -> None:
         """Writes a model, and its tokenizer if it has one, for from_pretrained of transformers."""
-        with self._new(record) as folder, quiet_transformers():
+        with self._new(record, overwrite) as folder, quiet_transformers():
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
-    def write_difference(self, difference: Difference, record: dict[str, Any]) -> None:
+    def write_difference(self, difference: Difference, record: dict[str, Any], overwrite: bool) -> None:
         """Writes the tensors as safetensors, and the counts into the note."""
         from safetensors.torch import save_file
 
         counts = {"elements": difference.elements, "rounded": difference.rounded}
-        with self._new({**record, "difference": counts}) as folder:
+        with self._new({**record, "difference": counts}, overwrite) as folder:
             save_file(difference.tensors, folder / DIFFERENCE, metadata={"format": "pt"})
 
     @contextmanager
-    def _new(self, record: dict[str, Any]) -> Iterator[Path]:
+    def _new(self, record: dict[str, Any], overwrite: bool) -> Iterator[Path]:
         with writing(self.path):
             atomic.remove_leftovers(self._real)
-            with atomic.new_folder(self._real, replace=True) as temporary:
+            check = partial(self.check_free, overwrite)  # again: loading and replaying may take long
+            with atomic.new_folder(self._real, replace=True, check=check) as temporary:
                 yield temporary
                 files = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*"))
                 packages = {name: version(name) for name in ("zoext", "torch", "transformers")}
                 note = {**record, "packages": packages, "files": files}
                 (temporary / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def _files_of_replay(folder: Path) -> set[str]:
+    try:
+        files = json.loads((folder / NOTE).read_text(encoding="utf-8"))["files"]
+        return {NOTE, *map(str, files)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zoext.cli.errors import UserError
-from zoext.cli.output_folder import OutputFolder, unused
+from zoext.cli.output_folder import OutputFolder
 from zoext.cli.stored_settings import SettingsT
 
 
@@ -39,10 +39,6 @@ class Request:
     @property
     def is_demo(self) -> bool:
         return "model" not in self.given and "data" not in self.given
-
-    def path(self, name: str) -> Path:
-        """The folder given, or the next free one of that ``name``."""
-        return self.out or unused(Path("runs"), name)
 
     def settings(
         self, folder: OutputFolder[SettingsT], usual: SettingsT, changeable: Collection[str]

@@ -6,15 +6,14 @@ import dataclasses
 from pathlib import Path
 
 from zoext import TrajectoryError, ZerothOrderOptimizer, atomic
+from zoext.cli.claim import make_unused
 from zoext.cli.errors import UserError, warn
-from zoext.cli.output_folder import unused
 from zoext.cli.problem import Problem
-from zoext.cli.recording import Recording, writing_trajectory
+from zoext.cli.recording import Recording, check_not_written, writing_trajectory
 from zoext.cli.result import write_model
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
 from zoext.trajectory.matching import remembers
-from zoext.trajectory.owned import OwnedFile
 
 
 def restart(
@@ -61,10 +60,8 @@ def _set_aside(folder: RunFolder) -> Path | None:
     if not there:
         return None
     with writing_trajectory(folder):
-        if folder.trajectory.exists():
-            OwnedFile(folder.trajectory).close()  # refused while another run is writing it
-        kept = unused(folder.damaged, "trajectory")
-        kept.mkdir(parents=True)
+        check_not_written(folder)
+        kept = make_unused(folder.damaged, "trajectory")
         for path in there:
             path.rename(kept / path.name)
         for changed in (kept, folder.damaged, folder.path):

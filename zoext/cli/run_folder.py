@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zoext import atomic
-from zoext.cli import arguments, stored_settings
+from zoext.cli import arguments, checkpoint, stored_settings
 from zoext.cli.output_folder import OutputFolder
 from zoext.cli.settings import Settings
 
@@ -46,4 +46,4 @@ class RunFolder(OutputFolder[Settings]):
 
     def remove_leftovers(self) -> None:
         super().remove_leftovers()
-        atomic.remove_leftovers(self.checkpoints / "step-*")
+        atomic.remove_leftovers_of(self.checkpoints, checkpoint.NAME)

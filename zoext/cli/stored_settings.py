@@ -12,18 +12,25 @@ from zoext.cli.settings import CommonSettings
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)
 
 
+class OtherVersionError(ValueError):
+    """The file has other fields than this version writes; says which."""
+
+
 def parse(
     record: Any, kind: type[SettingsT], add_arguments: Callable[[argparse.ArgumentParser], None]
 ) -> SettingsT:
     """Settings from the fields that a file holds, checked as if they were given as options.
 
     Raises:
-        ValueError: for a field that is absent, unknown, of another type or out of range.
+        OtherVersionError: for a field that is absent or unknown.
+        ValueError: for one of another type or out of range.
     """
     wanted = get_type_hints(kind)
-    if not isinstance(record, dict) or record.keys() != wanted.keys():
-        different = sorted(wanted.keys() ^ record.keys()) if isinstance(record, dict) else ["not an object"]
-        raise ValueError(f"settings: {', '.join(different)}")
+    if not isinstance(record, dict):
+        raise ValueError("settings: not an object")
+    for what, names in (("lacks", wanted.keys() - record.keys()), ("has", record.keys() - wanted.keys())):
+        if names:
+            raise OtherVersionError(f"{what} {', '.join(sorted(names))}")
     for name, value in record.items():
         if type(value) not in _types_in_json(wanted[name]):
             raise ValueError(f"{name} is {value!r}")

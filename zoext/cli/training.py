@@ -53,10 +53,12 @@ class Training:
 
     def resume(self, saved: checkpoint.Checkpoint | None) -> Recording:
         """Goes to where ``saved`` was written, or to the beginning, and drops the records of later steps."""
+        records = metrics.read(self.folder.metrics)  # before anything is changed: they may be damaged
         if saved is None:
+            recording = self.begin()
             metrics.keep_until(self.folder.metrics, -1)
-            return self.begin()
-        if not any("valid_loss" in record for record in metrics.read(self.folder.metrics)):
+            return recording
+        if not any("valid_loss" in record for record in records):
             raise UserError(
                 f"{self.folder.metrics}: lacks what was recorded before {saved.path.name}; "
                 "start again with --overwrite"

@@ -48,8 +48,14 @@ def begin(path: Path, header: Header) -> End:
     except OSError as error:  # of a temporary file, whose name says nothing to anybody
         raise OSError(error.errno, error.strerror, str(path)) from None
     if header.frames:
-        beside.touch()  # after the header: it is nobody's without one
+        _make(beside)  # after the header: it is nobody's without one
     return End(checksum, 0 if header.frames else None, None)
+
+
+def _make(beside: Path) -> None:
+    """Makes an empty file of frames, with a durable name before a line tells of any."""
+    beside.touch()
+    atomic.sync(beside.absolute().parent)
 
 
 def _check_place(path: Path) -> None:
@@ -100,7 +106,7 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
     if recording.header.frames:
         beside = frames.path_beside(path)
         if not used:
-            beside.touch()  # a run may have been killed before it did
+            _make(beside)  # a run may have been killed before it did
         ends.insert(0, (beside, used))
     if _has_line_after(path, last.end):
         for file, size in ends:

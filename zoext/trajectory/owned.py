@@ -17,19 +17,19 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 class OwnedFile:
     """A file that exists, open to be appended to, with a lock that keeps other recordings out.
 
-    The lock ends with the process, however that ends. A child that was forked with ``os.fork``, such as a
-    worker of a DataLoader, does not keep it: it closes its copy at once. Where the file system knows no locks
-    there is none.
+    On ``make`` it is made if it is missing. The lock ends with the process, however that ends. A child that
+    was forked with ``os.fork``, such as a worker of a DataLoader, does not keep it: it closes its copy at
+    once. Where the file system knows no locks there is none.
 
     Raises:
         BlockingIOError: if another recording has it.
         OSError: if it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, make: bool = False) -> None:
         self.path = path
         self._place = path.absolute()  # also after the process has gone to another folder
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | (os.O_CREAT if make else 0), 0o666)
         _open_files.add(self)
         try:
             self.hold()
