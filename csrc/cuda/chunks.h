@@ -220,7 +220,8 @@ struct WholeShareInPlace : WholeShare<Storage, Tiling> {
   ZOEXT_HD void advance() {
     Base::advance(), beside += Tiling::stride;
 #if defined(__CUDA_ARCH__)
-    asm("" : "+l"(to), "+l"(beside));  // or nvcc keeps each twice, to read and to write
+    // Or nvcc keeps each twice, to read and to write. Where there is just one it does not.
+    if constexpr (sizeof(Storage) == 2) asm("" : "+l"(to), "+l"(beside));
 #endif
   }
 

@@ -49,7 +49,12 @@ struct Group {
   __device__ void load(const Storage* share, const WholePart& part) {
     const auto from = reinterpret_cast<const Access*>(share + part.offset);
 #pragma unroll
-    for (int a = 0; a < accesses; ++a) access[a] = __ldca(from + a);
+    for (int a = 0; a < accesses; ++a)
+      // Of an address that went through `WholeShareInPlace::advance` nvcc does not know that it is global.
+      if constexpr (sizeof(Storage) <= 2)
+        access[a] = __ldca(from + a);
+      else
+        access[a] = from[a];
   }
 
   __device__ void store(Storage* share, const WholePart& part) const {
