@@ -217,3 +217,20 @@ def test_the_demo(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     header = json.loads((command.out / "trajectory.jsonl").read_text().splitlines()[0])
     assert header["notes"]["zoext finetune"]["demo"] is False
     assert_replays(command)
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "no text"])
+def test_metrics_stop_no_run_either(command: Command, how: str) -> None:
+    command.works(*COMMON)
+    damage(command.out / "metrics.jsonl", how)
+    told = resumed(command, LAST)
+    assert f"warning: {command.out / 'metrics.jsonl'}: " in told
+    assert "metrics begin anew at step 5" in told
+    whole = command.folder / "whole"
+    command.works(*COMMON, LAST, f"--out={whole}")
+    assert (command.out / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
+    assert losses_of(command.out) == losses_of(whole)[5:]
+    kept = command.out / "damaged" / "metrics-1" / "metrics.jsonl"
+    assert kept.exists() == (how != "gone")

@@ -174,7 +174,6 @@ def test_resume_with_another_model(command: Command) -> None:
     ("name", "remedy"),
     [
         ("run.json", "--overwrite"),
-        ("metrics.jsonl", "--overwrite"),
         (
             "checkpoints/step-00000002/weights.safetensors",
             "remove .*step-00000002 to resume from step-00000001",

@@ -6,12 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from zoext.cli import json_lines
+from zoext.cli.errors import UserError
 from zoext.cli.json_lines import Record
 
 
 def read(path: Path) -> list[Record]:
     """The records of ``path``, each of which is of a step or of an evaluation."""
     return json_lines.read(path, _is_record)
+
+
+def damage(path: Path, *, evaluated: bool) -> str | None:
+    """What is wrong with the metrics of a run, which was ``evaluated`` at least once; None if nothing is."""
+    try:
+        records = read(path)
+    except UserError as error:
+        return str(error).partition(";")[0]  # then comes a remedy, which here is another one
+    if evaluated and not any("valid_loss" in record for record in records):
+        return f"{path}: lacks what was recorded"
+    return None
 
 
 def _is_record(value: Any) -> bool:

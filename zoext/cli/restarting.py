@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-from zoext import TrajectoryError, ZerothOrderOptimizer, atomic
-from zoext.cli.claim import make_unused
+from zoext import TrajectoryError, ZerothOrderOptimizer
 from zoext.cli.errors import UserError, warn
 from zoext.cli.problem import Problem
 from zoext.cli.recording import Recording, check_not_written, writing_trajectory
@@ -36,7 +34,9 @@ def restart(
         raise UserError(
             f"{damage}; give --checkpoint weights to go on from the weights that the checkpoint has"
         )
-    kept = _set_aside(folder)
+    with writing_trajectory(folder):
+        check_not_written(folder)
+        kept = folder.set_aside("trajectory", folder.of_trajectory)
     said = [str(damage) if kept is None else f"{damage}; what there is of it was moved to {kept}"]
     step = optimizer.param_groups[0]["step"]
     if remembers(optimizer):
@@ -52,18 +52,3 @@ def restart(
         said.append(f"a new one begins at step {step}, with the model in {folder.base}")
     warn("; ".join(said))
     return recording
-
-
-def _set_aside(folder: RunFolder) -> Path | None:
-    """Moves what there is of the trajectory to a new folder, which it returns; None if there is nothing."""
-    there = [path for path in folder.of_trajectory if path.exists() or path.is_symlink()]
-    if not there:
-        return None
-    with writing_trajectory(folder):
-        check_not_written(folder)
-        kept = make_unused(folder.damaged, "trajectory")
-        for path in there:
-            path.rename(kept / path.name)
-        for changed in (kept, folder.damaged, folder.path):
-            atomic.sync(changed)
-    return kept

@@ -1,16 +1,18 @@
 """The folder of ``zoext finetune``: its settings, metrics, trajectory, checkpoints, curve and final model.
 
 ``trajectory.base`` is the model that the trajectory begins with, where that is not the one that the run began
-with; ``damaged`` has trajectories that could not be continued.
+with; ``damaged`` has trajectories and metrics that could not be continued.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from zoext import atomic
 from zoext.cli import arguments, checkpoint, stored_settings
+from zoext.cli.claim import make_unused
 from zoext.cli.output_folder import OutputFolder
 from zoext.cli.settings import Settings
 
@@ -40,6 +42,18 @@ class RunFolder(OutputFolder[Settings]):
     def of_trajectory(self) -> tuple[Path, ...]:
         """The trajectory and what belongs to it, itself last."""
         return self._results[5:]
+
+    def set_aside(self, name: str, paths: Iterable[Path]) -> Path | None:
+        """Moves what there is of ``paths``, if anything, to a new folder ``damaged/NAME-N``, and returns that."""
+        there = [path for path in paths if path.exists() or path.is_symlink()]
+        if not there:
+            return None
+        kept = make_unused(self.damaged, name)
+        for path in there:
+            path.rename(kept / path.name)
+        for changed in (kept, self.damaged, self.path):
+            atomic.sync(changed)
+        return kept
 
     def _parse(self, record: Any) -> Settings:
         return stored_settings.parse(record, Settings, arguments.add_arguments)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoext import TrajectoryError, ZerothOrderOptimizer
 from zoext.cli import checkpoint, metrics, step
-from zoext.cli.errors import UserError, warn
+from zoext.cli.errors import UserError, warn, writing
 from zoext.cli.evaluation import Evaluation, evaluate
 from zoext.cli.interrupt import StopRequest
 from zoext.cli.problem import Problem
@@ -53,22 +53,27 @@ class Training:
 
     def resume(self, saved: checkpoint.Checkpoint | None) -> Recording:
         """Goes to where ``saved`` was written, or to the beginning, and drops the records of later steps."""
-        records = metrics.read(self.folder.metrics)  # before anything is changed: they may be damaged
+        damage = metrics.damage(self.folder.metrics, evaluated=saved is not None)
         if saved is None:
             recording = self.begin()
-            metrics.keep_until(self.folder.metrics, -1)
+            self._keep_metrics(damage)
             return recording
-        if not any("valid_loss" in record for record in records):
-            raise UserError(
-                f"{self.folder.metrics}: lacks what was recorded before {saved.path.name}; "
-                "start again with --overwrite"
-            )
         saved.restore(self.problem.model, self.optimizer, self.folder.trajectory)
         self.step, self.forwards = saved.reached.step, saved.reached.forwards
         self._compare_threads(saved.threads)
         recording = self._resume_recording(saved.reached)
-        metrics.keep_until(self.folder.metrics, self.step)  # now that no other run is writing there
+        self._keep_metrics(damage)  # now that no other run is writing there
         return recording
+
+    def _keep_metrics(self, damage: str | None) -> None:
+        """Drops those of steps that are taken again. Damaged ones stop no run: they are set aside."""
+        if damage is None:
+            metrics.keep_until(self.folder.metrics, self.step if self.step else -1)
+            return
+        with writing(self.folder.metrics):
+            kept = self.folder.set_aside("metrics", [self.folder.metrics])
+        moved = "" if kept is None else f"; what there is of it was moved to {kept}"
+        warn(f"{damage}{moved}; metrics begin anew at step {self.step}")
 
     def _compare_threads(self, before: int | None) -> None:
         """Products of matrices on a CPU may have other bits with another number of threads."""
@@ -89,8 +94,8 @@ class Training:
         """Trains until the last step or until ``stop`` is received; either way a checkpoint is there."""
         settings = self.settings
         started = time.monotonic()
-        if self.step == 0 and not metrics.read(self.folder.metrics):
-            self._evaluate(progress, "before")
+        if not any("valid_loss" in record for record in metrics.read(self.folder.metrics)):
+            self._evaluate(progress, f"step {self.step}" if self.step else "before")
         while self.step < settings.steps and not stop.received:
             with recording.writing():
                 loss = self._one_step()
