@@ -44,7 +44,7 @@ class RunFolder(OutputFolder[Settings]):
         return self._results[5:]
 
     def set_aside(self, name: str, paths: Iterable[Path]) -> Path | None:
-        """Moves what there is of ``paths``, if anything, to a new folder ``damaged/NAME-N``, and returns that."""
+        """Moves what there is of ``paths`` to a new folder ``damaged/NAME-N``, and returns that or None."""
         there = [path for path in paths if path.exists() or path.is_symlink()]
         if not there:
             return None
