@@ -126,7 +126,7 @@ def _load(name: str, parts: Sequence[Part]) -> tuple[Any, Any | None]:
     for path, found in known:
         if found.demo != (name == DEMO):
             wanted = "demo" if found.demo else "the model that its run began with"
-            raise UserError(f"BASE {name}: {path} is of another; give {wanted}")
+            raise UserError(f"BASE {name}: {path} is of a run of another model; give {wanted}")
         if found.demo and found != demo.base(found.dtype, found.seed):
             raise TrajectoryError(f"{path}: notes: task and classes must be those of the demo")
     if known:
