@@ -455,7 +455,7 @@ def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: s
     found = load_file(command.folder / "replayed" / "model.safetensors")
     assert all(same(found[name], tensor) for name, tensor in problem.model.state_dict().items())
     error = refused(command, f"--out={command.folder / 'x'}", trajectory="demo.jsonl")
-    assert "is of another; give demo" in error
+    assert "is of a run of another model; give demo" in error
 
 
 def test_notes_that_are_not_of_the_demo(command: Command) -> None:
