@@ -256,7 +256,7 @@ def test_another_base(command: Command) -> None:
     assert "begins with other weights" in refused(command, base=str(command.folder / "other"))
     assert "model ./none: cannot be loaded" in refused(command, base="./none")
     error = refused(command, base="demo")
-    assert f"BASE demo: {command.out / 'trajectory.jsonl'} is of another" in error
+    assert f"BASE demo: {command.out / 'trajectory.jsonl'} is of a run of another model" in error
 
 
 @pytest.mark.parametrize(
