@@ -3,17 +3,20 @@
 #   PYTHON  the interpreter that the virtual environment is made of
 #   TORCH   the torch to install, as pip takes it: make test TORCH='torch==2.13.0'
 #   VENV    where the virtual environment goes
+#   WORKERS how many processes test at once, of a core and a gigabyte each
 #   ARGS    more options for the program that runs: make test ARGS='-k restore'
 
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
+WORKERS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 CHOICE := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+IN_PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal
 CONSTRAINT := $(STAMPS)/constraint.txt
 INSTALLED := $(STAMPS)/installed
 BUILT := $(STAMPS)/built
@@ -25,13 +28,13 @@ CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o 
 
 help: ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
-	@echo; sed -n '2,7s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+	@echo; sed -n '2,8s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMPS)/demo $(BUILT) ## Fine-tune a real model on real data, offline, in minutes
 	$(BIN)/zoext finetune $(ARGS)
 
 test: $(STAMPS)/test $(BUILT) ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 build: $(BUILT) ## Build the operators in place, again where sources changed
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import: no test contacts a hub
+# Both are read on import. No test contacts a hub. Where several processes test, as many threads in each would
+# wait for each other most of the time; tests of threads set their number.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 

@@ -234,3 +234,28 @@ def test_metrics_stop_no_run_either(command: Command, how: str) -> None:
     assert losses_of(command.out) == losses_of(whole)[5:]
     kept = command.out / "damaged" / "metrics-1" / "metrics.jsonl"
     assert kept.exists() == (how != "gone")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[2]",
+        '{"step": 2}',
+        '{"loss": 1.0, "forwards": 2}',
+        '{"step": "2", "forwards": 2}',
+        '{"step": 2, "forwards": 4, "valid_loss": 1.0}',
+        '{"step": 2, "forwards": 4, "loss": "low"}',
+    ],
+)
+def test_metrics_that_no_run_wrote(command: Command, line: str) -> None:
+    command.works("--steps=2")
+    path = command.out / "metrics.jsonl"
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    written = "\n".join([first, line, *others, ""])
+    path.write_text(written, encoding="utf-8")
+    kept = command.out / "damaged" / "metrics-1" / "metrics.jsonl"
+    assert f"{path}: line 2 is damaged; what there is of it was moved to {kept.parent}" in resumed(
+        command, "--steps=3"
+    )
+    assert kept.read_text(encoding="utf-8") == written
+    assert [step for step, _ in losses_of(command.out)] == [3]

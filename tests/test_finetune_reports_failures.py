@@ -147,34 +147,6 @@ def test_a_run_without_settings(command: Command, text: str) -> None:
     assert f"{command.out / 'run.json'}: damaged" in command.is_refused("--resume")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[2]",
-        '{"step": 2}',
-        '{"loss": 1.0, "forwards": 2}',
-        '{"step": "2", "forwards": 2}',
-        '{"step": 2, "forwards": 4, "valid_loss": 1.0}',
-        '{"step": 2, "forwards": 4, "loss": "low"}',
-    ],
-)
-def test_metrics_that_no_run_wrote(command: Command, line: str) -> None:
-    command.works()
-    lines = (command.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    (command.out / "metrics.jsonl").write_text("\n".join([lines[0], line, *lines[1:], ""]), encoding="utf-8")
-    error = command.is_refused("--resume", "--steps", "4")
-    assert f"{command.out / 'metrics.jsonl'}: line 2 " in error
-    assert "--overwrite" in error
-
-
-def test_a_checkpoint_without_its_metrics(command: Command) -> None:
-    command.works()
-    (command.out / "metrics.jsonl").unlink()
-    error = command.is_refused("--resume")
-    assert f"{command.out / 'metrics.jsonl'}: " in error
-    assert "--overwrite" in error
-
-
 def test_a_model_that_streamed_probes_cannot_displace(command: Command) -> None:
     tiny_deberta(command.folder / "model")
     assert main(command.arguments("--probe", "streamed")) == 2

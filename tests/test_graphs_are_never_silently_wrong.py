@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +130,30 @@ def test_other_modules_at_the_capture() -> None:
     with pytest.raises(zoext.StreamedProbeError, match="other modules ran while the step was recorded"):
         run.step(3)
     assert same(before, snapshot(run))
+
+
+def test_a_torn_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay never goes on from weights that an eager step left between two steps."""
+    run = Run().steps(range(6))
+    before = deepcopy(run.model.state_dict()), deepcopy(run.optimizer.state_dict())
+    move = torch.ops.zoext.noise_axpy_
+
+    def raises_at_its_end(*arguments: object) -> None:
+        move(*arguments)
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.zoext, "noise_axpy_", raises_at_its_end)
+        with pytest.raises(torch.OutOfMemoryError):
+            run.optimizer.step(run.closure)
+    torn = snapshot(run)
+    with pytest.raises(RuntimeError, match="theta is between two steps; load the weights"):
+        run.step(6)
+    assert same(torn, snapshot(run))
+    run.model.load_state_dict(before[0])
+    run.optimizer.load_state_dict(before[1])
+    run.step(6)
+    assert same(run.result()[:2], Run().steps(range(7)).result()[:2])
 
 
 class TestReplacedTensors:

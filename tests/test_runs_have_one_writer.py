@@ -122,9 +122,11 @@ def test_a_live_run_is_not_resumed(command: Command, checkpoints: bool, live: st
         assert "is writing" in command.is_refused("--resume", "--steps=4")
 
 
-def test_a_resume_that_is_refused_changes_nothing(command: Command) -> None:
+@pytest.mark.parametrize("live", [LOCK, "trajectory.jsonl"])
+@pytest.mark.parametrize("damaged", ["metrics.jsonl", "trajectory.jsonl"])
+def test_what_a_live_run_writes_is_not_set_aside(command: Command, damaged: str, live: str) -> None:
     command.works()
-    (command.out / "checkpoints").rename(command.folder / "checkpoints")
-    with (command.out / "metrics.jsonl").open("a") as file:
+    with (command.out / damaged).open("a") as file:
         file.write("damaged\n")
-    assert "line 5 is damaged" in command.is_refused("--resume", "--steps=4")
+    with OwnedFile(command.out / live, make=True):
+        assert "is writing" in command.is_refused("--resume", "--steps=4")
