@@ -252,14 +252,13 @@ def join(upper: Tensor, residual: Tensor) -> NDArray[np.float32]:
 
 
 def some_residuals(theta: Tensor) -> Tensor:
-    """Residuals of every size, a function of the weight; none makes it less than zero in magnitude. Empty
-    for wide theta."""
+    """Residuals of every size, a function of the weight, also beside what is not finite; none makes a weight
+    less than zero in magnitude. Empty for wide theta."""
     if theta.dtype not in FORMATS:
         return torch.empty(0, dtype=torch.int8)
     pattern = bits(theta).long() & 0x7FFF  # not its value, which a program may flush to zero
     residual = pattern.mul(37).remainder(256).sub(128)
-    residual = torch.where(pattern == 0, residual.abs().clamp(max=127), residual)
-    return torch.where(pattern < FORMATS[theta.dtype].infinity, residual, 0).to(torch.int8)
+    return torch.where(pattern == 0, residual.abs().clamp(max=127), residual).to(torch.int8)
 
 
 def equal_residuals(theta: Tensor, rounding: Rounding) -> list[Tensor | None]:

@@ -148,7 +148,7 @@ struct Split {
 };
 
 // The whole number, exactly. Zero has no residual below it; one that is there, since somebody else has set the
-// weight to zero, counts from above.
+// weight to zero, counts from above. Beside what is infinite or no number, it counts for nothing.
 template <class Storage>
 ZOEXT_HD float join(Split<Storage> a);
 
@@ -163,6 +163,7 @@ ZOEXT_HD Split<Storage> split(float a);
 
 template <>
 ZOEXT_HD float join<BFloat16>(Split<BFloat16> a) {
+  if ((a.nearest.bits & 0x7fffu) >= 0x7f80u) return widen(a.nearest);
   return float_of_bits((static_cast<uint32_t>(a.nearest.bits) << 16) +
                        (residual_of(a.nearest.bits, a.residual) << 8));
 }

@@ -158,16 +158,17 @@ void displace_stochastically(Storage* out, const Storage* theta, const float* su
 template <class Storage>
 constexpr uint32_t infinite = std::is_same_v<Storage, BFloat16> ? 0x7f7f7f80u : 0x477feff0u;
 
-// Patterns of float16 that `of_long_pattern` does not read begin here: that of infinity, less a residual.
-// Those below zero are among them.
-constexpr uint32_t unreadable_half = 0x7c000000u - 0x8000u;
+// Long patterns that `of_long_pattern` does not read begin here: that of infinity, less a residual. Those below
+// zero are among them.
+template <class Storage>
+constexpr uint32_t unreadable = (std::is_same_v<Storage, BFloat16> ? 0x7f800000u : 0x7c000000u) - 0x8000u;
 
 // Moves floats of 24 bits, unless a lane is not to be read or rounded so; whether none is.
 template <class Storage, class DisplacePack>
 inline __attribute__((always_inline)) bool displace_split_pack(Storage* theta, int8_t* residuals, const float* sum,
                                                                const DisplacePack& displace_pack) {
   const Ints pattern = (load_words(&theta->bits) << 16) + (load_words(residuals) << 8);
-  if (std::is_same_v<Storage, Half> && any_at_least(magnitudes(pattern), unreadable_half)) return false;
+  if (any_at_least(magnitudes(pattern), unreadable<Storage>)) return false;
   const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum));
   if (any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) return false;
   const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);

@@ -75,9 +75,9 @@ struct Pair<BFloat16> {
   // Patterns are joined to numbers in this unit.
   static constexpr float unit = 1.0f;
 
-  // What the patterns of infinities and of no numbers are joined to is not below, nor is what a zero and a
-  // residual that leads below it are joined to: a carry makes all bits of the exponent ones.
-  static constexpr float join_limit = __builtin_inff();
+  // What the patterns of infinities and of no numbers are joined to is not below, whatever the residual, nor is
+  // what a zero and a residual that leads below it are joined to: a carry makes all bits of the exponent ones.
+  static constexpr float join_limit = 0x1.ffp+127f;
 
   static __device__ uint32_t round_to_nearest(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);

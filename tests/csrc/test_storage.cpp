@@ -175,6 +175,13 @@ void splits_are_numbers_of_24_bits() {
     CHECK(whole == long_magnitude<Storage>(lower + 128), "zero and %d are %a", lower, whole);
     CHECK(same(join<Storage>({{0x8000u}, static_cast<int8_t>(lower)}), -whole), "-0 and %d", lower);
   }
+  for (uint32_t upper = infinity<Storage>; upper <= 0x7fffu; ++upper)  // where somebody else has set it
+    for (int lower = -128; lower < 128; ++lower)
+      for (uint32_t sign : {0x0000u, 0x8000u}) {
+        const Storage nearest{static_cast<uint16_t>(sign | upper)};
+        const float whole = join<Storage>({nearest, static_cast<int8_t>(lower)});
+        CHECK(same(whole, widen(nearest)), "%04x and %d are %a", nearest.bits, lower, whole);
+      }
   for (float beyond : {before * 2, INFINITY, NAN})
     for (float value : {beyond, -beyond}) {
       const Split<Storage> parts = split<Storage>(value);
