@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,10 @@ def test_metrics_stop_no_run_either(command: Command, how: str) -> None:
         '{"step": "2", "forwards": 2}',
         '{"step": 2, "forwards": 4, "valid_loss": 1.0}',
         '{"step": 2, "forwards": 4, "loss": "low"}',
+        "[" * 100_000,
+        "9" * 5_000,
     ],
+    ids=lambda line: line[:40],
 )
 def test_metrics_that_no_run_wrote(command: Command, line: str) -> None:
     command.works("--steps=2")
@@ -259,3 +263,58 @@ def test_metrics_that_no_run_wrote(command: Command, line: str) -> None:
     )
     assert kept.read_text(encoding="utf-8") == written
     assert [step for step, _ in losses_of(command.out)] == [3]
+
+
+@pytest.mark.parametrize("options", ["", "--checkpoint=trajectory", "--optimizer=agzo --record-frames"])
+@pytest.mark.parametrize("how", ["not at all", "flipped"])
+def test_without_a_checkpoint_the_trajectory_is_kept(command: Command, how: str, options: str) -> None:
+    command.works(*COMMON, *options.split())
+    path = command.out / "trajectory.jsonl"
+    if how != "not at all":
+        damage(path, how)
+    before = {found.name: found.read_bytes() for found in command.out.glob("trajectory.*")}
+    shutil.rmtree(command.out / "checkpoints")
+    kept = command.out / "damaged" / "trajectory-1"
+    told = resumed(command, LAST)
+    assert f"warning: {command.out / 'checkpoints'}: holds no checkpoint; the run begins anew" in told
+    assert f"is now in {kept}\n" in told
+    assert {found.name: found.read_bytes() for found in kept.iterdir()} == before
+    assert open_recording(path).header.step == 0
+    assert_as_in_peace(command, *options.split())
+
+
+def test_without_a_checkpoint_no_stale_base_is_left(command: Command) -> None:
+    command.works(*COMMON)
+    damage(command.out / "trajectory.jsonl", "flipped")
+    resumed(command, "--steps=6")
+    shutil.rmtree(command.out / "checkpoints")
+    resumed(command, LAST)
+    kept = command.out / "damaged" / "trajectory-2"
+    assert {path.name for path in kept.iterdir()} == {"trajectory.base", "trajectory.jsonl"}
+    assert not (command.out / "trajectory.base").exists()
+    assert_as_in_peace(command)
+
+
+def test_without_a_checkpoint_a_header_alone_is_replaced(command: Command) -> None:
+    command.works(*COMMON)
+    path = command.out / "trajectory.jsonl"
+    path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n" + b'{"torn')
+    shutil.rmtree(command.out / "checkpoints")
+    assert resumed(command, LAST) == ""
+    assert not (command.out / "damaged").exists()
+    assert_as_in_peace(command)
+
+
+def test_a_report_says_where_its_metrics_begin(command: Command) -> None:
+    command.works(*COMMON)
+    arguments = [part for part in command.arguments("--resume", LAST) if part != "--quiet"]
+    (command.out / "metrics.jsonl").unlink()
+    assert main(arguments) == 0
+    said = command.capsys.readouterr().out
+    assert "held-out, at step 5: loss " in said
+    assert "held-out, after:     loss " in said
+    command.works(*COMMON, "--overwrite")
+    assert main(arguments) == 0
+    said = command.capsys.readouterr().out
+    assert "held-out, before: loss " in said
+    assert "held-out, after:  loss " in said

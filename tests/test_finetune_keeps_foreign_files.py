@@ -97,3 +97,13 @@ def test_a_linked_model_of_a_run_that_is_removed(command: Command) -> None:
     command.works("--overwrite", "--seed", "4")
     assert not (command.out / "model").is_symlink()
     assert (command.folder / "kept" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--data=none.csv"]])
+def test_a_lock_that_is_none(command: Command, more: list[str]) -> None:
+    command.out.mkdir()
+    (command.out / "run.lock").write_text("mine", encoding="utf-8")
+    error = command.is_refused(*more)
+    assert (
+        f"{command.out / 'run.lock'}: is no lock, which is empty; move it away or give another --out" in error
+    )

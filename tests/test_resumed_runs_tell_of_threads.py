@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,17 +34,3 @@ def test_another_number_of_threads(command: Command, set_threads: Callable[[int]
     assert said.count("\n") == 1
     assert "OMP_NUM_THREADS=1" in said
     assert resumed(command, "--steps=5") == ""
-
-
-@pytest.mark.parametrize("noted", [None, "many"])
-def test_a_checkpoint_that_does_not_tell(
-    command: Command, set_threads: Callable[[int], None], noted: object
-) -> None:
-    set_threads(1)
-    command.works()
-    path = command.out / "checkpoints" / "step-00000002" / "state.json"
-    state = json.loads(path.read_text())
-    assert state.pop("threads") == 1
-    path.write_text(json.dumps(state if noted is None else {**state, "threads": noted}))
-    set_threads(2)
-    assert resumed(command, "--steps=3") == ""

@@ -13,7 +13,7 @@ import pytest
 from compare_command import CompareCommand
 from finetune_command import Command, prepare
 
-from zoext.cli import finetune, main, plot
+from zoext.cli import claim, finetune, main, plot
 from zoext.cli.claim import LOCK
 from zoext.trajectory.owned import OwnedFile
 
@@ -130,3 +130,22 @@ def test_what_a_live_run_writes_is_not_set_aside(command: Command, damaged: str,
         file.write("damaged\n")
     with OwnedFile(command.out / live, make=True):
         assert "is writing" in command.is_refused("--resume", "--steps=4")
+
+
+def test_a_folder_that_another_command_removes_just_now(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had made the folder, and was refused: between the look for the folder and the lock in it."""
+    made: list[Path] = []
+
+    def makes(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not made:
+            folder.rmdir()
+        made.append(folder)
+
+    monkeypatch.setattr(claim.atomic, "make_folder", makes)
+    with claim.claimed(command.out, "finetune") as folder:
+        assert (folder / LOCK).is_file()
+    assert made == [command.out, command.out]
+    assert not command.out.exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +57,21 @@ def torn(size: int) -> tuple[nn.Module, zoext.ZerothOrderOptimizer, Closure, Sta
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step(loss)
-    assert optimizer.state_dict() == state
     return model, optimizer, loss, weights, state
+
+
+def failing_after(count: int) -> Callable[..., None]:
+    """The operator, which runs out of memory when it has moved so many tensors."""
+    real = torch.ops.zoext.noise_axpy_
+
+    def fails(theta: list[torch.Tensor], residuals: list[torch.Tensor], *rest: Any) -> None:
+        seeds, coefficients, decay, keys, spans, *others = rest
+        if count:
+            some = keys[:count], spans[: 3 * count]
+            real(theta[:count], residuals[:count], seeds, coefficients, decay, *some, *others)
+        raise torch.OutOfMemoryError
+
+    return fails
 
 
 def test_between_two_groups() -> None:
@@ -64,13 +79,16 @@ def test_between_two_groups() -> None:
     for again in (optimizer.step, optimizer.estimate):
         with pytest.raises(RuntimeError, match="theta is between two steps; load the weights"):
             again(loss)
+    with pytest.raises(RuntimeError, match="theta is between two steps"):  # loading it would hide that
+        optimizer.state_dict()
     model.load_state_dict(weights)
     optimizer.load_state_dict(dict(state))
     assert optimizer.estimate(loss).finite
 
 
 def test_before_anything_moved() -> None:
-    model, optimizer, loss, weights, _ = torn(size=1)
+    model, optimizer, loss, weights, state = torn(size=1)
+    assert optimizer.state_dict() == state
     assert all(model.state_dict()[name].equal(weight) for name, weight in weights.items())
     assert optimizer.estimate(loss).finite
 
@@ -81,18 +99,48 @@ def test_within_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(5, 3)
     optimizer = zoext.MeZO(model, lr=0.1)
     step = optimizer.step
-    real = torch.ops.zoext.noise_axpy_
-
-    def half(theta: list[torch.Tensor], residuals: list[torch.Tensor], *rest: object) -> None:
-        real(theta[:1], residuals[:1], *rest[:3], rest[3][:1], rest[4][:3], *rest[5:])
-        raise torch.OutOfMemoryError
 
     def loss() -> torch.Tensor:
         return model(torch.ones(5)).square().sum()
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.zoext, "noise_axpy_", half)
+        patch.setattr(torch.ops.zoext, "noise_axpy_", failing_after(1))
         with pytest.raises(torch.OutOfMemoryError):
             step(loss)
     with pytest.raises(RuntimeError, match="theta is between two steps"):
         step(loss)
+
+
+def recorded(path: Path) -> nn.Module:
+    """The model that a run began with, of which ``path`` has three steps."""
+    torch.manual_seed(4)
+    model = nn.Linear(5, 3)
+    base = copy.deepcopy(model)
+    optimizer = zoext.MeZO(model, lr=0.1)
+    with zoext.Trajectory(path, optimizer):
+        for _ in range(3):
+            optimizer.step(lambda: model(torch.ones(5)).square().sum())
+    return base
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_within_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    base = recorded(tmp_path / "run.jsonl")
+    monkeypatch.setattr(torch.ops.zoext, "noise_axpy_", failing_after(count))
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        zoext.replay(base, tmp_path / "run.jsonl")
+    (note,) = raised.value.__notes__
+    assert note.endswith("the weights are between step 0 and a later one now; load the base again")
+
+
+def test_before_a_replay_moved_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = recorded(tmp_path / "run.jsonl")
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(zoext.SGD, "apply", fails)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        zoext.replay(base, tmp_path / "run.jsonl")
+    (note,) = raised.value.__notes__
+    assert note.endswith("the weights are those of step 0 now, between base and end")

@@ -172,6 +172,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.
+
+        Raises:
+            RuntimeError: after an update that raised half-way: loading it would hide that.
+        """
+        self._check_whole()
+        return super().state_dict()
+
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         recipe, precision = self._axes.recipe(), self._defaults["precision"]
         for group in state_dict["param_groups"]:

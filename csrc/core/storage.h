@@ -156,8 +156,8 @@ ZOEXT_HD uint32_t residual_of(uint16_t nearest, int8_t residual) {
   return static_cast<uint32_t>((nearest & 0x7fffu) == 0 ? residual & 0x7f : static_cast<int32_t>(residual));
 }
 
-// Rounds to 24 bits, to nearest, ties away from zero. What rounds to infinity or is no number has the
-// residual 0.
+// Rounds to 24 bits, to nearest, ties away from zero. What is half a unit of 16 bits or less below infinity, or
+// more, or no number, is rounded to 16 bits, with the residual 0.
 template <class Storage>
 ZOEXT_HD Split<Storage> split(float a);
 

@@ -154,9 +154,9 @@ void displace_stochastically(Storage* out, const Storage* theta, const float* su
   if (i < count) displace_any_stochastically(out + i, theta + i, sum + i, decay, count - i, random + i);
 }
 
-// Magnitudes whose nearest number is infinity begin here.
+// Magnitudes without a residual begin here.
 template <class Storage>
-constexpr uint32_t infinite = std::is_same_v<Storage, BFloat16> ? 0x7f7f7f80u : 0x477feff0u;
+constexpr uint32_t unsplit = std::is_same_v<Storage, BFloat16> ? 0x7f7f7f80u : 0x477feff0u;
 
 // Long patterns that `of_long_pattern` does not read begin here: that of infinity, less a residual. Those below
 // zero are among them.
@@ -170,7 +170,7 @@ inline __attribute__((always_inline)) bool displace_split_pack(Storage* theta, i
   const Ints pattern = (load_words(&theta->bits) << 16) + (load_words(residuals) << 8);
   if (any_at_least(magnitudes(pattern), unreadable<Storage>)) return false;
   const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum));
-  if (any_at_least(magnitudes(bits_of(value)), infinite<Storage>)) return false;
+  if (any_at_least(magnitudes(bits_of(value)), unsplit<Storage>)) return false;
   const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);
   store_low(&theta->bits, (rounded + fill_word(0x8000u)) >> 16);
   store_low(residuals, rounded >> 8);

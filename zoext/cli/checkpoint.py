@@ -21,6 +21,8 @@ from zoext.cli import plain
 from zoext.cli.errors import UserError, writing
 from zoext.cli.position import Position
 from zoext.cli.weights import put, tensors_of
+from zoext.trajectory.fields import VersionError
+from zoext.trajectory.header import NOISE_FIELD
 from zoext.trajectory.reading import last_whole_step
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -57,13 +59,13 @@ class Saved:
 class Checkpoint:
     """A checkpoint that was read whole and found intact; nothing has been changed yet.
 
-    ``threads`` is how many torch had in the process that wrote it; None where that is not known.
+    ``threads`` is how many torch had in the process that wrote it.
     """
 
     path: Path
     reached: Reached
     saved: Saved | None
-    threads: int | None
+    threads: int
 
     def restore(self, model: nn.Module, optimizer: ZerothOrderOptimizer, trajectory: Path) -> None:
         """Puts model and optimizer, which are as the run began, where they were when this was written.
@@ -79,6 +81,8 @@ class Checkpoint:
         try:
             self.reached.check(trajectory)
             replay(optimizer, trajectory, to_step=self.reached.step)
+        except VersionError as error:
+            raise UserError(str(error)) from None
         except ValueError as error:
             raise UserError(f"{error}; {self._remedy(trajectory)}") from None
 
@@ -161,8 +165,19 @@ def _path(folder: Path, reached: Reached) -> Path:
 
 def _write_state(folder: Path, reached: Reached, more: dict[str, Any]) -> None:
     position = None if reached.trajectory is None else reached.trajectory._asdict()
-    record = {**reached._asdict(), "trajectory": position, "threads": torch.get_num_threads(), **more}
-    (folder / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record = {
+        **reached._asdict(),
+        "trajectory": position,
+        "threads": torch.get_num_threads(),
+        "noise_field": NOISE_FIELD,
+        **more,
+    }
+    text = json.dumps({"checksum": _checksum(record), **record}, indent=1)
+    (folder / STATE).write_text(text, encoding="utf-8")
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _drop_old(folder: Path) -> None:
@@ -179,7 +194,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
     """Reads and checks the newest checkpoint below ``folder``; None if there is none yet.
 
     Raises:
-        UserError: if it is damaged, with the file and the remedy.
+        UserError: if it is damaged, with the file and the remedy; if directions are others now.
     """
     found = existing(folder)
     if not found:
@@ -188,7 +203,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
     remedy = (
         f"remove {newest} to resume from {found[-2].name}"
         if len(found) > 1
-        else "start again with --overwrite"
+        else f"remove {newest} to begin anew and keep the trajectory, or start again with --overwrite"
     )
     try:
         return _read(newest)
@@ -203,16 +218,27 @@ class _DamagedError(Exception):
 def _read(path: Path) -> Checkpoint:
     try:
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if record.pop("checksum") != _checksum(record):
+            raise ValueError("its checksum is that of another content")
+        _check_noise_field(path, record["noise_field"])
         position = record["trajectory"]
         if position is not None:
             position = Position.of_record(position)
         reached = Reached(int(record["step"]), int(record["forwards"]), position)
         digests = dict(record["sha256"]) if "sha256" in record else None
         saved = None if digests is None else _read_saved(path, record, digests)
-        threads = record.get("threads")
-        return Checkpoint(path, reached, saved, threads if type(threads) is int else None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Checkpoint(path, reached, saved, int(record["threads"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _DamagedError(f"{path / STATE}: damaged or missing ({error!r})") from None
+
+
+def _check_noise_field(path: Path, found: object) -> None:
+    """A run that goes on with other directions would be another run."""
+    if found != NOISE_FIELD:
+        raise UserError(
+            f"{path / STATE}: noise_field is {found}, that of this zoext is {NOISE_FIELD}; resume with the "
+            "zoext that the run began with"
+        )
 
 
 def _read_saved(path: Path, record: dict[str, Any], digests: dict[str, str]) -> Saved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -60,7 +61,11 @@ def make_unused(parent: Path, name: str) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     try:
-        lock = OwnedFile(folder / LOCK, make=True)
+        try:
+            lock = OwnedFile(folder / LOCK, make=True)
+        except FileNotFoundError:  # another command has just now removed the folder that it had made
+            atomic.make_folder(folder)
+            lock = OwnedFile(folder / LOCK, make=True)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.ESTALE):  # the latter: it has ended just now
             raise
@@ -69,6 +74,8 @@ def _locked(folder: Path) -> Iterator[None]:
             "another --out"
         ) from None
     with lock:
+        if os.fstat(lock.descriptor).st_size:
+            raise UserError(f"{lock.path}: is no lock, which is empty; move it away or give another --out")
         try:
             yield
         finally:

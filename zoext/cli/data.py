@@ -98,8 +98,8 @@ def _jsonl_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON: {first_line(error)}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is not an object such as {{'text': ..., 'label': ...}}")
         rows.append(row)

@@ -26,7 +26,7 @@ def read(path: Path, accepts: Callable[[Any], bool]) -> list[Record]:
     for number, line in enumerate(lines[:-1], 1):  # after the last newline: nothing, or a torn line
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             record = None
         if not accepts(record):
             raise UserError(f"{path}: line {number} is damaged; start again with --overwrite")

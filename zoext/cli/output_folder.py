@@ -53,7 +53,7 @@ class OutputFolder(ABC, Generic[SettingsT]):
                 f"{self.note}: is of another version of zoext, it {error}; resume with that version, or "
                 "start again with --overwrite"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.note}: damaged ({error!r}); start again with --overwrite") from None
 
     def check_spares_inputs(self, settings: CommonSettings) -> None:

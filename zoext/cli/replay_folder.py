@@ -82,5 +82,5 @@ def _files_of_replay(folder: Path) -> set[str]:
     try:
         files = json.loads((folder / NOTE).read_text(encoding="utf-8"))["files"]
         return {NOTE, *map(str, files)}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()

@@ -1,8 +1,9 @@
-"""Goes on from the weights of a checkpoint whose trajectory was damaged, lost, or is that of another run."""
+"""Goes on where a trajectory cannot: it was damaged, lost, is of another run, or has no checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from zoext import TrajectoryError, ZerothOrderOptimizer
 from zoext.cli.errors import UserError, warn
@@ -34,9 +35,7 @@ def restart(
         raise UserError(
             f"{damage}; give --checkpoint weights to go on from the weights that the checkpoint has"
         )
-    with writing_trajectory(folder):
-        check_not_written(folder)
-        kept = folder.set_aside("trajectory", folder.of_trajectory)
+    kept = _set_aside(folder)
     said = [str(damage) if kept is None else f"{damage}; what there is of it was moved to {kept}"]
     step = optimizer.param_groups[0]["step"]
     if remembers(optimizer):
@@ -52,3 +51,18 @@ def restart(
         said.append(f"a new one begins at step {step}, with the model in {folder.base}")
     warn("; ".join(said))
     return recording
+
+
+def keep_former(folder: RunFolder) -> None:
+    """Moves the trajectory of a run without a checkpoint, which begins anew, to where it is kept."""
+    if folder.trajectory.is_file() and folder.trajectory.read_bytes().count(b"\n") > 1:  # header and steps
+        kept = _set_aside(folder)
+        warn(
+            f"{folder.checkpoints}: holds no checkpoint; the run begins anew, its trajectory is now in {kept}"
+        )
+
+
+def _set_aside(folder: RunFolder) -> Path | None:
+    with writing_trajectory(folder):
+        check_not_written(folder)
+        return folder.set_aside("trajectory", folder.of_trajectory)

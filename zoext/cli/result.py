@@ -23,13 +23,18 @@ def write_model(path: Path, problem: Problem) -> None:
 
 
 def report(records: Sequence[Record], folder: RunFolder) -> str:
-    """Held-out loss and accuracy before and after, with standard errors over examples."""
+    """Held-out loss and accuracy before and after, with standard errors over examples.
+
+    Where former metrics were damaged or lost, the first that there are stand for before.
+    """
     evaluations = [record for record in records if "valid_loss" in record]
     before, after = (Evaluation.of_record(record) for record in (evaluations[0], evaluations[-1]))
+    step = evaluations[0]["step"]
+    begin = f"at step {step}" if step else "before"
     files = {"model": folder.model, "curve": folder.curve, "trajectory": folder.trajectory}
     return "\n".join(
         [
-            f"held-out, before: {before}\nheld-out, after:  {after}",
+            f"held-out, {begin}: {before}\nheld-out, {'after:':<{len(begin) + 1}} {after}",
             *(f"{name}: {path}" for name, path in files.items() if path.exists()),
         ]
     )

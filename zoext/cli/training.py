@@ -16,9 +16,10 @@ from zoext.cli.interrupt import StopRequest
 from zoext.cli.problem import Problem
 from zoext.cli.progress import Progress
 from zoext.cli.recording import Recording
-from zoext.cli.restarting import restart
+from zoext.cli.restarting import keep_former, restart
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
+from zoext.trajectory.fields import VersionError
 
 LOG_EVERY = 10  # steps: reading a loss waits for the device
 
@@ -55,6 +56,7 @@ class Training:
         """Goes to where ``saved`` was written, or to the beginning, and drops the records of later steps."""
         damage = metrics.damage(self.folder.metrics, evaluated=saved is not None)
         if saved is None:
+            keep_former(self.folder)
             recording = self.begin()
             self._keep_metrics(damage)
             return recording
@@ -75,10 +77,10 @@ class Training:
         moved = "" if kept is None else f"; what there is of it was moved to {kept}"
         warn(f"{damage}{moved}; metrics begin anew at step {self.step}")
 
-    def _compare_threads(self, before: int | None) -> None:
+    def _compare_threads(self, before: int) -> None:
         """Products of matrices on a CPU may have other bits with another number of threads."""
         now = torch.get_num_threads()
-        if self.device.type == "cpu" and before not in (None, now):
+        if self.device.type == "cpu" and before != now:
             warn(
                 f"torch has {now} threads, and the run had {before}: its next steps may have other bits; "
                 f"OMP_NUM_THREADS={before} keeps them"
@@ -87,6 +89,8 @@ class Training:
     def _resume_recording(self, reached: checkpoint.Reached) -> Recording:
         try:
             return Recording.resume(self.folder, self.settings, self.optimizer, reached)
+        except VersionError as error:  # it is whole, and going on without it would be another run
+            raise UserError(str(error)) from None
         except TrajectoryError as damage:
             return restart(damage, self.folder, self.settings, self.optimizer, self.problem)
 

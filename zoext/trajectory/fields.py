@@ -15,6 +15,10 @@ class TrajectoryError(ValueError):
     """A trajectory that cannot be read, or that does not fit. Nothing has been changed."""
 
 
+class VersionError(TrajectoryError):
+    """A trajectory that another version of zoext can read."""
+
+
 class Fields:
     """A record, and where it stands for the errors: ``where`` is like ``run.jsonl: line 3``."""
 

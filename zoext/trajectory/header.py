@@ -15,7 +15,7 @@ from zoext import noise, shards, wrappers
 from zoext.axes import Axes
 from zoext.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.trajectory.fields import Fields, is_integer, shown
+from zoext.trajectory.fields import Fields, VersionError, is_integer, shown
 
 FORMAT = "zoext trajectory"
 VERSION = 1
@@ -127,7 +127,7 @@ def parse(record: Any, where: str) -> Header:
     """The header in a record.
 
     Raises:
-        TrajectoryError: if it is none, or of another version.
+        TrajectoryError: if it is none; a VersionError, if it is of another version.
     """
     fields = Fields(record, where)
     if not fields.has("format") or fields.any("format") != FORMAT:
@@ -135,9 +135,9 @@ def parse(record: Any, where: str) -> Header:
     for name, known in (("version", VERSION), ("noise_field", NOISE_FIELD)):
         found = fields.integer(name, 0)
         if found != known:
-            raise fields.error(
-                f"{name} is {found}{_writer_of(fields)}, this zoext reads {known}; install the zoext that "
-                "wrote it"
+            raise VersionError(
+                f"{where}: {name} is {found}{_writer_of(fields)}, this zoext reads {known}; install the "
+                "zoext that wrote it"
             )
     groups = tuple(tuple(map(_parameter, group.objects("parameters"))) for group in fields.objects("groups"))
     keys = [parameter.key for group in groups for parameter in group]

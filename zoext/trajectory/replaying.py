@@ -91,9 +91,7 @@ def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]
         try:
             each.run()
         except BaseException as error:
-            error.add_note(
-                f"{each.path}: the weights are those of step {each.step} now, between base and end"
-            )
+            error.add_note(f"{each.path}: {each.place}")
             raise
     return replays[-1].optimizer
 
@@ -143,6 +141,13 @@ class _Replay:
     @property
     def step(self) -> int:
         return int(self.optimizer.param_groups[0]["step"])
+
+    @property
+    def place(self) -> str:
+        """Where the weights are after a replay that raised."""
+        if self.optimizer._is_torn:
+            return f"the weights are between step {self.step} and a later one now; load the base again"
+        return f"the weights are those of step {self.step} now, between base and end"
 
     def check_weights(self) -> None:
         matching.check_weights(self._header, self._groups, self.path)
