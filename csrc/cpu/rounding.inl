@@ -158,19 +158,21 @@ void displace_stochastically(Storage* out, const Storage* theta, const float* su
 template <class Storage>
 constexpr uint32_t unsplit = std::is_same_v<Storage, BFloat16> ? 0x7f7f7f80u : 0x477feff0u;
 
-// Long patterns that `of_long_pattern` does not read begin here: that of infinity, less a residual. Those below
-// zero are among them.
-template <class Storage>
-constexpr uint32_t unreadable = (std::is_same_v<Storage, BFloat16> ? 0x7f800000u : 0x7c000000u) - 0x8000u;
+// Patterns of float16 that `of_long_pattern` does not read begin here: that of infinity, less a residual.
+// Those below zero are among them.
+constexpr uint32_t unreadable_half = 0x7c000000u - 0x8000u;
 
 // Moves floats of 24 bits, unless a lane is not to be read or rounded so; whether none is.
 template <class Storage, class DisplacePack>
 inline __attribute__((always_inline)) bool displace_split_pack(Storage* theta, int8_t* residuals, const float* sum,
                                                                const DisplacePack& displace_pack) {
   const Ints pattern = (load_words(&theta->bits) << 16) + (load_words(residuals) << 8);
-  if (any_at_least(magnitudes(pattern), unreadable<Storage>)) return false;
+  if (std::is_same_v<Storage, Half> && any_at_least(magnitudes(pattern), unreadable_half)) return false;
   const Floats value = displace_pack(of_long_pattern<Storage>(pattern), load(sum));
-  if (any_at_least(magnitudes(bits_of(value)), unsplit<Storage>)) return false;
+  // The bits of both are at least as much as each: a pattern of bfloat16 that holds an infinity is found as well,
+  // and what is found needlessly, on the way from less than 2 to more, is moved all the same.
+  const Ints seen = std::is_same_v<Storage, Half> ? bits_of(value) : pattern | bits_of(value);
+  if (any_at_least(magnitudes(seen), unsplit<Storage>)) return false;
   const Ints rounded = long_pattern<Storage>(value) + fill_word(0x80u);
   store_low(&theta->bits, (rounded + fill_word(0x8000u)) >> 16);
   store_low(residuals, rounded >> 8);
