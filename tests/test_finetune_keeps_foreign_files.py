@@ -102,8 +102,6 @@ def test_a_linked_model_of_a_run_that_is_removed(command: Command) -> None:
 @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--data=none.csv"]])
 def test_a_lock_that_is_none(command: Command, more: list[str]) -> None:
     command.out.mkdir()
-    (command.out / "run.lock").write_text("mine", encoding="utf-8")
-    error = command.is_refused(*more)
-    assert (
-        f"{command.out / 'run.lock'}: is no lock, which is empty; move it away or give another --out" in error
-    )
+    lock = command.out / "run.lock"
+    lock.write_text("mine", encoding="utf-8")
+    assert f"{lock}: is not zoext's, whose lock is empty; move it away" in command.is_refused(*more)

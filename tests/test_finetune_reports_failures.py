@@ -53,6 +53,8 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
     assert said.err.startswith(f"zoext: error: {command.out / name}")
     assert said.err.count("\n") == 1
     assert "too large" in said.err.lower()
+    if name.startswith(("checkpoints", "trajectory")):
+        assert said.err.endswith(f"; put that right, then zoext finetune --out {command.out} --resume\n")
     assert not list(command.out.rglob(".*"))
     # What was written is whole: with room again, the run goes on, to the same bits.
     if name != "run.json":
@@ -138,6 +140,26 @@ def test_settings_of_another_version(command: Command, field: str, what: str) ->
     error = command.is_refused("--resume")
     assert f"{command.out / 'run.json'}: is of another version of zoext, it {what} {field}; " in error
     assert "start again with --overwrite" in error
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.002), ("seed", 7), ("validation_fraction", 0.2)])
+def test_settings_that_were_changed(command: Command, field: str, value: object) -> None:
+    command.works()
+    record = json.loads((command.out / "run.json").read_text(encoding="utf-8"))
+    record["settings"][field] = value
+    (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    error = command.is_refused("--resume", "--steps=3")
+    assert f"{command.out / 'run.json'}: was changed, and the run had other settings" in error
+
+
+def test_model_and_data_may_be_moved(command: Command) -> None:
+    command.works()
+    record = json.loads((command.out / "run.json").read_text(encoding="utf-8"))
+    for field, name in (("model", "model"), ("data", "words.jsonl")):
+        (command.folder / name).rename(command.folder / f"moved-{name}")
+        record["settings"][field] = str(command.folder / f"moved-{name}")
+    (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    command.works("--resume", "--steps=3")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"settings": 3, "data": ""}', '{"data": ""}', "\x00"])

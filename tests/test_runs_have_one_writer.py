@@ -132,6 +132,15 @@ def test_what_a_live_run_writes_is_not_set_aside(command: Command, damaged: str,
         assert "is writing" in command.is_refused("--resume", "--steps=4")
 
 
+def test_a_folder_without_room_for_a_lock(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(claim, "OwnedFile", refuses)
+    error = command.is_refused()
+    assert f"{command.out / LOCK}: Read-only file system; put that right or give another --out" in error
+
+
 def test_a_folder_that_another_command_removes_just_now(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

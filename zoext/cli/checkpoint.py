@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +141,7 @@ def save(folder: Path, reached: Reached, model: nn.Module, optimizer: torch.opti
         return
     state_tensors: dict[str, Tensor] = {}
     state = plain.pack(optimizer.state_dict(), state_tensors)
-    with writing(path), atomic.new_folder(path) as temporary:
+    with _saving(path), atomic.new_folder(path) as temporary:
         # safetensors refuses tensors that share memory, such as buffers that are views of one table.
         weights = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(model).items()}
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
@@ -154,9 +155,13 @@ def save_position(folder: Path, reached: Reached) -> None:
     """Writes a checkpoint from which the trajectory is replayed, as ``save``."""
     if (path := _path(folder, reached)).exists():
         return
-    with writing(path), atomic.new_folder(path) as temporary:
+    with _saving(path), atomic.new_folder(path) as temporary:
         _write_state(temporary, reached, {})
     _drop_old(folder)
+
+
+def _saving(path: Path) -> AbstractContextManager[None]:
+    return writing(path, f"zoext finetune --out {path.parents[1]} --resume")
 
 
 def _path(folder: Path, reached: Reached) -> Path:
@@ -203,7 +208,8 @@ def load_newest(folder: Path) -> Checkpoint | None:
     remedy = (
         f"remove {newest} to resume from {found[-2].name}"
         if len(found) > 1
-        else f"remove {newest} to begin anew and keep the trajectory, or start again with --overwrite"
+        else f"remove {newest} to begin anew and keep the trajectory for zoext replay, or start again "
+        "with --overwrite"
     )
     try:
         return _read(newest)
@@ -219,7 +225,7 @@ def _read(path: Path) -> Checkpoint:
     try:
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
         if record.pop("checksum") != _checksum(record):
-            raise ValueError("its checksum is that of another content")
+            raise _DamagedError(f"{path / STATE}: damaged, its checksum is that of another content")
         _check_noise_field(path, record["noise_field"])
         position = record["trajectory"]
         if position is not None:
@@ -228,8 +234,10 @@ def _read(path: Path) -> Checkpoint:
         digests = dict(record["sha256"]) if "sha256" in record else None
         saved = None if digests is None else _read_saved(path, record, digests)
         return Checkpoint(path, reached, saved, int(record["threads"]))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _DamagedError(f"{path / STATE}: damaged or missing ({error!r})") from None
+    except OSError as error:
+        raise _DamagedError(f"{path / STATE}: cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise _DamagedError(f"{path / STATE}: damaged, it is not what a run writes") from None
 
 
 def _check_noise_field(path: Path, found: object) -> None:

@@ -68,14 +68,18 @@ def _locked(folder: Path) -> Iterator[None]:
             lock = OwnedFile(folder / LOCK, make=True)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.ESTALE):  # the latter: it has ended just now
-            raise
+            raise UserError(
+                f"{folder / LOCK}: {error.strerror}; put that right or give another --out"
+            ) from None
         raise UserError(
             f"--out {folder}: another process is writing this run; wait for its end, stop it, or give "
             "another --out"
         ) from None
     with lock:
         if os.fstat(lock.descriptor).st_size:
-            raise UserError(f"{lock.path}: is no lock, which is empty; move it away or give another --out")
+            raise UserError(
+                f"{lock.path}: is not zoext's, whose lock is empty; move it away or give another --out"
+            )
         try:
             yield
         finally:

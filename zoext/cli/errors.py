@@ -19,15 +19,16 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses inside the block becomes a UserError that names ``path``."""
+def writing(path: Path, then: str | None = None) -> Iterator[None]:
+    """What the system refuses inside the block becomes a UserError: ``path``, and what to do."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{path}: {reason}; put that right or give another --out") from None
+        remedy = "or give another --out" if then is None else f"then {then}"
+        raise UserError(f"{path}: {reason}; put that right{', ' if then else ' '}{remedy}") from None
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from zoext.cli.objectives import Example
 from zoext.cli.settings import CommonSettings
 from zoext.cli.stored_settings import OtherVersionError, SettingsT
 
+PLACES = ("model", "data", "valid_data")
+
 
 class OutputFolder(ABC, Generic[SettingsT]):
     """Paths below ``--out``: a note of the settings, which makes it the command's own, and the results.
@@ -47,7 +49,8 @@ class OutputFolder(ABC, Generic[SettingsT]):
             raise UserError(f"--out {self.path}: holds no run to resume; leave out --resume to start one")
         try:
             record = json.loads(self.note.read_text(encoding="utf-8"))
-            return self._parse(record["settings"]), str(record["data"])
+            settings, data = self._parse(record["settings"]), str(record["data"])
+            checksum = record["checksum"]
         except OtherVersionError as error:
             raise UserError(
                 f"{self.note}: is of another version of zoext, it {error}; resume with that version, or "
@@ -55,10 +58,16 @@ class OutputFolder(ABC, Generic[SettingsT]):
             ) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.note}: damaged ({error!r}); start again with --overwrite") from None
+        if checksum != _checksum(settings, data):
+            raise UserError(
+                f"{self.note}: was changed, and the run had other settings; put back what it was (only where "
+                f"{', '.join(PLACES)} are may change), or start again with --overwrite"
+            )
+        return settings, data
 
     def check_spares_inputs(self, settings: CommonSettings) -> None:
         """Raises a UserError if a run here would replace the model or the data that it reads."""
-        for field in ("model", "data", "valid_data"):
+        for field in PLACES:
             given = getattr(settings, field)
             if given is None or not Path(given).exists():  # the demo's, or a name on the hub
                 continue
@@ -108,13 +117,23 @@ class OutputFolder(ABC, Generic[SettingsT]):
                 path.unlink(missing_ok=True)
 
     def write_note(self, settings: SettingsT, data: str) -> None:
-        record = {"settings": dataclasses.asdict(settings), "data": data}
+        record = {
+            "settings": dataclasses.asdict(settings),
+            "data": data,
+            "checksum": _checksum(settings, data),
+        }
         with writing(self.note):
             atomic.write_text(self.note, json.dumps(record, indent=1) + "\n")
 
     def remove_leftovers(self) -> None:
         for path in self._written:
             atomic.remove_leftovers(path)
+
+
+def _checksum(settings: CommonSettings, data: str) -> str:
+    """Of all that makes the run; model and data may have been moved."""
+    record = {name: value for name, value in dataclasses.asdict(settings).items() if name not in PLACES}
+    return hashlib.sha256(json.dumps([record, data], sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(*parts: Iterable[Example]) -> str:
