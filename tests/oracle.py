@@ -398,8 +398,11 @@ def combination(
 
     The sum starts at minus zero and takes one fused multiply-add per term, in the order of k, in
     float32 (float64 for float64); terms with coefficient zero are left out. One addition joins it to
-    theta, one rounding stores it; rounding bits come from the first seed. A residual is overwritten.
+    theta, one rounding stores it; rounding bits come from the first seed. A residual is overwritten, except
+    where there is nothing to do.
     """
+    if not len(seeds) and decay == 0:
+        return theta.clone()
     at = indices(theta.numel(), span or whole(theta))
     directions = [direction(seed, key, at, distribution) for seed in seeds]
     change = estimate(directions, coefficients, numbers(theta))
@@ -439,6 +442,8 @@ def factored_combination(
     residual: Tensor | None = None,
 ) -> Tensor:
     """What ``factored_axpy_`` makes of theta, to the bit."""
+    if not len(seeds) and decay == 0:
+        return theta.clone()
     at = indices(theta.numel(), span or whole(theta))
     directions = factored_directions(left, right, len(seeds), numbers(theta).dtype)
     change = estimate(directions, coefficients, numbers(theta))
