@@ -11,7 +11,7 @@ from recorded_graph import RecordedGraph
 from torch import nn
 
 import zoext
-from zoext._engine.applied_step import TakenStep
+from zoext._engine.applied_step import AppliedStep
 from zoext.graphs import graphed_step as graphs
 
 STEPS = 12
@@ -48,7 +48,7 @@ def test_a_recorder_gets_the_factors_that_no_seed_gives(graph: type[RecordedGrap
         def check(self) -> None:
             pass
 
-        def record(self, step: TakenStep) -> None:
+        def record(self, step: AppliedStep) -> None:
             self.append(bool(step.frame.left or step.frame.right))
 
     run, frames = Run(recipe), Frames()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from zoext import noise, probes
-from zoext._engine.applied_step import GroupOptions, Recorder, TakenStep
+from zoext._engine.applied_step import AppliedStep, GroupOptions, Recorder
 from zoext._engine.axes import Axes
 from zoext._engine.losses import Closure, Losses
 from zoext._engine.nonfinite import NonfiniteWatch
@@ -281,7 +281,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             estimate = average(self._pending)
             self._pending.clear()  # first: should an update raise, no group is to move twice
             assert self._frame is not None
-            step = TakenStep(estimate, self._frame, self._options())
+            step = AppliedStep(estimate, self._frame, self._options())
             self._take([step])
             self._finish_step(step)
         return estimate.loss
@@ -290,12 +290,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         groups = zip(self.param_groups, self._mus, strict=True)
         return tuple(GroupOptions(group["lr"], mu, float(group["weight_decay"])) for group, mu in groups)
 
-    def _finish_step(self, step: TakenStep) -> None:
+    def _finish_step(self, step: AppliedStep) -> None:
         self._frame = None
         if self.recorder is not None:
             self.recorder.record(step)
 
-    def _count(self, steps: Sequence[TakenStep]) -> None:
+    def _count(self, steps: Sequence[AppliedStep]) -> None:
         for group in self.param_groups:
             group["step"] += len(steps)
         self.last_estimate = steps[-1].estimate
@@ -434,7 +434,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     # Updates
 
-    def _take(self, steps: Sequence[TakenStep]) -> None:
+    def _take(self, steps: Sequence[AppliedStep]) -> None:
         """Moves theta by one step after the other that were taken before, as by a run that is replayed.
 
         Several steps at once leave the same bits as one call for each, in one pass over theta.
@@ -463,7 +463,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 "load the weights and the state_dict of a checkpoint, or replay the trajectory on the base"
             )
 
-    def _update(self, position: int, state: State, steps: Sequence[TakenStep]) -> State:
+    def _update(self, position: int, state: State, steps: Sequence[AppliedStep]) -> State:
         """Moves the group at ``position`` and returns its new state."""
         movable = self._groups[position]
         if self._rounding is Rounding.STOCHASTIC:
@@ -473,7 +473,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         movable.tell_autograd()
         return new
 
-    def _move(self, step: TakenStep, position: int) -> Move:
+    def _move(self, step: AppliedStep, position: int) -> Move:
         lr, mu, weight_decay = step.options[position]
         # Coefficients are per mu of the first group; a direction of another length scales them.
         relative = step.options[0].mu / mu

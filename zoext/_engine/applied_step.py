@@ -1,4 +1,4 @@
-"""A step that was taken: what moves theta, and all that is needed to do it again."""
+"""A step that was taken, as it is recorded and replayed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GroupOptions(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class TakenStep:
+class AppliedStep:
     """An estimate, the frame of its directions, and the options of each group of parameters."""
 
     estimate: Estimate
@@ -34,5 +34,5 @@ class Recorder(Protocol):
     def check(self) -> None:
         """Called before a step moves anything. Raises if the step could not be recorded."""
 
-    def record(self, step: TakenStep) -> None:
+    def record(self, step: AppliedStep) -> None:
         """Called after a step. Does not wait for the device."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zoext._engine.applied_step import TakenStep
+from zoext._engine.applied_step import AppliedStep
 from zoext._runtime import interrupts
 from zoext.directions import Frame
 from zoext.estimators import Estimate
@@ -162,7 +162,7 @@ class GraphedStep:
         optimizer = self._optimizer
         watching = nullcontext() if self._is_compiled() else HostWaits()  # type: ignore[no-untyped-call]
 
-        def step() -> tuple[TakenStep, list[State]]:
+        def step() -> tuple[AppliedStep, list[State]]:
             with watching:
                 return _step_on_the_device(optimizer, self._closure, inputs)
 
@@ -313,11 +313,11 @@ class _Inputs(NamedTuple):
 class _Recorded(NamedTuple):
     graph: CudaGraph
     inputs: _Inputs
-    step: TakenStep
+    step: AppliedStep
     states: list[State]
     memory: list[Tensor]  # not ours, but read and written by the graph
 
-    def results(self, optimizer: ZerothOrderOptimizer) -> tuple[TakenStep, list[State]]:
+    def results(self, optimizer: ZerothOrderOptimizer) -> tuple[AppliedStep, list[State]]:
         """The step and the new states of a replay, in memory that the next one does not overwrite."""
         before = _tensors([group["update_state"] for group in optimizer.param_groups])
         kept = {id(place): value for place, value in zip(_tensors(self.inputs.states), before, strict=True)}
@@ -334,16 +334,17 @@ class _Recorded(NamedTuple):
         is_read = optimizer.recorder is not None and optimizer._axes.direction.watches
         known = self.step.frame if is_read else Frame()
         frame = Frame(*_map(keep, (dict(known.left), dict(known.right))))
-        return TakenStep(Estimate(**_map(keep, fields)), frame, optimizer._options()), _map(keep, self.states)
+        step = AppliedStep(Estimate(**_map(keep, fields)), frame, optimizer._options())
+        return step, _map(keep, self.states)
 
 
 def _step_on_the_device(
     optimizer: ZerothOrderOptimizer, closure: Callable[[], Tensor], inputs: _Inputs
-) -> tuple[TakenStep, list[State]]:
+) -> tuple[AppliedStep, list[State]]:
     estimate = optimizer._evaluate(closure, inputs.seeds, random=None)
     assert optimizer._frame is not None
     options = zip(optimizer._options(), inputs.lrs, strict=True)
-    step = TakenStep(estimate, optimizer._frame, tuple(group._replace(lr=lr) for group, lr in options))
+    step = AppliedStep(estimate, optimizer._frame, tuple(group._replace(lr=lr) for group, lr in options))
     states = [optimizer._update(position, state, [step]) for position, state in enumerate(inputs.states)]
     return step, states
 

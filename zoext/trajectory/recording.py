@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from zoext._engine.applied_step import TakenStep
+from zoext._engine.applied_step import AppliedStep
 from zoext._parameters import parameters
 from zoext.directions import Frame
 from zoext.optimizer import ZerothOrderOptimizer
@@ -135,7 +135,7 @@ class Trajectory:
                 "tells of; close() the trajectory and begin another one"
             )
 
-    def record(self, step: TakenStep) -> None:
+    def record(self, step: AppliedStep) -> None:
         """Called by the optimizer after a step."""
         groups = self._optimizer._groups
         setting = Setting(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext import noise
-from zoext._engine.applied_step import GroupOptions, TakenStep
+from zoext._engine.applied_step import AppliedStep, GroupOptions
 from zoext._parameters import shards
 from zoext._runtime import interrupts
 from zoext.directions import Frame, Step
@@ -169,7 +169,7 @@ class _Replay:
         if self._steps:
             self._set_options(self._steps[-1])
 
-    def _taken(self, steps: Sequence[RecordedStep]) -> list[TakenStep]:
+    def _taken(self, steps: Sequence[RecordedStep]) -> list[AppliedStep]:
         sizes = [len(step.seeds) for step in steps]
         seeds = self._tensor([noise.signed(seed) for step in steps for seed in step.seeds], torch.int64)
         coefficients = self._tensor([c for step in steps for c in step.coefficients], torch.float32)
@@ -183,7 +183,7 @@ class _Replay:
             strict=True,
         )
         return [
-            TakenStep(
+            AppliedStep(
                 Estimate(seeds, coefficients, loss, spread, step.forwards, finite),
                 self._frame(step),
                 tuple(map(GroupOptions, step.lr, step.setting.mu, step.setting.weight_decay)),

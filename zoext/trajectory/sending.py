@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoext._engine.applied_step import TakenStep
+from zoext._engine.applied_step import AppliedStep
 from zoext.directions import Frame
 
 
@@ -34,7 +34,7 @@ class HostStep(NamedTuple):
 Fetch = Callable[[], HostStep]
 
 
-def send(step: TakenStep, frame: Frame) -> Fetch:
+def send(step: AppliedStep, frame: Frame) -> Fetch:
     """Sends a step to the host; what is returned waits until it is there."""
     estimate = step.estimate
     names = ("seeds", "coefficients", "loss", "spread", "finite")
