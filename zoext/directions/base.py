@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from zoext.parameters import Parameters
+from zoext._parameters.parameters import Parameters
 
 
 @dataclass(frozen=True, slots=True)

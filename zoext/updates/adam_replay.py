@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction, Frame, Terms, Window
-from zoext.parameters import Parameters
 from zoext.updates.base import Move, State, Update, of_each
 
 #: The least float32 that is not subnormal: a smaller eps could be taken for zero.
