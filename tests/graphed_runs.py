@@ -95,7 +95,7 @@ class Run:
 
     def result(self) -> Any:
         """All that a step leaves behind, as a nest of plain data and tensors."""
-        fields = ("seeds", "coefficients", "loss", "spread", "forwards", "finite")
+        fields = ("seeds", "coefficients", "loss", "loss_std", "forwards", "finite")
         return [
             self.model.state_dict(),
             self.optimizer.state_dict(),

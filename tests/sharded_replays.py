@@ -267,7 +267,7 @@ def an_optimizer_in_the_middle_on_one_rank(rank: Rank) -> None:
     model = rank.sharded(run, "FSDP2 on four")
     optimizer = optimizer_of(run, model)
     if rank.number == 1:
-        optimizer._current_groups()
+        optimizer.engine.look()
         optimizer.state[model[0].weight]["residual"] += 1
     pattern = "remembers no steps" if rank.number == 1 else "another rank refused"
     with refused(model, zoext.TrajectoryError, pattern):

@@ -56,7 +56,7 @@ def frozen_dense() -> zoext.ActivationSubspace:
 
 
 def loss_std(estimate: zoext.Estimate) -> Tensor:
-    return estimate.loss_std if hasattr(estimate, "loss_std") else estimate.spread
+    return estimate.loss_std
 
 
 # Data and digests

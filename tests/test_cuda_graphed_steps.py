@@ -60,7 +60,7 @@ def test_over_a_run(recipe: str, dtype: torch.dtype, probe: str) -> None:
         Run(recipe, graphed=graphed, device="cuda", dtype=dtype, probe=probe) for graphed in (False, True)
     )
     assert same(graphed.steps(range(8)).result(), eager.steps(range(8)).result())
-    assert graphed._graphed._recorded is not None
+    assert graphed._graphed._captured is not None
 
 
 def test_a_replay_waits_for_nothing() -> None:

@@ -125,19 +125,6 @@ def new_mode(run: Run) -> None:
     run.model.eval()
 
 
-def new_buffer(run: Run) -> None:
-    run.model[1].running_var = run.model[1].running_var * 3
-
-
-def new_layer(run: Run) -> None:
-    torch.manual_seed(1)
-    run.model[2] = nn.BatchNorm1d(11, affine=False)
-
-
-def new_number(run: Run) -> None:
-    run.model[1].eps = 3.0
-
-
 def new_strides(run: Run) -> None:
     run.model[3].weight.data = run.model[3].weight.data.view(11, 5).t()
 
@@ -162,9 +149,6 @@ CHANGES = [
     new_memory,
     new_memory_of_what_is_frozen,
     new_mode,
-    new_buffer,
-    new_layer,
-    new_number,
     new_strides,
     thaw,
     freeze,
@@ -199,18 +183,23 @@ def test_in_inference_mode(graph: type[RecordedGraph]) -> None:
     assert same(runs[0].result(), runs[1].result())
 
 
-def test_after_a_change_of_a_module_that_only_the_closure_knows(graph: type[RecordedGraph]) -> None:
+class Doubling(nn.Module):
+    def forward(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.training else loss * 2
+
+
+def test_after_a_change_of_mode_of_a_module_that_only_the_closure_knows(graph: type[RecordedGraph]) -> None:
     """With bare parameters, and a part of the loss that has none which move."""
     runs = []
     for graphed in (False, True):
         run = Run(graphed=False)
         run.optimizer = zoext.MeZO(list(run.model.parameters()), seed=5, lr=2e-2, mu=1e-2)
         run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
-        teacher, closure = nn.Softplus(beta=1.0), run.closure
+        teacher, closure = Doubling(), run.closure
         run.closure = lambda teacher=teacher, closure=closure: teacher(closure())
         run._graphed = zoext.GraphedStep(run.optimizer, run.closure) if graphed else None
         run.steps(range(6))
-        teacher.beta = 0.2
+        teacher.eval()
         run.model.eval()
         runs.append(run.steps(range(6, STEPS)))
     assert graph.captures == 2
@@ -302,6 +291,6 @@ def test_the_memory_of_the_probe_stays() -> None:
     runs = []
     for graphed in (False, True):
         run = Run("mezo", graphed=graphed).steps(range(6))
-        run.optimizer._probe._swap._scratch.prepare(torch.device("cpu"), 10**6)
+        run.optimizer.engine.probe._swap._scratch.prepare(torch.device("cpu"), 10**6)
         runs.append(run.steps(range(6, 9)))
     assert same(runs[0].result(), runs[1].result())

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,7 +126,7 @@ def test_other_modules_at_the_capture() -> None:
     run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
     run.steps(range(3))
     before = snapshot(run)
-    with pytest.raises(zoext.StreamedProbeError, match="other modules ran while the step was recorded"):
+    with pytest.raises(zoext.StreamedProbeError, match="other modules ran while the step was captured"):
         run.step(3)
     assert same(before, snapshot(run))
 
@@ -147,7 +146,7 @@ def test_a_torn_update(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(torch.OutOfMemoryError):
             run.optimizer.step(run.closure)
     torn = snapshot(run)
-    with pytest.raises(RuntimeError, match="theta is between two steps; load the weights"):
+    with pytest.raises(RuntimeError, match=r"only partly applied\. Load the weights"):
         run.step(6)
     assert same(torn, snapshot(run))
     run.model.load_state_dict(before[0])
@@ -195,36 +194,15 @@ class TestReplacedTensors:
         self.check(run, lambda: run.model(**batch).square().mean(), replace, "batch")
 
     def test_default(self) -> None:
-        run = Run(graphed=False)
+        run, scale = Run(graphed=False), torch.tensor(2.0)
 
-        def closure(*, scale: float = 2.0) -> Tensor:
+        def closure(*, scale: Tensor = scale) -> Tensor:
             return run.model(x).square().mean() * scale
 
         def replace() -> None:
-            closure.__kwdefaults__ = {"scale": 3.0}
+            closure.__kwdefaults__ = {"scale": scale + 1}
 
         self.check(run, closure, replace, "scale")
-
-    def test_attribute_of_a_method(self) -> None:
-        trainer = Trainer()
-        self.check(trainer.run, trainer.loss, lambda: setattr(trainer, "x", trainer.x + 1), "self")
-
-    def test_attribute_that_only_another_method_reads(self) -> None:
-        trainer = Trainer()
-        self.check(trainer.run, trainer.indirect, lambda: setattr(trainer, "x", trainer.x + 1), "self")
-
-    def test_attribute_of_a_callable_object(self) -> None:
-        trainer = Trainer()
-        self.check(trainer.run, trainer, lambda: setattr(trainer, "x", trainer.x + 1), "self")
-
-    def test_attribute_of_a_variable(self) -> None:
-        trainer = Trainer()
-        self.check(
-            trainer.run,
-            lambda: trainer.run.model(trainer.x).square().mean() * trainer.options.scale,
-            lambda: setattr(trainer.options, "scale", 3.0),
-            "trainer",
-        )
 
     def test_argument_of_a_partial(self) -> None:
         run, batch = Run(graphed=False), {"input": torch.ones(6, 7)}
@@ -238,7 +216,7 @@ class TestReplacedTensors:
             self.check(run, closure, lambda: batch.update(input=batch["input"] + 1), name)
 
     def test_variable_behind_a_decorator(self) -> None:
-        run, scale = Run(graphed=False), 1.0
+        run, scale = Run(graphed=False), torch.tensor(1.0)
 
         @torch.no_grad()
         def closure() -> Tensor:
@@ -246,7 +224,7 @@ class TestReplacedTensors:
 
         def replace() -> None:
             nonlocal scale
-            scale = 2.0
+            scale = scale * 2
 
         self.check(run, closure, replace, "scale")
 
@@ -258,12 +236,14 @@ class TestReplacedTensors:
 
         self.check(run, lambda: run.model(x @ weight).square().mean(), replace, "weight")
 
-    def test_what_the_closure_does_not_name_is_none_of_these(self) -> None:
-        trainer = Trainer()
-        step = zoext.GraphedStep(trainer.run.optimizer, trainer.loss)
-        for trainer.count in range(6):
+    def test_numbers_are_frozen_at_capture(self) -> None:
+        run, scale = Run(graphed=False), 1.0
+        step = zoext.GraphedStep(run.optimizer, lambda: run.model(x).square().mean() * scale)
+        for _ in range(5):
             step()
-        assert step._recorded is not None
+        scale = 2.0
+        step()
+        assert step._captured is not None
 
     def test_an_attribute_of_the_same_name_is_none_of_these(self) -> None:
         global shape
@@ -273,54 +253,6 @@ class TestReplacedTensors:
             shape = size
             step()
         assert shape == 5
-
-
-class Trainer:
-    def __init__(self) -> None:
-        self.run = Run(graphed=False)
-        self.x = torch.ones(6, 7)
-        self.options = SimpleNamespace(scale=2.0)
-        self.count = 0
-
-    def batch(self) -> Tensor:
-        return self.x
-
-    def loss(self) -> Tensor:
-        return self.run.model(self.x).square().mean()
-
-    def indirect(self) -> Tensor:
-        return self.run.model(self.batch()).square().mean()
-
-    __call__ = loss
-
-
-def test_a_closure_whose_variables_nobody_can_know() -> None:
-    with pytest.raises(TypeError, match=r"closure must have Python code.*wrap it in a lambda"):
-        zoext.GraphedStep(Run(graphed=False).optimizer, torch.tensor(1.0).clone)
-
-
-class Writing(nn.Module):
-    """Writes an attribute in its forward, which a replay would not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * self.calls
-
-
-def test_an_attribute_that_the_closure_writes() -> None:
-    run = Run(graphed=False)
-    run.model.append(Writing())
-    run._graphed = zoext.GraphedStep(run.optimizer, run.closure)
-    run.steps(range(3))
-    before = snapshot(run)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"nothing was changed: the closure writes 6\.calls"):
-            run.step(3)
-        assert same(before, snapshot(run))
 
 
 class WaitlessGraph(RecordedGraph):
@@ -413,7 +345,7 @@ def test_a_capture_from_outside(monkeypatch: pytest.MonkeyPatch, call: str) -> N
     before = snapshot(run)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"replay would go along the same directions.*zoext\.GraphedStep"):
+    with pytest.raises(RuntimeError, match=r"replay would use the same directions.*zoext\.GraphedStep"):
         getattr(run.optimizer, call)(run.closure)
     assert same(before, snapshot(run))
 

@@ -116,9 +116,9 @@ class InterruptsItself(zoext.Gaussian):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("at", range(1, 7))
 def test_between_any_two_kernels(at: int) -> None:
-    """Two groups: to +mu, to -mu and back are six kernels, then there are two updates."""
+    """Two groups: to +mu and to -mu are four kernels, then two restore and update in one pass."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
     reference = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
@@ -136,7 +136,7 @@ def test_between_any_two_kernels(at: int) -> None:
     optimizer = optimizer_of(model, InterruptsItself(at))
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(lambda: loss_of(model))
-    applied = at > 6
+    applied = at > 4
     assert optimizer.param_groups[0]["step"] == int(applied)
     expected = list(reference.parameters()) if applied else before
     for a, b in zip(model.parameters(), expected, strict=True):

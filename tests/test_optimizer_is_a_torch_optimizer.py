@@ -49,10 +49,10 @@ def test_params_may_be_whatever_torch_takes(params: object) -> None:
 
 def test_default_probe() -> None:
     model = model_of()
-    assert isinstance(zoext.MeZO(model)._probe, zoext.StreamedProbe)
-    assert isinstance(zoext.MeZO(model.parameters())._probe, zoext.InplaceProbe)
+    assert isinstance(zoext.MeZO(model).engine.probe, zoext.StreamedProbe)
+    assert isinstance(zoext.MeZO(model.parameters()).engine.probe, zoext.InplaceProbe)
     own = zoext.StreamedProbe(model)
-    assert zoext.MeZO(model.parameters(), probe=own)._probe is own
+    assert zoext.MeZO(model.parameters(), probe=own).engine.probe is own
 
 
 def test_groups_have_their_own_lr_and_weight_decay() -> None:

@@ -52,7 +52,7 @@ def test_weights_of_the_guiding_vector(dtype: torch.dtype, count: int, ratio: fl
     assert estimate.forwards == count + 2
     losses = torch.tensor([*candidates, 3.0, 1.0])
     assert torch.allclose(estimate.loss, losses.mean())
-    assert torch.allclose(estimate.spread, losses.std())
+    assert torch.allclose(estimate.loss_std, losses.std())
     assert estimate.finite
 
 
@@ -78,7 +78,7 @@ def test_a_candidate_that_is_not_finite_is_left_out(bad: float, weighting: str) 
         weights = torch.tensor([-1.5, 0.0, 1.5, -0.5, 0.5])
         assert torch.allclose(estimate.coefficients, weights / weights.norm(), rtol=1e-6)
     assert math.isfinite(estimate.loss)
-    assert math.isfinite(estimate.spread)
+    assert math.isfinite(estimate.loss_std)
 
 
 @pytest.mark.parametrize("candidates", [[math.nan, math.inf], [math.nan, 1.0], [1.0, -math.inf]])

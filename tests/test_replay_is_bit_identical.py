@@ -17,6 +17,7 @@ from trajectory_files import record, records
 
 import zoext
 from zoext import _C
+from zoext._engine import StepEngine
 from zoext.trajectory import replaying
 
 PRECISIONS = ("nearest", "stochastic", "residual")
@@ -250,15 +251,15 @@ def test_a_step_that_is_no_integer(to_step: Any, tmp_path: Path) -> None:
 def test_a_replay_that_is_interrupted_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "AT_ONCE", 2)
     base, _ = record(tmp_path / "run.jsonl", 5)
-    real, calls = zoext.ZerothOrderOptimizer._take, []
+    real, calls = StepEngine.apply, []
 
-    def take(self: zoext.ZerothOrderOptimizer, steps: Any) -> None:
+    def take(self: StepEngine, steps: Any) -> None:
         calls.append(steps)
         if len(calls) == 2:
             raise KeyboardInterrupt
         real(self, steps)
 
-    monkeypatch.setattr(zoext.ZerothOrderOptimizer, "_take", take)
+    monkeypatch.setattr(StepEngine, "apply", take)
     with pytest.raises(KeyboardInterrupt) as raised:
         zoext.replay(base, tmp_path / "run.jsonl")
     assert "run.jsonl: the weights are those of step 2 now" in raised.value.__notes__[0]

@@ -147,5 +147,5 @@ def test_compiled_and_scripted_modules_are_probed_in_place() -> None:
     itself[0].compile(backend="eager")
     for model in (compiled, itself):
         optimizer = zoext.MeZO(model, mu=0.5)
-        assert isinstance(optimizer._probe, zoext.InplaceProbe)
+        assert isinstance(optimizer.engine.probe, zoext.InplaceProbe)
         assert optimizer.estimate(lambda model=model: model(x).sum()).coefficients.abs() > 0

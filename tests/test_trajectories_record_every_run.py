@@ -17,6 +17,7 @@ from torch import nn
 from trajectory_files import assert_replays, records, steps_in
 
 import zoext
+from zoext._engine import StepEngine
 from zoext.trajectory import recording
 
 
@@ -179,13 +180,13 @@ def test_a_schedule_of_mu_repeats_nothing_else(tmp_path: Path, monkeypatch: pyte
     assert [number for number, step in enumerate(steps) if "weight_decay" in step] == [0, 4, 8]
     assert [number for number, step in enumerate(steps) if "moves" in step] == [0]
     calls: list[int] = []
-    real = zoext.ZerothOrderOptimizer._take
+    real = StepEngine.apply
 
-    def counted(self: zoext.ZerothOrderOptimizer, steps: Sequence[Any]) -> None:
+    def counted(self: StepEngine, steps: Sequence[Any]) -> None:
         calls.append(len(steps))
         real(self, steps)
 
-    monkeypatch.setattr(zoext.ZerothOrderOptimizer, "_take", counted)
+    monkeypatch.setattr(StepEngine, "apply", counted)
     assert_replays(base, path, run)
     assert calls == [9]
 

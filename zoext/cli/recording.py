@@ -22,7 +22,7 @@ from zoext.trajectory.reading import open_recording
 
 def obstacle(settings: Settings, optimizer: ZerothOrderOptimizer) -> str | None:
     """Why the trajectory of a run cannot be replayed to its bits, and what would help; None if it can."""
-    if not optimizer._probe.is_exact:
+    if not optimizer.engine.probe.is_exact:
         return "probes in place restore weights to rounding only; --probe streamed restores them to the bit"
     needs_frames = Axes.from_recipe(optimizer.param_groups[0]["recipe"]).direction.watches
     if needs_frames and not settings.record_frames:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from zoext._parameters.parameters import Parameters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """What the directions of a step have in common beside their seeds.
 
@@ -32,14 +33,28 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """``sum_k coefficients[k] D(seeds[k])`` in one frame: int64 [K], float32 [K]."""
+    """``sum_k coefficients[k] D(seeds[k])``: int64 [K], float32 [K], in one frame or, after ``plus``, in two."""
 
     seeds: Tensor
     coefficients: Tensor
     frame: Frame
+    joined: tuple[Frame, ...] = ()
 
     def __len__(self) -> int:
         return self.seeds.numel()
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The frame of each term."""
+        return self.joined or (self.frame,) * len(self)
+
+    def plus(self, other: Terms) -> Terms:
+        """The sum, of as few terms as can be told from the host."""
+        if self.seeds is other.seeds and self.frames == other.frames:
+            return replace(self, coefficients=self.coefficients + other.coefficients)
+        seeds = torch.cat((self.seeds, other.seeds))
+        coefficients = torch.cat((self.coefficients, other.coefficients))
+        return Terms(seeds, coefficients, self.frame, self.frames + other.frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +133,16 @@ class Direction(ABC):
     def observer(self, module: nn.Module | None, step: Step) -> Observer | None:
         """What watches a forward at theta to make the frame; None where ``frame`` makes it."""
         return None
+
+    def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
+        """Left ([T or 1, rank, m]) and right ([T or 1, rank, n]) factors of each term of each parameter.
+
+        Raises:
+            ValueError: for parameters whose directions have no factors.
+        """
+        raise ValueError(
+            f"direction: {type(self).__name__} has no factors; use LowRank or ActivationSubspace"
+        )
 
     def gradient(self, terms: Terms) -> Terms:
         """The terms of the gradient estimate, from projected gradients along ``D(s_k)``."""

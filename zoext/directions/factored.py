@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Factored(Direction):
         if matrices:
             these = parameters.take(matrices)
             seeds, coefficients = terms_of(steps)
-            frames = [step.frame for step in steps for _ in range(seeds.shape[-1])]
+            frames = [frame for step in steps for frame in _filled_up(step, seeds.shape[-1])]
             ops.factored_axpy_(
                 these.tensors,
                 *_factors(these, seeds.flatten(), frames),
@@ -98,10 +99,25 @@ class Factored(Direction):
                 residuals=these.residuals,
             )
 
+    def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
+        dense, _ = _split(parameters, [terms.frame])
+        if dense:
+            raise ValueError(
+                f"direction: {parameters.names[dense[0]]} has dense directions, which have no factors; freeze "
+                "it with requires_grad_(False)"
+            )
+        left, right = _factors(parameters, terms.seeds, terms.frames)
+        return left, right
+
     def _of_dense(self, terms: Terms) -> Terms:
         if self.dense_scale == 1:
             return terms
-        return Terms(terms.seeds, terms.coefficients * self.dense_scale, terms.frame)
+        return replace(terms, coefficients=terms.coefficients * self.dense_scale)
+
+
+def _filled_up(step: Terms, count: int) -> tuple[Frame, ...]:
+    """The frame of each term of a step, filled up to ``count`` terms."""
+    return step.frames + (step.frame,) * (count - len(step))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class Header:
             seed=seed,
             step=first["step"],
             frames=frames,
-            exact=optimizer._probe.is_exact,
+            exact=optimizer.engine.probe.is_exact,
             groups=groups,
             notes=notes,
         )
@@ -198,7 +198,7 @@ def _recipe(fields: Fields) -> dict[str, dict[str, Any]]:
 
 def named_groups(optimizer: ZerothOrderOptimizer) -> list[list[tuple[str, int, Tensor]]]:
     """The parameters of each group: name in the module if there is one, key, tensor."""
-    module = optimizer._module
+    module = optimizer.engine.module
     own = wrappers.named_parameters(module) if module is not None else ()
     names = {id(tensor): name for name, tensor in own}
     groups, key = [], 0

@@ -15,7 +15,7 @@ from typing import Any, Self
 from zoext._engine.applied_step import AppliedStep
 from zoext._parameters import parameters
 from zoext.directions import Frame
-from zoext.optimizer import ZerothOrderOptimizer
+from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.trajectory import continuing, lines, matching
 from zoext.trajectory import frames as side_file
 from zoext.trajectory.fields import TrajectoryError
@@ -78,18 +78,19 @@ class Trajectory:
         resume: bool = False,
     ) -> None:
         self.path = Path(path)
+        optimizer = unwrap(optimizer)
         if optimizer.recorder is not None:
             raise ValueError("optimizer: its steps are recorded already; close that trajectory first")
         parameters.check_not_sharded(parameters.trainable(optimizer.param_groups))
         self._optimizer = optimizer
-        watches = optimizer._axes.direction.watches
+        watches = optimizer.engine.axes.direction.watches
         if watches and not frames and not resume:
             warnings.warn(
                 "the bases of AGZO come from data and not from seeds: this trajectory cannot be replayed. "
                 "Record them with frames=True",
                 stacklevel=2,
             )
-        if not optimizer._probe.is_exact and not resume:
+        if not optimizer.engine.probe.is_exact and not resume:
             warnings.warn(
                 "probe='inplace' restores the weights to rounding only, which no trajectory tells of: a "
                 "replay will be near the run, but not equal to it. Pass the module as params, or "
@@ -137,7 +138,7 @@ class Trajectory:
 
     def record(self, step: AppliedStep) -> None:
         """Called by the optimizer after a step."""
-        groups = self._optimizer._groups
+        groups = self._optimizer.engine.groups
         setting = Setting(
             tuple(options.mu for options in step.options),
             tuple(options.weight_decay for options in step.options),

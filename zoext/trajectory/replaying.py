@@ -100,7 +100,7 @@ def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]
 
 def _tensors(target: nn.Module | ZerothOrderOptimizer) -> list[Tensor]:
     """The parameters of ``target``, as they are between forwards."""
-    module = target if isinstance(target, nn.Module) else target._module
+    module = target if isinstance(target, nn.Module) else target.engine.module
     if module is not None:
         shards.reshard(module)
     if isinstance(target, nn.Module):
@@ -133,7 +133,7 @@ class _Replay:
                 self.optimizer = target
             else:
                 self.optimizer = matching.optimizer_of(header, target, groups, path)
-        if header.frames or self.optimizer._axes.direction.watches:
+        if header.frames or self.optimizer.engine.axes.direction.watches:
             self._check_frames(header.frames)
 
     @property
@@ -147,7 +147,7 @@ class _Replay:
     @property
     def place(self) -> str:
         """Where the weights are after a replay that raised."""
-        if self.optimizer._is_torn:
+        if self.optimizer.engine.run.is_torn:
             return f"the weights are between step {self.step} and a later one now; load the base again"
         return f"the weights are those of step {self.step} now, between base and end"
 
@@ -156,16 +156,16 @@ class _Replay:
 
     def run(self) -> None:
         optimizer, groups = self.optimizer, self._groups
-        optimizer._pending.clear()  # estimates at weights that there will not be any more
-        at_once = AT_ONCE_FACTORED if isinstance(optimizer._axes.direction, Factored) else AT_ONCE
+        optimizer.engine.run.pending.clear()  # estimates at weights that there will not be any more
+        at_once = AT_ONCE_FACTORED if isinstance(optimizer.engine.axes.direction, Factored) else AT_ONCE
         with torch.inference_mode(False), torch.no_grad():
             for moves, steps in groupby(self._steps, key=lambda step: step.setting.moves):
                 matching.let_move(groups, keys_in(moves))
-                optimizer._current_groups()
+                optimizer.engine.look()
                 self._drawn = None
                 while some := list(islice(steps, at_once)):
                     with interrupts.deferred():
-                        optimizer._take(self._taken(some))
+                        optimizer.engine.apply(self._taken(some))
         if self._steps:
             self._set_options(self._steps[-1])
 
@@ -196,7 +196,7 @@ class _Replay:
 
     @property
     def _device(self) -> torch.device:
-        return next(group.device for group in self.optimizer._groups if len(group))
+        return next(group.device for group in self.optimizer.engine.groups if len(group))
 
     def _frame(self, step: RecordedStep) -> Frame:
         optimizer = self.optimizer
@@ -204,10 +204,10 @@ class _Replay:
             frame = frames.read(frames.path_beside(self.path), step.frame)
             return Frame(left=_moved(frame.left, self._device), right=_moved(frame.right, self._device))
         first = optimizer.param_groups[0]
-        origin = optimizer._axes.direction.origin(step.number - 1)
+        origin = optimizer.engine.axes.direction.origin(step.number - 1)
         if self._drawn is None or self._drawn[0] != origin:
             seed = self._tensor([noise.signed(noise.step_seed(first["seed"], origin))], torch.int64)
-            self._drawn = origin, optimizer._axes.direction.frame(Step(seed, optimizer._groups))
+            self._drawn = origin, optimizer.engine.axes.direction.frame(Step(seed, optimizer.engine.groups))
         return self._drawn[1]
 
     def _check_frames(self, has_frames: bool) -> None:
@@ -216,7 +216,7 @@ class _Replay:
                 f"{self.path}: was recorded without the bases of AGZO, which come from data and not from "
                 "seeds, so it cannot be replayed; record the run with frames=True"
             )
-        if not self.optimizer._axes.direction.watches:
+        if not self.optimizer.engine.axes.direction.watches:
             raise TrajectoryError(f"{self.path}: line 1: frames must be false for a direction without bases")
         tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         beside = frames.path_beside(self.path)

@@ -37,7 +37,7 @@ Fetch = Callable[[], HostStep]
 def send(step: AppliedStep, frame: Frame) -> Fetch:
     """Sends a step to the host; what is returned waits until it is there."""
     estimate = step.estimate
-    names = ("seeds", "coefficients", "loss", "spread", "finite")
+    names = ("seeds", "coefficients", "loss", "loss_std", "finite")
     seeds, coefficients, loss, spread, finite = (_sent(getattr(estimate, name)) for name in names)
     lr = [_sent(options.lr) if isinstance(options.lr, Tensor) else options.lr for options in step.options]
     on_host = Frame(left=_all_sent(frame.left), right=_all_sent(frame.right))
