@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from zoext import _C
-from zoext.ops import Distribution, Rounding, Span, Stream
+from zoext.ops import Distribution, Rounding, Rule, Span, Stream
 
 Words = NDArray[np.uint32]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -294,7 +294,7 @@ def direction(seed: int, key: int, at: NDArray[np.uint64], distribution: Distrib
 
 
 class Window(NamedTuple):
-    """The steps of AdaMeZO (arXiv 2605.00650, section 3), oldest first, and how they move theta."""
+    """The steps of a window, oldest first, their weights in the moments, and how these move theta."""
 
     coefficients: Sequence[Sequence[float]]
     first_weights: Sequence[float]
@@ -318,11 +318,16 @@ def estimate(directions: Sequence[NDArray], coefficients: Sequence[float], like:
     return total
 
 
-def step_of(window: Window, directions: Sequence[Sequence[NDArray]], like: NDArray) -> NDArray:
-    """``-lr m / sqrt(v + eps)`` in the dtype of ``like``, every operation rounded once.
+def move_of(window: Window, directions: Sequence[Sequence[NDArray]], rule: Rule, like: NDArray) -> NDArray:
+    """What a rule makes of a window, in the dtype of ``like``, every operation rounded once.
 
-    A step whose coefficients are all zero is left out. Where none is left, or ``lr`` is zero, the
-    result is minus zero, which moves nothing.
+    ADAM (AdaMeZO, arXiv 2605.00650, section 3): ``-lr m / sqrt(v + eps)``, v of the estimates' squares.
+    SIGN (Signum, arXiv 1802.04434): ``-lr sign(m)``, the sign of 0 and of NaN is 0.
+    SCALAR_ADAM (MEAZO): ``-lr m / (sqrt(v) + eps)``, v of the squared sums of the coefficients.
+
+    A step whose coefficients are all zero is left out, and where only m needs the estimate, so is one with
+    the first weight zero. Where no step is left, or ``lr`` is zero, the result is minus zero, which moves
+    nothing.
     """
     weights = np.asarray([window.first_weights, window.second_weights], dtype=np.float32).T
     m, v = np.full_like(like, -0.0), np.zeros_like(like)
@@ -336,9 +341,26 @@ def step_of(window: Window, directions: Sequence[Sequence[NDArray]], like: NDArr
         return m
     with np.errstate(all="ignore"):
         for terms, coefficients, first, second in steps:
+            if rule == Rule.SCALAR_ADAM:
+                p = np.full_like(like, projected_gradient(coefficients, like.dtype.type))
+                v = fused_multiply_add(second, p * p, v)
+            if rule != Rule.ADAM and first == 0:
+                continue
             g = estimate(terms, coefficients, like)
-            m, v = fused_multiply_add(first, g, m), fused_multiply_add(second, g * g, v)
-        return -lr * (m / np.sqrt(v + eps))
+            m = fused_multiply_add(first, g, m)
+            if rule == Rule.ADAM:
+                v = fused_multiply_add(second, g * g, v)
+        if rule == Rule.SIGN:
+            return -lr * np.where(m > 0, 1, np.where(m < 0, -1, 0)).astype(like.dtype)
+        return -lr * (m / (np.sqrt(v) + eps if rule == Rule.SCALAR_ADAM else np.sqrt(v + eps)))
+
+
+def projected_gradient(coefficients: Sequence[float], number: type) -> Any:
+    """The sum of the coefficients, in their order, each addition rounded."""
+    total = number(0)
+    for coefficient in np.asarray(coefficients, dtype=np.float32):
+        total = total + number(coefficient)
+    return total
 
 
 def factored_directions(left: Tensor, right: Tensor, terms: int, dtype: np.dtype) -> list[NDArray]:
@@ -410,22 +432,23 @@ def combination(
     return displaced(theta, change, decay, random, residual)
 
 
-def adam(
+def noise_window(
     theta: Tensor,
     seeds: Sequence[Sequence[int]],
     window: Window,
     *,
+    rule: Rule = Rule.ADAM,
     key: int = 0,
     span: Span | None = None,
     distribution: Distribution = Distribution.NORMAL,
     rounding: Rounding = Rounding.NEAREST,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """What ``noise_adam_`` makes of theta, to the bit. ``seeds`` are those of each step, oldest first."""
+    """What ``noise_window_`` makes of theta, to the bit. ``seeds`` are those of each step, oldest first."""
     at = indices(theta.numel(), span or whole(theta))
     directions = [[direction(seed, key, at, distribution) for seed in step] for step in seeds]
     random = newest_rounding_bits(seeds, key, at, rounding)
-    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random, residual)
+    return displaced(theta, move_of(window, directions, rule, numbers(theta)), window.decay, random, residual)
 
 
 def factored_combination(
@@ -451,25 +474,26 @@ def factored_combination(
     return displaced(theta, change, decay, random, residual)
 
 
-def factored_adam(
+def factored_window(
     theta: Tensor,
     left: Tensor,
     right: Tensor,
     seeds: Sequence[Sequence[int]],
     window: Window,
     *,
+    rule: Rule = Rule.ADAM,
     key: int = 0,
     span: Span | None = None,
     rounding: Rounding = Rounding.NEAREST,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """What ``factored_adam_`` makes of theta, to the bit: factors are numbered step by step."""
+    """What ``factored_window_`` makes of theta, to the bit: factors are numbered step by step."""
     at = indices(theta.numel(), span or whole(theta))
     count = sum(len(step) for step in seeds)
     flat = iter(factored_directions(left, right, count, numbers(theta).dtype))
     directions = [[next(flat) for _ in step] for step in seeds]
     random = newest_rounding_bits(seeds, key, at, rounding)
-    return displaced(theta, step_of(window, directions, numbers(theta)), window.decay, random, residual)
+    return displaced(theta, move_of(window, directions, rule, numbers(theta)), window.decay, random, residual)
 
 
 # --- Comparison -------------------------------------------------------------------------------------

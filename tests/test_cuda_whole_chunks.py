@@ -121,17 +121,19 @@ def windows() -> tuple[Tensor, ...]:
 @every_rounding
 @every_distribution
 @every_dtype
-def test_noise_adam(dtype: torch.dtype, distribution: Distribution, rounding: Rounding, decay: float) -> None:
+def test_noise_window(
+    dtype: torch.dtype, distribution: Distribution, rounding: Rounding, decay: float
+) -> None:
     options = {"distribution": distribution, "rounding": rounding}
-    assert_same_move(ops.noise_adam_, weights(COUNT, dtype), window(decay), ([9], [SPAN]), **options)
+    assert_same_move(ops.noise_window_, weights(COUNT, dtype), window(decay), ([9], [SPAN]), **options)
 
 
 @every_rounding
 @every_distribution
 @every_dtype
-def test_noise_adam_steps(dtype: torch.dtype, distribution: Distribution, rounding: Rounding) -> None:
+def test_noise_window_steps(dtype: torch.dtype, distribution: Distribution, rounding: Rounding) -> None:
     options = {"distribution": distribution, "rounding": rounding}
-    assert_same_move(ops.noise_adam_, weights(COUNT, dtype), windows(), ([9], [SPAN]), **options)
+    assert_same_move(ops.noise_window_, weights(COUNT, dtype), windows(), ([9], [SPAN]), **options)
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, COLUMNS - 1])
@@ -158,7 +160,7 @@ def test_factored_steps(dtype: torch.dtype, rounding: Rounding) -> None:
 @pytest.mark.parametrize("base", [0, 2**34 + 64, 2**34 + 3])
 @every_rounding
 @every_dtype
-def test_factored_adam(dtype: torch.dtype, rounding: Rounding, base: int) -> None:
+def test_factored_window(dtype: torch.dtype, rounding: Rounding, base: int) -> None:
     theta, span = weights(ROWS * COLUMNS, dtype), (base, ROWS * COLUMNS, 0)
     for steps in (window(0.013), windows()):
-        assert_same_move(ops.factored_adam_, theta, (*factors(6), *steps), ([9], [span]), rounding=rounding)
+        assert_same_move(ops.factored_window_, theta, (*factors(6), *steps), ([9], [span]), rounding=rounding)

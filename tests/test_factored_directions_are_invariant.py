@@ -42,7 +42,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, *, rank: int = 2) -> Mat
 
 
 class Change(NamedTuple):
-    """Everything of a call of ``factored_axpy_``, or of ``factored_adam_`` over two steps of two terms,
+    """Everything of a call of ``factored_axpy_``, or of ``factored_window_`` over two steps of two terms,
     but the tensors: of one step, or of two with half as many terms."""
 
     adam: bool
@@ -77,7 +77,7 @@ class Change(NamedTuple):
         numbers = [seeds, coefficients]
         if self.adam:
             numbers += [*weights, lr, torch.tensor(1e-3)]
-        operator: Callable = ops.factored_adam_ if self.adam else ops.factored_axpy_
+        operator: Callable = ops.factored_window_ if self.adam else ops.factored_axpy_
         operator(moved, left, right, *numbers, decay, keys, spans, **options)
         if is_residual:
             return [oracle.with_residual(*parts) for parts in zip(moved, residuals, strict=True)]

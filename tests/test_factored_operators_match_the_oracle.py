@@ -1,4 +1,4 @@
-"""``factored_axpy_``, ``factored_copy_`` and ``factored_adam_`` give the oracle's bits, for every dtype,
+"""``factored_axpy_``, ``factored_copy_`` and ``factored_window_`` give the oracle's bits, for every dtype,
 shape and value."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from extreme_values import weights, with_payloads
 from torch import Tensor
 
 from zoext import ops
-from zoext.ops import Rounding
+from zoext.ops import Rounding, Rule
 
 SEEDS = [3, -1, 2**62 + 5, -(2**63), 12, 99]
 COEFFICIENTS = [0.3, -0.02, 0.0, 1e-7, 3.0, -0.0]
@@ -121,10 +121,17 @@ def test_copy(dtype: torch.dtype, rounding: Rounding, terms: int, instruction_se
 
 @pytest.mark.parametrize("shared", ["", "left", "right"])
 @pytest.mark.parametrize(("steps", "terms"), [(0, 0), (1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("rule", Rule)
 @every_rounding
 @every_dtype
-def test_adam(
-    dtype: torch.dtype, rounding: Rounding, steps: int, terms: int, shared: str, instruction_set: str
+def test_window(
+    dtype: torch.dtype,
+    rounding: Rounding,
+    rule: Rule,
+    steps: int,
+    terms: int,
+    shared: str,
+    instruction_set: str,
 ) -> None:
     """Also steps of which one term is left, or none."""
     theta = matrix(13, 37, dtype)
@@ -136,9 +143,11 @@ def test_adam(
     left, right = factors(theta, steps * terms or 1, 2, shared=shared)
     options: dict[str, Any] = {"rounding": rounding, "key": 8, "span": (77, 37, 50)}
     residuals = oracle.equal_residuals(theta, rounding)
-    expected = oracle.factored_adam(theta, left, right, seeds, window, residual=residuals[1], **options)
+    expected = oracle.factored_window(
+        theta, left, right, seeds, window, rule=rule, residual=residuals[1], **options
+    )
     moved = theta.clone()
-    ops.factored_adam_(
+    ops.factored_window_(
         [moved],
         [left],
         [right],
@@ -147,6 +156,7 @@ def test_adam(
         *(torch.tensor(numbers, dtype=torch.float32) for numbers in window[1:]),
         [8],
         [(77, 37, 50)],
+        rule=rule,
         rounding=rounding,
         residuals=oracle.as_list(residuals[0]),
     )
@@ -156,14 +166,14 @@ def test_adam(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_dtype
-def test_adam_shapes(dtype: torch.dtype, shape: tuple[int, int], instruction_set: str) -> None:
+def test_window_shapes(dtype: torch.dtype, shape: tuple[int, int], instruction_set: str) -> None:
     theta = matrix(*shape, dtype)
     seeds, window = [[3], [4]], oracle.Window([[0.3], [-2.0]], [0.1, 0.2], [0.2, 0.1], 0.03, 1e-4)
     left, right = factors(theta, 2, 3)
     moved = theta.clone()
     numbers = [torch.tensor(number) for number in window]
-    ops.factored_adam_([moved], [left], [right], torch.tensor(seeds), *numbers, [1], [ops.span_of(theta)])
-    oracle.assert_same_bits(moved, oracle.factored_adam(theta, left, right, seeds, window, key=1))
+    ops.factored_window_([moved], [left], [right], torch.tensor(seeds), *numbers, [1], [ops.span_of(theta)])
+    oracle.assert_same_bits(moved, oracle.factored_window(theta, left, right, seeds, window, key=1))
 
 
 @every_rounding
@@ -182,7 +192,7 @@ def test_zero_coefficients_and_zero_lr_move_no_bit(
     assert torch.equal(oracle.bits(moved), oracle.bits(theta))
     for coefficients, lr in ((zero, 0.1), ([1.0, 2.0, 3.0], 0.0)):
         moved = theta.clone()
-        ops.factored_adam_(
+        ops.factored_window_(
             [moved],
             [left],
             [right],
@@ -246,7 +256,7 @@ def test_nothing_beyond_the_tensors_is_used_or_written(instruction_set: str) -> 
                 ops.factored_axpy_([theta], [sides[0]], [sides[1]], *one, torch.tensor(0.5), *place)
                 window = [torch.tensor(number) for number in ([0.5], [0.5], 0.1, 1e-8, 0.0)]
                 numbers = (one[0][None], one[1][None], *window)
-                ops.factored_adam_([theta], [sides[0]], [sides[1]], *numbers, *place)
+                ops.factored_window_([theta], [sides[0]], [sides[1]], *numbers, *place)
                 assert (buffer[:start] == guard).all()
                 assert (buffer[start + rows * columns :] == guard).all()
                 assert not (theta == guard).any()

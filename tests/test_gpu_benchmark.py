@@ -260,7 +260,7 @@ def test_all_is_measured(modules: Callable[[str], ModuleType], tmp_path: Path) -
         "bfloat16, dense: torch.normal and foreach / noise_axpy_",
         "1x32x70, bfloat16: usual step / MeZO, streamed",
     }
-    assert "bfloat16, Adam: noise_adam_, 10 steps, of the copy's speed" in figures
+    assert "bfloat16, Adam: noise_window_, 10 steps, of the copy's speed" in figures
     bias = "bfloat16, small: noise_copy_, a bias"
     assert figures[f"{bias}, a launch"]["median"] == pytest.approx(1e3 * figures[bias]["median"])
     for name in ("MeZO, streamed", "MeZO, inplace", "AdaMeZO, streamed"):

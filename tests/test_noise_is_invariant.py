@@ -107,7 +107,7 @@ class Combinations(NamedTuple):
 
 
 class AdamStep(NamedTuple):
-    """Everything of a call of ``noise_adam_`` but the tensors, over a window of three steps."""
+    """Everything of a call of ``noise_window_`` but the tensors, over a window of three steps."""
 
     terms: int
     distribution: Distribution
@@ -129,7 +129,7 @@ class AdamStep(NamedTuple):
         keys: Sequence[int],
         spans: Sequence[Span],
     ) -> None:
-        ops.noise_adam_(
+        ops.noise_window_(
             theta,
             torch.tensor(self.seeds),
             *(torch.tensor(numbers) for numbers in self.window),
@@ -141,7 +141,7 @@ class AdamStep(NamedTuple):
         )
 
     def expected(self, theta: Tensor, residual: Tensor | None, key: int, span: Span) -> Tensor:
-        return oracle.adam(
+        return oracle.noise_window(
             theta,
             self.seeds,
             self.window,
@@ -154,7 +154,7 @@ class AdamStep(NamedTuple):
 
 
 class AdamSteps(NamedTuple):
-    """Everything of a call of ``noise_adam_`` over three windows of two steps but the tensors."""
+    """Everything of a call of ``noise_window_`` over three windows of two steps but the tensors."""
 
     distribution: Distribution
     rounding: Rounding
@@ -179,7 +179,7 @@ class AdamSteps(NamedTuple):
     ) -> None:
         weights = self.first_weights, self.second_weights
         numbers = self.seeds, self.coefficients, *weights, self.lr, self.eps, self.decay
-        ops.noise_adam_(
+        ops.noise_window_(
             theta,
             *(torch.tensor(some) for some in numbers),
             keys,
@@ -191,7 +191,7 @@ class AdamSteps(NamedTuple):
 
     def expected(self, theta: Tensor, residual: Tensor | None, key: int, span: Span) -> Tensor:
         for seeds, window in self.windows():
-            theta = oracle.adam(
+            theta = oracle.noise_window(
                 theta,
                 seeds,
                 window,

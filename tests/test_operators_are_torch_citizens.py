@@ -68,7 +68,7 @@ def normal(theta: list[Tensor]) -> list[Tensor]:
 
 
 def adam(theta: list[Tensor]) -> list[Tensor]:
-    ops.noise_adam_(theta, *window(), KEYS, SPANS)
+    ops.noise_window_(theta, *window(), KEYS, SPANS)
     return theta
 
 
@@ -84,7 +84,7 @@ def factored_copy(theta: list[Tensor]) -> list[Tensor]:
 
 
 def factored_adam(theta: list[Tensor]) -> list[Tensor]:
-    ops.factored_adam_(theta, *factors(theta), *window(), KEYS, SPANS)
+    ops.factored_window_(theta, *factors(theta), *window(), KEYS, SPANS)
     return theta
 
 
@@ -112,8 +112,8 @@ def test_opcheck(dtype: torch.dtype, distribution: Distribution) -> None:
         (zoext.noise_axpy_, (theta, [], *terms, decay, KEYS, spans, *options)),
         (zoext.noise_axpy_, (*long, *terms, decay, KEYS, spans, *with_residuals)),
         (zoext.noise_copy_, (theta, tensors(dtype), *terms, KEYS, spans, *options)),
-        (zoext.noise_adam_, (theta, [], *window(), KEYS, spans, *options)),
-        (zoext.noise_adam_, (*long, *window(), KEYS, spans, *with_residuals)),
+        *((zoext.noise_window_, (theta, [], *window(), KEYS, spans, *options, rule)) for rule in range(3)),
+        (zoext.noise_window_, (*long, *window(), KEYS, spans, *with_residuals, 0)),
     ):
         report = torch.library.opcheck(operator.default, arguments)
         assert set(report.values()) == {"SUCCESS"}
@@ -132,8 +132,8 @@ def test_opcheck_of_factored_operators(dtype: torch.dtype) -> None:
         (zoext.factored_axpy_, (theta, [], *sides, *terms, decay, *places)),
         (zoext.factored_axpy_, (*long, *sides, *terms, decay, *with_residuals)),
         (zoext.factored_copy_, (tensors(dtype), theta, *sides, *terms, *places)),
-        (zoext.factored_adam_, (theta, [], *sides, *window(), *places)),
-        (zoext.factored_adam_, (*long, *sides, *window(), *with_residuals)),
+        *((zoext.factored_window_, (theta, [], *sides, *window(), *places, rule)) for rule in range(3)),
+        (zoext.factored_window_, (*long, *sides, *window(), *with_residuals, 0)),
     ):
         report = torch.library.opcheck(operator.default, arguments)
         assert set(report.values()) == {"SUCCESS"}
@@ -167,10 +167,10 @@ def test_compiled_steps_are_compiled_once_and_change_no_bit(backend: str) -> Non
         ops.noise_copy_(out, theta, seeds, c, keys, spans)
         ops.normal_(theta[:1], seeds[:1], keys[:1], spans[:1])
         steps = seeds[:, None], c[:, None], c * c, c * c, c[0], c[1] * c[1], decay
-        ops.noise_adam_(theta, *steps, keys, spans)
+        ops.noise_window_(theta, *steps, keys, spans)
         ops.factored_axpy_(theta, *factors(theta), seeds, c, decay, keys, spans)
         ops.factored_copy_(out, theta, *factors(theta), seeds, c, keys, spans, rounding=Rounding.STOCHASTIC)
-        ops.factored_adam_(theta, *factors(theta), *steps, keys, spans)
+        ops.factored_window_(theta, *factors(theta), *steps, keys, spans)
         residuals = [torch.zeros_like(t, dtype=torch.int8) for t in theta]
         with_residuals: dict[str, Any] = {"rounding": Rounding.RESIDUAL, "residuals": residuals}
         steps_of_one_term = seeds[:, None], c[:, None], c * c
@@ -201,11 +201,11 @@ def test_versions_of_written_residuals_are_bumped() -> None:
     options: dict[str, Any] = {"rounding": Rounding.RESIDUAL, "residuals": residuals}
     for call in (
         lambda: ops.noise_axpy_(theta, *numbers(), torch.tensor(0.1), KEYS, SPANS, **options),
-        lambda: ops.noise_adam_(theta, *window(), KEYS, SPANS, **options),
+        lambda: ops.noise_window_(theta, *window(), KEYS, SPANS, **options),
         lambda: ops.factored_axpy_(
             theta, *factors(theta), *numbers(), torch.tensor(0.1), KEYS, SPANS, **options
         ),
-        lambda: ops.factored_adam_(theta, *factors(theta), *window(), KEYS, SPANS, **options),
+        lambda: ops.factored_window_(theta, *factors(theta), *window(), KEYS, SPANS, **options),
     ):
         before = [t._version for t in residuals]
         call()
@@ -281,13 +281,13 @@ def test_empty_lists_and_empty_tensors_are_fine() -> None:
     ops.normal_([], torch.tensor([1]), [], [])
     empty = torch.empty(0, 7)
     ops.noise_axpy_([empty], *numbers(), torch.tensor(0.0), [0], [(0, 1, 0)])
-    ops.noise_adam_([], *window(), [], [])
-    ops.noise_adam_([empty], *window(), [0], [(0, 1, 0)])
+    ops.noise_window_([], *window(), [], [])
+    ops.noise_window_([empty], *window(), [0], [(0, 1, 0)])
     for matrices in ([], [empty], [empty.T.contiguous()]):
         place = [0] * len(matrices), [(0, 1, 0)] * len(matrices)
         ops.factored_axpy_(matrices, *factors(matrices), *numbers(), torch.tensor(0.1), *place)
         ops.factored_copy_(matrices, matrices, *factors(matrices), *numbers(), *place)
-        ops.factored_adam_(matrices, *factors(matrices), *window(), *place)
+        ops.factored_window_(matrices, *factors(matrices), *window(), *place)
 
 
 PEAK_MEMORY = """
@@ -312,13 +312,13 @@ def run(theta, out, residual):
             ops.noise_axpy_([theta], *steps, decays, *place, distribution=distribution, **options)
             window = *steps, coefficients, coefficients, decay, decay, decay
             windows = *steps, torch.ones(2, 2), torch.ones(2, 2), decays[:2], decay, decays[:2]
-            ops.noise_adam_([theta], *window, *place, distribution=distribution, **options)
-            ops.noise_adam_([theta], *windows, *place, distribution=distribution, **options)
+            ops.noise_window_([theta], *window, *place, distribution=distribution, **options)
+            ops.noise_window_([theta], *windows, *place, distribution=distribution, **options)
             sides = [torch.ones(1, 2, theta.shape[0])], [torch.ones(3, 2, theta.shape[1])]
             ops.factored_axpy_([theta], *sides, *terms, decay, *place, **options)
             ops.factored_axpy_([theta], *sides, *steps, decays, *place, **options)
-            ops.factored_adam_([theta], *sides, *window, *place, **options)
-            ops.factored_adam_([theta], *sides, *windows, *place, **options)
+            ops.factored_window_([theta], *sides, *window, *place, **options)
+            ops.factored_window_([theta], *sides, *windows, *place, **options)
             if rounding != Rounding.RESIDUAL:
                 ops.noise_copy_([out], [theta], *terms, *place, distribution=distribution, rounding=rounding)
                 ops.factored_copy_([out], [theta], *sides, *terms, *place, rounding=rounding)

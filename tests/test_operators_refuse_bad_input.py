@@ -58,6 +58,8 @@ BAD_CHOICES = [
     ({"distribution": 2}, r"distribution must be 0 \(normal\) or 1 \(sign\), not 2"),
     ({"distribution": -1}, "distribution must be .* not -1"),
 ]
+KNOWN_RULES = r"rule must be one of 0 \(adam\), 1 \(sign\), 2 \(scalar_adam\), not"
+BAD_RULES = [({"rule": 3}, f"{KNOWN_RULES} 3"), ({"rule": -1}, f"{KNOWN_RULES} -1")]
 # Of copies, whose seeds are those of a single step.
 BAD_ROUNDINGS_OF_COPIES = [({"rounding": 2}, r"rounding must be 0 \(nearest\) or 1 \(stochastic\), not 2")]
 ONE_STEP_OF_COPIES = [({"seeds": torch.tensor([[1, 2]])}, "seeds must be .* of one dimension")]
@@ -276,6 +278,7 @@ def window() -> dict[str, Any]:
         *with_tensors("theta"),
         *BAD_PLACES,
         *BAD_WINDOWS,
+        *BAD_RULES,
         *BAD_RATES,
         *BAD_DECAYS,
         *BAD_CHOICES,
@@ -283,8 +286,8 @@ def window() -> dict[str, Any]:
         *BAD_RESIDUALS,
     ],
 )
-def test_adam(bad: dict[str, Any], message: str) -> None:
-    refused(ops.noise_adam_, {"theta": [five(), rows()], **window()}, bad, message)
+def test_noise_window(bad: dict[str, Any], message: str) -> None:
+    refused(ops.noise_window_, {"theta": [five(), rows()], **window()}, bad, message)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +333,7 @@ def test_factored_copy(bad: dict[str, Any], message: str) -> None:
         *with_tensors("theta"),
         *BAD_PLACES,
         *BAD_WINDOWS,
+        *BAD_RULES,
         *BAD_RATES,
         *bad_factors(6),
         *BAD_DECAYS,
@@ -337,9 +341,9 @@ def test_factored_copy(bad: dict[str, Any], message: str) -> None:
         *BAD_RESIDUALS,
     ],
 )
-def test_factored_adam(bad: dict[str, Any], message: str) -> None:
+def test_factored_window(bad: dict[str, Any], message: str) -> None:
     good = {"theta": [five(), rows()], "left": left(terms=6), "right": right(terms=1)}
-    refused(ops.factored_adam_, {**good, **window()}, bad, message)
+    refused(ops.factored_window_, {**good, **window()}, bad, message)
 
 
 @pytest.mark.parametrize(("bad", "message"), [*with_tensors("out"), *BAD_PLACES, *BAD_SEED, *BAD_CHOICES])
@@ -370,13 +374,13 @@ def test_good_arguments_of_these_tests_are_good() -> None:
     ops.normal_(out, torch.tensor([1]), **ARRANGEMENT)
     assert not any((tensor == GUARD).any() for tensor in (*theta, *out))
     theta = [five(), rows()]
-    ops.noise_adam_(theta, **window())
+    ops.noise_window_(theta, **window())
     assert not any((tensor == GUARD).any() for tensor in theta)
     theta = [five(), rows()]
     sides = left(terms=2), right(terms=1)
     ops.factored_axpy_(theta, *sides, decay=torch.tensor(0.0), **combination())
     ops.factored_copy_(out, theta, *sides, **combination())
-    ops.factored_adam_(theta, left(terms=6), right(terms=1), **window())
+    ops.factored_window_(theta, left(terms=6), right(terms=1), **window())
     assert not any((tensor == GUARD).any() for tensor in (*theta, *out))
 
 

@@ -16,7 +16,7 @@ from zoext.probes import InplaceProbe, Probe, StreamedProbe
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
 from zoext.swap import StreamedProbeError
 from zoext.trajectory import Trajectory, TrajectoryError, replay
-from zoext.updates import SGD, AdamReplay, Update
+from zoext.updates import SGD, AdamReplay, ScalarAdam, SignReplay, Update
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,8 @@ __all__ = [
     "MeZOGreedy",
     "Probe",
     "Rademacher",
+    "ScalarAdam",
+    "SignReplay",
     "StreamedProbe",
     "StreamedProbeError",
     "Trajectory",

@@ -1,17 +1,18 @@
-// Adam along factored directions on CUDA.
-#include "adam.cuh"
+// Moves of windows of factored estimates on CUDA.
 #include "factored.cuh"
+#include "window.cuh"
 
 namespace zoext::cuda {
 namespace {
 
-void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, std::vector<Tensor> left,
-                    std::vector<Tensor> right, Tensor seeds, Tensor coefficients, Tensor first_weights,
-                    Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, std::vector<int64_t> keys,
-                    std::vector<int64_t> spans, int64_t rounding) {
+void factored_window_(std::vector<Tensor> theta, std::vector<Tensor> residuals, std::vector<Tensor> left,
+                      std::vector<Tensor> right, Tensor seeds, Tensor coefficients, Tensor first_weights,
+                      Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, std::vector<int64_t> keys,
+                      std::vector<int64_t> spans, int64_t rounding, int64_t rule) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Rounding how = checked_rounding(rounding, theta, residuals);
+  const int rule_number = checked_rule(rule);
   if (theta.empty()) return;
   const int64_t count = checked_windows(seeds, coefficients, first_weights, second_weights, lr, decay, theta[0]);
   check_scalar("eps", eps, ScalarType::Float, theta[0]);
@@ -24,11 +25,13 @@ void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, st
     return in_place(slot_of(theta[t], theta[t], places[t], left[t], right[t]), residuals, t);
   };
   for_each_storage(theta, slot, [&](auto storage, const std::vector<InPlace<FactoredSlot>>& slots) {
-    launch_adam<Factored<decltype(storage)>>(slots, windows, sizes, how, stream);
+    launch_windows<Factored<decltype(storage)>>(slots, windows, sizes, how, rule_number, stream);
   });
 }
 
 }  // namespace
 }  // namespace zoext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(zoext, CUDA, m) { m.impl("factored_adam_", TORCH_BOX(&zoext::cuda::factored_adam_)); }
+STABLE_TORCH_LIBRARY_IMPL(zoext, CUDA, m) {
+  m.impl("factored_window_", TORCH_BOX(&zoext::cuda::factored_window_));
+}

@@ -1,17 +1,19 @@
-// Adam along dense directions on CUDA.
-#include "adam.cuh"
+// Moves of windows of dense estimates on CUDA.
 #include "dense.cuh"
+#include "window.cuh"
 
 namespace zoext::cuda {
 namespace {
 
-void noise_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, Tensor seeds, Tensor coefficients,
-                 Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps, Tensor decay,
-                 std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution, int64_t rounding) {
+void noise_window_(std::vector<Tensor> theta, std::vector<Tensor> residuals, Tensor seeds, Tensor coefficients,
+                   Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps, Tensor decay,
+                   std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution, int64_t rounding,
+                   int64_t rule) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Distribution checked = checked_distribution(distribution);
   const Rounding how = checked_rounding(rounding, theta, residuals);
+  const int rule_number = checked_rule(rule);
   if (theta.empty()) return;
   const int64_t count = checked_windows(seeds, coefficients, first_weights, second_weights, lr, decay, theta[0]);
   check_scalar("eps", eps, ScalarType::Float, theta[0]);
@@ -22,7 +24,7 @@ void noise_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, Tenso
   const auto slot = [&](size_t t) { return in_place(slot_of(theta[t], theta[t], places[t]), residuals, t); };
   for_each_storage(theta, slot, [&](auto storage, const std::vector<InPlace<Slot>>& slots) {
     for_noise(checked, [&](auto noise) {
-      launch_adam<Dense<decltype(noise), decltype(storage)>>(slots, windows, sizes, how, stream);
+      launch_windows<Dense<decltype(noise), decltype(storage)>>(slots, windows, sizes, how, rule_number, stream);
     });
   });
 }
@@ -30,4 +32,4 @@ void noise_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, Tenso
 }  // namespace
 }  // namespace zoext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(zoext, CUDA, m) { m.impl("noise_adam_", TORCH_BOX(&zoext::cuda::noise_adam_)); }
+STABLE_TORCH_LIBRARY_IMPL(zoext, CUDA, m) { m.impl("noise_window_", TORCH_BOX(&zoext::cuda::noise_window_)); }

@@ -77,8 +77,8 @@ def combination(terms: int, decay: float = 0.01) -> Combination:
 
 
 def assert_same_step(theta: Tensor, step: Adam, span: Span, **options: Any) -> None:
-    """``noise_adam_`` on the CPU and on CUDA, at an address that is aligned and at one that is not."""
-    assert_same_move(ops.noise_adam_, theta, step, ([9], [span]), **options)
+    """``noise_window_`` on the CPU and on CUDA, at an address that is aligned and at one that is not."""
+    assert_same_move(ops.noise_window_, theta, step, ([9], [span]), **options)
 
 
 @pytest.mark.parametrize("terms", [1, 3])
@@ -86,7 +86,7 @@ def assert_same_step(theta: Tensor, step: Adam, span: Span, **options: Any) -> N
 @every_rounding
 @every_distribution
 @every_dtype
-def test_noise_adam(
+def test_noise_window(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding, steps: int, terms: int
 ) -> None:
     theta, span = weights(4099, dtype), (2**34 + 8, 4099, 0)
@@ -97,7 +97,7 @@ def test_noise_adam(
 @pytest.mark.parametrize("rounding", [Rounding.STOCHASTIC, Rounding.RESIDUAL])
 @every_distribution
 @every_dtype
-def test_noise_adam_in_spans(
+def test_noise_window_in_spans(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding, count: int, span: Span
 ) -> None:
     options = {"distribution": distribution, "rounding": rounding}
@@ -125,7 +125,7 @@ def several_adams(count: int, steps: int, terms: int) -> Adam:
 @every_rounding
 @every_distribution
 @every_dtype
-def test_several_adam_steps(
+def test_several_window_steps(
     dtype: torch.dtype, distribution: Distribution, rounding: Rounding, count: int, steps: int, terms: int
 ) -> None:
     """In one launch what they are one after the other."""
@@ -140,7 +140,7 @@ def test_several_adam_steps(
     kept = [tensor.clone() for tensor in residuals]
     place = ([9], [span])
     with launches(1 if count else 0):
-        ops.noise_adam_([together], *device(*several), *place, residuals=residuals, **options)
+        ops.noise_window_([together], *device(*several), *place, residuals=residuals, **options)
     for s in range(count):
         step = Adam(
             several.seeds[s : s + steps],
@@ -151,14 +151,14 @@ def test_several_adam_steps(
             several.eps,
             several.decay[s],
         )
-        ops.noise_adam_([apart], *device(*step), *place, residuals=kept, **options)
+        ops.noise_window_([apart], *device(*step), *place, residuals=kept, **options)
     assert same_bits(together, apart.cpu())
     assert all(same_bits(one, other.cpu()) for one, other in zip(residuals, kept, strict=True))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-42, 1e19, 3e38, float("inf"), float("nan")])
 @every_dtype
-def test_noise_adam_of_extreme_estimates(dtype: torch.dtype, size: float) -> None:
+def test_noise_window_of_extreme_estimates(dtype: torch.dtype, size: float) -> None:
     """Squares that vanish and that overflow, with and without eps, and 0 / 0."""
     theta = weights(1001, dtype)
     for eps in (0.0, 1e-8):
@@ -177,7 +177,7 @@ STILL = {
 @pytest.mark.parametrize("case", STILL)
 @every_rounding
 @every_dtype
-def test_adam_that_moves_no_bit(dtype: torch.dtype, rounding: Rounding, case: str) -> None:
+def test_windows_that_move_no_bit(dtype: torch.dtype, rounding: Rounding, case: str) -> None:
     """Not even of a -0, though eps is zero and 0 / sqrt(0) no number; decay alone still moves theta."""
     step, before, span = STILL[case], weights(1000, dtype), (0, 1000, 0)
     left, right = factors(25, 40, terms=1, rank=2)
@@ -185,9 +185,9 @@ def test_adam_that_moves_no_bit(dtype: torch.dtype, rounding: Rounding, case: st
     residuals = residuals_of([before], rounding)
     kept, beside_matrix = device(*residuals), device(*residuals)
     place = ([1], [span])
-    ops.noise_adam_([theta], *device(*step), *place, rounding=rounding, residuals=kept)
+    ops.noise_window_([theta], *device(*step), *place, rounding=rounding, residuals=kept)
     given = (*listed(left, right), *device(*step))
-    ops.factored_adam_([matrix], *given, *place, rounding=rounding, residuals=beside_matrix)
+    ops.factored_window_([matrix], *given, *place, rounding=rounding, residuals=beside_matrix)
     assert same_bits(theta, before)
     assert same_bits(matrix, before)
     for bytes_on_device in (kept, beside_matrix):
@@ -215,9 +215,9 @@ def listed(*tensors: Tensor) -> list[list[Tensor]]:
 def assert_same_factored(
     theta: Tensor, left: Tensor, right: Tensor, change: Adam | Combination, span: Span, rounding: Rounding
 ) -> None:
-    """``factored_adam_`` or ``factored_axpy_`` on the CPU and on CUDA, everything at addresses that are
+    """``factored_window_`` or ``factored_axpy_`` on the CPU and on CUDA, everything at addresses that are
     aligned and at such that are not."""
-    operator = ops.factored_adam_ if isinstance(change, Adam) else ops.factored_axpy_
+    operator = ops.factored_window_ if isinstance(change, Adam) else ops.factored_axpy_
     assert_same_move(operator, theta, ([left], [right], *change), ([9], [span]), rounding=rounding)
 
 
@@ -377,9 +377,9 @@ FEW = [(0, 4), (1, 1), (64, 128), (5, 0), (3, 2731), (3, 1), (37, 443), (51, 5),
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,), DTYPES], ids=["one dtype", "all dtypes"])
 @every_distribution
-def test_lists_for_noise_adam(distribution: Distribution, dtypes: tuple[torch.dtype, ...]) -> None:
+def test_lists_for_noise_window(distribution: Distribution, dtypes: tuple[torch.dtype, ...]) -> None:
     def operator(*arguments: Any) -> None:
-        ops.noise_adam_(*arguments, distribution=distribution)
+        ops.noise_window_(*arguments, distribution=distribution)
 
     assert_same_lists(operator, [list_of_tensors(SIZES, dtypes)], adam(2, 2), len(dtypes))
 
@@ -387,16 +387,16 @@ def test_lists_for_noise_adam(distribution: Distribution, dtypes: tuple[torch.dt
 @pytest.mark.parametrize("dtypes", [(torch.float16,), DTYPES], ids=["one dtype", "all dtypes"])
 def test_lists_of_matrices(dtypes: tuple[torch.dtype, ...]) -> None:
     assert_same_lists(ops.factored_axpy_, matrices(FEW, dtypes, 4), combination(4), len(dtypes))
-    assert_same_lists(ops.factored_adam_, matrices(FEW, dtypes, 4), adam(4, 1), len(dtypes))
+    assert_same_lists(ops.factored_window_, matrices(FEW, dtypes, 4), adam(4, 1), len(dtypes))
 
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_hundreds_of_tensors(more: int) -> None:
     """A launch has room for 384 tensors, or for 202 matrices with their factors; empty ones take none."""
     tensors = list_of_tensors([t % 13 for t in range(416 + 2 * more)], DTYPES[:1])
-    assert_same_lists(ops.noise_adam_, [tensors], adam(1, 1), 1 + more)
+    assert_same_lists(ops.noise_window_, [tensors], adam(1, 1), 1 + more)
     shapes = [(t % 5, 1 + t % 7) for t in range(253 + 2 * more)]
-    for operator, change in ((ops.factored_axpy_, combination(2)), (ops.factored_adam_, adam(2, 1))):
+    for operator, change in ((ops.factored_axpy_, combination(2)), (ops.factored_window_, adam(2, 1))):
         assert_same_lists(operator, matrices(shapes, DTYPES[:1], 2), change, 1 + more)
 
 
@@ -406,8 +406,8 @@ def test_nothing_to_do(count: int) -> None:
     lefts, rights = ([torch.ones(1, 2, 0, device="cuda")] * count for _ in range(2))
     place = (list(range(count)), [(0, 1, 0)] * count)
     with launches(0):
-        ops.noise_adam_(theta, *device(*adam(1, 1)), *place)
-        ops.factored_adam_(theta, lefts, rights, *device(*adam(1, 1)), *place)
+        ops.noise_window_(theta, *device(*adam(1, 1)), *place)
+        ops.factored_window_(theta, lefts, rights, *device(*adam(1, 1)), *place)
         ops.factored_axpy_(theta, lefts, rights, *device(*combination(1)), *place)
         ops.factored_copy_(theta, theta, lefts, rights, *device(*combination(1)[:2]), *place)
 
@@ -418,10 +418,10 @@ def test_no_operator_waits_or_allocates() -> None:
     window, (seeds, coefficients, decay) = device(*adam(1, 3)), device(*combination(3))
     place = ([3], [(0, 5000, 0)])
     with nothing_waits(), launches(4):
-        ops.noise_adam_([theta], *window, *place)
+        ops.noise_window_([theta], *window, *place)
         ops.factored_axpy_([theta], left, right, seeds, coefficients, decay, *place)
         ops.factored_copy_([out], [theta], left, right, seeds, coefficients, *place)
-        ops.factored_adam_([theta], left, right, *window, *place)
+        ops.factored_window_([theta], left, right, *window, *place)
 
 
 def test_runs_on_the_current_stream() -> None:
@@ -437,14 +437,14 @@ def test_runs_on_the_current_stream() -> None:
             torch.cuda._sleep(200_000_000)
         for tensor in theta:
             tensor.fill_(2.0)
-        ops.noise_adam_(theta[:1], *window, [9], [(0, 4096, 0)])
+        ops.noise_window_(theta[:1], *window, [9], [(0, 4096, 0)])
         ops.factored_axpy_(theta[1:2], lefts, rights, *change, [9], [(0, 4096, 0)])
-        ops.factored_adam_(theta[2:], lefts, rights, *window, [9], [(0, 4096, 0)])
+        ops.factored_window_(theta[2:], lefts, rights, *window, [9], [(0, 4096, 0)])
     stream.synchronize()
     expected = [torch.full((4096,), 2.0) for _ in range(3)]
-    ops.noise_adam_(expected[:1], *adam(2, 1), [9], [(0, 4096, 0)])
+    ops.noise_window_(expected[:1], *adam(2, 1), [9], [(0, 4096, 0)])
     ops.factored_axpy_(expected[1:2], [left], [right], *combination(2), [9], [(0, 4096, 0)])
-    ops.factored_adam_(expected[2:], [left], [right], *adam(2, 1), [9], [(0, 4096, 0)])
+    ops.factored_window_(expected[2:], [left], [right], *adam(2, 1), [9], [(0, 4096, 0)])
     assert all(same_bits(gpu, cpu) for gpu, cpu in zip(theta, expected, strict=True))
 
 
@@ -454,19 +454,19 @@ def test_a_captured_graph_follows_its_window() -> None:
     left, right = listed(*factors(64, 64, terms=6, rank=2))
     window = device(*adam(2, 3))
     # The device loads a kernel when it first runs, and may not do so during a capture.
-    ops.noise_adam_([theta.clone()], *window, [3], [(0, 4096, 0)])
-    ops.factored_adam_([moved.clone()], left, right, *window, [3], [(0, 4096, 0)])
+    ops.noise_window_([theta.clone()], *window, [3], [(0, 4096, 0)])
+    ops.factored_window_([moved.clone()], left, right, *window, [3], [(0, 4096, 0)])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.noise_adam_([theta], *window, [3], [(0, 4096, 0)])
-        ops.factored_adam_([moved], left, right, *window, [3], [(0, 4096, 0)])
+        ops.noise_window_([theta], *window, [3], [(0, 4096, 0)])
+        ops.factored_window_([moved], left, right, *window, [3], [(0, 4096, 0)])
     for tensor in window:
         tensor += 1
     left[0] *= 2
     graph.replay()
     expected, window = [torch.ones(4096), torch.ones(4096)], [tensor.cpu() for tensor in window]
-    ops.noise_adam_(expected[:1], *window, [3], [(0, 4096, 0)])
-    ops.factored_adam_(expected[1:], [left[0].cpu()], [right[0].cpu()], *window, [3], [(0, 4096, 0)])
+    ops.noise_window_(expected[:1], *window, [3], [(0, 4096, 0)])
+    ops.factored_window_(expected[1:], [left[0].cpu()], [right[0].cpu()], *window, [3], [(0, 4096, 0)])
     assert same_bits(theta, expected[0])
     assert same_bits(moved, expected[1])
 
@@ -489,17 +489,19 @@ def test_matrices_beyond_32_bits() -> None:
         assert same_bits(theta[row], expected)
 
 
-@pytest.mark.parametrize("operator", ["noise_adam_", "factored_axpy_", "factored_copy_", "factored_adam_"])
+@pytest.mark.parametrize(
+    "operator", ["noise_window_", "factored_axpy_", "factored_copy_", "factored_window_"]
+)
 def test_opcheck(operator: str) -> None:
     theta, out = torch.ones(130, device="cuda"), torch.empty(130, device="cuda")
     left, right = listed(*factors(10, 13, terms=3, rank=2))
     window, change = device(*adam(1, 3)), device(*combination(3))
     keys, spans = [3], [0, 130, 0]
     arguments = {
-        "noise_adam_": ([theta], [], *window, keys, spans, 1, 1),
+        "noise_window_": ([theta], [], *window, keys, spans, 1, 1),
         "factored_axpy_": ([theta], [], left, right, *change, keys, spans, 0),
         "factored_copy_": ([out], [theta], left, right, *change[:2], keys, spans, 1),
-        "factored_adam_": ([theta], [], left, right, *window, keys, spans, 0),
+        "factored_window_": ([theta], [], left, right, *window, keys, spans, 0),
     }
     torch.library.opcheck(getattr(torch.ops.zoext, operator).default, arguments[operator])
 
@@ -567,16 +569,16 @@ def assert_same_refusal(operator: Callable[..., None], good: dict[str, Any], bad
 
 
 @pytest.mark.parametrize("wrong", [*BAD_WINDOWS, *BAD_TENSORS_AND_PLACES, "no such distribution"])
-def test_noise_adam_refuses_what_the_cpu_refuses(wrong: str) -> None:
+def test_noise_window_refuses_what_the_cpu_refuses(wrong: str) -> None:
     good = {name: GOOD_MATRICES[name] for name in ("theta", "keys", "spans")} | adam(2, 3)._asdict()
     bad = (BAD_WINDOWS | BAD_TENSORS_AND_PLACES).get(wrong, {"distribution": 2})
-    assert_same_refusal(ops.noise_adam_, good, bad)
+    assert_same_refusal(ops.noise_window_, good, bad)
 
 
 @pytest.mark.parametrize("wrong", [*BAD_WINDOWS, *BAD_FACTORS, *BAD_TENSORS_AND_PLACES])
-def test_factored_adam_refuses_what_the_cpu_refuses(wrong: str) -> None:
+def test_factored_window_refuses_what_the_cpu_refuses(wrong: str) -> None:
     bad = (BAD_WINDOWS | BAD_FACTORS | BAD_TENSORS_AND_PLACES)[wrong]
-    assert_same_refusal(ops.factored_adam_, GOOD_MATRICES | adam(2, 3)._asdict(), bad)
+    assert_same_refusal(ops.factored_window_, GOOD_MATRICES | adam(2, 3)._asdict(), bad)
 
 
 @pytest.mark.parametrize("wrong", [*BAD_FACTORS, *BAD_TENSORS_AND_PLACES, "seeds of two dimensions"])
@@ -602,11 +604,11 @@ def test_arguments_elsewhere_are_refused() -> None:
         )
         message = f"{name if name in ('lr', 'eps', 'decay') else terms} must"
         with pytest.raises(RuntimeError, match=f"{message} be on the device of the parameters"):
-            ops.noise_adam_([theta], *arguments, *place)
+            ops.noise_window_([theta], *arguments, *place)
         with pytest.raises(RuntimeError, match=f"{message} be on the device of the parameters"):
-            ops.factored_adam_([theta], [left], [right], *arguments, *place)
+            ops.factored_window_([theta], [left], [right], *arguments, *place)
     with pytest.raises(RuntimeError, match=r"left\[0\] must be on the device of the parameters"):
-        ops.factored_adam_([theta], [left.cpu()], [right], *device(*window), *place)
+        ops.factored_window_([theta], [left.cpu()], [right], *device(*window), *place)
     with pytest.raises(RuntimeError, match=r"right\[0\] must be on the device of the parameters"):
         ops.factored_axpy_([theta], [left], [right.cpu()], *device(*combination(6)), *place)
     assert same_bits(theta, torch.ones(12))

@@ -1,4 +1,4 @@
-"""``noise_adam_`` gives the oracle's bits, for every dtype and value, and Adam's steps."""
+"""``noise_window_`` gives the oracle's bits, for every rule, dtype and value, and Adam's steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from extreme_values import weights, with_payloads
 from torch import Tensor
 
-from zoext import ops
-from zoext.ops import Distribution, Rounding
+from zoext import _C, ops
+from zoext.ops import Distribution, Rounding, Rule
 
 SEEDS = [[3, -1, 5], [2**62 + 5, -(2**63), 6], [12, 99, 7], [2**63 - 1, 4, 0], [1, 2, 8]]
 COEFFICIENTS = [[0.3, -0.02, 1.0], [1e-7, 3.0, 0.0], [0.0, -0.0, 0.0], [5e-4, -1.25, 2.0], [-0.7, 0.0, 0.0]]
@@ -20,6 +20,7 @@ FIRST_WEIGHTS, SECOND_WEIGHTS = [0.07, 0.1, 0.15, 0.2, 0.3], [0.06, 0.07, 0.08, 
 every_dtype = pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 every_distribution = pytest.mark.parametrize("distribution", Distribution)
 every_rounding = pytest.mark.parametrize("rounding", Rounding)
+every_rule = pytest.mark.parametrize("rule", Rule)
 
 
 def window(steps: int, terms: int, lr: float = 0.03, eps: float = 1e-4, decay: float = 0.0) -> oracle.Window:
@@ -39,10 +40,10 @@ def matrix(rows: list[list], dtype: torch.dtype) -> Tensor:
 
 
 def step(theta: Tensor, window: oracle.Window, **options: Any) -> Tensor:
-    """theta after ``noise_adam_``, as a whole parameter. A ``residual`` is overwritten."""
+    """theta after ``noise_window_``, as a whole parameter. A ``residual`` is overwritten."""
     moved = theta.clone()
     residuals = oracle.as_list(options.pop("residual", None))
-    ops.noise_adam_(
+    ops.noise_window_(
         [moved],
         matrix(seeds_of(window), torch.int64),
         matrix(list(window.coefficients), torch.float32),
@@ -56,6 +57,7 @@ def step(theta: Tensor, window: oracle.Window, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("steps", "terms"), [(0, 0), (2, 0), (1, 1), (5, 1), (5, 3)])
+@every_rule
 @every_rounding
 @every_distribution
 @every_dtype
@@ -63,46 +65,54 @@ def test_steps(
     dtype: torch.dtype,
     distribution: Distribution,
     rounding: Rounding,
+    rule: Rule,
     steps: int,
     terms: int,
     instruction_set: str,
 ) -> None:
     """Also steps of which one term is left, or none; of weights, spans and decay of every kind."""
     theta = weights(dtype)
-    options: dict[str, Any] = {"distribution": distribution, "rounding": rounding}
+    options: dict[str, Any] = {"distribution": distribution, "rounding": rounding, "rule": rule}
     options |= {"key": 2**31 + 7, "span": (1001, 37, 90)}
     adam = window(steps, terms, decay=0.01)
     residuals = oracle.equal_residuals(theta, rounding)
-    expected = oracle.adam(theta, seeds_of(adam), adam, residual=residuals[1], **options)
+    expected = oracle.noise_window(theta, seeds_of(adam), adam, residual=residuals[1], **options)
     oracle.assert_same_bits(step(theta, adam, residual=residuals[0], **options), expected)
     oracle.assert_same_residuals(residuals)
 
 
 @pytest.mark.parametrize("terms", [1, 3])
 @pytest.mark.parametrize("size", [1e-30, 1e-42, 1e19, 3e38, float("inf"), float("nan")])
+@every_rule
 @every_dtype
-def test_extreme_estimates(dtype: torch.dtype, size: float, terms: int, instruction_set: str) -> None:
+def test_extreme_estimates(
+    dtype: torch.dtype, rule: Rule, size: float, terms: int, instruction_set: str
+) -> None:
     """Squares that vanish and that overflow, with and without eps, and sums of 0 / 0."""
     theta = weights(dtype)
     for eps in (0.0, 1e-8):
         adam = window(2, terms, eps=eps)._replace(coefficients=[[size] * terms, [-size, 1.0, 0.5][:terms]])
-        oracle.assert_same_bits(step(theta, adam), oracle.adam(theta, seeds_of(adam), adam), f"eps {eps}")
+        expected = oracle.noise_window(theta, seeds_of(adam), adam, rule=rule)
+        oracle.assert_same_bits(step(theta, adam, rule=rule), expected, f"eps {eps}")
 
 
 @pytest.mark.parametrize("lr", [0.0, -0.0, 1e-45, 3e38])
+@every_rule
 @every_dtype
-def test_extreme_steps(dtype: torch.dtype, lr: float, instruction_set: str) -> None:
+def test_extreme_steps(dtype: torch.dtype, rule: Rule, lr: float, instruction_set: str) -> None:
     theta = weights(dtype)
     for decay in (0.0, 1.0, 3e38):
         adam = window(3, 1, lr=lr, decay=decay)
-        oracle.assert_same_bits(step(theta, adam), oracle.adam(theta, seeds_of(adam), adam), f"decay {decay}")
+        expected = oracle.noise_window(theta, seeds_of(adam), adam, rule=rule)
+        oracle.assert_same_bits(step(theta, adam, rule=rule), expected, f"decay {decay}")
 
 
 @pytest.mark.parametrize("terms", [1, 3])
+@every_rule
 @every_rounding
 @every_dtype
 def test_zero_coefficients_and_zero_lr_move_no_bit(
-    dtype: torch.dtype, rounding: Rounding, terms: int, instruction_set: str
+    dtype: torch.dtype, rounding: Rounding, rule: Rule, terms: int, instruction_set: str
 ) -> None:
     """Not of -0, nor of a NaN with a payload: what estimates of losses that were not finite do. With eps
     zero as well, where 0 / sqrt(0) would make every weight no number."""
@@ -113,7 +123,7 @@ def test_zero_coefficients_and_zero_lr_move_no_bit(
         window(3, terms, eps=0.0, lr=0.0),
     ):
         residuals = oracle.equal_residuals(theta, rounding)
-        moved = step(theta, adam, rounding=rounding, residual=residuals[0])
+        moved = step(theta, adam, rule=rule, rounding=rounding, residual=residuals[0])
         assert torch.equal(oracle.bits(moved), oracle.bits(theta))
         oracle.assert_same_residuals(residuals)
 
@@ -124,7 +134,7 @@ def test_a_step_of_zeros_is_as_if_it_had_not_been(dtype: torch.dtype) -> None:
     left_out = [[3.0], [0.0], [-0.5], [-0.0], [0.25]]
     adam = window(5, 1)._replace(coefficients=left_out)
     moved = theta.clone()
-    ops.noise_adam_(
+    ops.noise_window_(
         [moved],
         torch.tensor([[SEEDS[h][0]] for h in (0, 2, 4)]),
         torch.tensor([left_out[h] for h in (0, 2, 4)]),
@@ -142,7 +152,7 @@ def test_steps_are_taken_in_order() -> None:
     theta, adam = torch.zeros(4096), window(5, 3)
     backwards = oracle.Window(*(numbers[::-1] for numbers in adam[:3]), *adam[3:])
     seeds = seeds_of(adam)
-    expected = oracle.adam(theta, seeds[::-1], backwards)
+    expected = oracle.noise_window(theta, seeds[::-1], backwards)
     assert not torch.equal(step(theta, adam), expected)
     torch.testing.assert_close(step(theta, adam), expected)
 
@@ -162,7 +172,7 @@ def test_steps_are_torchs_adams() -> None:
         adam.step()
     lags = range(steps - 1, -1, -1)
     first, second = ([(1 - b) * b**lag / (1 - b**steps) for lag in lags] for b in (beta1, beta2))
-    ops.noise_adam_(
+    ops.noise_window_(
         [before],
         torch.arange(steps).reshape(steps, 1),
         torch.tensor(coefficients).reshape(steps, 1),
@@ -171,6 +181,61 @@ def test_steps_are_torchs_adams() -> None:
         [ops.span_of(before)],
     )
     torch.testing.assert_close(before, theta.detach(), rtol=0, atol=1e-8)  # the weights are float32
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+@every_distribution
+@every_dtype
+def test_steps_without_weight_are_not_drawn(
+    dtype: torch.dtype, distribution: Distribution, steps: int, instruction_set: str
+) -> None:
+    """Where only m needs them, as with b1 = 0; they still count in the second moment of scalar Adam."""
+    theta = weights(dtype)
+    first = [0.0] * (steps - 1) + [1.0]
+    some = window(steps, 3)._replace(first_weights=first)
+    for rule in (Rule.SIGN, Rule.SCALAR_ADAM):
+        options: dict[str, Any] = {"rule": rule, "distribution": distribution}
+        expected = oracle.noise_window(theta, seeds_of(some), some, **options)
+        oracle.assert_same_bits(step(theta, some, **options), expected, rule.name)
+        newest = some._replace(second_weights=[0.0] * (steps - 1) + list(some.second_weights[-1:]))
+        alone = window(1, 3)._replace(first_weights=[1.0])
+        are_equal = torch.equal(
+            oracle.bits(step(theta, newest, **options)), oracle.bits(step(theta, alone, **options))
+        )
+        assert are_equal
+
+
+def test_sign_moves_by_lr_and_not_where_m_is_zero() -> None:
+    """Known answers: two estimates of signs that cancel where the signs differ."""
+    theta = torch.zeros(1000)
+    first, second = (torch.empty(1000) for _ in range(2))
+    for z, seed in ((first, 1), (second, 2)):
+        ops.normal_([z], torch.tensor([seed]), [0], [(0, 1000, 0)], stream=6, distribution=Distribution.SIGN)
+    two = torch.tensor([[1], [2]]), torch.ones(2, 1), torch.ones(2), torch.zeros(2)
+    rates = torch.tensor(0.5), torch.tensor(0.0), torch.tensor(0.0)
+    place = [0], [(0, 1000, 0)]
+    ops.noise_window_([theta], *two, *rates, *place, rule=Rule.SIGN, distribution=Distribution.SIGN)
+    assert torch.equal(theta, -0.5 * torch.sign(first + second))
+    assert (theta == 0).any()
+
+
+def test_scalar_adam_divides_by_the_projected_gradient() -> None:
+    """Known answers: p is 3 and then -1, v = 3^2 / 4 + 3 / 4 = 3, and the step is -lr m / (sqrt(3) + eps)."""
+    theta = torch.zeros(1000, dtype=torch.float64)
+    z = torch.empty(1000, dtype=torch.float64)
+    ops.normal_([z], torch.tensor([7]), [0], [(0, 1000, 0)])
+    seeds, coefficients = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[4.0, -1.0], [-1.0, 0.0]])
+    weights = torch.tensor([0.0, 1.0]), torch.tensor([0.25, 0.75])
+    rates = torch.tensor(2.0), torch.tensor(0.5), torch.tensor(0.0)
+    ops.noise_window_(
+        [theta], seeds, coefficients, *weights, *rates, [0], [(0, 1000, 0)], rule=Rule.SCALAR_ADAM
+    )
+    torch.testing.assert_close(theta, 2 * z / (3**0.5 + 0.5), rtol=1e-12, atol=0)
+
+
+def test_rules_are_numbered_alike_in_python_and_in_the_core() -> None:
+    assert [rule.name.lower() for rule in Rule] == _C.rules()
+    assert [int(rule) for rule in Rule] == list(range(len(Rule)))
 
 
 @every_dtype
@@ -184,7 +249,7 @@ def test_nothing_beyond_the_tensor_is_touched(dtype: torch.dtype, instruction_se
                 theta = buffer[start : start + length]
                 residuals = torch.full((start + length + 70,), 33, dtype=torch.int8)
                 held = residuals[start : start + (length if dtype in oracle.FORMATS else 0)]
-                ops.noise_adam_(
+                ops.noise_window_(
                     [theta],
                     torch.tensor(seeds_of(adam)),
                     *(torch.tensor(numbers) for numbers in adam._replace(lr=10.0, decay=0.5)),
