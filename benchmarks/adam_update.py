@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from zoext import ops
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import DensePass, Shape
-from zoext.benchmarking.report import Report, at_least
-from zoext.benchmarking.timing import interleaved, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import DensePass, Shape
+from zoext._benchmarking.report import Report, at_least
+from zoext._benchmarking.timing import interleaved, threads
 
 HORIZON = 10
 BETAS = (0.7, 0.9)

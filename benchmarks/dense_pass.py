@@ -11,10 +11,10 @@ from functools import partial
 import torch
 
 from zoext import _C
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import STEPS, DensePass, add_rivals
-from zoext.benchmarking.report import Report, at_least, at_most
-from zoext.benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import STEPS, DensePass, add_rivals
+from zoext._benchmarking.report import Report, at_least, at_most
+from zoext._benchmarking.timing import Spread, interleaved, threads
 from zoext.ops import Distribution, Rounding
 
 

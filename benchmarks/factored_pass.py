@@ -13,10 +13,10 @@ from functools import partial
 import torch
 
 from zoext import ops
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import DensePass, Shape
-from zoext.benchmarking.report import Report, at_most
-from zoext.benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import DensePass, Shape
+from zoext._benchmarking.report import Report, at_most
+from zoext._benchmarking.timing import Spread, interleaved, threads
 
 HORIZON = 10
 SCALE = 1e-6

@@ -26,10 +26,10 @@ from opt_model import require_transformers
 
 import zoext
 from zoext import ops
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import opt_shapes
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import opt_shapes
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import threads
 
 PARTS = ("kernels", "steps")
 

@@ -13,9 +13,9 @@ from gpu_timing import timed
 from power_iteration import PowerIterations
 
 from zoext import ops
-from zoext.benchmarking.dense_pass import SCALE, STEPS, DensePass, Shape
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import Spread
+from zoext._benchmarking.dense_pass import SCALE, STEPS, DensePass, Shape
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import Spread
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPY = "device copy"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from usual_step import UsualStep
 
 import zoext
-from zoext.benchmarking.memory import MIB, CudaPeaks, cuda_peaks
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import Spread, interleaved
+from zoext._benchmarking.memory import MIB, CudaPeaks, cuda_peaks
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import Spread, interleaved
 
 DTYPE = torch.bfloat16
 USUAL, FORWARD, FORWARDS = "usual step", "a forward", "two forwards"

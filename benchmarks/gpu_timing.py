@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zoext.benchmarking.timing import Spread
+from zoext._benchmarking.timing import Spread
 
 Cases = Mapping[str, Callable[[], object]]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from machine_code import Kernel, Loop, ToolMissing, kernels
 
-from zoext.benchmarking import arguments as options
+from zoext._benchmarking import arguments as options
 
 PACKAGE = Path(__file__).parents[1] / "zoext"
 THREADS = 256  # csrc/cuda/chunks.h, threads_per_chunk

@@ -24,9 +24,9 @@ from torch import Tensor
 from usual_step import UsualStep
 
 import zoext
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.report import Report, at_least, at_most
-from zoext.benchmarking.timing import Spread, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.report import Report, at_least, at_most
+from zoext._benchmarking.timing import Spread, threads
 from zoext.cli import problem, step
 from zoext.cli.evaluation import evaluate
 from zoext.cli.problem import Problem

@@ -13,9 +13,9 @@ from opt_model import BATCH, TOKENS, closure_of, random_opt
 from usual_step import UsualStep
 
 import zoext
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.report import Report, at_most
-from zoext.benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.report import Report, at_most
+from zoext._benchmarking.timing import Spread, interleaved, threads
 
 PROBES = ("streamed", "inplace")
 

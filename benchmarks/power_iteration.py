@@ -12,9 +12,9 @@ from opt_model import BATCH, TOKENS, closure_of, random_opt
 from torch import Tensor
 
 from zoext import noise, ops
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.report import Report, at_most
-from zoext.benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.report import Report, at_most
+from zoext._benchmarking.timing import Spread, interleaved, threads
 
 RANK, ITERATIONS = 1, 3
 

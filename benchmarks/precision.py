@@ -18,9 +18,9 @@ from rounded_weights import PRECISIONS, RoundedWeights, steps_of
 from torch import Tensor
 
 from zoext import noise
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import Spread, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import Spread, threads
 
 DEVIATION = 0.02
 SIZES = (1e-5, 1e-6, 1e-7)  # lr times the projected gradient

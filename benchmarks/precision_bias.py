@@ -18,9 +18,9 @@ from rounded_weights import PRECISIONS, RoundedWeights, steps_of
 from torch import Tensor
 
 from zoext import noise
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import Spread, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import Spread, threads
 
 START = 1.5 / 64
 UNITS = {torch.bfloat16: 2.0**-13, torch.float16: 2.0**-16}  # in the last place of START

@@ -16,10 +16,10 @@ from precision import DTYPES, FIRST_SEED, UNITS, Moved, Share
 from torch import Tensor
 
 from zoext import noise, ops
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import usual_perturb
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import Spread, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import usual_perturb
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import Spread, threads
 
 MU = 1e-3
 #: The mean and the deviation of weights: those of a matrix, and those of a norm.

@@ -24,9 +24,9 @@ from opt_model import require_transformers
 from torch import nn
 
 import zoext
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.report import Report, at_least
-from zoext.benchmarking.timing import Spread, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.report import Report, at_least
+from zoext._benchmarking.timing import Spread, threads
 from zoext.cli import demo, loading, optimizers, step
 from zoext.cli.optimizers import OPTIMIZERS
 from zoext.cli.problem import Problem

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from usual_step import UsualStep
 
 import zoext
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.memory import MIB, peak
-from zoext.benchmarking.report import Bar, Report, at_most
-from zoext.benchmarking.timing import Spread, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.memory import MIB, peak
+from zoext._benchmarking.report import Bar, Report, at_most
+from zoext._benchmarking.timing import Spread, threads
 
 
 def largest_module(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoext.benchmarking.dense_pass import usual_perturb
+from zoext._benchmarking.dense_pass import usual_perturb
 
 
 class UsualStep:

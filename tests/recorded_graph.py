@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from zoext.capturable import HostWaits
+from zoext.graphs._capturable import HostWaits
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 import zoext
-from zoext.shards import block_of
+from zoext._parameters.shards import block_of
 
 RANKS = 4
 STEPS = 4

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny_models import FIXTURES
 
-from zoext.benchmarking.dense_pass import DensePass, opt_shapes, usual_perturb
-from zoext.benchmarking.memory import peak
-from zoext.benchmarking.report import Report, at_least, at_most
-from zoext.benchmarking.timing import Spread, interleaved
+from zoext._benchmarking.dense_pass import DensePass, opt_shapes, usual_perturb
+from zoext._benchmarking.memory import peak
+from zoext._benchmarking.report import Report, at_least, at_most
+from zoext._benchmarking.timing import Spread, interleaved
 from zoext.cli import bench
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import zoext
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli import checkpoint
 from zoext.cli.checkpoint import Reached
 from zoext.cli.errors import UserError

@@ -16,8 +16,8 @@ from graphed_runs import RECIPES, Run, same
 from recorded_graph import RecordedGraph
 
 import zoext
-from zoext import graphs
-from zoext.capturable import HostWaits
+from zoext.graphs import graphed_step as graphs
+from zoext.graphs._capturable import HostWaits
 
 pytestmark = MARKS
 STREAMED = [(recipe, torch.float32, "streamed") for recipe in RECIPES]

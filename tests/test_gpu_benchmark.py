@@ -16,9 +16,11 @@ from recorded_graph import RecordedGraph
 from torch import Tensor, nn
 
 import zoext
-from zoext import graphs, ops, probes
-from zoext.benchmarking.memory import cuda_peaks
-from zoext.benchmarking.timing import interleaved
+from zoext import ops
+from zoext._benchmarking.memory import cuda_peaks
+from zoext._benchmarking.timing import interleaved
+from zoext.graphs import graphed_step as graphs
+from zoext.probes import streamed
 
 CPU = torch.device("cpu")
 TINY = ["--size", "1x32x70", "--elements", "1003", "--batch", "2", "--tokens", "8"]
@@ -171,9 +173,9 @@ def test_no_step_that_is_watched_is_timed(
     modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mezo_step = modules("mezo_step")
-    watching = probes._watching
+    watching = streamed._watching
     watched: list[int] = []
-    monkeypatch.setattr(probes, "_watching", lambda *given: watched.append(taken) or watching(*given))
+    monkeypatch.setattr(streamed, "_watching", lambda *given: watched.append(taken) or watching(*given))
     model = nn.Linear(3, 1)
     optimizer = zoext.MeZO(model, probe="streamed")
     taken = 0
@@ -218,7 +220,7 @@ def test_what_is_timed_of_a_graph_are_replays(
 
 @pytest.mark.parametrize(("name", "millions"), [("125m", 125), ("1.3b", 1316), ("7b", 6658)])
 def test_sizes_are_those_of_opt(modules: Callable[[str], ModuleType], name: str, millions: int) -> None:
-    from zoext.benchmarking.dense_pass import opt_shapes
+    from zoext._benchmarking.dense_pass import opt_shapes
 
     size = modules("gpu").SIZES[name]
     shapes = opt_shapes(layers=size.layers, width=size.width, vocabulary=size.vocabulary)
@@ -351,7 +353,7 @@ def test_what_the_memory_is_too_small_for_is_left_out(modules: Callable[[str], M
     )
     assert timings.left_out == ["large"]
     assert len(timings.seconds["small"].rounds) == len(timings.launching["small"].rounds) == 3
-    report = modules("zoext.benchmarking.report").benchmarking.report.Report("a title", {})
+    report = modules("zoext._benchmarking.report").benchmarking.report.Report("a title", {})
     modules("gpu_kernels").measure(report, too_large, "bfloat16", repeats=2, device=device)
     assert str(report).endswith("left out, since the free memory is too small: no room")
 
@@ -386,7 +388,7 @@ def test_a_time_that_is_the_hosts_is_noted(
     monkeypatch.setattr(modules("gpu_timing"), "time", clock)
     monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda begin, end: 50 * 1.0)  # of 50 runs
     monkeypatch.setattr(torch.cuda, "synchronize", clock.synchronize)
-    report = modules("zoext.benchmarking.report").benchmarking.report.Report("a title", {})
+    report = modules("zoext._benchmarking.report").benchmarking.report.Report("a title", {})
     gpu_kernels = modules("gpu_kernels")
     monkeypatch.setattr(modules("gpu_timing"), "_runs", lambda case: 50)
     group = gpu_kernels.Group("a group", {"a case": clock.launch_one})

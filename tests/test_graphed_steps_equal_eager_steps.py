@@ -11,8 +11,8 @@ from recorded_graph import RecordedGraph
 from torch import nn
 
 import zoext
-from zoext import graphs
-from zoext.taken_step import TakenStep
+from zoext._engine.applied_step import TakenStep
+from zoext.graphs import graphed_step as graphs
 
 STEPS = 12
 

@@ -21,8 +21,8 @@ from recorded_graph import RecordedGraph
 from torch import Tensor, nn
 
 import zoext
-from zoext import graphs
-from zoext.capturable import HostWaits
+from zoext.graphs import graphed_step as graphs
+from zoext.graphs._capturable import HostWaits
 
 x = torch.ones(6, 7)
 batches = [torch.ones(6, 7), torch.zeros(6, 7)]

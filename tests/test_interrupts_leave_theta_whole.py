@@ -10,7 +10,9 @@ from interrupted_lines import is_interrupted
 from torch import nn
 
 import zoext
-from zoext import interrupts, swap
+from zoext._runtime import interrupts
+from zoext.probes import _swap as swap
+from zoext.probes import inplace, streamed
 
 
 def test_a_signal_inside_the_block_waits_for_its_end() -> None:
@@ -86,7 +88,7 @@ def test_at_every_line_of_a_streamed_probe() -> None:
     x = torch.randn(4, 2)
     tensors = [*model.parameters(), *model.buffers()]
     before = [(tensor.detach().clone(), tensor.data_ptr()) for tensor in tensors]
-    files = {zoext.probes.__file__, swap.__file__}
+    files = {inplace.__file__, streamed.__file__, swap.__file__}
 
     def estimate() -> None:
         zoext.MeZO(model, mu=0.5).estimate(lambda: model(x).square().mean())

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from zoext.benchmarking.machine import environment
-from zoext.benchmarking.report import Report
+from zoext._benchmarking.machine import environment
+from zoext._benchmarking.report import Report
 
 CUDA = torch.device("cuda", 0)
 PROPERTIES = {

@@ -9,7 +9,7 @@ import pytest
 from faulty_runs import FaultyRun
 
 import zoext
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli import checkpoint, json_lines
 from zoext.cli.checkpoint import Reached
 from zoext.cli.claim import claimed

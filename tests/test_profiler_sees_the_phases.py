@@ -20,8 +20,10 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import zoext
-from zoext import probes, profiling, swap
-from zoext.profiling import Phase
+from zoext._runtime import profiling
+from zoext._runtime.profiling import Phase
+from zoext.probes import _swap as swap
+from zoext.probes import inplace, streamed
 
 both_probes = pytest.mark.parametrize("probe", ["inplace", "streamed"])
 Tree = list[tuple[str, "Tree"]]
@@ -207,7 +209,7 @@ def test_an_exception_leaves_no_event_open(probe: str) -> None:
 @both_probes
 def test_an_interrupt_at_any_line_leaves_no_event_open(probe: str) -> None:
     """SIGINT before lines of a probe and of the events themselves, while a profiler looks."""
-    files = {probes.__file__, swap.__file__, profiling.__file__}
+    files = {inplace.__file__, streamed.__file__, swap.__file__, profiling.__file__}
 
     def estimate() -> None:
         model, closure = model_and_closure()

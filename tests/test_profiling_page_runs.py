@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zoext.profiling import Phase
+from zoext._runtime.profiling import Phase
 
 PAGE = Path(__file__).parents[1] / "docs" / "profiling.md"
 

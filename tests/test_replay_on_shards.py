@@ -23,10 +23,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import Block, _is_consecutive
 from zoext.directions import ActivationSubspace, Frame, LowRank, Terms, Window
 from zoext.ops import Rounding, span_of
-from zoext.parameters import Parameters
-from zoext.shards import Block, _is_consecutive
 
 Results = dict[str, list[str | None]]
 

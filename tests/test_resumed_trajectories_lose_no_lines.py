@@ -12,7 +12,7 @@ from faulty_runs import FaultyRun
 from trajectory_files import record
 
 import zoext
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.trajectory import TrajectoryError
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import zoext
+from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction
-from zoext.parameters import Parameters
 from zoext.updates import Move, State
 
 Closure = Callable[[], torch.Tensor]

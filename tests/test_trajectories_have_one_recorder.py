@@ -15,7 +15,7 @@ from faulty_runs import FaultyRun
 from graphed_runs import same
 
 import zoext
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.trajectory.lines import read
 
 

@@ -150,7 +150,7 @@ def test_a_step_that_no_line_can_hold_is_told_with_a_remedy(
 ) -> None:
     """As one with an lr that is no number on a GPU, where nobody looked."""
     run, path = FaultyRun("mezo", lr=torch.tensor(0.5)), tmp_path / "run.jsonl"
-    monkeypatch.setattr("zoext.group_options.check_on_host", lambda options: None)
+    monkeypatch.setattr("zoext._parameters.group_options.check_on_host", lambda options: None)
     trajectory = zoext.Trajectory(path, run.optimizer)
     run.step()
     trajectory.flush()
@@ -330,7 +330,7 @@ def test_micro_batches(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["agzo", "adam over agzo", "mezo", "lozo", "adamezo"])
 def test_graphed_steps(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoext.graphs.CudaGraph", RecordedGraph)
+    monkeypatch.setattr("zoext.graphs.graphed_step.CudaGraph", RecordedGraph)
     files: list[bytes] = []
     for graphed in (True, False):
         run = Run(recipe, graphed=graphed, dtype=torch.bfloat16, precision="residual")
@@ -348,7 +348,7 @@ def test_graphed_steps(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_trajectory_that_begins_after_a_graph_was_captured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zoext.graphs.CudaGraph", RecordedGraph)
+    monkeypatch.setattr("zoext.graphs.graphed_step.CudaGraph", RecordedGraph)
     run = Run("agzo")
     run.steps(range(6))
     base, replays = copy.deepcopy(run.model), RecordedGraph.replays

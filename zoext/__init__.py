@@ -13,8 +13,8 @@ from zoext.estimators import (
 from zoext.graphs import GraphedStep
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import InplaceProbe, Probe, StreamedProbe
+from zoext.probes._swap import StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
-from zoext.swap import StreamedProbeError
 from zoext.trajectory import Trajectory, TrajectoryError, replay
 from zoext.updates import SGD, AdamReplay, ScalarAdam, SignReplay, Update
 

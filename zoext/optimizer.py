@@ -11,20 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from zoext import group_options, interrupts, noise, parameters, probes
-from zoext.axes import Axes
+from zoext import noise, probes
+from zoext._engine.applied_step import GroupOptions, Recorder, TakenStep
+from zoext._engine.axes import Axes
+from zoext._engine.losses import Closure, Losses
+from zoext._engine.nonfinite import NonfiniteWatch
+from zoext._engine.step_seeds import StepSeeds
+from zoext._parameters import group_options, parameters
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.precision import checked_state, own_state, rounded, rounding_of, with_residuals
+from zoext._runtime import interrupts
+from zoext._runtime.profiling import Phase, record
+from zoext._runtime.randomness import RandomState
 from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, Step, Terms
 from zoext.estimators import CentralDifference, Estimate, Estimator, average
 from zoext.graphs import GraphedStep
-from zoext.losses import Closure, Losses
-from zoext.nonfinite import NonfiniteWatch
 from zoext.ops import Rounding
-from zoext.parameters import Parameters
-from zoext.precision import checked_state, own_state, rounded, rounding_of, with_residuals
-from zoext.profiling import Phase, record
-from zoext.randomness import RandomState
-from zoext.step_seeds import StepSeeds
-from zoext.taken_step import GroupOptions, Recorder, TakenStep
 from zoext.updates import SGD, Move, State, Update
 
 
@@ -118,7 +120,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         given: Any = list(params.named_parameters()) if isinstance(params, nn.Module) else params
         super().__init__(given, defaults)
         whole = params if isinstance(params, nn.Module) else None
-        self._probe = probes.choose(probe, whole, parameters.trainable(self.param_groups))
+        self._probe = probes.choose(probe, whole)
         self._axes.direction.check(self._module, parameters.trainable(self.param_groups))
 
     # torch.optim.Optimizer

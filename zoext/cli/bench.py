@@ -6,10 +6,10 @@ import argparse
 
 import torch
 
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import DensePass, add_rivals
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import interleaved, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import DensePass, add_rivals
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import interleaved, threads
 
 HELP = "this machine: kernels against its limits and the usual Python loop"
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoext import TrajectoryError, ZerothOrderOptimizer, atomic, replay
+from zoext import TrajectoryError, ZerothOrderOptimizer, replay
+from zoext._runtime import atomic
 from zoext.cli import plain
 from zoext.cli.errors import UserError, writing
 from zoext.cli.position import Position

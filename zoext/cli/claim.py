@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli.errors import UserError, writing
 from zoext.trajectory.owned import OwnedFile
 

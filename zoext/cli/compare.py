@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli import devices, json_lines
 from zoext.cli.claim import claimed
 from zoext.cli.comparison import costs, figure, page, plan, records

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli.errors import UserError, writing
 
 Record = dict[str, Any]

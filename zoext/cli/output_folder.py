@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli.errors import UserError, writing
 from zoext.cli.objectives import Example
 from zoext.cli.settings import CommonSettings

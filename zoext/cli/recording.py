@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from zoext import Trajectory, TrajectoryError, ZerothOrderOptimizer
-from zoext.axes import Axes
+from zoext._engine.axes import Axes
 from zoext.cli.base import Base
 from zoext.cli.checkpoint import Reached
 from zoext.cli.errors import UserError

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli.difference import Difference
 from zoext.cli.errors import UserError, writing
 from zoext.cli.models import quiet_transformers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli.errors import writing
 from zoext.cli.evaluation import Evaluation
 from zoext.cli.json_lines import Record

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.cli import arguments, checkpoint, stored_settings
 from zoext.cli.claim import make_unused
 from zoext.cli.output_folder import OutputFolder

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from zoext._parameters.parameters import Parameters
 from zoext.directions.activations import ActivationObserver, Layer, linear_layers
 from zoext.directions.base import Frame, Observer, Step
 from zoext.directions.factored import Factored
-from zoext.parameters import Parameters
 
 BALANCES = ("printed", "matched", "still")
 

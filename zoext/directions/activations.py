@@ -16,8 +16,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 from zoext import ops
+from zoext._parameters.parameters import Parameters
 from zoext.directions.base import Frame
-from zoext.parameters import Parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from zoext._parameters.parameters import Parameters
 from zoext.ops import Rule
-from zoext.parameters import Parameters
 
 
 @dataclass(frozen=True, slots=True)

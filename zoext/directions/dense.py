@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from zoext import ops
+from zoext._parameters.parameters import Parameters
 from zoext.directions.base import Direction, Terms, Window
 from zoext.directions.rectangle import decay_of, rectangle, terms_of
-from zoext.parameters import Parameters
 
 
 class _Dense(Direction):

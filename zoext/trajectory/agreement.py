@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
-from zoext import shards
+from zoext._parameters import shards
 from zoext.trajectory.fields import TrajectoryError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from zoext import atomic
+from zoext._runtime import atomic
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.trajectory import frames, lines
 from zoext.trajectory.fields import TrajectoryError

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from zoext import noise, shards, wrappers
-from zoext.axes import Axes
-from zoext.digest import digest
+from zoext import noise
+from zoext._engine.axes import Axes
+from zoext._parameters import shards, wrappers
+from zoext._parameters.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.trajectory.fields import Fields, VersionError, is_integer, shown
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from zoext import noise, parameters, probes, wrappers
-from zoext.axes import Axes
+from zoext import noise, probes
+from zoext._engine.axes import Axes
+from zoext._parameters import parameters, wrappers
+from zoext._parameters.precision import RESIDUAL, rounding_of
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.precision import RESIDUAL, rounding_of
 from zoext.trajectory.fields import TrajectoryError, shown
 from zoext.trajectory.header import Header, RecordedParameter, named_groups
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from zoext import parameters
+from zoext._engine.applied_step import TakenStep
+from zoext._parameters import parameters
 from zoext.directions import Frame
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.taken_step import TakenStep
 from zoext.trajectory import continuing, lines, matching
 from zoext.trajectory import frames as side_file
 from zoext.trajectory.fields import TrajectoryError

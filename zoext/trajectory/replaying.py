@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zoext import interrupts, noise, shards
+from zoext import noise
+from zoext._engine.applied_step import GroupOptions, TakenStep
+from zoext._parameters import shards
+from zoext._runtime import interrupts
 from zoext.directions import Frame, Step
 from zoext.directions.factored import Factored, matrix_shape
 from zoext.estimators import Estimate
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.taken_step import GroupOptions, TakenStep
 from zoext.trajectory import frames, matching
 from zoext.trajectory.agreement import agreed
 from zoext.trajectory.fields import TrajectoryError

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoext._engine.applied_step import TakenStep
 from zoext.directions import Frame
-from zoext.taken_step import TakenStep
 
 
 class Numbers(NamedTuple):

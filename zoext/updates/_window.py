@@ -9,9 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction, Frame, Terms, Window
 from zoext.ops import Rule
-from zoext.parameters import Parameters
 from zoext.updates.base import Move, State, Update, of_each
 
 _SMALLEST_EPS = torch.finfo(torch.float32).tiny  # the smallest normal float32

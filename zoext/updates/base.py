@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction, Terms
 from zoext.estimators import Estimate
-from zoext.parameters import Parameters
 
 #: What an update remembers of a group: plain data and small tensors, part of ``state_dict``.
 State = Mapping[str, Any]

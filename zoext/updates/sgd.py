@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction, Terms
-from zoext.parameters import Parameters
 from zoext.updates.base import Move, State, Update, of_each
 
 

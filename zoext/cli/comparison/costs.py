@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from zoext.benchmarking.memory import peak
+from zoext._benchmarking.memory import peak
 from zoext.cli import optimizers, step
 from zoext.cli.comparison.settings import ComparisonSettings
 from zoext.cli.comparison.start import Start

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from zoext.benchmarking.machine import environment
+from zoext._benchmarking.machine import environment
 from zoext.cli.comparison import markdown, tables
 from zoext.cli.comparison.settings import ComparisonSettings
 from zoext.cli.comparison.start import Start

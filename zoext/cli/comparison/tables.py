@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from zoext.benchmarking.memory import MIB
+from zoext._benchmarking.memory import MIB
 from zoext.cli.comparison.settings import ComparisonSettings
 from zoext.cli.comparison.summary import REFERENCE, Point, Summary, forwards_to_reach, reference_loss
 

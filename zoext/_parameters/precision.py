@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import part_of
 from zoext.ops import Rounding
-from zoext.parameters import Parameters
-from zoext.shards import part_of
 
 #: The name under which ``optimizer.state`` has the residual of a parameter.
 RESIDUAL = "residual"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zoext.parameters import Parameters
+from zoext._parameters.parameters import Parameters
 
 #: What ``tensor.data = ...`` asks first, in inference mode through the dispatcher: no one reads there.
 _ASSIGNS_DATA = torch.ops.aten._has_compatible_shallow_copy_type.default

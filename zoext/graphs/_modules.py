@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoext.closures import place
+from zoext.graphs._closures import place
 
 _PLAIN = (bool, int, float, str)
 

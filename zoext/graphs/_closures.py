@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoext.randomness import RandomState
+from zoext._runtime.randomness import RandomState
 
 #: Larger lists and dictionaries are data sets, not batches; nobody is to look through them at every step.
 LARGEST_BATCH = 64
@@ -118,7 +118,7 @@ class Bindings:
             return place(value)
         if isinstance(value, bool | int | float | str):
             return type(value), value
-        if isinstance(value, nn.Module):  # of which more is known: see zoext/modules.py
+        if isinstance(value, nn.Module):  # of which more is known: see zoext/graphs/_modules.py
             self.modules.append(value)
             return id(value)
         if isinstance(value, Mapping) and len(value) <= LARGEST_BATCH:

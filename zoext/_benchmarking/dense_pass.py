@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 
 from zoext import noise, ops
-from zoext.benchmarking.report import Report, at_least
-from zoext.benchmarking.timing import Spread
+from zoext._benchmarking.report import Report, at_least
+from zoext._benchmarking.timing import Spread
 
 Shape = tuple[int, ...]
 

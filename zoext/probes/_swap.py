@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import Block
+from zoext._runtime.interrupts import Signals
+from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Terms
-from zoext.interrupts import Signals
-from zoext.parameters import Parameters
-from zoext.profiling import Phase, record
-from zoext.shards import Block
 
 
 class StreamedProbeError(RuntimeError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zoext.benchmarking.dense_pass import Shape, opt_shapes
+from zoext._benchmarking.dense_pass import Shape, opt_shapes
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

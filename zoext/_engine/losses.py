@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from zoext import probes
+from zoext._runtime.randomness import RandomState
 from zoext.directions import Observer
 from zoext.estimators import Estimate
-from zoext.randomness import RandomState
 
 if TYPE_CHECKING:
     from zoext.optimizer import ZerothOrderOptimizer

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from zoext import ops, shards
+from zoext import ops
+from zoext._parameters import shards
+from zoext._parameters.shards import Block
 from zoext.noise import FLOATING
-from zoext.shards import Block
 
 _Row = tuple[Tensor, int, Block, str, int, Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from zoext.benchmarking.machine import environment
-from zoext.benchmarking.timing import Spread
+from zoext._benchmarking.machine import environment
+from zoext._benchmarking.timing import Spread
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zoext import interrupts
-from zoext.capturable import HostWaits, NotedHostWaits
-from zoext.closures import Bindings, capturable
+from zoext._engine.applied_step import TakenStep
+from zoext._runtime import interrupts
 from zoext.directions import Frame
 from zoext.estimators import Estimate
-from zoext.modules import ModuleState
+from zoext.graphs._capturable import HostWaits, NotedHostWaits
+from zoext.graphs._closures import Bindings, capturable
+from zoext.graphs._modules import ModuleState
 from zoext.probes import is_compiled
-from zoext.taken_step import TakenStep
 from zoext.updates import State
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The step engine: estimates and updates, for every kind of executor."""
