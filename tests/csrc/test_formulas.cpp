@@ -1,4 +1,4 @@
-// What an element becomes in a step, and its place in the whole tensor. tests/test_core_in_cpp.py builds and runs
+// What an element becomes in a step, and its place in the whole tensor. test_core_in_cpp.py builds and runs
 // it.
 #include <cmath>
 #include <cstdint>
