@@ -62,7 +62,7 @@ class AdamUpdate:
     def fused(self) -> None:
         """The operator of this package."""
         spans = [ops.span_of(parameter) for parameter in self.parameters]
-        ops.noise_adam_(self.parameters, *self._window, range(len(self.parameters)), spans)
+        ops.noise_window_(self.parameters, *self._window, range(len(self.parameters)), spans)
 
     def _window_on(self, device: torch.device) -> list[torch.Tensor]:
         """What the operator takes between the parameters and their keys."""

@@ -76,7 +76,7 @@ class FactoredPass:
         """The operator of this package."""
         steps = self._seeds[:, None], self._coefficients, self._weights, self._weights
         rates = self._lr, self._eps, self._decay
-        ops.factored_adam_(self.matrices, self._left, self._right, *steps, *rates, *self._places)
+        ops.factored_window_(self.matrices, self._left, self._right, *steps, *rates, *self._places)
 
     def _first_factors(self, rank: int) -> list[list[torch.Tensor]]:
         return [[factor[:1, :rank] for factor in side] for side in (self._left, self._right)]

@@ -111,7 +111,7 @@ def bias(width: int, dtype: torch.dtype, device: torch.device) -> Group:
 
 def adam(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Group:
     update = AdamUpdate(list(shapes), dtype, device)
-    fused, plain = f"noise_adam_, {HORIZON} steps", f"AdaMeZO in torch, {HORIZON} steps"
+    fused, plain = f"noise_window_, {HORIZON} steps", f"AdaMeZO in torch, {HORIZON} steps"
     traffic = dict.fromkeys((COPY, fused), 2 * update.work.elements * dtype.itemsize)
     cases = {COPY: update.work.copy, plain: update.plain, fused: update.fused}
     return Group("Adam", cases, traffic, [(plain, fused)])
@@ -125,7 +125,7 @@ def factored(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) 
         "factored_axpy_, rank 1": partial(work.fused, 1),
         "factored_axpy_, rank 2": partial(work.fused, 2),
         "factored_copy_, rank 1": partial(work.fused_copy, out, 1),
-        f"factored_adam_, rank 2, {HORIZON} steps": work.fused_adam,
+        f"factored_window_, rank 2, {HORIZON} steps": work.fused_adam,
     }
     others = {
         COPY: work.work.copy,

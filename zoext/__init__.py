@@ -18,7 +18,7 @@ from zoext.probes import InplaceProbe, Probe, StreamedProbe
 from zoext.probes._swap import StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
 from zoext.trajectory import Trajectory, TrajectoryError, replay
-from zoext.updates import SGD, AdamReplay, LinearUpdate, Update
+from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,8 @@ __all__ = [
     "Probe",
     "Rademacher",
     "Round",
+    "ScalarAdam",
+    "SignReplay",
     "StreamedProbe",
     "StreamedProbeError",
     "Trajectory",

@@ -117,8 +117,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for name in ("seed", "recipe", "precision"):
             if group.get(name, self._own_defaults[name]) != self._own_defaults[name]:
                 raise ValueError(
-                    f"{name} belongs to the whole optimizer and is {self._own_defaults[name]!r}; leave it out of "
-                    f"the group, which has {group[name]!r}"
+                    f"{name} belongs to the whole optimizer and is {self._own_defaults[name]!r}; leave it "
+                    f"out of the group, which has {group[name]!r}"
                 )
         given = group["params"]
         if isinstance(given, set):
@@ -200,8 +200,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _check_not_recorded(self, what: str) -> None:
         if self.recorder is not None:
             raise RuntimeError(
-                f"{what}: the steps of this optimizer are recorded, and a replay could not repeat it; close() "
-                "the trajectory first, and begin another one or resume it afterwards"
+                f"{what}: the steps of this optimizer are recorded, and a replay could not repeat it; "
+                "close() the trajectory first, and begin another one or resume it afterwards"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -234,8 +234,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return step.estimate.loss
 
     def estimate(self, closure: Closure) -> Estimate:
-        """Evaluates the probes only: theta is unchanged. ``step()`` applies the mean of all estimates since the
-        last step.
+        """Evaluates the probes without moving theta.
+
+        ``step()`` applies the mean of all estimates since the last step.
 
         Several calls before a ``step()`` see the same directions, so with finite differences equal
         micro-batches give the estimate of the whole batch: do not divide their losses. Pools choose for
@@ -329,7 +330,8 @@ def unwrap(optimizer: object) -> ZerothOrderOptimizer:
         if inner is None:
             break
     raise TypeError(
-        f"optimizer must be a ZerothOrderOptimizer or wrap one as its .optimizer, not {type(optimizer).__name__}"
+        "optimizer must be a ZerothOrderOptimizer or wrap one as its .optimizer, not "
+        f"{type(optimizer).__name__}"
     )
 
 

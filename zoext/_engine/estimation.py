@@ -20,7 +20,7 @@ Closure = Callable[[], Tensor | float]
 
 
 class FoundFrame(NamedTuple):
-    """The frame of a step, and whether what it was made of was finite (bool []); None if it came from seeds."""
+    """The frame of a step, and whether its activations were finite (bool []); None for one from seeds."""
 
     frame: Frame
     finite: Tensor | None
@@ -62,7 +62,7 @@ class Estimation:
         return self._found
 
     def rounds(self) -> Rounds:
-        """The rounds of the estimator; if the frame is yet to be found, a round with one probe comes first."""
+        """The rounds of the estimator, behind one with a single probe if the frame is yet to be found."""
         context = self.context
         rounds = context.axes.estimator.rounds(context.seeds.draws, context.mus[0])
         return rounds if self._observer is None else centre_first(rounds)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext._parameters.parameters import Parameters
+from zoext.ops import Rule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +34,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """``sum_k coefficients[k] D(seeds[k])``: int64 [K], float32 [K], in one frame or, after ``plus``, in two."""
+    """``sum_k coefficients[k] D(seeds[k])``: int64 [K], float32 [K], in one frame or, by ``plus``, in two."""
 
     seeds: Tensor
     coefficients: Tensor
@@ -59,12 +60,12 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The gradient estimates of some steps, oldest first, and what makes moments of them.
+    """The gradient estimates of some steps, oldest first, and their weights in the moments m and v.
 
-    With ``g_h`` the sum of ``steps[h]``: ``m = sum_h first_weights[h] g_h`` and
-    ``v = sum_h second_weights[h] g_h**2``. The weights are float32 [H].
+    With ``g_h`` the sum of ``steps[h]``, ``m = sum_h first_weights[h] g_h``; the rule says what the second
+    weights are weights of. The weights are float32 [H].
 
-    Or S windows, each of which ends a step later than the one before: then there are S + H - 1 steps, and
+    Or S windows, each of which ends one step later than the one before: then there are S + H - 1 steps, and
     the weights are float32 [S, H].
     """
 
@@ -112,8 +113,10 @@ class Direction(ABC):
         """``out = theta + sum_k c_k D(s_k)``; theta is only read."""
 
     @abstractmethod
-    def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
-        """``theta += -lr * m / sqrt(v + eps) - decay * theta``, in place, with the moments of a window.
+    def window_(
+        self, parameters: Parameters, window: Window, rule: Rule, lr: Tensor, eps: Tensor, decay: Tensor
+    ) -> None:
+        """``theta += move - decay * theta``, in place, with the move that ``rule`` makes of a window.
 
         ``lr``, ``eps`` and ``decay`` are float32 []; ``lr`` and ``decay`` are [S] for S windows, which make
         one step after the other.

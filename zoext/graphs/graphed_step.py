@@ -59,8 +59,8 @@ class GraphedStep(StepExecutor):
     that were replaced, hooks, and modes of torch such as autocast. Make another ``GraphedStep`` after
     changing them.
 
-    The graph keeps memory of its own: the activations of a forward at their peak. Each capture empties torch's
-    cache first.
+    The graph keeps memory of its own: the activations of a forward at their peak. Each capture first empties
+    torch's cache.
 
     Args:
         optimizer: any of zoext, or a wrapper of one, with its parameters on a CUDA device.

@@ -19,9 +19,11 @@ class InplaceProbe(Probe):
     """Adds the combination to theta, runs the closure, and at the end subtracts it again.
 
     From one probe to the next along the same direction theta moves at once, from ``+mu`` to ``-mu``. From the
-    last probe of ``step(closure)`` a linear update (``SGD``) of float32 weights moves it at once to the end of
-    the step: three passes over theta for a central difference, two for a one-sided one. Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits
-    the error grows with every step, so prefer ``StreamedProbe`` where there is a module.
+    last probe of ``step(closure)`` a linear update (``SGD``) of float32 weights moves it at once to where the
+    step ends: three passes over theta for a central difference, two for a one-sided one.
+
+    Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the error grows
+    with every step, so prefer ``StreamedProbe`` where there is a module.
     """
 
     @contextmanager
