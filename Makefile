@@ -76,7 +76,7 @@ bench-gpu: gpu ## Measure this machine's GPU: needs nvcc, and nothing else shoul
 
 # Looks for a device before it installs torch, which is large, and asks torch before it builds.
 gpu:
-	@ls /dev/nvidia[0-9]* /dev/dxg > /dev/null 2>&1 || command -v nvidia-smi > /dev/null || \
+	@ls /dev/nvidia[0-9]* /dev/dxg 2> /dev/null | grep -q . || command -v nvidia-smi > /dev/null || \
 		{ echo "no GPU to run on: there is no /dev/nvidia0 and no nvidia-smi" >&2; exit 1; }
 	@$(MAKE) --no-print-directory VENV=$(CUDA_VENV) torch
 	@$(RUN_CUDA) tools/check_gpu.py
