@@ -3,6 +3,7 @@
 For make VENV=none, which installs nothing. pyproject.toml says what is required.
 """
 
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ except ModuleNotFoundError:
     sys.exit("VENV=none: packaging is missing in this environment: install it, or leave VENV=none out")
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-#: Required of the isolated environment that pip builds in, but torch builds without it, one file at a time.
-OPTIONAL = {"ninja"}
+#: Built with where it is on the PATH, from a package or from the system.
+NINJA = "ninja"
 
 
 def unmet(requirements: list[str]) -> Iterator[Requirement]:
@@ -36,8 +37,7 @@ def main() -> int:
     project = document["project"]
     required = [*document["build-system"]["requires"], *project["dependencies"]]
     extras = project["optional-dependencies"]
-    lacks = {str(requirement): requirement.name for requirement in unmet(required)}
-    missing = sorted(text for text, name in lacks.items() if name not in OPTIONAL)
+    missing = sorted({str(requirement) for requirement in unmet(required) if requirement.name != NINJA})
     if missing:
         print(
             f"VENV=none: {sys.executable} lacks {', '.join(missing)}: install what is missing, "
@@ -46,7 +46,9 @@ def main() -> int:
         )
         return 1
     optional = [text for extra in ("test", "demo", "finetune", "machine-code") for text in extras[extra]]
-    absent = sorted({requirement.name for requirement in unmet(optional)} | set(lacks.values()))
+    absent = sorted({requirement.name for requirement in unmet(optional)})
+    if shutil.which(NINJA) is None:
+        print("ninja is not on the PATH, so files are compiled one after the other")
     if absent:
         print(f"not installed, so what needs them is skipped: {', '.join(absent)}")
     return 0
