@@ -1,6 +1,11 @@
 // The Python module zoext._C over the torch-free core: build information, and raw words, normals and
 // signs as NumPy arrays. Importing it also registers the CPU operators, which live in the same
 // shared object.
+
+// torch ships the headers of pybind11, and up to version 2.11 its copy refuses to be included where
+// TORCH_TARGET_VERSION is defined. This file uses nothing of torch's own, so it needs no target.
+#undef TORCH_TARGET_VERSION
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

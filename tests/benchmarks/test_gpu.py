@@ -169,6 +169,19 @@ def test_operators_can_be_timed_more_often_than_steps(modules: Callable[[str], M
     assert modules("gpu").arguments_of(["--repeats", "99", "--parts", "kernels"]).repeats == 99
 
 
+@pytest.mark.parametrize(("found", "parts"), [(None, ("kernels",)), ("a spec", ("kernels", "steps"))])
+def test_without_transformers_only_kernels_are_timed(
+    modules: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    found: str | None,
+    parts: tuple[str, ...],
+) -> None:
+    gpu = modules("gpu")
+    monkeypatch.setattr(gpu, "find_spec", lambda name: found)
+    assert gpu.arguments_of([]).parts == parts
+    assert gpu.arguments_of(["--parts", "steps"]).parts == ["steps"]
+
+
 def test_no_step_that_is_watched_is_timed(
     modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:

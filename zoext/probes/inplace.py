@@ -22,8 +22,8 @@ class InplaceProbe(Probe):
     last probe of ``step(closure)`` a linear update (``SGD``) of float32 weights moves it at once to where the
     step ends: three passes over theta for a central difference, two for a one-sided one.
 
-    Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the error grows
-    with every step, so prefer ``StreamedProbe`` where there is a module.
+    Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the error
+    grows with every step, so prefer ``StreamedProbe`` where there is a module.
     """
 
     @contextmanager
