@@ -27,10 +27,10 @@ import zoext
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report, at_least, at_most
 from zoext._benchmarking.timing import Spread, threads
-from zoext.cli import problem, step
-from zoext.cli.evaluation import evaluate
-from zoext.cli.problem import Problem
-from zoext.cli.settings import Settings
+from zoext.cli._problem import problem, steps
+from zoext.cli._problem.evaluation import evaluate
+from zoext.cli._problem.problem import Problem
+from zoext.cli._settings import Settings
 
 FIXTURES = Path(__file__).absolute().parents[1].parent / "shared" / "fixtures"
 FIRST_SEED = 11
@@ -94,7 +94,7 @@ def run(rival: Rival, arguments: argparse.Namespace, seed: int) -> Outcome:
     before = held_out_loss(learnt, settings)
     take = rival.stepper(learnt, settings)
     for number in range(arguments.steps):
-        batch = step.batch(learnt, settings, number, torch.device("cpu"))
+        batch = steps.batch(learnt, settings, number, torch.device("cpu"))
         take(partial(loss_on, learnt, batch))
     after = held_out_loss(learnt, settings)
     learnt.model.float()

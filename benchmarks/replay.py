@@ -27,10 +27,10 @@ import zoext
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report, at_least
 from zoext._benchmarking.timing import Spread, threads
-from zoext.cli import demo, loading, optimizers, step
-from zoext.cli.optimizers import OPTIMIZERS
-from zoext.cli.problem import Problem
-from zoext.cli.settings import Settings
+from zoext.cli._problem import demo, load, optimizers, steps
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._problem.problem import Problem
+from zoext.cli._settings import Settings
 
 METHODS = ("mezo", "adamezo", "lozo")
 
@@ -69,7 +69,7 @@ def _step_seconds(
     problem: Problem, optimizer: zoext.ZerothOrderOptimizer, settings: Settings, number: int
 ) -> float:
     began = time.perf_counter()
-    step.take(problem, optimizer, settings, number, torch.device("cpu"))
+    steps.take(problem, optimizer, settings, number, torch.device("cpu"))
     return time.perf_counter() - began
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     with threads(arguments.threads), tempfile.TemporaryDirectory() as folder:
         for method in methods:
             settings = settings_of(method, arguments.dtype)
-            problem = loading.load(settings, torch.device("cpu"))
+            problem = load(settings, torch.device("cpu"))
             rounds = [
                 measure(problem, settings, arguments.steps, Path(folder)) for _ in range(arguments.repeats)
             ]

@@ -13,7 +13,7 @@ from finetune_command import Command
 from tiny_models import labelled, tiny_bert
 
 import zoext
-from zoext.cli.optimizers import OPTIMIZERS, Method
+from zoext.cli._problem.optimizers import OPTIMIZERS, Method
 
 
 @dataclass

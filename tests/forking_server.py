@@ -79,11 +79,11 @@ class Server:
 
 
 def serve(calls: Path) -> None:
-    from zoext.cli import plot
+    from zoext.cli._runs import results
 
     for name in ("safetensors.torch", "tqdm", "transformers.models.bert.modeling_bert"):
         importlib.import_module(name)
-    plot.draw = lambda *_: None  # it takes as long as all the rest, and nothing depends on it
+    results.draw_curve = lambda *_: None  # it takes as long as all the rest, and nothing depends on it
     for line in sys.stdin:
         request = json.loads(line)
         kill = None if request["kill"] is None else Kill(**request["kill"])

@@ -16,7 +16,7 @@ from zoext._benchmarking.dense_pass import DensePass, opt_shapes, usual_perturb
 from zoext._benchmarking.memory import peak
 from zoext._benchmarking.report import Report, at_least, at_most
 from zoext._benchmarking.timing import Spread, interleaved
-from zoext.cli import bench
+from zoext.cli._commands import bench
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--layers", "1", "--width", "32", "--vocabulary", "70", "--threads", "1", "--repeats", "2"]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from compare_command import CompareCommand, prepare
 
-from zoext.cli import main, step
-from zoext.cli.comparison.running import Running
+from zoext.cli import main
+from zoext.cli._comparison.running import Running
+from zoext.cli._problem import steps
 
 MEASURED = ("s per 1000 forwards", "extra MiB")  # what may differ from one process to another
 
@@ -51,7 +52,7 @@ def test_after_an_exception(
     options = ["--optimizers", "mezo,one-sided", "--lr-factors", "0.5,1"]
     command.works(*options)
     expected = results(command), figures(command)
-    take, taken = step.take, 0
+    take, taken = steps.take, 0
 
     def fails(*arguments: Any) -> Any:
         nonlocal taken
@@ -61,7 +62,7 @@ def test_after_an_exception(
         return take(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "take", fails)
+        patch.setattr(steps, "take", fails)
         with pytest.raises(MemoryError):
             main(command.arguments(*options, "--overwrite"))
     assert not (command.out / "table.md").exists()
@@ -125,7 +126,7 @@ def test_after_a_signal(command: CompareCommand, number: signal.Signals) -> None
     said, complaints = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert said == f"stopped; to go on: zoext compare --out {command.out} --resume\n"
+        assert said == f"stopped; to continue: zoext compare --out {command.out} --resume\n"
         assert complaints == ""
     command.works("--resume", "--forwards", "60")
     resumed = results(command)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from compare_command import CompareCommand, prepare
 
-from zoext.cli.comparison import plan
-from zoext.cli.comparison.records import Outcome, Outcomes, Run
-from zoext.cli.comparison.settings import ComparisonSettings
-from zoext.cli.comparison.start import Start
+from zoext.cli._comparison import plan
+from zoext.cli._comparison.records import Outcome, Outcomes, Run
+from zoext.cli._comparison.settings import ComparisonSettings
+from zoext.cli._comparison.start import Start
 
 #: A loss of each lr and seed; None where the run diverges.
 Task = Callable[[float, int], float | None]
@@ -48,8 +48,8 @@ def play(settings: ComparisonSettings, task: Task) -> tuple[list[tuple[str, Run]
 
 
 def settings_of(**more: object) -> ComparisonSettings:
-    usual: dict[str, object] = {"optimizers": ("mezo",), "lr": 1.0, "forwards": 100}
-    return ComparisonSettings(**{**usual, **more})  # type: ignore[arg-type]
+    defaults: dict[str, object] = {"optimizers": ("mezo",), "lr": 1.0, "forwards": 100}
+    return ComparisonSettings(**{**defaults, **more})  # type: ignore[arg-type]
 
 
 def valley(best: float) -> Task:
@@ -178,16 +178,16 @@ def test_all_runs_diverge(command: CompareCommand) -> None:
 def test_a_seed_that_diverges_at_the_chosen_lr_is_named(
     command: CompareCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zoext.cli import step
+    from zoext.cli._problem import steps
 
-    take = step.take
+    take = steps.take
 
     def fails(problem, optimizer, settings, number, device):  # type: ignore[no-untyped-def]
         if settings.seed == 1 and number == 4:
             raise FloatingPointError
         return take(problem, optimizer, settings, number, device)
 
-    monkeypatch.setattr(step, "take", fails)
+    monkeypatch.setattr(steps, "take", fails)
     command.works("--seeds", "3", "--lr-factors", "1")
     ((row,),) = command.tables()
     assert row["held-out loss"].endswith("(1 of 3 seeds diverged)")

@@ -104,4 +104,4 @@ def test_a_lock_that_is_none(command: Command, more: list[str]) -> None:
     command.out.mkdir()
     lock = command.out / "run.lock"
     lock.write_text("mine", encoding="utf-8")
-    assert f"{lock}: is not zoext's, whose lock is empty; move it away" in command.is_refused(*more)
+    assert f"{lock}: is not a lock of zoext, which is empty; move it away" in command.is_refused(*more)

@@ -9,14 +9,16 @@ import pytest
 import torch
 from tiny_models import FIXTURES, labelled, tiny_bert
 
-from zoext.cli import demo, main, metrics, models, problem
-from zoext.cli.base import Base
-from zoext.cli.evaluation import evaluate
-from zoext.cli.settings import Settings
+from zoext.cli import main
+from zoext.cli._problem import demo, models, problem
+from zoext.cli._problem.evaluation import evaluate
+from zoext.cli._problem.models import Base
+from zoext.cli._runs.records import read_metrics
+from zoext.cli._settings import Settings
 
 
 def evaluations(out: Path) -> list[dict[str, float]]:
-    return [record for record in metrics.read(out / "metrics.jsonl") if "valid_loss" in record]
+    return [record for record in read_metrics(out / "metrics.jsonl") if "valid_loss" in record]
 
 
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +93,7 @@ def test_the_seed_determines_the_run(tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         inputs = ["--model", str(folder), "--data", str(words), "--steps", "4", "--lr", "0.01", "--quiet"]
         assert main(["finetune", *inputs, "--seed", seed, "--out", str(tmp_path / name)]) == 0
-        losses.append([record.get("loss") for record in metrics.read(tmp_path / name / "metrics.jsonl")])
+        losses.append([record.get("loss") for record in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import labelled, tiny_bert
 
-from zoext.cli import data, demo, main, problem
-from zoext.cli.batches import batch_indices
-from zoext.cli.errors import UserError
-from zoext.cli.evaluation import ratio
-from zoext.cli.objectives import Classification, Example, NextToken
-from zoext.cli.settings import Settings
+from zoext.cli import main
+from zoext.cli._errors import UserError
+from zoext.cli._problem import data, demo, problem
+from zoext.cli._problem.evaluation import ratio
+from zoext.cli._problem.objectives import Classification, Example, NextToken
+from zoext.cli._problem.steps import batch_indices
+from zoext.cli._settings import Settings
 
 TEXTS = ('She said: "fine, so be it"', "naïve — très bien", "two\tparts", "x = [1, 2]")
 LABELS = (3, -1, 3, 10)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import zoext
-from zoext.cli import main, optimizers
-from zoext.cli.optimizers import OPTIMIZERS
-from zoext.cli.settings import Settings
+from zoext.cli import main
+from zoext.cli._problem import optimizers
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._settings import Settings
 
 
 @pytest.fixture

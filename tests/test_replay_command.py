@@ -19,9 +19,11 @@ from transformers import BertForSequenceClassification
 
 import zoext
 from zoext import _C
-from zoext.cli import demo, main, models, plot
-from zoext.cli import replay as replay_command
-from zoext.cli.optimizers import OPTIMIZERS
+from zoext.cli import main
+from zoext.cli._commands import replay as replay_command
+from zoext.cli._problem import demo, models
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._runs import results
 from zoext.trajectory import lines
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # it takes as long as all the rest
     return prepare(tmp_path, capsys)
 
 
@@ -256,7 +258,7 @@ def test_another_base(command: Command) -> None:
     assert "begins with other weights" in refused(command, base=str(command.folder / "other"))
     assert "model ./none: cannot be loaded" in refused(command, base="./none")
     error = refused(command, base="demo")
-    assert f"BASE demo: {command.out / 'trajectory.jsonl'} is of a run of another model" in error
+    assert f"BASE demo: {command.out / 'trajectory.jsonl'} was recorded from another model" in error
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_several_up_to_a_step(command: Command) -> None:
     assert "--to-step: several" in error
 
 
-def test_a_damaged_trajectory(command: Command) -> None:
+def test_a_corrupted_trajectory(command: Command) -> None:
     command.works("--steps=4")
     path = command.out / "trajectory.jsonl"
     whole = path.read_bytes()
@@ -345,9 +347,9 @@ def test_what_is_in_the_folder_stays(command: Command) -> None:
     command.works()
     out = command.folder / "replayed"
     assert replay(command) == 0
-    assert "holds a replay; give --overwrite" in refused(command)
+    assert "contains a replay; give --overwrite" in refused(command)
     (out / "mine.txt").write_text("mine")
-    assert "holds mine.txt, which no replay wrote" in refused(command, "--overwrite")
+    assert "contains mine.txt, which no replay wrote" in refused(command, "--overwrite")
     (out / "mine.txt").unlink()
     assert replay(command, "--difference", "--overwrite") == 0
     assert {path.name for path in out.iterdir()} == {"difference.safetensors", "replay.json"}
@@ -374,7 +376,7 @@ def test_what_comes_into_the_folder_meanwhile_stays(
 
     monkeypatch.setattr(replay_command, "_load", load)
     assert replay(command, *overwrite) == 2
-    assert "holds mine.txt, which no replay wrote" in command.capsys.readouterr().err
+    assert "contains mine.txt, which no replay wrote" in command.capsys.readouterr().err
     assert mine.read_text() == "mine"
     assert mine.with_name("replay.json").exists() == bool(overwrite)
     assert not list(command.folder.glob(".*"))
@@ -386,9 +388,9 @@ def test_a_replay_that_a_killed_process_moved_aside_stays(command: Command) -> N
     note = (command.folder / "replayed" / "replay.json").read_bytes()
     aside = command.folder / ".replayed.old.tmp"
     (command.folder / "replayed").rename(aside)
-    assert "holds a replay; give --overwrite" in refused(command)
+    assert "contains a replay; give --overwrite" in refused(command)
     (aside / "mine.txt").write_text("mine")
-    assert "holds mine.txt" in refused(command, "--overwrite")
+    assert "contains mine.txt" in refused(command, "--overwrite")
     (aside / "mine.txt").unlink()
     assert replay(command, "--overwrite") == 0
     assert (command.folder / "replayed" / "replay.json").read_bytes() != note
@@ -455,7 +457,7 @@ def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: s
     found = load_file(command.folder / "replayed" / "model.safetensors")
     assert all(same(found[name], tensor) for name, tensor in problem.model.state_dict().items())
     error = refused(command, f"--out={command.folder / 'x'}", trajectory="demo.jsonl")
-    assert "is of a run of another model; give demo" in error
+    assert "was recorded from another model; give demo" in error
 
 
 def test_notes_that_are_not_of_the_demo(command: Command) -> None:

@@ -13,14 +13,16 @@ import pytest
 from compare_command import CompareCommand
 from finetune_command import Command, prepare
 
-from zoext.cli import claim, finetune, main, plot
-from zoext.cli.claim import LOCK
-from zoext.trajectory.owned import OwnedFile
+from zoext.cli import main
+from zoext.cli._commands import finetune
+from zoext.cli._runs import claim, results
+from zoext.cli._runs.claim import LOCK
+from zoext.trajectory import OwnedFile
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # it takes as long as all the rest
     monkeypatch.chdir(tmp_path)
     return prepare(tmp_path, capsys)
 
@@ -108,7 +110,7 @@ def test_without_locks_a_run_that_has_begun_stays(command: Command, monkeypatch:
 
     while_loading(monkeypatch, another)
     assert main(command.arguments()) == 2
-    assert "holds a run already" in command.capsys.readouterr().err
+    assert "already holds a run" in command.capsys.readouterr().err
     assert command.snapshot() == kept[0]
 
 
@@ -123,11 +125,11 @@ def test_a_live_run_is_not_resumed(command: Command, checkpoints: bool, live: st
 
 
 @pytest.mark.parametrize("live", [LOCK, "trajectory.jsonl"])
-@pytest.mark.parametrize("damaged", ["metrics.jsonl", "trajectory.jsonl"])
-def test_what_a_live_run_writes_is_not_set_aside(command: Command, damaged: str, live: str) -> None:
+@pytest.mark.parametrize("corrupted", ["metrics.jsonl", "trajectory.jsonl"])
+def test_what_a_live_run_writes_is_not_set_aside(command: Command, corrupted: str, live: str) -> None:
     command.works()
-    with (command.out / damaged).open("a") as file:
-        file.write("damaged\n")
+    with (command.out / corrupted).open("a") as file:
+        file.write("corrupted\n")
     with OwnedFile(command.out / live, make=True):
         assert "is writing" in command.is_refused("--resume", "--steps=4")
 
@@ -138,7 +140,7 @@ def test_a_folder_without_room_for_a_lock(command: Command, monkeypatch: pytest.
 
     monkeypatch.setattr(claim, "OwnedFile", refuses)
     error = command.is_refused()
-    assert f"{command.out / LOCK}: Read-only file system; put that right or give another --out" in error
+    assert f"{command.out / LOCK}: Read-only file system; fix this or give another --out" in error
 
 
 def test_a_folder_that_another_command_removes_just_now(

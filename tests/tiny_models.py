@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from zoext.cli.models import quiet_transformers
+from zoext.cli._problem.models import quiet_transformers
 
 GOOD, BAD = ("bright", "kind", "sweet"), ("grim", "cruel", "sour")
 OTHER = ("the", "day", "was", "so", "very", "cat")
