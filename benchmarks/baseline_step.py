@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoext._benchmarking.dense_pass import usual_perturb
+from zoext._benchmarking.dense_pass import baseline_perturb
 
 
-class UsualStep:
+class BaselineStep:
     """Three perturbing passes, two forwards, and an update that draws the noise once more."""
 
     def __init__(self, model: nn.Module, *, lr: float = 1e-6, mu: float = 1e-3) -> None:
@@ -21,14 +21,14 @@ class UsualStep:
 
     def __call__(self, closure: Callable[[], Tensor]) -> Tensor:
         seed = random.randrange(10**9)
-        usual_perturb(self._parameters, seed, 1.0, self._mu)
+        baseline_perturb(self._parameters, seed, 1.0, self._mu)
         with torch.inference_mode():
             up = closure()
-        usual_perturb(self._parameters, seed, -2.0, self._mu)
+        baseline_perturb(self._parameters, seed, -2.0, self._mu)
         with torch.inference_mode():
             down = closure()
         projected_gradient = ((up - down) / (2 * self._mu)).item()
-        usual_perturb(self._parameters, seed, 1.0, self._mu)
+        baseline_perturb(self._parameters, seed, 1.0, self._mu)
         self._update(seed, projected_gradient)
         return up
 
