@@ -18,6 +18,7 @@ from zoext.cli import main
 from zoext.cli._problem import optimizers
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._settings import Settings
+from zoext.directions.activation_subspace import BALANCES
 
 
 @pytest.fixture
@@ -63,14 +64,14 @@ def test_runs_and_resumes(command: Command, name: str) -> None:
         ),
         (
             "agzo",
-            {"rank": "2", "balance": "still", "mask": "none"},
+            {"rank": "2", "balance": BALANCES[-1], "mask": "none"},
             {
                 "direction": {
                     "name": "ActivationSubspace",
                     "rank": 2,
                     "power_iterations": 3,
                     "mask": None,
-                    "balance": "still",
+                    "balance": BALANCES[-1],
                 }
             },
         ),
@@ -109,7 +110,7 @@ def test_options_are_kept_for_resuming(command: Command) -> None:
         ("lr=3", "it has no option lr"),
         ("rank=two", "option rank must be of the form of 1, not two"),
         ("rank=1000", "rank must be at most"),
-        ("balance=equal", "balance must be one of printed, matched, still, not 'equal'"),
+        ("balance=equal", f"balance must be one of {', '.join(BALANCES)}, not 'equal'"),
     ],
 )
 def test_wrong_options(command: Command, options: str, expected: str) -> None:

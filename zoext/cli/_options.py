@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,12 @@ from zoext.cli._errors import UserError
 from zoext.cli._settings import DTYPES, PROBES, TASKS, CommonSettings
 
 _Number = TypeVar("_Number", int, float)
+
+
+class _Group(Protocol):
+    """A parser or a group of its options."""
+
+    def add_argument(self, *names: str, **options: Any) -> object: ...
 
 
 def _number(
@@ -60,7 +66,7 @@ class Defaults:
 
     def add(
         self,
-        group: argparse._ArgumentGroup,
+        group: _Group,
         option: str,
         kind: Callable[[str], object],
         metavar: str,
@@ -94,7 +100,7 @@ def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     )
 
 
-def add_step(group: argparse._ArgumentGroup, defaults: Defaults) -> None:
+def add_step(group: _Group, defaults: Defaults) -> None:
     """Adds the options of a step other than its learning rate."""
     defaults.add(group, "mu", positive, "X", "scale of the perturbation")
     defaults.add(group, "weight-decay", nonnegative, "X", "decoupled weight decay")
@@ -105,7 +111,7 @@ def add_step(group: argparse._ArgumentGroup, defaults: Defaults) -> None:
     group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
 
-def add_output(group: argparse._ArgumentGroup, out: str, resume: str) -> None:
+def add_output(group: _Group, out: str, resume: str) -> None:
     """Adds the options for the output folder and the run that may already be in it."""
     group.add_argument("--out", type=Path, metavar="DIR", help=f"default: {out}, the next free N")
     group.add_argument("--resume", action="store_true", help=f"continue the run in --out, {resume}")

@@ -27,7 +27,7 @@ from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.training import Training
-from zoext.cli._runs.trajectory import Recording, check, obstacle
+from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
 from zoext.cli._settings import CHECKPOINTS, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--options",
         type=_options.named_values,
         metavar="NAME=VALUE,...",
-        help="method-specific hyperparameters, such as rank=4,balance=still or betas=0.9/0.99,horizon=20",
+        help="method-specific hyperparameters, such as rank=4,mask=none or betas=0.9/0.99,horizon=20",
     )
     defaults.add(
         how,
@@ -120,7 +120,7 @@ def _prepare(settings: Settings, folder: RunFolder, request: Request) -> tuple[T
     device = _options.choose_device(settings.device)
     problem = load(settings, device)
     optimizer = optimizers.make(problem.model, settings)
-    check(settings, optimizer)
+    check_replayable(settings, optimizer)
     if request.resume:
         reached, recording = _resuming.resume(folder, settings, problem, optimizer, device)
     else:

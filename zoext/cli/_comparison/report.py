@@ -15,6 +15,10 @@ from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._comparison.start import Start
 from zoext.cli._errors import writing
 
+#: Distinguishable with any colour vision (Okabe and Ito, 2008), without yellow, which is too pale for lines.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+_STYLES = ("-", "--", ":", "-.")
+
 
 def page(settings: ComparisonSettings, start: Start, summaries: Sequence[Summary]) -> str:
     """The page ``table.md``."""
@@ -82,14 +86,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-#: Distinguishable with any colour vision (Okabe and Ito, 2008), without yellow, which is too pale for lines.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
-_STYLES = ("-", "--", ":", "-.")
-
-
 def draw_curves(path: Path, summaries: Sequence[Summary], title: str) -> None:
-    """Plots held-out loss, and accuracy if reported, over forward passes: means, and bands from the lowest to
-    the highest seed."""
+    """Plots held-out loss, and accuracy if reported: means over seeds, and bands from minimum to maximum."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -16,6 +16,9 @@ from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._problem.evaluation import Estimated
 from zoext.cli._runs.records import Record
 
+_NONE = "-"
+_DIVERGED = "diverged"
+
 REFERENCE = "mezo"
 
 
@@ -94,10 +97,6 @@ def forwards_to_reach(loss: float, curve: Sequence[Point]) -> float | None:
             share = (before.mean - loss) / (before.mean - after.mean)
             return before.forwards + share * (after.forwards - before.forwards)
     return None
-
-
-_NONE = "-"
-_DIVERGED = "diverged"
 
 
 def result_rows(settings: ComparisonSettings, summaries: Sequence[Summary]) -> list[list[str]]:

@@ -19,6 +19,8 @@ from zoext.cli._runs import records
 from zoext.cli._runs.records import Record
 from zoext.cli._terminal import StopRequest
 
+_DIVERGED = 2.0  # times the held-out loss at the start
+
 
 class Progress:
     """A bar over the forward passes of all remaining runs, labelled with the current one."""
@@ -60,9 +62,6 @@ class Progress:
 
 def _describe(run: Run) -> str:
     return f"{run.method} lr {run.lr:.3g} seed {run.seed}"
-
-
-_DIVERGED = 2.0  # times the held-out loss at the start
 
 
 class Running:

@@ -18,6 +18,9 @@ from zoext.cli._problem.problem import Problem
 from zoext.cli._runs import tensors
 from zoext.cli._runs.records import Record
 
+_STEPS = 2  # the second runs with the state that the first allocated
+_LR = 1e-12  # cannot diverge, and the cost does not depend on it
+
 
 class Start:
     """A model at its initial weights, and two halves of the held-out examples.
@@ -78,10 +81,6 @@ def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
 
 def _digest(tokens: tuple[int, ...]) -> bytes:
     return hashlib.blake2b(repr(tokens).encode(), digest_size=16).digest()
-
-
-_STEPS = 2  # the second runs with the state that the first allocated
-_LR = 1e-12  # cannot diverge, and the cost does not depend on it
 
 
 def measure_missing(start: Start, settings: ComparisonSettings, known: Mapping[str, Record]) -> list[Record]:

@@ -13,6 +13,7 @@ from torch import nn
 import zoext
 from zoext.cli._errors import UserError
 from zoext.cli._settings import Settings
+from zoext.directions.activation_subspace import BALANCES
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ OPTIMIZERS: dict[str, Method] = {
     "mezo-gv": Method(zoext.MeZOGV),
     "mezo-greedy": Method(zoext.MeZOGreedy),
     "mezo-momentum": Method(partial(zoext.AdaMeZO, betas=(0.7, 0.0)), variant=True),
-    "agzo-matched": Method(partial(zoext.AGZO, balance="matched"), lr_scale=0.05, variant=True),
-    "agzo-still": Method(partial(zoext.AGZO, balance="still"), lr_scale=4, variant=True),
+    **{
+        f"agzo-{balance}": Method(
+            partial(zoext.AGZO, balance=balance), lr_scale=0.05 if balance == "matched" else 4, variant=True
+        )
+        for balance in BALANCES[1:]
+    },
     "agzo-central": Method(
         partial(
             zoext.ZerothOrderOptimizer,

@@ -27,7 +27,7 @@ def obstacle(settings: Settings, optimizer: ZerothOrderOptimizer) -> str | None:
     return None
 
 
-def check(settings: Settings, optimizer: ZerothOrderOptimizer) -> None:
+def check_replayable(settings: Settings, optimizer: ZerothOrderOptimizer) -> None:
     """Raises a UserError for checkpoints that could not be restored by replay."""
     reason = obstacle(settings, optimizer)
     if settings.checkpoint == "trajectory" and reason is not None:
