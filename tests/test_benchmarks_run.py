@@ -1,4 +1,4 @@
-"""Every benchmark runs and writes figures that a program can read. Nothing here looks at speed."""
+"""Every benchmark runs and writes machine-readable figures. These tests do not check speed."""
 
 import argparse
 import json
@@ -86,7 +86,7 @@ def test_program_writes_finite_figures(program: str, names: list[str], tmp_path:
 
 
 def run_without_model(program: str, out: Path, options: list[str], names: set[str]) -> dict:
-    """Runs a program that has no size of a model among its options; returns its figures."""
+    """Runs a program without options for the size of a model; returns its figures."""
     command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *options, "--threads", "1"]
     done = subprocess.run(
         [*command, "--json", str(out)], capture_output=True, text=True, timeout=300, check=False
@@ -169,7 +169,7 @@ def test_replay_is_timed_and_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_whole_weights_are_those_of_24_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 16 bits and a residual, one step from zero leaves the number that was added, to 24 bits."""
+    """With 16 bits and a residual, one step from zero gives the added number to 24 bits."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from rounded_weights import RoundedWeights, steps_of
 
@@ -306,7 +306,7 @@ def test_factored_rivals_move_weights_alike(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_adam_rivals_move_weights_by_steps_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They draw other noise, so only the size of their steps can be compared."""
+    """They draw different noise, so only the size of their steps can be compared."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from adam_update import AdamUpdate
 

@@ -51,7 +51,7 @@ def test_a_long_trajectory_is_not_read_into_memory(tmp_path: Path) -> None:
 
 
 class PlainState(torch.optim.Optimizer):
-    """An optimizer with every kind of state that there may be, tensors of several dtypes among them."""
+    """An optimizer with every kind of state, including tensors of several dtypes."""
 
     def __init__(self, model: nn.Module) -> None:
         group = {"params": list(model.parameters()), "lr": 0.1, "betas": (0.7, 0.9), "recipe": {"rank": 2}}
@@ -209,7 +209,7 @@ def test_corruption_is_detected_before_anything_changes(tmp_path: Path, name: st
         case "cut":
             file.write_bytes(content[:-3])
         case "flipped":
-            # In JSON a brace, elsewhere a bit of the last number.
+            # In JSON a brace, otherwise a bit of the last number.
             file.write_bytes(content.replace(b"{", b"[", 1) if name == "state.json" else flip_last(content))
         case "gone":
             file.unlink()
@@ -311,7 +311,7 @@ def test_what_a_killed_process_leaves_of_a_replacement(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model", "[ab]", "*", "a.b", "step-00000002"])
 def test_folders_that_are_no_leftovers_stay(tmp_path: Path, name: str) -> None:
-    """Of the user, of others, of other names, and of processes that are not done."""
+    """Files of the user, of other programs and names, and of running processes."""
     mine = [".a.mine.tmp", ".model.backup.tmp", ".aXb.7.tmp", ".step-1.7.tmp", f".x.{name}.{ENDED}.tmp"]
     alive = [f".{name}.{os.getppid()}.tmp", f".{name}.1.tmp"]
     for other in [*mine, *alive, f".{name}.{10 * ENDED}.tmp"]:

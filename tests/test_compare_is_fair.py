@@ -1,5 +1,5 @@
 """All runs of a comparison begin with the same weights, see the same batches and stop at the same number
-of forward passes; every method is swept over as many learning rates, MeZO up to 4 times its default."""
+of forward passes; every method is swept over equally many learning rates, MeZO up to 4 times its default."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(
 
 
 class Watch:
-    """Looks at every step: the weights before it, its batch, and how often the model really runs."""
+    """Watches every step: the weights before it, its batch, and the number of forward passes of the model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forwards: dict[tuple[Any, ...], int] = defaultdict(int)

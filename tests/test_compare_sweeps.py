@@ -1,5 +1,5 @@
-"""The sweep takes the lr of the lowest held-out loss, goes one step beyond the edge of its grid where the
-best is there, and lets runs that diverge lose."""
+"""The sweep selects the lr with the lowest held-out loss, extends its grid by one if the best is at the edge,
+and rejects an lr at which a run diverged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zoext.cli._comparison.records import Outcome, Outcomes, Run
 from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._comparison.start import Start
 
-#: A loss of each lr and seed; None where the run diverges.
+#: The loss by lr and seed; None if the run diverges.
 Task = Callable[[float, int], float | None]
 
 
@@ -32,7 +32,7 @@ def outcome(loss: float | None) -> Outcome:
 
 
 def play(settings: ComparisonSettings, task: Task) -> tuple[list[tuple[str, Run]], Outcomes]:
-    """All runs in the order in which they are done, and how they ended."""
+    """All runs in order, and their outcomes."""
     done: Outcomes = {}
     played = []
     while (following := plan.next_run(settings, done)) is not None:
@@ -41,7 +41,7 @@ def play(settings: ComparisonSettings, task: Task) -> tuple[list[tuple[str, Run]
         before = plan.forwards_to_do(settings, done)
         done[following[1]] = outcome(task(following[1].lr, following[1].seed))
         after = plan.forwards_to_do(settings, done)
-        # The bar never counts a run that is done; an extension adds runs, all diverging takes them away.
+        # The estimate never counts a finished run; extensions add runs, divergence of all removes them.
         assert after <= before + settings.sweep_seeds * settings.sweep_budget - following[1].budget
     assert plan.forwards_to_do(settings, done) == 0
     return played, done
@@ -136,7 +136,7 @@ def test_a_run_that_diverges_is_recorded_and_the_rest_goes_on(command: CompareCo
     assert overflown["forwards"] < 20
     (row,), (sweep,) = command.tables()
     assert sweep["x1e+30"] == "diverged"
-    # The best was at the lower edge: one more lr, one step of the grid below.
+    # The best was at the lower edge, so the grid was extended by one lr below.
     assert min(ends) == pytest.approx(0.003 * 1e-30)
     assert ends[min(ends)]["diverged"] is None
     assert row["lr"] in ("0.003", "3e-33 (edge)")
@@ -150,7 +150,7 @@ def test_a_held_out_loss_that_doubles_is_a_divergence(
 
     def evaluate(self: Start) -> dict[str, float]:
         starts.append({"selection_loss": 0.7, "report_loss": 0.8} if not starts else dict(starts[0]))
-        if len(starts) == 3:  # the second evaluation of the run, after that of the start
+        if len(starts) == 3:  # the second evaluation of the run
             starts[-1]["selection_loss"] *= factor
         return {**starts[-1], "selection_loss_error": 0.1, "report_loss_error": 0.1}
 

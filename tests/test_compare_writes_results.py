@@ -1,5 +1,5 @@
-"""The table and the picture say what the raw records say, and the fixture language model and the demo can be
-compared on."""
+"""The table and the figure agree with the raw records, and comparisons on the fixture language model and the
+demo work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zoext.cli._comparison.results import Point, forwards_to_reach
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A comparison of three optimizers that is done, and the picture that was drawn of it."""
+    """A finished comparison of three optimizers, and its figure."""
     figures: list[Figure] = []
     savefig = Figure.savefig
 
@@ -38,7 +38,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def final_runs(command: CompareCommand, method: str) -> tuple[float, list[list[dict[str, Any]]]]:
-    """The lr of the runs with the most seeds, and the evaluations of each: from the raw records alone."""
+    """The lr with the most seeds, and the evaluations of each run, from the raw records alone."""
     seeds: dict[float, set[int]] = {}
     for end in command.of_kind("end"):
         if end["method"] == method:
@@ -85,7 +85,7 @@ def test_the_table_is_that_of_the_raw_records(compared: CompareCommand) -> None:
 
 
 def first_at_or_below(target: float, forwards: np.ndarray, losses: np.ndarray) -> float | None:
-    """By trying all places between evaluations, finely."""
+    """By a fine search between evaluations."""
     places = np.linspace(forwards[0], forwards[-1], 100_001)
     found = places[np.interp(places, forwards, losses) <= target + 1e-9]
     return None if not len(found) else float(found[0])

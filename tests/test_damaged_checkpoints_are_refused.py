@@ -17,7 +17,7 @@ from zoext.trajectory import header
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 
@@ -104,7 +104,7 @@ def test_a_trajectory_of_another_version_is_not_corrupted(
 
 
 def test_what_is_written_is_read_back(command: Command) -> None:
-    """So that the edits above are refused for being edits."""
+    """Rewriting the same content is accepted, so the edits above are what is refused."""
     command.works()
     state = state_of(command, 2)
     record: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A checkpoint with weights leads to the same final bits, whatever became of the trajectory beside it."""
+"""A checkpoint with weights leads to the same final bits, whatever happened to the trajectory beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEMBER = ("--optimizer=adamezo", "--precision=residual --dtype=bfloat16")
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 
@@ -45,14 +45,14 @@ def corrupt(path: Path, how: str) -> None:
 
 
 def resumed(command: Command, *more: str) -> str:
-    """What a run that is resumed says on stderr."""
+    """The stderr of a resumed run."""
     command.capsys.readouterr()
     assert main(command.arguments("--resume", *more)) == 0
     return command.capsys.readouterr().err
 
 
 def assert_as_in_peace(command: Command, *options: str) -> None:
-    """The model and the losses are those of a run that nothing happened to."""
+    """The model and the losses are those of an undisturbed run."""
     whole = command.folder / "whole"
     command.works(*COMMON, *options, LAST, f"--out={whole}")
     for path in (whole / "model").iterdir():
@@ -66,7 +66,7 @@ def losses_of(run: Path) -> list[tuple[int, float]]:
 
 
 def assert_replays(command: Command) -> None:
-    """The new trajectory leads from the model that is kept beside it to that of the run."""
+    """The new trajectory leads from the model beside it to the final model."""
     inputs = [str(command.out / name) for name in ("trajectory.base", "trajectory.jsonl")]
     replayed = command.folder / "replayed"
     assert main(["replay", *inputs, "--out", str(replayed), "--quiet"]) == 0
@@ -119,7 +119,7 @@ def test_an_optimizer_that_remembers_goes_on_without_one(command: Command, optio
 
 
 def test_it_goes_on_with_the_new_one(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if it was killed before the first checkpoint that knows it."""
+    """Also if it was killed before the first checkpoint after it began."""
     command.works(*COMMON)
     corrupt(command.out / "trajectory.jsonl", "flipped")
     one_step = Training._one_step
@@ -209,7 +209,7 @@ def test_without_weights_and_with_corrupted_bases(command: Command) -> None:
 
 
 def test_the_demo(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its trajectory begins with a model in a folder then."""
+    """Its new trajectory begins with a model in a folder."""
     read_words = demo.read_words
     monkeypatch.setattr(demo, "read_words", lambda path: [part.rows(range(4)) for part in read_words(path)])
     out = ["--out", str(command.out), "--quiet"]
@@ -228,7 +228,7 @@ def test_metrics_stop_no_run_either(command: Command, how: str) -> None:
     corrupt(command.out / "metrics.jsonl", how)
     told = resumed(command, LAST)
     assert f"warning: {command.out / 'metrics.jsonl'}: " in told
-    assert "metrics begin anew at step 5" in told
+    assert "metrics restart at step 5" in told
     whole = command.folder / "whole"
     command.works(*COMMON, LAST, f"--out={whole}")
     assert (command.out / "model" / "model.safetensors").read_bytes() == (

@@ -1,4 +1,4 @@
-"""A run removes and replaces nothing but what a run wrote, and never the model or the data it reads."""
+"""A run removes and replaces only files that a run wrote, and never the model or the data that it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning from the shell lowers the held-out loss of real models, and leaves a usable model."""
+"""``zoext finetune`` lowers the held-out loss of real models and writes a usable model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluations(out: Path) -> list[dict[str, float]]:
 
 
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At a third of the demo's lr the path hardly depends on the processor's rounding."""
+    """At a third of the demo's lr, the result hardly depends on the processor's rounding."""
     out = tmp_path / "run"
     options = ["--lr", "3e-5", "--steps", "200", "--eval-every", "200", "--device", "cpu"]
     assert main(["finetune", *options, "--out", str(out)]) == 0
@@ -34,7 +34,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"after:  loss {after['valid_loss']:.4f} ± {after['valid_loss_error']:.4f}" in said
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
-    # What transformers loads again is the model that was evaluated last.
+    # transformers loads the model that was evaluated last.
     classes = models.classes_of(str(out / "model"), demo.LABEL_WORDS)
     assert classes == ("negative", "positive")
     model, _ = models.load(str(out / "model"), Base(False, "classification", classes, "float32", 0))

@@ -212,7 +212,7 @@ def test_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Makes ``package`` look as if it were not installed."""
+    """Hides ``package`` as if it were not installed."""
     find: Callable[..., object] = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more)

@@ -56,7 +56,7 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
     if name.startswith(("checkpoints", "trajectory")):
         assert said.err.endswith(f"; fix this, then zoext finetune --out {command.out} --resume\n")
     assert not list(command.out.rglob(".*"))
-    # What was written is whole: with room again, the run goes on, to the same bits.
+    # The files are intact: with space on the disk, the run continues to the same bits.
     if name != "run.json":
         command.works("--resume")
         whole = command.folder / "whole"
@@ -75,7 +75,7 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
 def test_a_trajectory_that_somebody_else_changes(
     command: Command, monkeypatch: pytest.MonkeyPatch, change: str, reason: str
 ) -> None:
-    """The reason is that of the recording, and the remedy one of the command line."""
+    """The error has the reason of the recorder and a remedy in terms of the command line."""
     path, one_step = command.out / "trajectory.jsonl", Training._one_step
 
     def steps(self: Training) -> object:

@@ -160,7 +160,7 @@ def test_with_the_other_kind_of_checkpoint(inputs: list[str], uninterrupted: Pat
 def test_a_run_that_was_killed_while_it_began(
     inputs: list[str], uninterrupted: Path, tmp_path: Path, kept: int
 ) -> None:
-    """No checkpoint yet, and of the trajectory nothing, a torn header, or a torn first step."""
+    """There is no checkpoint, and no trajectory, a partial header, or a partial first step."""
     out = tmp_path / "run"
     assert main(["finetune", *inputs, "--out", str(out), "--steps", "1", "--checkpoint-every", "9"]) == 0
     shutil.rmtree(out / "checkpoints")

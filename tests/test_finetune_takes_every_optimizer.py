@@ -33,7 +33,7 @@ def forwards_of(out: Path) -> int:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_runs_and_resumes(command: Command, name: str) -> None:
-    """AGZO's pooler and all: the windows of moments and of bases are in the checkpoint."""
+    """Also for windows of moments and bases, which the checkpoint contains."""
     arguments = ["--optimizer", name, "--lr", "1e-5", "--checkpoint-every", "2"]
     command.works(*arguments, "--steps=5")
     whole = load_file(command.out / "model" / "model.safetensors")
@@ -118,7 +118,7 @@ def test_wrong_options(command: Command, options: str, expected: str) -> None:
 
 
 def test_the_registry_makes_what_the_recipes_make() -> None:
-    """The names of papers stand for the recipes, at their defaults."""
+    """The methods of papers are the recipes at their defaults."""
     model = nn.Linear(4, 3)
     recipes = {
         "mezo": zoext.MeZO,
@@ -135,7 +135,7 @@ def test_the_registry_makes_what_the_recipes_make() -> None:
 
 
 def test_precision_is_what_is_asked_for(command: Command) -> None:
-    """In 16 bits each way to round ends elsewhere; the default is stochastic."""
+    """In 16 bits each precision gives another result; the default is stochastic."""
     ends = {}
     for option in ([], *([f"--precision={name}"] for name in ("nearest", "stochastic", "residual"))):
         command.works("--dtype=bfloat16", "--steps=4", "--lr=1e-2", "--overwrite", *option)

@@ -1,4 +1,4 @@
-"""``zoext replay`` makes the model of a run again from its base and its trajectory, bit for bit."""
+"""``zoext replay`` recomputes the model of a run from its base and its trajectory, bit for bit."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 
 def replay(command: Command, *more: str, base: str = "", trajectory: str = "run/trajectory.jsonl") -> int:
-    """Replays the run into ``replayed``; its paths are below the folder of the test."""
+    """Replays the run into ``replayed``; paths are relative to the folder of the test."""
     folder = command.folder
     out = () if any(option.startswith("--out") for option in more) else ("--out", str(folder / "replayed"))
     inputs = [base or str(folder / "model"), *(str(folder / name) for name in trajectory.split())]
@@ -44,7 +44,7 @@ def replay(command: Command, *more: str, base: str = "", trajectory: str = "run/
 
 
 def refused(command: Command, *more: str, **inputs: str) -> str:
-    """The error of a replay, which is one line and left everything as it was."""
+    """The error of a replay, one line; checks that no file has changed."""
     before = command.snapshot()
     command.capsys.readouterr()
     assert replay(command, *more, **inputs) == 2
@@ -56,7 +56,7 @@ def refused(command: Command, *more: str, **inputs: str) -> str:
 
 
 def assert_same_files(command: Command) -> None:
-    """The replay has the files of the run's model, byte for byte, and beside them its note."""
+    """The replay has the files of the run's model, byte for byte, and its note."""
     replayed, model = (
         {path.name: path.read_bytes() for path in (command.folder / name).iterdir()}
         for name in ("replayed", "run/model")
@@ -96,7 +96,7 @@ def test_elsewhere(
 
 
 def test_a_model_that_transformers_loads(command: Command) -> None:
-    """With the classes and the tokenizer that the run's has; here the base has another head."""
+    """It has the classes and the tokenizer of the run's; the base has another head."""
     command.works("--task=classification", "--seed=7")
     assert replay(command) == 0
     model = BertForSequenceClassification.from_pretrained(command.folder / "replayed")
@@ -131,7 +131,7 @@ def test_to_a_step(command: Command) -> None:
 
 @pytest.mark.parametrize("to_step", [None, 2])
 def test_a_run_that_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch, to_step: int | None) -> None:
-    """Just what was there when the command began is replayed, and the note is of that."""
+    """The replay and its note cover exactly the steps that existed when the command began."""
     command.works("--steps=3", "--lr=1e-2")
     tuned = weights(command.out / "model")
     short = (command.out / "trajectory.jsonl").read_bytes()
@@ -162,7 +162,7 @@ def test_a_run_that_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_sum_of_two(command: Command) -> None:
-    """In float32, where the sum of two runs is what one on top of the other does, to rounding."""
+    """In float32 the sum of two runs equals applying one after the other, to rounding."""
     command.works("--steps=3", "--lr=1e-2")
     other = command.folder / "other"
     command.works("--steps=4", "--lr=1e-2", "--seed=0", "--optimizer=lozo", f"--out={other}")
@@ -271,7 +271,7 @@ def test_steps_that_there_are_not(command: Command, to_step: str, expected: str)
 
 
 def test_paths_are_named_as_they_are(command: Command) -> None:
-    """Also those with words that an error of the library says, and a command says otherwise."""
+    """Also paths that contain words which the command replaces in errors of the library."""
     command.works("--steps=3", "--optimizer=agzo")
     folder = command.folder / "to_step=2_frames=True_to_step"
     command.out.rename(folder)
@@ -323,7 +323,7 @@ def test_a_corrupted_trajectory(command: Command) -> None:
         ("demo", 1, "demo must be true or false"),
         ("demo", True, "give demo"),
         ("classes", ["0", "0"], "classes must be distinct names"),
-        ("classes", ["0", "1", "2"], "classes has 3 names, and no parameter of the run has as many rows"),
+        ("classes", ["0", "1", "2"], "classes has 3 names, but no parameter of the run has as many rows"),
         ("classes", [], "classes has 0 names"),
         ("classes", [str(i) for i in range(16)], "begins with another model"),
         ("dtype", "bfloat16", "begins with another model"),
@@ -339,7 +339,7 @@ def test_notes_that_no_run_wrote(
     header["notes"]["zoext finetune"][field] = value
     path.write_bytes(lines.encode(header, 0)[0])
     if "another model" not in expected:
-        monkeypatch.delattr(models, "load")  # which may take more memory than there is
+        monkeypatch.delattr(models, "load")  # loading could exhaust memory
     assert expected in refused(command)
 
 
@@ -415,7 +415,7 @@ def test_progress_is_on_stderr(command: Command) -> None:
 
 
 def test_a_language_model(command: Command) -> None:
-    """A causal one, of which the base's files have all weights."""
+    """A causal model whose base files contain all weights."""
     from transformers import BertLMHeadModel
 
     model = BertLMHeadModel.from_pretrained(command.folder / "model", is_decoder=True)
@@ -444,7 +444,7 @@ def test_a_full_disk(command: Command, size: int, there: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: str) -> None:
-    """Its head is computed: with any number of threads to the same bits."""
+    """Its computed head has the same bits with any number of threads."""
     set_threads(1)
     problem = demo.load(dataclasses.replace(demo.SETTINGS, dtype=dtype))
     optimizer = zoext.MeZO(problem.model, lr=1e-3)
@@ -461,7 +461,7 @@ def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: s
 
 
 def test_notes_that_are_not_of_the_demo(command: Command) -> None:
-    """They would size its model, and its head has two rows."""
+    """They would set the size of the head, which has two rows."""
     module = torch.nn.Linear(2, 3)
     notes = dataclasses.replace(demo.base("float32", 0), classes=("a", "b", "c")).notes()
     zoext.Trajectory(command.folder / "mine.jsonl", zoext.MeZO(module), notes=notes).close()

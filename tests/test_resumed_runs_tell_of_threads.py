@@ -14,7 +14,7 @@ from zoext.cli._runs import results
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 

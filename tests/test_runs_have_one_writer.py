@@ -1,4 +1,4 @@
-"""Two commands never write one run: the second is refused before it changes anything."""
+"""Two commands never write the same run: the second is refused before it changes anything."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from zoext.trajectory import OwnedFile
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     monkeypatch.chdir(tmp_path)
     return prepare(tmp_path, capsys)
 
 
 def while_loading(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Does ``action`` once, while the next run loads its model, as another process may."""
+    """Calls ``action`` once while the next run loads its model, like another process might."""
     load = finetune.load
 
     def loads(*arguments: Any) -> Any:
@@ -146,7 +146,7 @@ def test_a_folder_without_room_for_a_lock(command: Command, monkeypatch: pytest.
 def test_a_folder_that_another_command_removes_just_now(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had made the folder, and was refused: between the look for the folder and the lock in it."""
+    """A refused command removes the folder that it created just before another command locks it."""
     made: list[Path] = []
 
     def makes(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A very small model of transformers in a folder and data it can learn, for the tests of the command."""
+"""A tiny transformers model in a folder, and data that it can learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resuming: what is checked, what stops it, what is set aside and what begins anew.
+"""Resuming: what is checked, what stops it, what is set aside and what starts again.
 
 ``zoext finetune --resume`` continues from the newest checkpoint, and ends with the bits of a run that was
 never interrupted. It stops with a UserError, having changed nothing, if
@@ -12,7 +12,7 @@ never interrupted. It stops with a UserError, having changed nothing, if
 
 It warns and continues if
 
-- the metrics are corrupted or missing: they are set aside and begin anew at the current step;
+- the metrics are corrupted or missing: they are set aside and restart at the current step;
 - the trajectory is corrupted, missing or does not match a checkpoint with weights: it is set aside, and a new
   one begins at the step of the checkpoint, with the model of that step beside it. An optimizer that remembers
   steps, which cannot begin one, continues without;
@@ -335,4 +335,4 @@ def _continue_metrics(folder: RunFolder, fault: str | None, step: int) -> None:
     with writing(folder.metrics):
         kept = folder.set_aside("metrics", [folder.metrics])
     moved = "" if kept is None else f"; it was moved to {kept}"
-    warn(f"{fault}{moved}; metrics begin anew at step {step}")
+    warn(f"{fault}{moved}; metrics restart at step {step}")
