@@ -168,7 +168,7 @@ def test_parameters_that_do_not_add_up(
 ADAM = {"name": "AdamReplay", "betas": [0.7, 0.9], "horizon": 2, "eps": 1e-8, "bias_correction": True}
 POOL = {"name": "GuidingVector", "pool_size": 4, "elite_ratio": 0.5, "weighting": "ranked"}
 LOW = {"name": "LowRank", "rank": 2, "refresh_interval": 3, "scale": "paper"}
-AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": None, "balance": "printed"}
+AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": None, "balance": "paper"}
 
 
 @pytest.mark.parametrize(
