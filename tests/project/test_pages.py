@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 import zoext
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "benchmarks" / "README.md",
+]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 NOT_RUN = "<!-- not run:"
 
@@ -108,7 +113,9 @@ def test_example_of_contributing_is_an_estimator(names: dict[str, Any]) -> None:
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -122,6 +129,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_are_where_the_page_says(page: Path) -> None:
+    named = re.findall(r"`((?:benchmarks|csrc|docs|tests|tools|zoext)/[\w./-]+)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_readme_is_short() -> None:
