@@ -111,6 +111,10 @@ def test_example_of_contributing_is_an_estimator(names: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
 
+def without_blocks(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(
@@ -121,7 +125,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    text = re.sub(r"`[^`\n]*`", "", without_blocks(page))
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?://", link):
             continue
