@@ -11,7 +11,7 @@ import pytest
 from finetune_command import Command, prepare
 
 from zoext.cli import checkpoint, plot
-from zoext.trajectory import header
+from zoext.trajectory._format import header
 
 
 @pytest.fixture

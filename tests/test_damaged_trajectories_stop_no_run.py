@@ -11,8 +11,7 @@ from finetune_command import Command, prepare
 
 from zoext.cli import demo, main, metrics, plot
 from zoext.cli.training import Training
-from zoext.trajectory.owned import OwnedFile
-from zoext.trajectory.reading import open_recording
+from zoext.trajectory import OwnedFile, open_recording
 
 COMMON = ("--steps=5", "--checkpoint-every=3", "--eval-every=4", "--lr=1e-2")
 LAST = "--steps=8"
@@ -201,7 +200,7 @@ def test_without_weights_and_with_damaged_bases(command: Command) -> None:
     command.works(*COMMON, "--optimizer=agzo", "--record-frames", "--checkpoint=trajectory")
     damage(command.out / "trajectory.frames", "flipped")
     error = command.is_refused("--resume", LAST)
-    assert f"{command.out / 'trajectory.frames'}: damaged at byte" in error
+    assert f"{command.out / 'trajectory.frames'}: corrupted at byte" in error
     assert "--to-step 2 --out DIR still makes" in error
     assert "put back the one of this run" in error
 

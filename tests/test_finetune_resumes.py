@@ -17,7 +17,7 @@ from tiny_models import labelled, tiny_bert
 
 from zoext.cli import checkpoint, main, metrics
 from zoext.cli.training import Training
-from zoext.trajectory.owned import OwnedFile
+from zoext.trajectory import OwnedFile
 
 STEPS = 24
 

@@ -15,7 +15,7 @@ from finetune_command import Command, prepare
 
 from zoext.cli import claim, finetune, main, plot
 from zoext.cli.claim import LOCK
-from zoext.trajectory.owned import OwnedFile
+from zoext.trajectory import OwnedFile
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoext.cli.settings import DTYPES, TASKS
-from zoext.trajectory.fields import Fields
-from zoext.trajectory.header import Header
+from zoext.trajectory import Fields, Header
 
 #: The name under which the notes of a trajectory have it.
 NOTE = "zoext finetune"

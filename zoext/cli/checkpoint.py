@@ -23,9 +23,7 @@ from zoext.cli import plain
 from zoext.cli.errors import UserError, writing
 from zoext.cli.position import Position
 from zoext.cli.weights import put, tensors_of
-from zoext.trajectory.fields import VersionError
-from zoext.trajectory.header import NOISE_FIELD
-from zoext.trajectory.reading import last_whole_step
+from zoext.trajectory import NOISE_FIELD, VersionError, last_whole_step
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 NAME = r"step-\d{8,}"

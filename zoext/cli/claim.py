@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zoext._runtime import atomic
 from zoext.cli.errors import UserError, writing
-from zoext.trajectory.owned import OwnedFile
+from zoext.trajectory import OwnedFile
 
 RUNS = Path("runs")
 LOCK = "run.lock"

@@ -16,8 +16,7 @@ from zoext.cli.errors import UserError
 from zoext.cli.position import Position
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
-from zoext.trajectory.owned import OwnedFile
-from zoext.trajectory.reading import open_recording
+from zoext.trajectory import OwnedFile, open_recording
 
 
 def obstacle(settings: Settings, optimizer: ZerothOrderOptimizer) -> str | None:

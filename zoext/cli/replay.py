@@ -28,9 +28,7 @@ import torch
 from zoext.cli import base, demo, devices, difference, models, numbers
 from zoext.cli.errors import UserError, reading, require
 from zoext.cli.replay_folder import ReplayFolder
-from zoext.trajectory.fields import TrajectoryError
-from zoext.trajectory.reading import Part, read_until
-from zoext.trajectory.replaying import replay_parts
+from zoext.trajectory import Part, TrajectoryError, read_until, replay_parts
 
 HELP = "base model and trajectory to tuned model, bit for bit"
 

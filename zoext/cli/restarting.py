@@ -12,7 +12,7 @@ from zoext.cli.recording import Recording, check_not_written, writing_trajectory
 from zoext.cli.result import write_model
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
-from zoext.trajectory.matching import remembers
+from zoext.trajectory import remembers
 
 
 def restart(

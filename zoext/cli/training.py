@@ -19,7 +19,7 @@ from zoext.cli.recording import Recording
 from zoext.cli.restarting import keep_former, restart
 from zoext.cli.run_folder import RunFolder
 from zoext.cli.settings import Settings
-from zoext.trajectory.fields import VersionError
+from zoext.trajectory import VersionError
 
 LOG_EVERY = 10  # steps: reading a loss waits for the device
 
