@@ -1,9 +1,9 @@
-"""Builds zoext._C (CPU operators and the Python face of the core) and, where it can, zoext._cuda.
+"""Builds zoext._C (the CPU operators and the Python bindings of the core) and, where possible, zoext._cuda.
 
-Switches, as environment variables:
+Environment variables:
     ZOEXT_CUDA=auto|0|1   auto: build the CUDA operators when torch is a CUDA build and nvcc is found
     ZOEXT_DEBUG=1         debug information and no optimisation
-    TORCH_CUDA_ARCH_LIST  GPU architectures, by default "8.0;9.0+PTX", and 10.0 where nvcc knows it
+    TORCH_CUDA_ARCH_LIST  GPU architectures; default: "8.0;9.0+PTX", and 10.0 where nvcc knows it
     MAX_JOBS              parallel compilations
 """
 
@@ -17,15 +17,15 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("ZOEXT_DEBUG", "0") == "1"
-# The oldest torch that the shared objects load under: they use its stable ABI and nothing newer.
+# 2.11, the oldest torch that the shared objects load under: they use its stable ABI and nothing newer.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 OPTIMISATION = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
-# Contraction would make a product and a sum one operation on some processors only.
+# Contraction would fuse a product and a sum into one operation, on some processors only.
 HOST = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *OPTIMISATION]
-# torch's headers set off the first of these, GCC's own AVX-512 headers the others.
+# torch's headers trigger the first of these, GCC's AVX-512 headers the others.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 WARNINGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
-# Error messages name source files: not by where they lay on the machine that built them.
+# Error messages name source files, but without the path on the machine that built them.
 SHORT_PATHS = f"-fmacro-prefix-map={ROOT.resolve()}/="
 
 
@@ -53,20 +53,20 @@ def wants_cuda() -> bool:
 
 
 def find_cuda_home() -> None:
-    """nvcc on the PATH may be a wrapper script, whose place says nothing: prefer the usual folder."""
-    usual = Path("/usr/local/cuda")
-    if "CUDA_HOME" not in os.environ and torch.version.cuda and (usual / "bin" / "nvcc").exists():
-        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(usual)
+    """Prefers the default folder: nvcc on the PATH may be a wrapper script somewhere else."""
+    default = Path("/usr/local/cuda")
+    if "CUDA_HOME" not in os.environ and torch.version.cuda and (default / "bin" / "nvcc").exists():
+        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(default)
 
 
 def cuda_include_dirs() -> list[str]:
-    """The headers of the toolkit's parts that come as Python packages, cuRAND's Philox among them."""
+    """The headers of toolkit libraries that are installed as Python packages, among them cuRAND."""
     packages = Path(torch.__file__).parents[1]
     folders = sorted(packages.glob("nvidia/*/include"))
     return [str(folder) for folder in folders if list(folder.glob("curand*.h"))]
 
 
-def usual_architectures() -> str:
+def default_architectures() -> str:
     nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     return "8.0;9.0+PTX;10.0" if "sm_100" in known.split() else "8.0;9.0+PTX"
@@ -81,9 +81,9 @@ def extensions() -> list:
     )
     if not wants_cuda():
         return [cpu]
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", usual_architectures())
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
     nvcc = ["-std=c++17", "-fmad=false", "-lineinfo", *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]), TARGET]
-    # After the toolkit's own folders: the packages hold another version of its other headers.
+    # After the toolkit's own folders: the packages have other versions of the remaining headers.
     nvcc += [f"-Xcompiler=-idirafter{folder}" for folder in cuda_include_dirs()]
     cuda = cpp_extension.CUDAExtension(
         "zoext._cuda",

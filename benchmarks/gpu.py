@@ -4,9 +4,10 @@
 
 First every operator is compared with the CPU, bit for bit: where one differs, the program says where and
 ends with status 1, before anything is timed. Then the operators are timed over the parameters of the first
-size, and steps on a random decoder of each size. Status 2 means that there is no GPU to be tested.
+size, and steps on a random decoder of each size, where transformers is installed. Status 2 means that there
+is no GPU to be tested.
 
-Nothing else should run on the GPU; locked clocks (nvidia-smi --lock-gpu-clocks) narrow the spread.
+Nothing else should run on the GPU; locked clocks (nvidia-smi --lock-gpu-clocks) reduce the variance.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import gpu_kernels
 import gpu_steps
@@ -67,13 +69,20 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SIZE",
         help=f"{', '.join(SIZES)} or LAYERSxWIDTHxVOCABULARY; default: 1.3b 7b",
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time; default: all")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="what to time; default: all that the installed packages allow",
+    )
     options.add_count(parser, "--elements", 4_000_003, "that each operator is compared on")
     options.add_count(parser, "--batch", 16, "examples of a step's forwards")
     options.add_count(parser, "--tokens", 256, "of each example")
     arguments = parser.parse_args(argv)
     if arguments.device.type != "cuda":
         parser.error(f"argument --device: must be cuda or cuda:N, not {arguments.device}")
+    if arguments.parts is None:
+        arguments.parts = PARTS if find_spec("transformers") else ("kernels",)
     if "steps" in arguments.parts and arguments.repeats > MOST_REPEATS:
         parser.error(f"argument --repeats: {too_many(arguments.repeats)}; --parts kernels takes more")
     return arguments
@@ -142,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         report = report_of(arguments)
         report.note(f"All bits of {count} checks on {arguments.elements} elements are those of the CPU.")
+        if not find_spec("transformers"):
+            report.note("Steps were left out: transformers, whose decoder they run, is not installed.")
         print(f"gpu.py: all bits of {count} checks are those of the CPU; measuring now", file=sys.stderr)
         try:
             if "kernels" in arguments.parts:

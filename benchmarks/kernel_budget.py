@@ -237,7 +237,7 @@ PASSES = {
     "noise_axpy_, signs": ("displace<Dense<Signs, {}>, nearest, many>", 0),
     "noise_axpy_, signs, stochastic rounding": ("displace<Dense<Signs, {}>, stochastic, many>", 0),
     "noise_axpy_, signs, residuals": ("displace<Dense<Signs, {}>, residual, many>", 0),
-    "noise_adam_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 9),
+    "noise_window_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 9),
 }
 
 

@@ -10,7 +10,8 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,26 @@ from zoext import _C
 
 # A shell that starts the tests in the background ignores Ctrl-C for them; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+#: What an environment may lack: test files that import one of these are skipped there.
+OPTIONAL_PACKAGES = frozenset({"matplotlib", "safetensors", "scipy", "tokenizers", "tqdm", "transformers"})
+
+
+class TestFile(pytest.Module):
+    """A test file that is skipped where an optional package that it imports is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            if isinstance(cause, ModuleNotFoundError) and cause.name in OPTIONAL_PACKAGES:
+                pytest.skip(f"{cause.name} is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return TestFile.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(params=_C.available_instruction_sets())

@@ -1,4 +1,4 @@
-"""Checks, without a GPU, that every operator with a CPU kernel has a CUDA kernel as well."""
+"""Checks, without a GPU, that every operator with a CPU kernel also has a CUDA kernel."""
 
 import sys
 

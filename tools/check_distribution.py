@@ -1,4 +1,4 @@
-"""Checks that the sdist and the wheel in a folder hold what they must, and nothing else."""
+"""Checks that the sdist and the wheel in a folder contain the required files and no others."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ METADATA = {"PKG-INFO", "setup.cfg"}
 
 
 def tracked(*folders: str) -> set[str]:
-    """The files that git knows: what lies about beside them must not be shipped."""
+    """The files that git tracks: others must not be shipped."""
     listing = subprocess.run(["git", "ls-files", "-z", *folders], capture_output=True, text=True, check=True)
     return set(filter(None, listing.stdout.split("\0")))
 

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-#: What the oldest of the architectures that are built by default can run on.
+#: The oldest compute capability that is built by default.
 LEAST = (8, 0)
 
 

@@ -1,4 +1,4 @@
-"""A step that was taken, as it is recorded and replayed."""
+"""A step that was taken: what moved theta, and all that is needed to take it again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GroupOptions(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AppliedStep:
-    """An estimate, the frame of its directions, and the options of each group of parameters."""
+    """An estimate, the frame of its directions, and the options of each parameter group."""
 
     estimate: Estimate
     frame: Frame
@@ -29,7 +29,7 @@ class AppliedStep:
 
 
 class Recorder(Protocol):
-    """Is told of every step; see ``ZerothOrderOptimizer.recorder``."""
+    """Receives every step; see ``ZerothOrderOptimizer.recorder``."""
 
     def check(self) -> None:
         """Called before a step moves anything. Raises if the step could not be recorded."""

@@ -17,6 +17,13 @@ class Axes(NamedTuple):
     estimator: Estimator
     update: Update
 
+    def check_kinds(self) -> None:
+        """Raises a TypeError for a member of another axis."""
+        for axis, kind in _BASES.items():
+            member = getattr(self, axis)
+            if not isinstance(member, kind):
+                raise TypeError(f"{axis} must be a {kind.__name__}, not {member!r}")
+
     def recipe(self) -> dict[str, dict[str, Any]]:
         """The axes by name and fields: plain data, for checkpoints."""
         return {

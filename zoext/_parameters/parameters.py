@@ -123,7 +123,16 @@ def _obstacle(tensor: Tensor) -> str | None:
     return None
 
 
-def check_not_sharded(groups: list[Parameters]) -> None:
+def check_movable(groups: Sequence[Parameters]) -> None:
+    """Raises unless all tensors are whole, on one device, and of a kind that can be moved."""
+    check_not_sharded(groups)
+    check_one_device(groups)
+    for group in groups:
+        for tensor, name in zip(group.owners, group.names, strict=True):
+            check(tensor, name)
+
+
+def check_not_sharded(groups: Sequence[Parameters]) -> None:
     """Raises for parameters of which this rank may have a part only."""
     for group in groups:
         for tensor, name in zip(group.owners, group.names, strict=True):
@@ -134,7 +143,7 @@ def check_not_sharded(groups: list[Parameters]) -> None:
                 )
 
 
-def check_one_device(groups: list[Parameters]) -> None:
+def check_one_device(groups: Sequence[Parameters]) -> None:
     """Raises unless all tensors that move are on one device."""
     seen: dict[torch.device, str] = {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""Modules that wrap another one to run it: what they add to names of parameters is no part of the model."""
+"""Module classes of other packages: those that wrap a model, and linear layers with transposed weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ def compiled() -> tuple[type[nn.Module], ...]:
     """The class of what torch.compile makes of a module; none as long as nothing was compiled."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
     found: tuple[type[nn.Module], ...] = (dynamo.OptimizedModule,) if dynamo else ()
+    return found
+
+
+def conv1d() -> tuple[type[nn.Module], ...]:
+    """The linear layer of GPT-2, which stores its weight as [d_in, d_out]; none unless it was imported."""
+    transformers = sys.modules.get("transformers.pytorch_utils")  # importing it takes seconds
+    found: tuple[type[nn.Module], ...] = (transformers.Conv1D,) if transformers else ()
     return found
 
 

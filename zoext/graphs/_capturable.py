@@ -1,13 +1,42 @@
-"""What a CUDA graph cannot hold: the host waiting for the device."""
+"""What a CUDA graph cannot hold: waits of the host for the device, and random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from zoext._runtime.randomness import RandomState
+
+
+def capturable(
+    closure: Callable[[], Any], device: torch.device, watching: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], Tensor]:
+    """The closure in ``watching()``, which raises if its value or its randomness could not be replayed."""
+
+    def run() -> Tensor:
+        before = RandomState(device)
+        with watching():
+            loss = closure()
+        if read := before.read_since():
+            raise RuntimeError(
+                f"closure drew random numbers from {' and '.join(read)}, which a graph would not draw anew "
+                "for each step and alike for its probes; switch dropout off with model.eval(), or step "
+                "with optimizer.step(closure)"
+            )
+        if not isinstance(loss, Tensor) or loss.device != device:
+            given = f"one on {loss.device}" if isinstance(loss, Tensor) else repr(loss)
+            raise TypeError(
+                f"closure must return a tensor on {device}, not {given}: a graph cannot run Python code "
+                "again; compute the loss on the device, or step with optimizer.step(closure)"
+            )
+        return loss
+
+    return run
 
 
 class HostWaits(TorchDispatchMode):

@@ -2,15 +2,14 @@
 
 from zoext.probes._choice import choose, is_compiled
 from zoext.probes._swap import StreamedProbeError
-from zoext.probes.base import Closure, Evaluate, Probe
+from zoext.probes.base import Probe, Session
 from zoext.probes.inplace import InplaceProbe
 from zoext.probes.streamed import StreamedProbe
 
 __all__ = [
-    "Closure",
-    "Evaluate",
     "InplaceProbe",
     "Probe",
+    "Session",
     "StreamedProbe",
     "StreamedProbeError",
     "choose",

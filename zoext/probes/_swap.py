@@ -173,6 +173,8 @@ class ModuleSwap:
             self._forget_other_owners()
             yield
         finally:
+            if self._combination is not None:
+                self._end(self._combination)
             for handle in handles:
                 handle.remove()
 
@@ -198,10 +200,15 @@ class ModuleSwap:
             self._make_room(combination)
             yield self._visited
         finally:
-            for module in reversed(list(self._running)):
-                with record(Phase.RESTORE):
-                    self._restore(module)
-            self._combination, self._terms, self._originals = None, {}, {}
+            self._end(combination)
+
+    def _end(self, combination: Combination) -> None:
+        if self._combination is not combination:  # ended already, by the end of ``hooked``
+            return
+        for module in reversed(list(self._running)):
+            with record(Phase.RESTORE):
+                self._restore(module)
+        self._combination, self._terms, self._originals = None, {}, {}
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
         if not len(combination):

@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from zoext._runtime.interrupts import Signals
 from zoext.directions import Combination
 
-Closure = Callable[[], Any]
-Evaluate = Callable[[Combination, Closure], Any]
+
+class Session(ABC):
+    """The probes of one estimate, during which signals are held back."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+
+    @abstractmethod
+    def displaced(self, combination: Combination) -> AbstractContextManager[None]:
+        """The block in which the model runs at ``theta + combination``."""
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """The block within ``displaced`` in which signals take effect: that of the closure."""
+        return self._signals.allowed()
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether theta still is where the last probe moved it; the end of the session restores it."""
+        return False
+
+    def settle(self) -> None:
+        """Takes note that the caller has moved the first group that is still displaced: it stays there."""
+        raise RuntimeError("this session never leaves theta displaced")
 
 
 class Probe(ABC):
-    """Evaluates closures at displaced weights.
+    """Runs a model at displaced weights.
 
-    Both probes clear autocast's cache, which keeps casts of weights and sees neither kind of change.
+    All probes clear autocast's cache, which keeps casts of weights and sees neither kind of change.
     """
 
     #: Whether theta is restored bit for bit, so that a run can be replayed without its probes.
     is_exact: ClassVar[bool] = False
 
     @abstractmethod
-    def session(self) -> AbstractContextManager[Evaluate]:
-        """The probes of one estimate: yields ``evaluate(combination, closure)``.
-
-        ``evaluate`` returns ``closure()`` at ``theta + combination``. Theta is back when the block ends,
-        however it ends.
-        """
+    def session(self) -> AbstractContextManager[Session]:
+        """The probes of one estimate. Theta is restored when the block ends, however it ends."""
 
     @property
     def is_to_watch(self) -> bool:
@@ -43,9 +61,9 @@ class Probe(ABC):
         yield
 
     @contextmanager
-    def recorded(self) -> Iterator[list[Tensor]]:
-        """Within the block a session is recorded to be replayed, so nothing is read on the host.
+    def captured(self) -> Iterator[list[Tensor]]:
+        """The block in which a session is captured in a graph, so that nothing is read on the host.
 
-        Yields the memory that replays will use, to be filled when the block ends.
+        Yields the memory that replays will use, filled when the block ends.
         """
         yield []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
 from zoext.probes._swap import ModuleSwap, StreamedProbeError
 from zoext.probes._unperturbed import UnperturbedReads
-from zoext.probes.base import Closure, Evaluate, Probe
+from zoext.probes.base import Probe, Session
 
 
 class StreamedProbe(Probe):
@@ -59,53 +59,62 @@ class StreamedProbe(Probe):
             self._unwatched = False
 
     @contextmanager
-    def recorded(self) -> Iterator[list[Tensor]]:
+    def captured(self) -> Iterator[list[Tensor]]:
         memory: list[Tensor] = []
         self._watch_next = False
         with self.unwatched():
             yield memory
         if self._watch_next:
             raise StreamedProbeError(
-                "streamed probe: other modules ran while the step was recorded than in the steps before, so "
-                "nobody has looked whether they read weights that are not displaced. Run the same modules "
-                "at every step, or pass probe='inplace'"
+                "streamed probe: other modules ran while the step was captured than in the steps before, so "
+                "their weight reads are unchecked. Run the same modules at every step, or pass "
+                "probe='inplace'"
             )
         memory.append(self._swap.memory)
 
     @contextmanager
-    def session(self) -> Iterator[Evaluate]:
+    def session(self) -> Iterator[Session]:
         if not self._unwatched:
             self._sessions += 1
             if self._sessions & (self._sessions - 1) == 0 or self._sessions % 100 == 0:
                 self._watch_next = True
-
-        def evaluate(combination: Combination, closure: Closure) -> Any:
-            modes = self._swap.modes()
-            unknown = self._watch_next or all(modes != known for _, known in self._watched)
-            watch = unknown and not self._unwatched
-            watching = _watching(combination) if watch and len(combination) else nullcontext()
-            with (
-                self._swap.displaced(combination, find_written_buffers=watch) as visited,
-                watching,
-                record(Phase.FORWARD),
-                signals.allowed(),
-            ):
-                torch.clear_autocast_cache()
-                loss = closure()
-            if len(combination):
-                route = (frozenset(visited), modes)
-                if watch:
-                    self._watched.add(route)
-                # A route not seen before ran unwatched: watch it at the next probe.
-                unwatched = route not in self._watched
-                self._watch_next = unwatched or (self._unwatched and self._watch_next)
-            return loss
-
         with interrupts.deferred() as signals, self._swap.hooked(signals):
             try:
-                yield evaluate
+                yield _StreamedSession(signals, self._displaced)
             finally:
                 torch.clear_autocast_cache()
+
+    @contextmanager
+    def _displaced(self, combination: Combination) -> Iterator[None]:
+        modes = self._swap.modes()
+        unknown = self._watch_next or all(modes != known for _, known in self._watched)
+        watch = unknown and not self._unwatched
+        watching = _watching(combination) if watch and len(combination) else nullcontext()
+        with (
+            self._swap.displaced(combination, find_written_buffers=watch) as visited,
+            watching,
+            record(Phase.FORWARD),
+        ):
+            torch.clear_autocast_cache()
+            yield
+        if len(combination):
+            route = (frozenset(visited), modes)
+            if watch:
+                self._watched.add(route)
+            # A route not seen before ran unwatched: watch it at the next probe.
+            unwatched = route not in self._watched
+            self._watch_next = unwatched or (self._unwatched and self._watch_next)
+
+
+class _StreamedSession(Session):
+    def __init__(
+        self, signals: interrupts.Signals, displaced: Callable[[Combination], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__(signals)
+        self._displace = displaced
+
+    def displaced(self, combination: Combination) -> AbstractContextManager[None]:
+        return self._displace(combination)
 
 
 @contextmanager

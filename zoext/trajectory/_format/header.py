@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from zoext._engine.axes import Axes
+from zoext._engine import Axes
 from zoext._parameters import shards
 from zoext._parameters.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
@@ -120,7 +120,7 @@ class Header:
             seed=_optimizers.unsigned_seed(optimizer),
             step=first["step"],
             frames=frames,
-            exact=_optimizers.restores_exactly(optimizer),
+            exact=optimizer.engine.probe.is_exact,
             groups=groups,
             notes=notes,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from zoext import noise, probes
-from zoext._engine.axes import Axes
+from zoext._engine import Axes
 from zoext._parameters import parameters, wrappers
 from zoext._parameters.precision import rounding_of
 from zoext.optimizer import ZerothOrderOptimizer

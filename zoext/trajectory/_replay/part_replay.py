@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from zoext import noise
-from zoext._engine.applied_step import AppliedStep, GroupOptions
-from zoext._runtime import interrupts
+from zoext._engine import AppliedStep, GroupOptions
 from zoext.directions import Frame, Step
 from zoext.directions.factored import Factored, matrix_shape
 from zoext.estimators import Estimate
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.trajectory import _optimizers
 from zoext.trajectory._format import frames
 from zoext.trajectory._format.fields import TrajectoryError
 from zoext.trajectory._format.reading import Part
@@ -36,7 +34,7 @@ class PartReplay:
 
     def __init__(self, target: nn.Module | ZerothOrderOptimizer, part: Part) -> None:
         if isinstance(target, ZerothOrderOptimizer):
-            _optimizers.check_not_recorded(target, "replay")
+            _check_not_recorded(target)
         header, path = part.header, part.path
         self.path = path
         self.is_exact = header.exact
@@ -56,7 +54,7 @@ class PartReplay:
                 self.optimizer = target
             else:
                 self.optimizer = matching.optimizer_of(header, target, groups, path)
-        self._direction = _optimizers.direction_of(self.optimizer)
+        self._direction = self.optimizer.engine.axes.direction
         if header.frames or self._direction.watches:
             self._check_frames()
 
@@ -64,7 +62,7 @@ class PartReplay:
     def progress(self) -> str:
         """Which weights a replay that raised has left."""
         step = self.optimizer.param_groups[0]["step"]
-        if _optimizers.is_torn(self.optimizer):
+        if self.optimizer.engine.run.is_torn:
             return (
                 f"the weights are now between step {step} and a later one; load the weights that the run "
                 "began with"
@@ -77,23 +75,26 @@ class PartReplay:
 
     def run(self) -> None:
         """Applies the steps."""
-        optimizer, groups = self.optimizer, self._groups
-        _optimizers.drop_estimates(optimizer)  # they were made at the weights before the replay
+        engine, groups = self.optimizer.engine, self._groups
+        engine.run.pending.clear()  # estimates at the weights before the replay
         at_once = AT_ONCE_FACTORED if isinstance(self._direction, Factored) else AT_ONCE
         with torch.inference_mode(False), torch.no_grad():
             for moves, steps in groupby(self._steps, key=lambda step: step.setting.moves):
                 matching.let_move(groups, keys_in(moves))
-                _optimizers.refresh_groups(optimizer)
+                engine.look()
                 self._drawn = None
                 while some := list(islice(steps, at_once)):
-                    with interrupts.deferred():
-                        _optimizers.apply(optimizer, self._applied(some))
+                    engine.apply(self._applied(some))
         if self._steps:
             self._set_options(self._steps[-1])
 
     @property
     def _groups(self) -> matching.Groups:
         return [group["params"] for group in self.optimizer.param_groups]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(group.device for group in self.optimizer.engine.groups if len(group))
 
     def _applied(self, steps: Sequence[StepRecord]) -> list[AppliedStep]:
         sizes = [len(step.seeds) for step in steps]
@@ -118,19 +119,17 @@ class PartReplay:
         ]
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=_optimizers.device_of(self.optimizer))
+        return torch.tensor(values, dtype=dtype, device=self._device)
 
     def _frame(self, step: StepRecord) -> Frame:
         if step.frame is not None:
-            device = _optimizers.device_of(self.optimizer)
             frame = frames.read(frames.path_beside(self.path), step.frame)
-            return Frame(left=_moved(frame.left, device), right=_moved(frame.right, device))
+            return Frame(left=_moved(frame.left, self._device), right=_moved(frame.right, self._device))
         origin = self._direction.origin(step.number - 1)
         if self._drawn is None or self._drawn[0] != origin:
             run_seed = self.optimizer.param_groups[0]["seed"]
             seed = self._tensor([noise.signed(noise.step_seed(run_seed, origin))], torch.int64)
-            groups = _optimizers.last_groups(self.optimizer)
-            self._drawn = origin, self._direction.frame(Step(seed, groups))
+            self._drawn = origin, self._direction.frame(Step(seed, self.optimizer.engine.groups))
         return self._drawn[1]
 
     def _check_frames(self) -> None:
@@ -166,6 +165,14 @@ class PartReplay:
             else:
                 group["lr"] = lr
             group["mu"], group["weight_decay"] = mu, weight_decay
+
+
+def _check_not_recorded(optimizer: ZerothOrderOptimizer) -> None:
+    if optimizer.recorder is not None:
+        raise RuntimeError(
+            "replay: the steps of this optimizer are recorded, and a trajectory cannot record a replay; "
+            "close() the trajectory first, and begin another one or resume it afterwards"
+        )
 
 
 def _fits(factor: Tensor, tensor: Tensor, side: int) -> bool:

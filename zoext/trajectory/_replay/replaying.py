@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from zoext._parameters import shards
-from zoext.optimizer import ZerothOrderOptimizer
-from zoext.trajectory import _optimizers
+from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.trajectory._format.reading import Part, read_until
 from zoext.trajectory._replay.agreement import agreed
 from zoext.trajectory._replay.part_replay import PartReplay
@@ -20,7 +20,10 @@ StrPath = str | os.PathLike[str]
 
 
 def replay(
-    target: nn.Module | ZerothOrderOptimizer, path: StrPath | Sequence[StrPath], *, to_step: int | None = None
+    target: nn.Module | torch.optim.Optimizer,
+    path: StrPath | Sequence[StrPath],
+    *,
+    to_step: int | None = None,
 ) -> ZerothOrderOptimizer:
     """Applies the steps of a recorded run to the weights that it began with, bit for bit, without a forward.
 
@@ -36,8 +39,8 @@ def replay(
 
     Args:
         target: the model, with the weights that the run began with. Its parameters are found by name, and
-            those that the run did not move are frozen. Or an optimizer with the recipe and the parameters of
-            the run, at the step where recording began.
+            those that the run did not move are frozen. Or a ``ZerothOrderOptimizer``, or a wrapper of one,
+            with the recipe and the parameters of the run, at the step where recording began.
         path: the trajectory. With a sequence of trajectories of runs that began with these weights, their
             changes are added: each trajectory is replayed on the result of the one before.
         to_step: the step of the run to stop after. Default: the last recorded step.
@@ -54,7 +57,7 @@ def replay(
             another trajectory. No weight was moved.
         ValueError: for a ``to_step`` outside the trajectory, and for a sequence with a ``to_step`` or with an
             optimizer as ``target``.
-        TypeError: for a ``to_step`` that is not an integer.
+        TypeError: for a ``to_step`` that is not an integer, and an optimizer that is not zoext's.
         RuntimeError: for an optimizer whose steps are being recorded.
         OSError: if a file cannot be read.
     """
@@ -66,13 +69,15 @@ def replay(
         )
     if to_step is not None and (isinstance(to_step, bool) or not isinstance(to_step, int)):
         raise TypeError(f"to_step must be an integer, not {to_step!r}")
+    target = target if isinstance(target, nn.Module) else unwrap(target)
     with agreed(_tensors(target)):
         parts = [read_until(each, to_step) for each in paths]
     return replay_parts(target, parts)
 
 
-def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]) -> ZerothOrderOptimizer:
+def replay_parts(target: nn.Module | torch.optim.Optimizer, parts: Sequence[Part]) -> ZerothOrderOptimizer:
     """Like ``replay``, for trajectories that ``read_until`` has read already."""
+    target = target if isinstance(target, nn.Module) else unwrap(target)
     tensors = _tensors(target)
     with agreed(tensors, on=" ".join(part.sha256 for part in parts)):
         replays = [PartReplay(target, part) for part in parts]
@@ -97,7 +102,7 @@ def replay_parts(target: nn.Module | ZerothOrderOptimizer, parts: Sequence[Part]
 
 def _tensors(target: nn.Module | ZerothOrderOptimizer) -> list[Tensor]:
     """The parameters of ``target``, after those that FSDP gathered for a forward were sharded again."""
-    module = target if isinstance(target, nn.Module) else _optimizers.module_of(target)
+    module = target if isinstance(target, nn.Module) else target.engine.module
     if module is not None:
         shards.reshard(module)
     if isinstance(target, nn.Module):

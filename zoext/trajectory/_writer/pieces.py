@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoext._engine.applied_step import AppliedStep
+from zoext._engine import AppliedStep
 from zoext.directions import Frame
 from zoext.trajectory._format import frames, lines
 from zoext.trajectory._format.fields import TrajectoryError
@@ -71,7 +71,7 @@ def _record(number: int, step: AppliedStep, setting: Setting, place: frames.Plac
         seeds=tuple(seed % 2**64 for seed in estimate.seeds.tolist()),
         coefficients=tuple(estimate.coefficients.tolist()),
         loss=float(estimate.loss),
-        loss_std=float(estimate.spread),
+        loss_std=float(estimate.loss_std),
         finite=bool(estimate.finite),
         forwards=estimate.forwards,
         lr=tuple(float(options.lr) for options in step.options),

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from zoext._engine.applied_step import AppliedStep
+import torch
+
+from zoext._engine import AppliedStep
 from zoext._parameters import parameters
-from zoext.optimizer import ZerothOrderOptimizer
+from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.trajectory import _optimizers
 from zoext.trajectory._format import frames as side_file
 from zoext.trajectory._format.header import Header
@@ -43,7 +45,8 @@ class Trajectory:
 
     Args:
         path: the file to write. It must not exist, except with ``resume``.
-        optimizer: the optimizer whose steps are recorded until ``close``. If its steps depend on earlier ones
+        optimizer: the ``ZerothOrderOptimizer`` whose steps are recorded until ``close``, or a wrapper of it
+            such as Accelerate's, Lightning's or Fabric's. If its steps depend on earlier ones
             (AdaMeZO, ``precision="residual"``), recording must begin before its first step.
         frames: also record the bases of AGZO, which come from data and not from seeds. They go to a side file
             (``run.frames`` beside ``run.jsonl``) with r floats per input of each layer and step. Without
@@ -62,6 +65,7 @@ class Trajectory:
         FileExistsError: if ``path`` exists, without ``resume``.
         ValueError: if earlier steps of the optimizer would be missing from the recording, if the optimizer is
             already recorded, and for sharded parameters.
+        TypeError: for an optimizer that is not zoext's.
         TrajectoryError: for a file that cannot be continued. It is unchanged.
         BlockingIOError: if another recording has the file open. The file is locked until ``close`` or the end
             of the process. On a file system without locks, a second recording is detected when it writes.
@@ -74,25 +78,26 @@ class Trajectory:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        optimizer: ZerothOrderOptimizer,
+        optimizer: torch.optim.Optimizer,
         *,
         frames: bool = False,
         notes: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
         self.path = Path(path)
+        optimizer = unwrap(optimizer)
         if optimizer.recorder is not None:
             raise ValueError("optimizer: its steps are recorded already; close that trajectory first")
         parameters.check_not_sharded(parameters.trainable(optimizer.param_groups))
         self._optimizer = optimizer
-        watches = _optimizers.direction_of(optimizer).watches
+        watches = optimizer.engine.axes.direction.watches
         if watches and not frames and not resume:
             warnings.warn(
                 "the bases of AGZO come from data and not from seeds, so this trajectory cannot be replayed; "
                 "record them with frames=True",
                 stacklevel=2,
             )
-        if not _optimizers.restores_exactly(optimizer) and not resume:
+        if not optimizer.engine.probe.is_exact and not resume:
             warnings.warn(
                 "probe='inplace' restores the weights only to rounding, and the trajectory does not record "
                 "the error: a replay will be near the run, but not equal to it. Pass the module as params, "
@@ -140,7 +145,7 @@ class Trajectory:
 
     def record(self, step: AppliedStep) -> None:
         """Records a step. The optimizer calls it after the step."""
-        moves = ranges(key for group in _optimizers.last_groups(self._optimizer) for key in group.keys)
+        moves = ranges(key for group in self._optimizer.engine.groups for key in group.keys)
         self._writer.put(self._pieces.of(self._step + 1, step, moves))
         self._step += 1  # last, so that check() reports a step that could not be recorded
 
