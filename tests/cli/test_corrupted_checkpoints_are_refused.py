@@ -12,7 +12,7 @@ import pytest
 from support.finetune_command import Command, prepare
 from zoext.cli import _resuming
 from zoext.cli._runs import results
-from zoext.trajectory import header
+from zoext.trajectory._format import header
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def test_without_weights_and_with_corrupted_bases(command: Command) -> None:
     command.works(*COMMON, "--optimizer=agzo", "--record-frames", "--checkpoint=trajectory")
     corrupt(command.out / "trajectory.frames", "flipped")
     error = command.is_refused("--resume", LAST)
-    assert f"{command.out / 'trajectory.frames'}: damaged at byte" in error
+    assert f"{command.out / 'trajectory.frames'}: corrupted at byte" in error
     assert "--to-step 2 --out DIR still recovers" in error
     assert "restore the file of this run" in error
 

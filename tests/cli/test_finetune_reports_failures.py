@@ -69,7 +69,7 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
     ("change", "reason"),
     [
         ("replaced", "was moved, removed or replaced while it was written"),
-        ("written", "somebody else writes"),
+        ("written", "another program writes"),
     ],
 )
 def test_a_trajectory_that_somebody_else_changes(

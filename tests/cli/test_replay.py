@@ -24,7 +24,7 @@ from zoext.cli._commands import replay as replay_command
 from zoext.cli._problem import demo, models
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._runs import results
-from zoext.trajectory import lines
+from zoext.trajectory._format import lines
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -254,8 +254,8 @@ def test_another_base(command: Command) -> None:
     command.works()
     tiny_bert(command.folder / "wide", hidden=24)
     tiny_bert(command.folder / "other", seed=4)
-    assert "begins with another model" in refused(command, base=str(command.folder / "wide"))
-    assert "begins with other weights" in refused(command, base=str(command.folder / "other"))
+    assert "model mismatch" in refused(command, base=str(command.folder / "wide"))
+    assert "weights mismatch" in refused(command, base=str(command.folder / "other"))
     assert "model ./none: cannot be loaded" in refused(command, base="./none")
     error = refused(command, base="demo")
     assert f"BASE demo: {command.out / 'trajectory.jsonl'} was recorded from another model" in error
@@ -325,8 +325,8 @@ def test_a_corrupted_trajectory(command: Command) -> None:
         ("classes", ["0", "0"], "classes must be distinct names"),
         ("classes", ["0", "1", "2"], "classes has 3 names, but no parameter of the run has as many rows"),
         ("classes", [], "classes has 0 names"),
-        ("classes", [str(i) for i in range(16)], "begins with another model"),
-        ("dtype", "bfloat16", "begins with another model"),
+        ("classes", [str(i) for i in range(16)], "model mismatch"),
+        ("dtype", "bfloat16", "model mismatch"),
     ],
 )
 def test_notes_that_no_run_wrote(

@@ -1,4 +1,4 @@
-"""Lines of JSON, each with a checksum of itself and of all lines before it."""
+"""JSON lines, each with a checksum that covers the line and all lines before it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zoext.trajectory.fields import TrajectoryError
+from zoext.trajectory._format.fields import TrajectoryError
 
-LONGEST = 2**24  # bytes of a line; a model of 80,000 parameters has such a header
+LONGEST = 2**24  # bytes per line; the header of a model with 80,000 parameters fits
 
 _CHECKSUM = re.compile(rb'^(\{.*),"crc32":"([0-9a-f]{8})"\}$', re.DOTALL)
 
 
 class Line(NamedTuple):
-    """A record of a file: where it ends, newline and all, and its text as it was read."""
+    """A line of a file.
+
+    Attributes:
+        number: counted from 1.
+        record: the parsed JSON object.
+        checksum: CRC-32 of this line and all lines before it.
+        end: the offset of the byte after its newline.
+        text: the bytes that were read.
+    """
 
     number: int
     record: Any
@@ -27,10 +35,10 @@ class Line(NamedTuple):
 
 
 def encode(record: dict[str, Any], previous: int) -> tuple[bytes, int]:
-    """The line of a record that is not empty, and its checksum; ``previous`` is that of the line before.
+    """The line of a non-empty record and its checksum, given the checksum of the ``previous`` line.
 
     Raises:
-        ValueError: for one so long that it would not be read again.
+        ValueError: for a number that is not finite, or a line that is too long to be read back.
     """
     body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
     checksum = zlib.crc32(body, previous)
@@ -41,13 +49,13 @@ def encode(record: dict[str, Any], previous: int) -> tuple[bytes, int]:
 
 
 def read(path: Path) -> Iterator[Line]:
-    """The lines of a file; a last one that is torn is left out.
+    """Reads and checks the lines of a file, without the last one if it is torn.
 
-    One of which just the newline is lost is whole.
+    A last line that lacks only its newline counts as complete.
 
     Raises:
-        TrajectoryError: for a line that is no record, or not the one that was written.
-        OSError: for a file that cannot be read.
+        TrajectoryError: for a corrupted line.
+        OSError: if the file cannot be read.
     """
     checksum = end = 0
     with path.open("rb") as file:
@@ -56,7 +64,7 @@ def read(path: Path) -> Iterator[Line]:
             number += 1
             if not line.endswith(b"\n"):
                 if len(line) == LONGEST:
-                    raise _damaged(path, number, f"is longer than {LONGEST} bytes")
+                    raise _corrupted(path, number, f"is longer than {LONGEST} bytes")
                 try:
                     body = line[: line.rfind(b'"}') + 2]
                     record, checksum = _decode(body, checksum, path, number)
@@ -72,21 +80,22 @@ def read(path: Path) -> Iterator[Line]:
 def _decode(line: bytes, previous: int, path: Path, number: int) -> tuple[Any, int]:
     match = _CHECKSUM.match(line)
     if match is None:
-        raise _damaged(path, number, "does not end with a checksum")
+        raise _corrupted(path, number, "does not end with a checksum")
     body, written = match[1], int(match[2], 16)
     if zlib.crc32(body, previous) != written:
-        raise _damaged(path, number, "has another checksum than its text and the lines before it")
+        raise _corrupted(path, number, "has a checksum mismatch: it or a line before it was changed")
     try:
         return json.loads(body + b"}", parse_constant=_refuse), written
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, number, f"is no JSON ({str(error)[:80] or type(error).__name__})") from None
+        reason = str(error)[:80] or type(error).__name__
+        raise _corrupted(path, number, f"is not valid JSON ({reason})") from None
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
-def _damaged(path: Path, number: int, how: str) -> TrajectoryError:
+def _corrupted(path: Path, number: int, how: str) -> TrajectoryError:
     last = number - 2  # the first line is the header
-    remedy = f"; the steps before it can be replayed, to_step={last} or fewer" if last > 0 else ""
-    return TrajectoryError(f"{path}: line {number} {how}: it is damaged{remedy}")
+    remedy = f"; replay the steps before it with to_step={last} or fewer" if last > 0 else ""
+    return TrajectoryError(f"{path}: line {number} {how}; the file is corrupted{remedy}")

@@ -1,4 +1,4 @@
-"""Whether weights are those that a recorded run began with, and the optimizer that goes on from them."""
+"""Finds the parameters of a recorded run in a model or an optimizer, and checks that they match."""
 
 from __future__ import annotations
 
@@ -9,84 +9,90 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from zoext import noise, probes
-from zoext._engine.axes import Axes
+from zoext._engine import Axes
 from zoext._parameters import parameters, wrappers
-from zoext._parameters.precision import RESIDUAL, rounding_of
+from zoext._parameters.precision import rounding_of
 from zoext.optimizer import ZerothOrderOptimizer
-from zoext.trajectory.fields import TrajectoryError, shown
-from zoext.trajectory.header import Header, RecordedParameter, named_groups
+from zoext.trajectory import _optimizers
+from zoext.trajectory._format.fields import TrajectoryError, shown
+from zoext.trajectory._format.header import Header, RecordedParameter
 
 Groups = list[list[Tensor]]
-Difference = Callable[[RecordedParameter, Tensor], str | None]
+Mismatch = Callable[[RecordedParameter, Tensor], str | None]
 
 
 def find(header: Header, model: nn.Module, path: Path) -> Groups:
-    """The parameters of ``model`` that the run had, in its groups.
+    """The parameters of the run in ``model``, in the groups of the run.
 
     Raises:
-        TrajectoryError: for a model that is not the one of the run.
+        TrajectoryError: if one is missing or has another shape or dtype.
     """
-    # With the names that a wrapper gives them too: an optimizer of named parameters knows no others.
+    # Also by the names inside wrappers: an optimizer of named parameters records no others.
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(wrappers.named_parameters(model))}
     missing = [parameter.name for parameter in header.parameters if parameter.name not in named]
     if missing:
         raise TrajectoryError(
-            f"{path}: is of another model: {shown(missing[0])} ({len(missing)} of {len(header.parameters)} "
-            "parameters) is not in this one; give the model of the run, or an optimizer of its parameters"
+            f"{path}: model mismatch: {shown(missing[0])} ({len(missing)} of {len(header.parameters)} "
+            "parameters) is not in this model; give the model of the run, or an optimizer of its parameters"
         )
     groups = [[named[parameter.name] for parameter in group] for group in header.groups]
-    _check(header, groups, path, RecordedParameter.unlike, "another model")
+    _check(header, groups, path, RecordedParameter.shape_mismatch, "model mismatch")
     return groups
 
 
 def check_optimizer(header: Header, optimizer: ZerothOrderOptimizer, path: Path) -> None:
-    """Raises a TrajectoryError unless ``optimizer`` is where the run of ``header`` was when it began."""
+    """Raises a TrajectoryError unless ``optimizer`` is in the state where the recording began."""
     first = optimizer.param_groups[0]
     ours = {name: first[name] for name in ("recipe", "precision", "step")}
-    for name, value in (ours | {"seed": noise.signed(first["seed"]) % 2**64}).items():
+    for name, value in (ours | {"seed": _optimizers.unsigned_seed(optimizer)}).items():
         if value != getattr(header, name):
             raise TrajectoryError(
-                f"{path}: its {name} is {str(getattr(header, name))[:500]}, the optimizer has {value}; give "
-                "a new optimizer that was built as the run's was"
+                f"{path}: run mismatch: its {name} is {str(getattr(header, name))[:500]}, but the optimizer "
+                f"has {value}; give a new optimizer with the options of the run"
             )
-    if remembers(optimizer):
+    if _optimizers.remembers(optimizer):
         raise TrajectoryError(
-            f"{path}: begins with an optimizer that remembers no steps, and this one does; give a new one"
+            f"{path}: begins with a new optimizer, but the next step of this one depends on its earlier "
+            "steps; give a new one"
         )
-    groups = [[tensor for _, _, tensor in group] for group in named_groups(optimizer)]
+    groups = [[tensor for _, _, tensor in group] for group in _optimizers.named_groups(optimizer)]
     if [len(group) for group in groups] != [len(group) for group in header.groups]:
-        raise TrajectoryError(f"{path}: is of other groups of parameters than the optimizer has")
-    _check(header, groups, path, RecordedParameter.unlike, "another model")
+        raise TrajectoryError(
+            f"{path}: model mismatch: the run had parameter groups of {_sizes(header.groups)} parameters, "
+            f"the optimizer has {_sizes(groups)}; give an optimizer with the groups of the run"
+        )
+    _check(header, groups, path, RecordedParameter.shape_mismatch, "model mismatch")
 
 
-def remembers(optimizer: ZerothOrderOptimizer) -> bool:
-    """Whether the next step depends on more than the weights and the step number."""
-    residuals = (state[RESIDUAL] for state in optimizer.state.values() if RESIDUAL in state)
-    return any(group["update_state"] for group in optimizer.param_groups) or any(map(Tensor.any, residuals))
+def _sizes(groups: Collection[Collection[object]]) -> str:
+    return shown([len(group) for group in groups])
 
 
 def check_weights(header: Header, groups: Groups, path: Path) -> None:
-    """Raises a TrajectoryError for weights that the run did not begin with. A collective for DTensors."""
-    _check(header, groups, path, RecordedParameter.changed, "other weights")
+    """Raises a TrajectoryError unless the weights are those that the run began with.
+
+    It is a collective for DTensors.
+    """
+    _check(header, groups, path, RecordedParameter.weights_mismatch, "weights mismatch")
 
 
-def _check(header: Header, groups: Groups, path: Path, check: Difference, what: str) -> None:
+def _check(header: Header, groups: Groups, path: Path, mismatch: Mismatch, what: str) -> None:
     pairs: list[tuple[RecordedParameter, Tensor]] = []
     for recorded, tensors in zip(header.groups, groups, strict=True):
         pairs += zip(recorded, tensors, strict=True)
     different = [
-        (parameter.name, reason) for parameter, tensor in pairs if (reason := check(parameter, tensor))
+        (parameter.name, reason) for parameter, tensor in pairs if (reason := mismatch(parameter, tensor))
     ]
     if different:
         name, reason = different[0]
         raise TrajectoryError(
-            f"{path}: begins with {what}: {name} {reason} ({len(different)} of {len(pairs)} "
-            "parameters differ); load what the run began with"
+            f"{path}: {what}: {name} {reason} ({len(different)} of {len(pairs)} parameters differ); load "
+            "what the run began with"
         )
 
 
 def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -> ZerothOrderOptimizer:
-    """The run's optimizer, on the parameters that were found in ``model``."""
+    """The optimizer of the run, for the parameters that ``find`` returned."""
     names = [[parameter.name for parameter in group] for group in header.groups]
     try:
         axes = Axes.from_recipe(header.recipe)
@@ -115,14 +121,14 @@ def movable(groups: Groups) -> list[int]:
 
 
 def check_movable(header: Header, groups: Groups, keys: Collection[int], path: Path) -> None:
-    """Raises a TrajectoryError if one of these parameters is of a kind that cannot be moved."""
+    """Raises a TrajectoryError if the optimizer cannot move one of the parameters with these keys."""
     flat = [tensor for group in groups for tensor in group]
     for key in sorted(keys):
         name = header.parameters[key].name
         if flat[key].dtype not in noise.FLOATING:
             raise TrajectoryError(f"{path}: moves {shown(name)}, which has dtype {flat[key].dtype}")
         if not header.parameters[key].digest:
-            raise TrajectoryError(f"{path}: moves {shown(name)}, of whose weights its header has no digest")
+            raise TrajectoryError(f"{path}: moves {shown(name)}, but its header has no digest of the weights")
         with moving([[flat[key]]], [0]):
             try:
                 parameters.check(flat[key], name)
@@ -131,7 +137,7 @@ def check_movable(header: Header, groups: Groups, keys: Collection[int], path: P
 
 
 def let_move(groups: Groups, keys: Collection[int]) -> None:
-    """Has the parameters with these keys require grad, and no others."""
+    """Makes the parameters with these keys, and no others, require grad."""
     moving = frozenset(keys)
     flat = (tensor for group in groups for tensor in group)
     for key, tensor in enumerate(flat):
@@ -141,7 +147,7 @@ def let_move(groups: Groups, keys: Collection[int]) -> None:
 
 @contextmanager
 def moving(groups: Groups, keys: Collection[int]) -> Iterator[None]:
-    """Within the block just these parameters require grad."""
+    """A block in which only the parameters with these keys require grad."""
     before = [tensor.requires_grad for group in groups for tensor in group]
     try:
         let_move(groups, keys)

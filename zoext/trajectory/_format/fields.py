@@ -1,26 +1,31 @@
-"""Fields of a JSON record that may hold anything: each is what it should be, or an error names it."""
+"""Typed access to the fields of JSON records that may hold anything."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-
-_SHOWN = 60  # characters of a value that is refused
+_SHOWN = 60  # characters of a rejected value that an error message quotes
 
 
 class TrajectoryError(ValueError):
-    """A trajectory that cannot be read, or that does not fit. Nothing has been changed."""
+    """A trajectory that is corrupted or does not match. Nothing has been changed."""
 
 
 class VersionError(TrajectoryError):
-    """A trajectory that another version of zoext can read."""
+    """A trajectory in a version of the format, or of the noise field, that this zoext does not read."""
 
 
 class Fields:
-    """A record, and where it stands for the errors: ``where`` is like ``run.jsonl: line 3``."""
+    """A JSON object whose fields are checked as they are read.
+
+    Every getter raises a ``TrajectoryError`` that names the field if it is missing or has the wrong type.
+
+    Args:
+        record: the parsed JSON value.
+        where: the location that error messages begin with, such as ``run.jsonl: line 3``.
+    """
 
     def __init__(self, record: Any, where: str) -> None:
         self.where = where
@@ -49,11 +54,8 @@ class Fields:
         value: int = self._field(name, lambda v: is_integer(v, low, high), f"an integer from {low} to {high}")
         return value
 
-    def number(self, name: str) -> float:
-        return float(self._field(name, is_number, "a finite number"))
-
     def number_or_null(self, name: str) -> float:
-        """A number; null stands for one that was not finite."""
+        """A finite number, or NaN for null: the format writes null for numbers that are not finite."""
         value = self._field(name, lambda v: v is None or is_number(v), "a finite number or null")
         return math.nan if value is None else float(value)
 
@@ -65,8 +67,15 @@ class Fields:
         value: str = self._field(name, lambda v: isinstance(v, str), "a string")
         return value
 
+    def hexadecimal(self, name: str) -> int:
+        """An unsigned 64-bit integer, written as 16 hexadecimal digits."""
+        text = self.text(name)
+        if not is_hexadecimal(text):
+            raise self.error(f"{name} must be 16 hexadecimal digits, not {shown(text)}")
+        return int(text, 16)
+
     def list_of(self, name: str, is_valid: Callable[[Any], bool], kind: str) -> list[Any]:
-        """A list whose entries are all valid; ``kind`` says what they should be."""
+        """A list of valid entries; ``kind`` describes them in the error message."""
 
         def is_list(value: Any) -> bool:
             return isinstance(value, list) and all(map(is_valid, value))
@@ -87,14 +96,18 @@ def is_integer(value: Any, low: int, high: int) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that float64 holds."""
+    """Whether ``value`` is a number that float64 represents as a finite one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= 2**1023 if isinstance(value, int) else math.isfinite(value)
 
 
+def is_hexadecimal(value: Any, digits: int = 16) -> bool:
+    return isinstance(value, str) and len(value) == digits and set(value) <= set("0123456789abcdef")
+
+
 def shown(value: Any) -> str:
-    """A value for an error message, cut short."""
+    """A short form of ``value`` for an error message."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN:
         return "a huge integer"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Writes files behind the back of a run."""
+"""Appends to files in a background thread."""
 
 from __future__ import annotations
 
@@ -14,116 +14,117 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from zoext.trajectory.owned import OwnedFile
+from zoext.trajectory._writer.owned_file import OwnedFile
 
-INTERVAL = 0.25  # seconds that what is put waits to be written together with what follows
+INTERVAL = 0.25  # seconds that a piece waits to be written together with later ones
 
-#: Makes what is appended next to each file, in the order of the files.
+#: Makes the bytes to append to each file, in the order of the files.
 Piece = Callable[[], tuple[bytes, ...]]
 
 
 class BackgroundWriter:
-    """Appends to files in a thread of its own, so that nobody waits for a disk or a device.
+    """Appends to files in a thread, so that the caller waits neither for the disk nor for the device.
 
-    What is put is on the disk half a second later, if the disk is fast enough. Files are written and
-    synchronised in their order: a line of the last one may speak of what is in those before it. Where the
-    system refuses a write the files keep what was written whole before, and the rest is kept to be tried
-    again: by ``check``, ``flush`` and ``close``, each of which raises the error if there is one again, and
-    once more when the writer is forgotten or the interpreter ends. What is lost then is told on stderr,
-    unless ``close`` has raised the reason.
+    A piece reaches the disk within half a second if the disk is fast enough. Files are written and
+    synchronised in their order, so data in the last file may refer to data in those before it.
 
-    What waits is kept in memory, without a bound: nothing is lost, and nobody waits, while a disk stalls.
+    If a write fails, the files keep the pieces that are complete, and the others stay in memory. ``check``,
+    ``flush`` and ``close`` retry the write and raise the error if it fails again. The last retry is when the
+    writer is garbage-collected or the interpreter exits. Lost pieces are then reported on stderr, unless
+    ``close`` has already raised the error.
+
+    Unwritten pieces are kept in memory without a limit: nothing is lost and nobody waits while a disk stalls.
 
     Args:
-        files: are appended to, and closed at the end. Their locks are let go after a ``close`` that failed,
-            until the next try.
+        files: the files to append to. The writer closes them at the end, and unlocks them after a ``close``
+            that failed, until the next retry.
     """
 
     def __init__(self, *files: OwnedFile) -> None:
-        self._tail = _Tail(files)
+        self._queue = _Queue(files)
         self._process = os.getpid()
-        # The thread does not hold the writer, so that one that is forgotten is closed and not kept for ever.
-        self._thread = threading.Thread(target=self._tail.run, name="zoext trajectory", daemon=True)
+        # The thread has no reference to the writer, so that an abandoned writer is collected and closed.
+        self._thread = threading.Thread(target=self._queue.run, name="zoext trajectory", daemon=True)
         self._thread.start()
-        self._forgotten = weakref.finalize(self, _forget, self._tail, self._thread, self._process)
+        self._finalizer = weakref.finalize(self, _abandon, self._queue, self._thread, self._process)
 
     def put(self, piece: Piece) -> None:
-        """Appends what ``piece()`` returns; it is called in the thread, in the order of these calls.
+        """Appends the bytes that ``piece()`` returns. The thread calls the pieces in the order of ``put``.
 
-        One that raises is called again.
+        A piece that raises is called again at the next retry.
         """
-        self._tail.put(piece)
+        self._queue.put(piece)
 
     def check(self) -> None:
-        """Raises the error at which writing ended, if it ends there again. Waits only after an error.
+        """Retries a failed write and raises its error. Returns at once if none has failed.
 
         Raises:
-            RuntimeError: in a fork of the process: the thread is not in it.
+            RuntimeError: in a fork of the process, which does not have the thread.
         """
         self._check_process()
-        if self._tail.error is not None:
+        if self._queue.error is not None:
             self.flush()
 
     def flush(self) -> None:
-        """Waits until all that was put is on the disk.
+        """Waits until all pieces so far are on the disk.
 
         Raises:
-            OSError: if the system refused to write it.
+            OSError: if a write failed.
             RuntimeError: in a fork of the process.
         """
         self._check_process()
-        self._tail.flush()
+        self._queue.flush()
         self._raise()
 
     def close(self) -> None:
-        """Writes what was put and ends the thread. Raises as ``flush``. In a fork it does nothing.
+        """Writes all pieces and ends the thread. Raises like ``flush``. Does nothing in a fork.
 
-        Where it raises, or is interrupted, all that is unwritten is still there: close again.
+        If it raises or is interrupted, the unwritten pieces are kept and it can be called again.
         """
         if os.getpid() != self._process:
             return
-        self._tail.close()
-        self._tail.is_told = self._tail.error is not None
+        self._queue.close()
+        self._queue.is_reported = self._queue.error is not None
         self._raise()
         self._thread.join()
-        self._forgotten.detach()
+        self._finalizer.detach()
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
-                f"{self._tail.name} is written by process {self._process}, of which this one is a fork; "
+                f"{self._queue.name} is written by process {self._process}, of which this one is a fork; "
                 "take steps there, or close() the trajectory here"
             )
 
     def _raise(self) -> None:
-        error = self._tail.error
+        error = self._queue.error
         if error is not None:
-            # A copy: what is raised holds this writer, and the thread, which holds the error, must not.
+            # A copy: the traceback of a raised error refers to this writer, and the thread keeps the error.
             raise copy.copy(error) from error
 
 
-def _forget(tail: _Tail, thread: threading.Thread, process: int) -> None:
+def _abandon(queue: _Queue, thread: threading.Thread, process: int) -> None:
     if os.getpid() != process:
         return
-    tail.forget()
-    if thread is not threading.current_thread():  # which may be the one that collects garbage
+    queue.abandon()
+    if thread is not threading.current_thread():  # the garbage collector may run in the thread itself
         thread.join()
 
 
-class _Tail:
-    """The ends of the files, and what is still to be appended."""
+class _Queue:
+    """The pieces that are to be appended, and the ends of the files."""
 
     def __init__(self, files: tuple[OwnedFile, ...]) -> None:
         self._files = files
-        self._sizes = [os.fstat(file.descriptor).st_size for file in files]  # of what is whole
+        self._sizes = [os.fstat(file.descriptor).st_size for file in files]  # of the complete pieces
         self._changed = threading.Condition()
         self._waiting: deque[Piece] = deque()
-        self._torn = [False for _ in files]  # whether a part of what was refused is still there
+        self._torn = [False for _ in files]  # whether a part of a failed write may still be in the file
         self._unwritten = [bytearray() for _ in files]
         self._put = self._made = self._done = self._tries = 0
-        self._hurry = 0  # how many pieces somebody waits for
-        self._closing = self._forgotten = self._ended = False
-        self.is_told = False  # whether somebody knows that what is unwritten may be lost
+        self._hurry = 0  # how many pieces a caller waits for
+        self._closing = self._abandoned = self._ended = False
+        self.is_reported = False  # whether the caller knows that unwritten pieces may be lost
         self.error: BaseException | None = None
 
     @property
@@ -137,7 +138,7 @@ class _Tail:
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Returns when all is written, or one more try has failed."""
+        """Returns when all pieces are written or one more try has failed."""
         with self._changed:
             self._hurry = wanted = self._put
             tries = self._tries
@@ -149,16 +150,16 @@ class _Tail:
             )
 
     def close(self) -> None:
-        """Returns when all is written and the thread ends, or one more try has failed."""
+        """Returns when all pieces are written and the thread is about to end, or one more try has failed."""
         with self._changed:
             self._closing = not self._ended
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._closing)
 
-    def forget(self) -> None:
+    def abandon(self) -> None:
         """Ends the thread after one more try."""
         with self._changed:
-            self._forgotten = True
+            self._abandoned = True
             self._changed.notify_all()
 
     def run(self) -> None:
@@ -167,37 +168,37 @@ class _Tail:
             error = self._try()
             if closing and error is not None:
                 for file in self._files:
-                    file.let_go()
+                    file.unlock()
             with self._changed:
                 self.error = error
                 self._tries += 1
                 if error is None:
                     self._done = self._made
                 else:
-                    self._hurry = self._done  # whoever waits is told
+                    self._hurry = self._done  # flush() returns and raises the error
                 self._ended = is_last or (closing and error is None)
                 if closing or self._ended:
                     self._closing = False
                 self._changed.notify_all()
         for file in self._files:
             file.close()
-        self._tell_what_is_lost()
+        self._report_lost()
 
     def _wait(self) -> tuple[bool, bool]:
-        """Until some time after something was put. Whether somebody closes, and whether none is left."""
+        """Waits for pieces or a waiting caller. Returns whether to close, and whether it is abandoned."""
         with self._changed:
             self._changed.wait_for(lambda: self._made < self._put or self._is_urgent())
             until = time.monotonic() + INTERVAL
             while not self._is_urgent() and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return self._closing, self._forgotten
+            return self._closing, self._abandoned
 
     def _is_urgent(self) -> bool:
-        return self._closing or self._forgotten or self._hurry > self._done
+        return self._closing or self._abandoned or self._hurry > self._done
 
-    def _tell_what_is_lost(self) -> None:
+    def _report_lost(self) -> None:
         lost = self._put - self._done
-        if lost and not self.is_told and sys.stderr is not None:
+        if lost and not self.is_reported and sys.stderr is not None:
             error = self.error
             reason = error.strerror if isinstance(error, OSError) else repr(error)
             print(f"zoext: {self.name}: {reason}; its last steps are lost: {lost} of them", file=sys.stderr)
@@ -210,7 +211,7 @@ class _Tail:
                 self._waiting.popleft()
                 self._made += 1
             for file in self._files:
-                file.hold()
+                file.lock()
             for i, unwritten in enumerate(self._unwritten):
                 if unwritten:
                     self._append(i, bytes(unwritten))
@@ -221,13 +222,13 @@ class _Tail:
         return None
 
     def _append(self, i: int, data: bytes) -> None:
-        """Appends ``data`` to a file, all of it or nothing."""
+        """Appends all of ``data`` to file ``i``, or nothing."""
         file, size = self._files[i].descriptor, self._sizes[i]
         try:
             if self._torn[i]:
                 self._cut(i)
             if os.fstat(file).st_size != size:
-                raise OSError(errno.EBUSY, "somebody else writes to this file too")
+                raise OSError(errno.EBUSY, "another program writes to this file too")
             self._torn[i] = True
             rest = memoryview(data)
             while rest:
@@ -241,7 +242,6 @@ class _Tail:
             raise OSError(error.errno, error.strerror, str(self._files[i].path)) from None
 
     def _cut(self, i: int) -> None:
-        os.ftruncate(
-            self._files[i].descriptor, self._sizes[i]
-        )  # whole lines only; to shorten a file needs no room
+        # Shortening a file needs no room, so it works on a full disk.
+        os.ftruncate(self._files[i].descriptor, self._sizes[i])
         self._torn[i] = False

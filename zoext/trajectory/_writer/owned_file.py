@@ -1,4 +1,4 @@
-"""Files that one recording at a time appends to."""
+"""Files that only one recording at a time may append to."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class OwnedFile:
-    """A file that exists, open to be appended to, with a lock that keeps other recordings out.
+    """A file opened for appending, with an exclusive lock (``flock``).
 
-    On ``make`` it is made if it is missing. The lock ends with the process, however that ends. A child that
-    was forked with ``os.fork``, such as a worker of a DataLoader, does not keep it: it closes its copy at
-    once. Where the file system knows no locks there is none.
+    The lock ends with the process, however it ends. A child made with ``os.fork``, such as a worker of a
+    DataLoader, does not inherit it: the child closes its copy of the descriptor at once. On a file system
+    without locks, the file is opened without one.
+
+    Args:
+        path: the file. It must exist, except with ``make``.
+        make: create the file if it is missing.
 
     Raises:
-        BlockingIOError: if another recording has it.
-        OSError: if it cannot be opened.
+        BlockingIOError: if another recording has the lock.
+        OSError: if the file cannot be opened.
     """
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
         self.path = path
-        self._place = path.absolute()  # also after the process has gone to another folder
+        self._place = path.absolute()  # stays valid if the process changes its working directory
         self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | (os.O_CREAT if make else 0), 0o666)
         _open_files.add(self)
         try:
-            self.hold()
+            self.lock()
         except BaseException:
             self.close()
             raise
 
-    def hold(self) -> None:
-        """Takes the lock, if it was let go, and sees that the path still leads here.
+    def lock(self) -> None:
+        """Takes the lock, unless it is held already, and checks that the path still leads to this file.
 
         Raises:
             BlockingIOError: if another recording has the lock.
@@ -53,15 +57,16 @@ class OwnedFile:
             if error.errno not in _UNSUPPORTED:
                 raise
         if not self._is_at_path():
-            why = "was moved, removed or replaced while it was written; put it back"
+            why = "was moved, removed or replaced during the recording; put it back"
             raise OSError(errno.ESTALE, why, str(self.path))
 
-    def let_go(self) -> None:
-        """Lets others have the file, until ``hold``."""
+    def unlock(self) -> None:
+        """Releases the lock until the next ``lock``."""
         with suppress(OSError):
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
+        """Closes the file, which also releases the lock."""
         _open_files.discard(self)
         os.close(self.descriptor)
 
@@ -88,5 +93,6 @@ def _close_copies() -> None:
         file.close()
 
 
-# A lock belongs to all copies of a descriptor: a child that outlives a killed run would keep it.
+# flock locks belong to the open file description, which a fork shares: a child that outlives a killed run
+# would keep its lock.
 os.register_at_fork(after_in_child=_close_copies)
