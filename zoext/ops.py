@@ -78,6 +78,17 @@ def _load_cuda() -> str | None:
 cuda_missing = _load_cuda()
 
 
+_ROUNDED = frozenset(getattr(torch, name) for name in _C.rounded_dtypes())
+
+
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether weights of ``dtype`` hold less than the arithmetic they are moved in (float32).
+
+    Only moves of such weights are rounded in one of the ways of ``Rounding``, and only these have residuals.
+    """
+    return dtype in _ROUNDED
+
+
 def span_of(tensor: Tensor) -> Span:
     """The span of a tensor that is a whole parameter."""
     return (0, max(tensor.numel(), 1), 0)

@@ -2,7 +2,7 @@
 // small eigenproblem. What the operator adds to them is the division of tokens among threads.
 #include <algorithm>
 
-#include "cpu/vectors.h"
+#include "cpu/loops/vectors.h"
 #include "passes.h"
 
 namespace zoext::benchmarks {

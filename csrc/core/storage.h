@@ -23,15 +23,52 @@ struct Half {
 // number, or a byte beside each weight keeps it.
 enum class Rounding : int64_t { nearest = 0, stochastic = 1, residual = 2 };
 
-// Arithmetic is float32, and float64 for float64 weights.
+// What each type of weights is called in torch, what it is moved in, and whether it holds less than that: then a
+// move is rounded, in one of the ways above, and a residual may keep what is lost.
 template <class Storage>
-struct Arithmetic {
-  using type = float;
+struct StorageTraits;
+template <>
+struct StorageTraits<float> {
+  static constexpr const char* name = "float32";
+  using Arithmetic = float;
+  static constexpr bool can_round = false;
 };
 template <>
-struct Arithmetic<double> {
-  using type = double;
+struct StorageTraits<double> {
+  static constexpr const char* name = "float64";
+  using Arithmetic = double;
+  static constexpr bool can_round = false;
 };
+template <>
+struct StorageTraits<BFloat16> {
+  static constexpr const char* name = "bfloat16";
+  using Arithmetic = float;
+  static constexpr bool can_round = true;
+};
+template <>
+struct StorageTraits<Half> {
+  static constexpr const char* name = "float16";
+  using Arithmetic = float;
+  static constexpr bool can_round = true;
+};
+
+template <class Storage>
+struct Arithmetic {
+  using type = typename StorageTraits<Storage>::Arithmetic;
+};
+
+template <class Storage>
+constexpr bool can_round = StorageTraits<Storage>::can_round;
+
+template <class... Types>
+struct StorageList {
+  // f(Storage{}) for each type.
+  template <class F>
+  static void for_each(F f) {
+    (f(Types{}), ...);
+  }
+};
+using Storages = StorageList<float, double, BFloat16, Half>;
 
 ZOEXT_HD float widen(float a) { return a; }
 ZOEXT_HD double widen(double a) { return a; }
@@ -192,8 +229,5 @@ ZOEXT_HD Split<Half> split<Half>(float a) {
   return {{static_cast<uint16_t>((bits & 0x80000000u) >> 16 | (rounded + 0x1000u) >> 13)},
           static_cast<int8_t>(rounded >> 5)};
 }
-
-template <class Storage>
-constexpr bool can_round = sizeof(Storage) == 2;  // float32 and float64 keep their arithmetic's value
 
 }  // namespace zoext
