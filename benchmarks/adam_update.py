@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from zoext import ops
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import DensePass, Shape
-from zoext.benchmarking.report import Report, at_least
-from zoext.benchmarking.timing import interleaved, threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import DensePass, Shape
+from zoext._benchmarking.report import Report, at_least
+from zoext._benchmarking.timing import interleaved, threads
 
 HORIZON = 10
 BETAS = (0.7, 0.9)
@@ -62,7 +62,7 @@ class AdamUpdate:
     def fused(self) -> None:
         """The operator of this package."""
         spans = [ops.span_of(parameter) for parameter in self.parameters]
-        ops.noise_adam_(self.parameters, *self._window, range(len(self.parameters)), spans)
+        ops.noise_window_(self.parameters, *self._window, range(len(self.parameters)), spans)
 
     def _window_on(self, device: torch.device) -> list[torch.Tensor]:
         """What the operator takes between the parameters and their keys."""
@@ -90,10 +90,10 @@ def main() -> None:
             }
             times = interleaved(cases, repeats=arguments.repeats, device=arguments.device)
             label = str(dtype).removeprefix("torch.")
-            bar = at_least(10) if arguments.device.type == "cpu" else None
+            target = at_least(10) if arguments.device.type == "cpu" else None
             report.add_times(label, times)
             ratio = times["plain update"] / times["fused update"]
-            report.add(f"{label}: plain update / fused update", ratio, "x", bar)
+            report.add(f"{label}: plain update / fused update", ratio, "x", target)
             report.add(
                 f"{label}: fused update / noise only", times["fused update"] / times["noise only"], "x"
             )

@@ -7,7 +7,7 @@ ends with status 1, before anything is timed. Then the operators are timed over 
 size, and steps on a random decoder of each size, where transformers is installed. Status 2 means that there
 is no GPU to be tested.
 
-Nothing else should run on the GPU; locked clocks (nvidia-smi --lock-gpu-clocks) narrow the spread.
+Nothing else should run on the GPU; locked clocks (nvidia-smi --lock-gpu-clocks) reduce the variance.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from opt_model import require_transformers
 
 import zoext
 from zoext import ops
-from zoext.benchmarking import arguments as options
-from zoext.benchmarking.dense_pass import opt_shapes
-from zoext.benchmarking.report import Report
-from zoext.benchmarking.timing import threads
+from zoext._benchmarking import arguments as options
+from zoext._benchmarking.dense_pass import opt_shapes
+from zoext._benchmarking.report import Report
+from zoext._benchmarking.timing import threads
 
 PARTS = ("kernels", "steps")
 

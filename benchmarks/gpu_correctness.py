@@ -79,7 +79,7 @@ def checks(elements: int) -> Iterator[Check]:
                 yield Check(f"noise_copy_, {options}", dense.copy)
             for steps in ("", ", several steps"):
                 yield Check(f"noise_axpy_, {options}{steps}", partial(dense.axpy, several=bool(steps)))
-                yield Check(f"noise_adam_, {options}{steps}", partial(dense.adam, several=bool(steps)))
+                yield Check(f"noise_window_, {options}{steps}", partial(dense.adam, several=bool(steps)))
         for rounding in Rounding:
             factored = Factored(elements, dtype, rounding)
             options = f"{label}, {rounding.name.lower()}"
@@ -87,7 +87,9 @@ def checks(elements: int) -> Iterator[Check]:
                 yield Check(f"factored_copy_, {options}", factored.copy)
             for steps in ("", ", several steps"):
                 yield Check(f"factored_axpy_, {options}{steps}", partial(factored.axpy, several=bool(steps)))
-                yield Check(f"factored_adam_, {options}{steps}", partial(factored.adam, several=bool(steps)))
+                yield Check(
+                    f"factored_window_, {options}{steps}", partial(factored.adam, several=bool(steps))
+                )
         activations = Activations(elements, dtype)
         yield Check(f"power_iteration, {label}", activations.bases)
         yield Check(f"power_iteration, {label}, masked", activations.masked_bases)
@@ -134,7 +136,7 @@ class Dense:
     def adam(self, device: torch.device, *, several: bool) -> list[Tensor]:
         theta, residuals = moved(self._weights, device), self._residuals(device)
         change = windows(device) if several else window(device)
-        ops.noise_adam_(theta, *change, self._keys, self._spans, residuals=residuals, **self._how)
+        ops.noise_window_(theta, *change, self._keys, self._spans, residuals=residuals, **self._how)
         return [*theta, *residuals]
 
     def _residuals(self, device: torch.device) -> list[Tensor]:
@@ -176,7 +178,7 @@ class Factored:
 
     def adam(self, device: torch.device, *, several: bool) -> list[Tensor]:
         change = windows(device) if several else window(device)
-        return self._moved_by(ops.factored_adam_, change, device)
+        return self._moved_by(ops.factored_window_, change, device)
 
     def _moved_by(
         self, operator: Callable[..., None], change: Sequence[Tensor], device: torch.device

@@ -20,7 +20,7 @@ from typing import Any
 
 from machine_code import Kernel, Loop, ToolMissing, kernels
 
-from zoext.benchmarking import arguments as options
+from zoext._benchmarking import arguments as options
 
 PACKAGE = Path(__file__).parents[1] / "zoext"
 THREADS = 256  # csrc/cuda/chunks.h, threads_per_chunk
@@ -237,7 +237,7 @@ PASSES = {
     "noise_axpy_, signs": ("displace<Dense<Signs, {}>, nearest, many>", 0),
     "noise_axpy_, signs, stochastic rounding": ("displace<Dense<Signs, {}>, stochastic, many>", 0),
     "noise_axpy_, signs, residuals": ("displace<Dense<Signs, {}>, residual, many>", 0),
-    "noise_adam_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 9),
+    "noise_window_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 9),
 }
 
 

@@ -8,8 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <string>
 #include <vector>
 
+#include "core/rules.h"
 #include "core/span.h"
 #include "core/storage.h"
 #include "core/stream.h"
@@ -128,6 +130,21 @@ inline Distribution checked_distribution(int64_t distribution) {
   STD_TORCH_CHECK(distribution == 0 || distribution == 1, "distribution must be 0 (normal) or 1 (sign), not ",
                   distribution);
   return static_cast<Distribution>(distribution);
+}
+
+// "0 (adam), 1 (sign), ..."
+template <class... Functors>
+std::string numbered_names(RuleList<Functors...> rules) {
+  std::string names;
+  for (int rule = 0; rule < rules.count; ++rule)
+    names += (rule ? ", " : "") + std::to_string(rule) + " (" + rules.names[rule] + ")";
+  return names;
+}
+
+inline int checked_rule(int64_t rule) {
+  STD_TORCH_CHECK(rule >= 0 && rule < Rules::count, "rule must be one of ", numbered_names(Rules{}), ", not ",
+                  rule);
+  return static_cast<int>(rule);
 }
 
 // Of a copy.

@@ -11,9 +11,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
+#include <vector>
 
 #include "core/normal.h"
+#include "core/rules.h"
 #include "core/sign.h"
 #include "core/storage.h"
 #include "cpu/instruction_set.h"
@@ -125,5 +128,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return std::string(cpu::instruction_set().name); }, "The one in use.");
   m.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"),
         "Chooses another one; results do not change by a bit. Not while an operator runs.");
+  m.def(
+      "rules", [] { return std::vector<std::string>(std::begin(Rules::names), std::end(Rules::names)); },
+      "The names of the update rules, in the order of their numbers.");
   m.def("compiler", &compiler, "The compiler of this build.");
 }

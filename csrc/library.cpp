@@ -20,10 +20,13 @@
 //
 // A window of H steps has K terms a step: `seeds` int64 [H, K], `coefficients` float32 [H, K],
 // `first_weights` and `second_weights` float32 [H]; `lr`, `eps` and `decay` are float32 []. With
-// g_h = sum_k coefficients[h, k] D(seeds[h, k]), m = sum_h first_weights[h] g_h and
-// v = sum_h second_weights[h] g_h^2, theta = theta + (-lr m / sqrt(v + eps) - decay theta). The term
-// of row h and column k is number h K + k of the factors. Or S steps one after the other, each with the window
-// that ends a row later: seeds and coefficients [S + H - 1, K], weights [S, H], lr and decay [S].
+// g_h = sum_k coefficients[h, k] D(seeds[h, k]) and m = sum_h first_weights[h] g_h,
+// theta = theta + (move - decay theta), where `rule` says what the move is (core/rules.h):
+//   0 adam: -lr m / sqrt(v + eps), v = sum_h second_weights[h] g_h^2
+//   1 sign: -lr sign(m)
+//   2 scalar_adam: -lr m / (sqrt(v) + eps), v = sum_h second_weights[h] (sum_k coefficients[h, k])^2
+// The term of row h and column k is number h K + k of the factors. Or S steps one after the other, each with the
+// window that ends a row later: seeds and coefficients [S + H - 1, K], weights [S, H], lr and decay [S].
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(zoext, m) {
@@ -40,11 +43,11 @@ STABLE_TORCH_LIBRARY(zoext, m) {
   m.def(
       "noise_copy_(Tensor(a!)[] out, Tensor[] theta, Tensor seeds, Tensor coefficients, SymInt[] keys, "
       "SymInt[] spans, SymInt distribution, SymInt rounding) -> ()");
+  // theta = theta + (the move of a window of dense estimates - decay theta).
   m.def(
-      "noise_adam_(Tensor(a!)[] theta, Tensor(b!)[] residuals, Tensor seeds, Tensor coefficients, Tensor "
-      "first_weights, "
-      "Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, SymInt[] keys, SymInt[] spans, "
-      "SymInt distribution, SymInt rounding) -> ()");
+      "noise_window_(Tensor(a!)[] theta, Tensor(b!)[] residuals, Tensor seeds, Tensor coefficients, "
+      "Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, SymInt[] keys, "
+      "SymInt[] spans, SymInt distribution, SymInt rounding, SymInt rule) -> ()");
   // theta = theta + (sum_k coefficients[k] left_k^T right_k - decay theta); decay is float32 [].
   m.def(
       "factored_axpy_(Tensor(a!)[] theta, Tensor(b!)[] residuals, Tensor[] left, Tensor[] right, Tensor seeds, "
@@ -53,11 +56,11 @@ STABLE_TORCH_LIBRARY(zoext, m) {
   m.def(
       "factored_copy_(Tensor(a!)[] out, Tensor[] theta, Tensor[] left, Tensor[] right, Tensor seeds, "
       "Tensor coefficients, SymInt[] keys, SymInt[] spans, SymInt rounding) -> ()");
+  // theta = theta + (the move of a window of factored estimates - decay theta).
   m.def(
-      "factored_adam_(Tensor(a!)[] theta, Tensor(b!)[] residuals, Tensor[] left, Tensor[] right, Tensor seeds, "
-      "Tensor coefficients, "
-      "Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, SymInt[] keys, "
-      "SymInt[] spans, SymInt rounding) -> ()");
+      "factored_window_(Tensor(a!)[] theta, Tensor(b!)[] residuals, Tensor[] left, Tensor[] right, Tensor seeds, "
+      "Tensor coefficients, Tensor first_weights, Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, "
+      "SymInt[] keys, SymInt[] spans, SymInt rounding, SymInt rule) -> ()");
   // An orthonormal basis (float32 [rank, d], one vector a row) of the leading right singular subspace of
   // the rows of `input` ([..., d]) that `mask` (bool [...]) counts, and its singular values (float32
   // [rank]). Vectors beyond the rank of the input are zero. Where the input is not finite the basis is

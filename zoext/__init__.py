@@ -1,6 +1,7 @@
 """Forward-only (zeroth-order) fine-tuning for PyTorch."""
 
 from zoext import noise
+from zoext._engine import LoRAFactors, OpenRound
 from zoext.directions import ActivationSubspace, Direction, Gaussian, LowRank, Rademacher
 from zoext.estimators import (
     CentralDifference,
@@ -9,14 +10,15 @@ from zoext.estimators import (
     ForwardDifference,
     GreedyPool,
     GuidingVector,
+    Round,
 )
 from zoext.graphs import GraphedStep
-from zoext.optimizer import ZerothOrderOptimizer
+from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.probes import InplaceProbe, Probe, StreamedProbe
+from zoext.probes._swap import StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
-from zoext.swap import StreamedProbeError
 from zoext.trajectory import Trajectory, TrajectoryError, replay
-from zoext.updates import SGD, AdamReplay, Update
+from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update
 
 __version__ = "0.1.0"
 
@@ -37,12 +39,18 @@ __all__ = [
     "GreedyPool",
     "GuidingVector",
     "InplaceProbe",
+    "LinearUpdate",
+    "LoRAFactors",
     "LowRank",
     "MeZO",
     "MeZOGV",
     "MeZOGreedy",
+    "OpenRound",
     "Probe",
     "Rademacher",
+    "Round",
+    "ScalarAdam",
+    "SignReplay",
     "StreamedProbe",
     "StreamedProbeError",
     "Trajectory",
@@ -51,4 +59,5 @@ __all__ = [
     "ZerothOrderOptimizer",
     "noise",
     "replay",
+    "unwrap",
 ]

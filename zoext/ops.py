@@ -43,6 +43,22 @@ class Rounding(IntEnum):
     RESIDUAL = 2
 
 
+class Rule(IntEnum):
+    """What an update makes of the moments of an element (``csrc/core/rules.h``).
+
+    With ``g_h`` the gradient estimates of a window and ``p_h`` their projected gradients, the sums of
+    their coefficients, ``m = sum_h w1_h g_h`` and theta moves by:
+
+    - ADAM: ``-lr m / sqrt(v + eps)`` with ``v = sum_h w2_h g_h**2``.
+    - SIGN: ``-lr sign(m)``; ``w2`` and ``eps`` are not used.
+    - SCALAR_ADAM: ``-lr m / (sqrt(v) + eps)`` with ``v = sum_h w2_h p_h**2``, the same for all elements.
+    """
+
+    ADAM = 0
+    SIGN = 1
+    SCALAR_ADAM = 2
+
+
 def _load_cuda() -> str | None:
     """Registers the CUDA kernels, if they were built; returns why they are missing, if they are."""
     candidates = [Path(__file__).parent / f"_cuda{suffix}" for suffix in EXTENSION_SUFFIXES]
@@ -157,7 +173,7 @@ def noise_copy_(
     _written(out)
 
 
-def noise_adam_(
+def noise_window_(
     theta: Sequence[Tensor],
     seeds: Tensor,
     coefficients: Tensor,
@@ -169,24 +185,28 @@ def noise_adam_(
     keys: Sequence[int],
     spans: Sequence[Span],
     *,
+    rule: Rule = Rule.ADAM,
     distribution: Distribution = Distribution.NORMAL,
     rounding: Rounding = Rounding.NEAREST,
     residuals: Sequence[Tensor] = (),
 ) -> None:
-    """``theta = theta + (-lr m / sqrt(v + eps) - decay theta)``, rounded once.
+    """``theta = theta + (move - decay theta)``, rounded once, with the move that ``rule`` makes of a window.
 
-    With ``g_h = sum_k coefficients[h, k] z(seeds[h, k])`` for each of the H steps of a window,
-    ``m = sum_h first_weights[h] g_h`` and ``v = sum_h second_weights[h] g_h**2``. ``seeds`` is int64
-    [H, K], ``coefficients`` float32 [H, K], the weights float32 [H], the rest float32 []. The last step is
-    the newest: bits of stochastic rounding come from its first seed. A step whose coefficients are all
-    zero is left out; where ``lr`` is zero nothing but the decay moves theta.
+    The window has H steps, oldest first. The estimate of step h is
+    ``g_h = sum_k coefficients[h, k] z(seeds[h, k])``, and ``m = sum_h first_weights[h] g_h``. ``Rule`` says
+    what v is and what the move is.
 
-    S steps one after the other, in one pass over theta: ``seeds`` and ``coefficients`` [S + H - 1, K],
-    weights [S, H], ``lr`` and ``decay`` [S]; the window of a step ends a row later than that of the step
-    before. ``residuals`` is that of ``noise_axpy_``.
+    ``seeds`` is int64 [H, K], ``coefficients`` float32 [H, K], the weights are float32 [H], and ``lr``,
+    ``eps`` and ``decay`` float32 []. Bits of stochastic rounding come from the first seed of the newest
+    step. A step whose coefficients are all zero is left out. Where ``lr`` is zero only the decay moves
+    theta. Rules that do not square each estimate do not draw one whose first weight is zero.
+
+    To take S steps one after the other in one pass over theta, pass ``seeds`` and ``coefficients``
+    [S + H - 1, K], weights [S, H], and ``lr`` and ``decay`` [S]; the window of each step ends one row
+    later than that of the step before. ``residuals`` is that of ``noise_axpy_``.
     """
     _written([*theta, *residuals])
-    torch.ops.zoext.noise_adam_(
+    torch.ops.zoext.noise_window_(
         list(theta),
         list(residuals),
         seeds,
@@ -200,6 +220,7 @@ def noise_adam_(
         _flat(spans),
         int(distribution),
         int(rounding),
+        int(rule),
     )
 
 
@@ -265,7 +286,7 @@ def factored_copy_(
     _written(out)
 
 
-def factored_adam_(
+def factored_window_(
     theta: Sequence[Tensor],
     left: Sequence[Tensor],
     right: Sequence[Tensor],
@@ -279,16 +300,17 @@ def factored_adam_(
     keys: Sequence[int],
     spans: Sequence[Span],
     *,
+    rule: Rule = Rule.ADAM,
     rounding: Rounding = Rounding.NEAREST,
     residuals: Sequence[Tensor] = (),
 ) -> None:
-    """``noise_adam_`` for directions of matrices given by their factors.
+    """``noise_window_`` for directions of matrices given by their factors.
 
     The term of row h and column k is number ``h * K + k`` of the factors, float32 [H K or 1, r, m] and
-    [H K or 1, r, n]. Several steps at once and ``residuals`` are those of ``noise_adam_``.
+    [H K or 1, r, n]. Several steps at once and ``residuals`` are those of ``noise_window_``.
     """
     _written([*theta, *residuals])
-    torch.ops.zoext.factored_adam_(
+    torch.ops.zoext.factored_window_(
         list(theta),
         list(residuals),
         list(left),
@@ -303,6 +325,7 @@ def factored_adam_(
         list(keys),
         _flat(spans),
         int(rounding),
+        int(rule),
     )
 
 

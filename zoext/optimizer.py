@@ -1,9 +1,8 @@
-"""The optimizer: a step is an estimate and an update."""
+"""The optimizer: the contract of torch.optim over the step engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,31 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from zoext import group_options, interrupts, noise, parameters, probes
-from zoext.axes import Axes
-from zoext.directions import Combination, Direction, Frame, Gaussian, Observer, Step, Terms
-from zoext.estimators import CentralDifference, Estimate, Estimator, average
-from zoext.graphs import GraphedStep
-from zoext.losses import Closure, Losses
-from zoext.nonfinite import NonfiniteWatch
-from zoext.ops import Rounding
-from zoext.parameters import Parameters
-from zoext.precision import checked_state, own_state, rounded, rounding_of, with_residuals
-from zoext.profiling import Phase, record
-from zoext.randomness import RandomState
-from zoext.step_seeds import StepSeeds
-from zoext.taken_step import GroupOptions, Recorder, TakenStep
-from zoext.updates import SGD, Move, State, Update
+from zoext import noise, probes
+from zoext._engine import Axes, Closure, NonfiniteWatch, OpenRound, Recorder, StepEngine, StepExecutor
+from zoext._parameters import group_options, parameters
+from zoext._parameters.precision import checked_state, own_state, rounding_of
+from zoext.directions import Direction, Gaussian
+from zoext.estimators import CentralDifference, Estimate, Estimator
+from zoext.updates import SGD, Update
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Fine-tunes with forward passes only: any direction with any estimator and any update.
 
     A step evaluates the closure at displaced weights, turns the losses into a gradient estimate
-    ``sum_k c_k D(s_k)`` and moves theta along it. A torch.optim.Optimizer in every habit: parameter
+    ``sum_k c_k D(s_k)`` and moves theta along it. It is a drop-in torch.optim.Optimizer: parameter
     groups with ``lr``, ``mu`` and ``weight_decay``, schedulers, hooks, and a ``state_dict`` of plain
     data from which training continues bit for bit. Profilers see its phases, ``zoext.estimate`` (with
     ``zoext.perturb``, ``zoext.forward`` and ``zoext.restore`` in it) and ``zoext.update``, as events.
+
+        optimizer = zoext.ZerothOrderOptimizer(model, estimator=zoext.ForwardDifference(samples=4), lr=1e-5)
+        loss = optimizer.step(lambda: model(x).square().mean())
+
+    Three ways to take a step leave the same bits: ``step(closure)``; ``estimate(closure)``, once or for each
+    micro-batch, and ``step()``; or ``ask`` and ``tell``, with losses that are computed elsewhere.
 
     Args:
         params: an ``nn.Module``, or what torch.optim takes (tensors, dicts, ``named_parameters()``).
@@ -55,16 +52,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         nonfinite: what to do about a loss that is not finite. It never moves theta. "raise" (default)
             raises a FloatingPointError, on CUDA at the latest at the start of the next step, so that no
             step waits for the host; "skip" counts the step in ``nonfinite_steps`` and goes on.
-        precision: what becomes of the part of an update that weights of 16 bits cannot hold. "nearest"
-            loses it: theta stays where it is under steps of less than half a unit in its last place.
-            "stochastic" (default) rounds up with the probability that makes the expectation exact; the bits
-            come from the noise field. "residual" keeps it in an int8 beside each weight
-            (``state[parameter]["residual"]``): with it theta moves like a float of 24 bits, and the closure
-            sees the nearest one of 16. Weights of 32 and 64 bits are not concerned.
+        precision: rounding of updates to 16-bit weights. "nearest" loses every update of less than half a
+            unit in the last place. "stochastic" (default) rounds up with the probability that makes the
+            expectation exact; the random bits come from the noise field. "residual" keeps what rounding
+            loses in an int8 beside each weight (``state[parameter]["residual"]``): theta moves like a 24-bit
+            float, and the closure sees the nearest 16-bit one. Has no effect on 32- and 64-bit weights.
 
     Attributes:
-        last_estimate: the estimate that the last step applied.
-        recorder: is told of every step, such as a ``Trajectory``; None if nobody is.
+        last_estimate: the estimate that the last step applied; None before the first.
+        recorder: receives every step, such as a ``Trajectory``; None if there is none.
+        nonfinite_steps: how many estimates had a loss that was not finite.
+        engine: the step engine, which wrappers of the optimizer share. Internal.
 
     Raises:
         ValueError, TypeError: for arguments out of range and for parameters that cannot be moved.
@@ -85,41 +83,26 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         nonfinite: str = "raise",
         precision: str = "stochastic",
     ) -> None:
-        self._axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
-        for axis, kind in zip(self._axes._fields, (Direction, Estimator, Update), strict=True):
-            member = getattr(self._axes, axis)
-            if not isinstance(member, kind):
-                raise TypeError(f"{axis} must be a {kind.__name__}, not {member!r}")
-        self._watch = NonfiniteWatch(nonfinite)
-        self._rounding = rounding_of(precision)
+        axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
+        axes.check_kinds()
+        watch, rounding = NonfiniteWatch(nonfinite), rounding_of(precision)
         noise.signed(seed)
-        self._module = params if isinstance(params, nn.Module) else getattr(probe, "module", None)
-        defaults = {
+        whole = params if isinstance(params, nn.Module) else None
+        module = whole if whole is not None else getattr(probe, "module", None)
+        self._own_defaults = {  # torch adds its own to ``defaults`` when a state is loaded
             "lr": lr,
             "mu": mu,
             "weight_decay": weight_decay,
             "seed": seed,
             "step": 0,
-            "recipe": self._axes.recipe(),
+            "recipe": axes.recipe(),
             "precision": precision,
             "update_state": {},
         }
-        self._defaults = dict(defaults)  # torch adds its own to ``defaults`` when a state is loaded
-        self._pending: list[Estimate] = []
-        self._seeds: tuple[int, StepSeeds] | None = None
-        self._groups: list[Parameters] = []
-        self._mus: list[float] = []
-        self._frame: Frame | None = None
-        self._frame_finite: Tensor | None = None
-        self._estimating = False
-        self._is_torn = False
-        self.last_estimate: Estimate | None = None
-        self.recorder: Recorder | None = None
-        given: Any = list(params.named_parameters()) if isinstance(params, nn.Module) else params
-        super().__init__(given, defaults)
-        whole = params if isinstance(params, nn.Module) else None
-        self._probe = probes.choose(probe, whole, parameters.trainable(self.param_groups))
-        self._axes.direction.check(self._module, parameters.trainable(self.param_groups))
+        self.engine = StepEngine(self, axes, module, probes.choose(probe, whole), rounding, watch)
+        given: Any = params if whole is None else list(whole.named_parameters())
+        super().__init__(given, dict(self._own_defaults))
+        axes.direction.check(module, parameters.trainable(self.param_groups))
 
     # torch.optim.Optimizer
 
@@ -132,10 +115,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._check_not_recorded("add_param_group")
         group = dict(param_group)
         for name in ("seed", "recipe", "precision"):
-            if group.get(name, self._defaults[name]) != self._defaults[name]:
+            if group.get(name, self._own_defaults[name]) != self._own_defaults[name]:
                 raise ValueError(
-                    f"{name} belongs to the whole optimizer and is {self._defaults[name]!r}; leave it out of "
-                    f"the group, which has {group[name]!r}"
+                    f"{name} belongs to the whole optimizer and is {self._own_defaults[name]!r}; leave it "
+                    f"out of the group, which has {group[name]!r}"
                 )
         given = group["params"]
         if isinstance(given, set):
@@ -176,15 +159,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """As in torch.
 
         Raises:
-            RuntimeError: after an update that raised half-way: loading it would hide that.
+            RuntimeError: after an update that raised halfway: loading the state would hide that.
         """
-        self._check_whole()
+        self.engine.check_whole()
         return super().state_dict()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        recipe, precision = self._axes.recipe(), self._defaults["precision"]
+        recipe, precision = self.engine.axes.recipe(), self._own_defaults["precision"]
         for group in state_dict["param_groups"]:
-            if missing := self._defaults.keys() - group.keys():
+            if missing := self._own_defaults.keys() - group.keys():
                 raise ValueError(
                     f"state_dict has no {', '.join(sorted(missing))}: it is not that of a zoext optimizer"
                 )
@@ -212,39 +195,23 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             group["update_state"] = tree_map(partial(_to, device), group["update_state"])
-        self._pending.clear()
-        self._is_torn = False
+        self.engine.reset()
 
     def _check_not_recorded(self, what: str) -> None:
         if self.recorder is not None:
             raise RuntimeError(
-                f"{what}: the steps of this optimizer are recorded, and a replay would know nothing of it; "
+                f"{what}: the steps of this optimizer are recorded, and a replay could not repeat it; "
                 "close() the trajectory first, and begin another one or resume it afterwards"
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "engine" in state:  # a copy; torch also loads a state_dict by this method
+            self.engine.bind(self)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
-        kept = (
-            "_axes",
-            "_watch",
-            "_module",
-            "_probe",
-            "_defaults",
-            "_rounding",
-            "_mus",
-            "_estimating",
-            "_is_torn",
-        )
-        fresh: dict[str, Any] = {
-            "_pending": [],
-            "_seeds": None,
-            "_groups": [],
-            "_frame": None,
-            "_frame_finite": None,
-            "recorder": None,
-        }
-        own = {name: self.__dict__[name] for name in (*kept, "_is_torn", "last_estimate")}
-        return {**super().__getstate__(), **fresh, **own}
+        return {**super().__getstate__(), "engine": self.engine, "_own_defaults": self._own_defaults}
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Moves theta by the estimate with ``closure``, or without one by the mean of the pending estimates.
@@ -258,245 +225,114 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             The mean of the losses evaluated, float32 [], on the device of the parameters.
 
         Raises:
-            RuntimeError: without a closure and without a preceding ``estimate``, and while a CUDA graph is
-                captured: use ``GraphedStep``.
+            RuntimeError: without a closure and without a preceding ``estimate``, while a round is open, and
+                while a CUDA graph is captured: use ``GraphedStep``. Also what ``estimate`` raises.
         """
-        _check_not_captured()
-        if isinstance(closure, GraphedStep):
-            return closure._advance(self)
-        return self._step(closure)
-
-    def _step(self, closure: Closure | None) -> Tensor:
-        if closure is not None:
-            self._pending.clear()
-            self.estimate(closure)
-        if not self._pending:
-            raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
-        self._check_unchanged("the estimate was made, so it does not fit any more")
-        for options in self.param_groups:
-            group_options.check_on_host(options)
-        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred(), record(Phase.UPDATE):
-            estimate = average(self._pending)
-            self._pending.clear()  # first: should an update raise, no group is to move twice
-            assert self._frame is not None
-            step = TakenStep(estimate, self._frame, self._options())
-            self._take([step])
-            self._finish_step(step)
-        return estimate.loss
-
-    def _options(self) -> tuple[GroupOptions, ...]:
-        groups = zip(self.param_groups, self._mus, strict=True)
-        return tuple(GroupOptions(group["lr"], mu, float(group["weight_decay"])) for group, mu in groups)
-
-    def _finish_step(self, step: TakenStep) -> None:
-        self._frame = None
-        if self.recorder is not None:
-            self.recorder.record(step)
-
-    def _count(self, steps: Sequence[TakenStep]) -> None:
-        for group in self.param_groups:
-            group["step"] += len(steps)
-        self.last_estimate = steps[-1].estimate
-
-    # Estimates
+        if isinstance(closure, StepExecutor):
+            return closure.advance(self.engine)
+        step = self.engine.step_pending() if closure is None else self.engine.step(closure)
+        return step.estimate.loss
 
     def estimate(self, closure: Closure) -> Estimate:
-        """Probes only: theta is unchanged. ``step()`` applies the mean of all estimates since the last step.
+        """Evaluates the probes without moving theta.
+
+        ``step()`` applies the mean of all estimates since the last step.
 
         Several calls before a ``step()`` see the same directions, so with finite differences equal
         micro-batches give the estimate of the whole batch: do not divide their losses. Pools choose for
-        each micro-batch on its own, and the step takes the mean of what was chosen. One that raises
-        discards them all; ``step(closure)`` does too.
+        each micro-batch on its own, and the step takes the mean of what was chosen. A call that raises
+        discards all pending estimates; ``step(closure)`` does too.
+
+        Args:
+            closure: as for ``step``.
 
         Raises:
             TypeError, ValueError: for a closure that does not return one number.
             FloatingPointError: for a loss that is not finite, with ``nonfinite="raise"``.
-            RuntimeError: for a closure that changes the parameters of the optimizer, and while a CUDA graph
-                is captured: use ``GraphedStep``.
+            RuntimeError: for a closure that changes the parameters of the optimizer, while a round is open,
+                and while a CUDA graph is captured: use ``GraphedStep``.
         """
-        _check_not_captured()
-        try:
-            with self._estimation():
-                estimate = self._estimate(closure)
-        except BaseException:
-            self._pending.clear()
-            raise
-        self._pending.append(estimate)
-        return estimate
+        return self.engine.estimate(closure)
 
-    @contextmanager
-    def _estimation(self) -> Iterator[None]:
-        """The block in which closures run."""
-        if self._estimating:
-            raise RuntimeError("estimate() was called by its own closure; call it between steps")
-        self._estimating = True
-        try:
-            # Outside of inference mode: what is kept here must be usable by later steps.
-            with torch.inference_mode(False), torch.no_grad(), record(Phase.ESTIMATE):
-                yield
-        finally:
-            self._estimating = False
+    # Ask and tell
 
-    def _estimate(self, closure: Closure) -> Estimate:
-        self._check_whole()
-        self._watch.check()
-        if self.recorder is not None:
-            self.recorder.check()
-        if self._pending:
-            self._check_unchanged("the first estimate of this step")
-        groups = self._current_groups()
-        movable = [group for group in groups if len(group)]
-        if not movable:
-            raise RuntimeError(
-                "no parameter requires grad, so none can move; unfreeze some with requires_grad_()"
-            )
-        parameters.check_not_sharded(movable)
-        parameters.check_one_device(movable)
-        for group in movable:
-            for tensor, name in zip(group.owners, group.names, strict=True):
-                parameters.check(tensor, name)
-        for options in self.param_groups:
-            group_options.check_on_host(options)
-        self._mus = [float(options["mu"]) for options in self.param_groups]
-        device = movable[0].device
-        estimate = self._evaluate(closure, self._step_seeds(device), RandomState(device))
-        self._watch.note(estimate.finite)
-        return estimate
+    def ask(self) -> OpenRound:
+        """Begins an estimate whose losses are computed elsewhere, and returns its first round of probes.
 
-    def _evaluate(self, closure: Closure, seeds: StepSeeds, random: RandomState | None) -> Estimate:
-        """The part of an estimate that happens on the device, all that depends on the step in ``seeds``.
+            round = optimizer.ask()
+            while round is not None:
+                losses = []
+                for i in range(len(round)):
+                    with round.displaced(i):
+                        losses.append(loss_of(model))
+                round = optimizer.tell(losses)
+            optimizer.step()
 
-        ``random`` is the state of the generators that every probe is to begin with; None if none reads them.
+        leaves the bits of ``optimizer.step(lambda: loss_of(model))`` with streamed probes. Instead of
+        ``displaced(i)``, hand ``round.seeds`` and ``round.coefficients`` to another process that has the
+        weights, or ``round.adapter(i)`` to an inference engine.
+
+        Raises:
+            RuntimeError: while a round is open, and as ``estimate``.
         """
-        observer = self._begin_frame(seeds.frame)
-        with self._probe.session() as evaluate:
-            losses = Losses(self, evaluate, closure, observer, random)
-            estimate = self._axes.estimator.estimate(losses, seeds.draws, self._mus[0])
-        return losses.complete(estimate)
+        return self.engine.ask()
 
-    def _begin_frame(self, seed: Tensor) -> Observer | None:
-        """Makes the frame of a new step, or returns what will make it out of a forward at theta."""
-        if self._pending and self._frame is not None:
-            return None
-        self._frame_finite = None
-        step = Step(seed, self._groups)
-        observer = self._axes.direction.observer(self._module, step)
-        self._frame = self._axes.direction.frame(step) if observer is None else None
-        return observer
+    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | None:
+        """Takes the losses of the open round, and returns the next one.
 
-    def _combination(self, seeds: Tensor, coefficients: Tensor) -> Combination:
-        """The combination at scale mu, in the frame of the step; at theta there need be none yet."""
-        terms = tuple(
-            (group, Terms(seeds, coefficients * mu, self._frame or Frame()))
-            for group, mu in zip(self._groups, self._mus, strict=True)
-            if len(group)
-        )
-        return Combination(self._axes.direction, seeds, terms)
+        Args:
+            losses: one for each probe of the round, in its order: a tensor [P], or P numbers.
 
-    def _check_unchanged(self, since: str) -> None:
-        known = self._groups
-        if self._current_groups() is not known or self._mus != [group["mu"] for group in self.param_groups]:
-            self._pending.clear()
-            raise RuntimeError(
-                "the optimizer's parameters (their list, their memory or requires_grad) or a group's mu "
-                f"changed since {since}"
-            )
+        Returns:
+            The next round, or None once the estimate is complete: ``step()`` applies it, alone or with
+            others that were made before.
 
-    def _current_groups(self) -> list[Parameters]:
-        """What moves now; the same object as before, if nothing has changed since."""
-        now, known = self._trainable(), self._groups
-        if len(now) != len(known) or not all(a.same_as(b) for a, b in zip(now, known, strict=True)):
-            self._groups = now
-        return self._groups
-
-    def _trainable(self) -> list[Parameters]:
-        groups = parameters.trainable(self.param_groups)
-        if self._rounding is Rounding.RESIDUAL:
-            groups = [with_residuals(group, self.state) for group in groups]
-        return groups
-
-    def _step_seeds(self, device: torch.device) -> StepSeeds:
-        """The seeds of the current step: the same tensors for all estimates of the step."""
-        step = self.param_groups[0]["step"]
-        if self._seeds is None or self._seeds[0] != step or not self._pending:
-            self._seeds = (step, self._empty_seeds(device))
-            self._fill_seeds(self._seeds[1])
-        return self._seeds[1]
-
-    def _empty_seeds(self, device: torch.device) -> StepSeeds:
-        return StepSeeds.empty(self._axes.estimator.draws, device)
-
-    def _fill_seeds(self, seeds: StepSeeds) -> None:
-        first = self.param_groups[0]
-        seeds.fill(first["seed"], first["step"], self._axes.direction.origin(first["step"]))
-
-    # Updates
-
-    def _take(self, steps: Sequence[TakenStep]) -> None:
-        """Moves theta by one step after the other that were taken before, as by a run that is replayed.
-
-        Several steps at once leave the same bits as one call for each, in one pass over theta.
+        Raises:
+            RuntimeError: before ``ask``, and if the parameters or a group's ``mu`` changed since; that
+                cancels the round.
+            ValueError: for another number of losses. The round stays open.
+            FloatingPointError: for losses that are not finite, with ``nonfinite="raise"``.
         """
-        self._check_whole()
-        before = self._versions()
-        try:
-            states = [
-                self._update(position, group["update_state"], steps)
-                for position, group in enumerate(self.param_groups)
-            ]
-        except BaseException:
-            self._is_torn = self._versions() != before
-            raise
-        for group, state in zip(self.param_groups, states, strict=True):
-            group["update_state"] = state
-        self._count(steps)
+        return self.engine.tell(losses)
 
-    def _versions(self) -> list[int]:
-        return [tensor._version for group in self._groups for tensor in group.tensors]
+    # What a run changes is in the engine, which wrappers of the optimizer share.
 
-    def _check_whole(self) -> None:
-        if self._is_torn:
-            raise RuntimeError(
-                "an update raised when it had moved some of the parameters, so theta is between two steps; "
-                "load the weights and the state_dict of a checkpoint, or replay the trajectory on the base"
-            )
+    @property
+    def last_estimate(self) -> Estimate | None:
+        return self.engine.run.last_estimate
 
-    def _update(self, position: int, state: State, steps: Sequence[TakenStep]) -> State:
-        """Moves the group at ``position`` and returns its new state."""
-        movable = self._groups[position]
-        if self._rounding is Rounding.STOCHASTIC:
-            movable = rounded(movable, self._rounding)
-        moves = [self._move(step, position) for step in steps]
-        new = self._axes.update.apply(self._axes.direction, movable, moves, state)
-        movable.tell_autograd()
-        return new
+    @property
+    def recorder(self) -> Recorder | None:
+        return self.engine.run.recorder
 
-    def _move(self, step: TakenStep, position: int) -> Move:
-        lr, mu, weight_decay = step.options[position]
-        # Coefficients are per mu of the first group; a direction of another length scales them.
-        relative = step.options[0].mu / mu
-        coefficients = step.estimate.coefficients
-        terms = Terms(
-            step.estimate.seeds, coefficients if relative == 1 else coefficients * relative, step.frame
-        )
-        # A tensor counts as the float that it holds: products with it are rounded alike.
-        lr = lr.double() if isinstance(lr, Tensor) else lr
-        return Move(self._axes.direction.gradient(terms), step.estimate, lr, weight_decay)
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self.engine.run.recorder = recorder
 
     @property
     def nonfinite_steps(self) -> int:
         """How many estimates had a loss that was not finite, since this object was made. Waits for them."""
-        return self._watch.count
+        return self.engine.watch.count
 
 
-def _check_not_captured() -> None:
-    # Asked only where CUDA is in use: it must not begin to be.
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a step cannot be captured in a CUDA graph from outside: its seeds come from the host, so every "
-            "replay would go along the same directions. Use zoext.GraphedStep(optimizer, closure), which "
-            "captures the step and gives each replay its own seeds"
-        )
+def unwrap(optimizer: object) -> ZerothOrderOptimizer:
+    """The optimizer of zoext inside those of Accelerate, Lightning and Fabric, or itself.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    inner = optimizer
+    for _ in range(16):  # wrappers may be nested, but not without end
+        engine = getattr(inner, "engine", None)
+        if isinstance(engine, StepEngine) and isinstance(engine.owner, ZerothOrderOptimizer):
+            return engine.owner
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            break
+    raise TypeError(
+        "optimizer must be a ZerothOrderOptimizer or wrap one as its .optimizer, not "
+        f"{type(optimizer).__name__}"
+    )
 
 
 def _to(device: torch.device, value: Any) -> Any:

@@ -28,7 +28,7 @@ class SomeFactors {
 
 template <class Storage>
 const auto& loops(const cpu::InstructionSet& set) {
-  return set.arithmetic<typename Arithmetic<Storage>::type>().factored;
+  return set.arithmetic<typename Arithmetic<Storage>::type>();
 }
 
 template <class Storage>
@@ -40,8 +40,9 @@ void register_axpy(int64_t rank) {
                    time_pass<Storage>(state, where, Rounding::nearest, [&](const Piece<Storage>& piece) {
                      for_each_weight_tile(set, piece, cpu::tile_elements, [&](auto& weights) {
                        const cpu::Tile& tile = weights.tile();
-                       loops<Storage>(set).combine(some.factors(), terms.data(), 1, tile.local, tile.count,
-                                                   weights.change() + tile.lead(), weights.take_upcoming());
+                       loops<Storage>(set).factored.combine(some.factors(), terms.data(), 1, tile.local,
+                                                            tile.count, weights.change() + tile.lead(),
+                                                            weights.take_upcoming());
                        weights.move({0.0f, std::nullopt});
                      });
                      terms[0].coefficient = -terms[0].coefficient;  // there and back
@@ -57,16 +58,16 @@ void register_adam(int64_t rank) {
                    const std::vector<cpu::Term> terms = some_terms(window);
                    const std::vector<cpu::Step> steps = some_window(terms);
                    const SomeFactors some(set, Weights<Storage>::count() / columns, rank, window);
-                   float minus_lr = -1e-3f;
+                   cpu::Scale<typename Arithmetic<Storage>::type> scale{-1e-3f, 1e-8f, 0};
                    time_pass<Storage>(state, where, Rounding::nearest, [&](const Piece<Storage>& piece) {
                      for_each_weight_tile(set, piece, cpu::tile_elements, [&](auto& weights) {
                        const cpu::Tile& tile = weights.tile();
-                       loops<Storage>(set).step(some.factors(), steps.data(), window, minus_lr, 1e-8f, tile.local,
-                                                tile.count, weights.change() + tile.lead(),
-                                                weights.take_upcoming());
+                       loops<Storage>(set).rules[adam].move_factored(
+                           some.factors(), steps.data(), window, scale, tile.local, tile.count,
+                           weights.change() + tile.lead(), weights.take_upcoming());
                        weights.move({0.0f, std::nullopt});
                      });
-                     minus_lr = -minus_lr;  // there and back
+                     scale.minus_lr = -scale.minus_lr;  // there and back
                    });
                  });
 }

@@ -10,7 +10,7 @@ namespace zoext::benchmarks {
 void register_copy();
 void register_noise();
 void register_dense();
-void register_adam();
+void register_windows();
 void register_factored();
 void register_power_iteration();
 
@@ -25,7 +25,7 @@ int main(int count, char** arguments) {
   register_copy();
   register_noise();
   register_dense();
-  register_adam();
+  register_windows();
   register_factored();
   register_power_iteration();
   benchmark::RunSpecifiedBenchmarks();

@@ -49,6 +49,7 @@ inline constexpr const char* dtype<Half> = "float16";
 // Large enough to move a weight of any dtype, and none of them zero: a zero would leave out its term.
 constexpr float coefficient = 1e-3f;
 constexpr uint32_t key = 7;
+constexpr int adam = 0;  // its number among the rules
 
 inline std::vector<cpu::Term> some_terms(int64_t count) {
   std::vector<cpu::Term> terms;

@@ -126,6 +126,10 @@ ZOEXT_HD uint32_t smaller_signed(uint32_t a, uint32_t b) {
 // 0 where `a` is negative, 1 where it is positive.
 ZOEXT_HD float unit_step(float a) { return a < 0.0f ? 0.0f : 1.0f; }
 
+// -1, 0 or 1. Zero also for what is no number.
+ZOEXT_HD float sign_of(float a) { return a > 0.0f ? 1.0f : a < 0.0f ? -1.0f : 0.0f; }
+ZOEXT_HD double sign_of(double a) { return a > 0.0 ? 1.0 : a < 0.0 ? -1.0 : 0.0; }
+
 template <class Float>
 struct Lanes;  // how to fill a lane type with one value
 

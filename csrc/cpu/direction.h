@@ -26,16 +26,15 @@ class DenseDirection {
 
   // m and v take in a step. Its only term goes straight there; several are summed up in the cache.
   template <class Number>
-  void add_moments(const Step& step, const Tile& tile, uint32_t key, Upcoming upcoming, Number* m,
-                   Number* v) const {
+  void add_to_moments(const RuleLoops<Number>& rule, const Step& step, const Tile& tile, uint32_t key,
+                      Upcoming upcoming, Number* m, Number* v) const {
     if (step.count == 1)
-      return loops<Number>().add_moments(field(*step.terms, key), step.terms->coefficient, step.first_weight,
-                                         step.second_weight, tile.aligned_index(), tile.aligned_count(), m, v,
-                                         upcoming);
+      return (is_sign_ ? rule.add_signs : rule.add_normals)(
+          field(*step.terms, key), step.terms->coefficient, step.first_weight, step.second_weight,
+          tile.aligned_index(), tile.aligned_count(), m, v, upcoming);
     alignas(64) Number g[tile_elements];
     combine(step.terms, step.count, tile, key, upcoming, g);
-    set_.arithmetic<Number>().window.add_moments(step.first_weight, step.second_weight, g, tile.aligned_count(), m,
-                                                 v);
+    rule.add_estimate({g, Number{step.first_weight}, Number{step.second_weight}}, tile.aligned_count(), m, v);
   }
 
  private:

@@ -1,4 +1,4 @@
-// Combinations and Adam steps of directions given by their factors, on the CPU.
+// Combinations and windows of directions given by their factors, on the CPU.
 #include "terms.h"
 #include "weight_tiles.h"
 
@@ -66,13 +66,14 @@ void factored_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, std::vec
   displace(out, theta, {}, places, factors_of(left, right), {combination(seeds, coefficients, how)});
 }
 
-void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, std::vector<Tensor> left,
-                    std::vector<Tensor> right, Tensor seeds, Tensor coefficients, Tensor first_weights,
-                    Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, std::vector<int64_t> keys,
-                    std::vector<int64_t> spans, int64_t rounding) {
+void factored_window_(std::vector<Tensor> theta, std::vector<Tensor> residuals, std::vector<Tensor> left,
+                      std::vector<Tensor> right, Tensor seeds, Tensor coefficients, Tensor first_weights,
+                      Tensor second_weights, Tensor lr, Tensor eps, Tensor decay, std::vector<int64_t> keys,
+                      std::vector<int64_t> spans, int64_t rounding, int64_t rule) {
   check_tensors("theta", theta);
   const std::vector<Place> places = checked_places(theta, keys, spans);
   const Rounding how = checked_rounding(rounding, theta, residuals);
+  const int rule_number = checked_rule(rule);
   if (theta.empty()) return;
   const int64_t steps = checked_windows(seeds, coefficients, first_weights, second_weights, lr, decay, theta[0]);
   check_factors(theta, left, right, seeds.numel());
@@ -80,18 +81,20 @@ void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, st
   const Windows windows(seeds, coefficients, first_weights, second_weights, lr, decay, steps, how);
   if (windows.moving().empty()) return;
   const std::vector<Factors> factors = factors_of(left, right);
+  const float eps_value = *floats_in(eps);
   const InstructionSet& set = instruction_set();
   for_each_weight_tile(set, theta, theta, residuals, places, tile_elements, [&](auto& weights) {
     using Number = typename std::decay_t<decltype(weights)>::Number;
     const Tile& tile = weights.tile();
     Number* const change = weights.change() + tile.lead();
+    const RuleLoops<Number>& loops = set.arithmetic<Number>().rules[rule_number];
     for (const Window& window : windows.moving()) {
       if (window.steps.empty())
         std::fill_n(change, tile.count, Number{empty_sum});
       else
-        set.arithmetic<Number>().factored.step(
-            factors[tile.tensor], window.steps.data(), static_cast<int64_t>(window.steps.size()), window.minus_lr,
-            *floats_in(eps), tile.local, tile.count, change, weights.take_upcoming());
+        loops.move_factored(factors[tile.tensor], window.steps.data(), window.count(),
+                            scale_of<Number>(loops.second_moment, window, eps_value), tile.local, tile.count,
+                            change, weights.take_upcoming());
       weights.move(window.ending);
     }
   });
@@ -103,5 +106,5 @@ void factored_adam_(std::vector<Tensor> theta, std::vector<Tensor> residuals, st
 STABLE_TORCH_LIBRARY_IMPL(zoext, CPU, m) {
   m.impl("factored_axpy_", TORCH_BOX(&zoext::cpu::factored_axpy_));
   m.impl("factored_copy_", TORCH_BOX(&zoext::cpu::factored_copy_));
-  m.impl("factored_adam_", TORCH_BOX(&zoext::cpu::factored_adam_));
+  m.impl("factored_window_", TORCH_BOX(&zoext::cpu::factored_window_));
 }

@@ -45,25 +45,24 @@ struct FactoredCombination {
   }
 };
 
-template <class Number>
-struct FactoredStep {
+template <class Rule, class Number>
+struct FactoredMove {
   const Factors& factors;
   const Step* steps;
   int64_t count;
-  Number minus_lr, eps;
+  Scale<Number> scale;
 
   template <bool whole, int packs>
   inline __attribute__((always_inline)) void evaluate(const Columns& at, Pack<Number> (&change)[packs]) const {
-    Pack<Number> m[packs], v[packs];
-    for (auto& pack : m) pack = fill(Number{empty_sum});
-    for (auto& pack : v) pack = fill(Number{0});
+    PackMoments<Rule, Number, packs> moments(scale);
     for (const Step* step = steps; step != steps + count; ++step) {
+      if (!enters_moments(Rule::second_moment, *step)) continue;
       Pack<Number> g[packs];
       FactoredCombination<Number>{factors, step->terms, step->count}.template evaluate<whole>(at, g);
       const auto first = fill(Number{step->first_weight}), second = fill(Number{step->second_weight});
-      for (int j = 0; j < packs; ++j) add_moments(first, second, g[j], m[j], v[j]);
+      for (int j = 0; j < packs; ++j) moments.add(j, first, second, g[j]);
     }
-    for (int j = 0; j < packs; ++j) change[j] = moments_step(fill(minus_lr), fill(eps), m[j], v[j]);
+    for (int j = 0; j < packs; ++j) change[j] = moments.move(j, scale);
   }
 };
 
@@ -101,8 +100,8 @@ void combine_factored(const Factors& factors, const Term* terms, int64_t terms_c
   for_each_pack(FactoredCombination<Number>{factors, terms, terms_count}, from, count, sum, upcoming);
 }
 
-template <class Number>
-void step_factored(const Factors& factors, const Step* steps, int64_t steps_count, Number minus_lr, Number eps,
+template <class Rule, class Number>
+void move_factored(const Factors& factors, const Step* steps, int64_t steps_count, Scale<Number> scale,
                    int64_t from, int64_t count, Number* change, Upcoming upcoming) {
-  for_each_pack(FactoredStep<Number>{factors, steps, steps_count, minus_lr, eps}, from, count, change, upcoming);
+  for_each_pack(FactoredMove<Rule, Number>{factors, steps, steps_count, scale}, from, count, change, upcoming);
 }

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../core/combine.h"
-#include "../core/moments.h"
 #include "../core/power_iteration.h"
+#include "../core/rules.h"
 #include "../core/sign.h"
 #include "../core/storage.h"
 
@@ -56,6 +56,12 @@ struct Step {
   int64_t count;
 };
 
+// Whether the estimate of a step enters the moments of elements: there is no need to draw one whose weight is
+// zero, unless the rule squares it.
+ZOEXT_HD bool enters_moments(SecondMoment second_moment, const Step& step) {
+  return second_moment == SecondMoment::elements || contributes(step.first_weight);
+}
+
 // The factors of a matrix of rows x columns, and how far it is from those of a term to the next one's.
 struct Factors {
   const float *left, *right;
@@ -63,13 +69,11 @@ struct Factors {
 };
 
 // A direction over an aligned stretch of a parameter: `start` sets sum to coefficient * direction,
-// `add` adds it, `add_moments` adds the step that has no other term to m and v.
+// `add` adds it.
 template <class Number>
 struct DirectionLoops {
   using Loop = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum, Upcoming);
   Loop start, add;
-  void (*add_moments)(const Field&, Number coefficient, Number first_weight, Number second_weight, uint64_t index,
-                      int64_t count, Number* m, Number* v, Upcoming);
 };
 
 // An estimate that lies in memory, with its weights in a window.
@@ -79,15 +83,11 @@ struct Estimate {
   Number first_weight, second_weight;
 };
 
-// Over as many numbers as an aligned stretch has.
+// What the moves of all elements have in common. `shared_v` is the second moment of a rule that has one for all
+// elements, else zero.
 template <class Number>
-struct WindowLoops {
-  void (*add_moments)(Number first_weight, Number second_weight, const Number* g, int64_t count, Number* m,
-                      Number* v);
-  void (*step)(Number minus_lr, Number eps, const Number* m, const Number* v, int64_t count, Number* change);
-  // Both at once, for estimates that all lie in memory.
-  void (*step_of)(const Estimate<Number>* estimates, int64_t estimates_count, Number minus_lr, Number eps,
-                  int64_t count, Number* change);
+struct Scale {
+  Number minus_lr, eps, shared_v;
 };
 
 constexpr int widest_pack = 16;  // lanes of the widest instruction set
@@ -98,15 +98,31 @@ template <class Number>
 struct FactoredLoops {
   void (*combine)(const Factors&, const Term* terms, int64_t terms_count, int64_t from, int64_t count, Number* sum,
                   Upcoming);
-  void (*step)(const Factors&, const Step* steps, int64_t steps_count, Number minus_lr, Number eps, int64_t from,
-               int64_t count, Number* change, Upcoming);
+};
+
+// The windows of one rule, over as many numbers as an aligned stretch has. `v` is neither read nor written by
+// rules that have none for each element.
+template <class Number>
+struct RuleLoops {
+  SecondMoment second_moment;
+  // m and v take in the step that has one term.
+  using AddTerm = void (*)(const Field&, Number coefficient, Number first_weight, Number second_weight,
+                           uint64_t index, int64_t count, Number* m, Number* v, Upcoming);
+  AddTerm add_normals, add_signs;
+  void (*add_estimate)(const Estimate<Number>&, int64_t count, Number* m, Number* v);
+  void (*move)(Scale<Number>, const Number* m, const Number* v, int64_t count, Number* change);
+  // All of it at once: for estimates in memory, and for entries of a matrix, as those of `FactoredLoops`.
+  void (*move_estimates)(const Estimate<Number>* estimates, int64_t estimates_count, Scale<Number>, int64_t count,
+                         Number* change);
+  void (*move_factored)(const Factors&, const Step* steps, int64_t steps_count, Scale<Number>, int64_t from,
+                        int64_t count, Number* change, Upcoming);
 };
 
 template <class Number>
 struct ArithmeticLoops {
   DirectionLoops<Number> normals, signs;
-  WindowLoops<Number> window;
   FactoredLoops<Number> factored;
+  RuleLoops<Number> rules[Rules::count];
 };
 
 // `displace` is out = round(theta + (sum - decay theta)).

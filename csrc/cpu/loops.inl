@@ -11,13 +11,29 @@
 #include "rows.inl"
 // clang-format on
 
-template <class Number>
-constexpr ArithmeticLoops<Number> arithmetic_loops{
-    {&add_normals<Number, true>, &add_normals<Number, false>, &add_moments_of_normals<Number>},
-    {&add_signs<Number, true>, &add_signs<Number, false>, &add_moments_of_signs<Number>},
-    {&add_moments_of_estimates<Number>, &step<Number>, &step_of_estimates<Number>},
-    {&combine_factored<Number>, &step_factored<Number>},
+template <class Rule, class Number>
+constexpr RuleLoops<Number> rule_loops{
+    Rule::second_moment,
+    &add_normals_to_moments<Rule, Number>,
+    &add_signs_to_moments<Rule, Number>,
+    &add_estimate_to_moments<Rule, Number>,
+    &move_moments<Rule, Number>,
+    &move_estimates<Rule, Number>,
+    &move_factored<Rule, Number>,
 };
+
+template <class Number, class... Functors>
+constexpr ArithmeticLoops<Number> arithmetic_loops_of(RuleList<Functors...>) {
+  return {
+      {&add_normals<Number, true>, &add_normals<Number, false>},
+      {&add_signs<Number, true>, &add_signs<Number, false>},
+      {&combine_factored<Number>},
+      {rule_loops<Functors, Number>...},
+  };
+}
+
+template <class Number>
+constexpr ArithmeticLoops<Number> arithmetic_loops = arithmetic_loops_of<Number>(Rules{});
 
 template <class Storage>
 constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_single<Storage>};

@@ -4,6 +4,7 @@
 using zoext::divide;
 using zoext::fused_multiply_add;
 using zoext::multiply;
+using zoext::sign_of;
 using zoext::square_root;
 
 struct Doubles {
@@ -28,6 +29,9 @@ inline Doubles divide(const Doubles& a, const Doubles& b) {
 }
 inline Doubles square_root(const Doubles& a) {
   return for_lanes([&](int j) { return square_root(a.v[j]); });
+}
+inline Doubles sign_of(const Doubles& a) {
+  return for_lanes([&](int j) { return sign_of(a.v[j]); });
 }
 inline Doubles fused_multiply_add(const Doubles& a, const Doubles& b, const Doubles& c) {
   return for_lanes([&](int j) { return fused_multiply_add(a.v[j], b.v[j], c.v[j]); });

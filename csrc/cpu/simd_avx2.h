@@ -157,6 +157,11 @@ inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {_mm256_
 inline Floats square_root_of_normal(Floats a) { return square_root(a); }
 inline Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Floats unit_step(Floats a) { return {_mm256_blendv_ps(_mm256_set1_ps(1.0f), _mm256_setzero_ps(), a.v)}; }
+inline Floats sign_of(Floats a) {
+  const __m256 sign = _mm256_and_ps(a.v, _mm256_set1_ps(-0.0f));
+  const __m256 is_not_zero = _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+  return {_mm256_and_ps(is_not_zero, _mm256_or_ps(sign, _mm256_set1_ps(1.0f)))};
+}
 
 // The sum of the lanes: l and l + 4, then l and l + 2, 1.
 inline float halving_sum(Floats a) {

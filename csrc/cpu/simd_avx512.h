@@ -160,6 +160,10 @@ inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats unit_step(Floats a) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GE_OQ), _mm512_set1_ps(1.0f))};
 }
+inline Floats sign_of(Floats a) {
+  const __m512 signed_one = _mm512_or_ps(_mm512_and_ps(a.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_OQ), signed_one)};
+}
 
 // The sum of the lanes: l and l + 8, then l and l + 4, 2, 1.
 inline float halving_sum(Floats a) {

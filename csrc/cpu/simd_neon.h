@@ -80,6 +80,11 @@ inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return {vfmaq_f
 inline Floats square_root_of_normal(Floats a) { return square_root(a); }
 inline Floats smaller(Floats a, Floats b) { return {vminq_f32(a.v, b.v)}; }
 inline Floats unit_step(Floats a) { return {vbslq_f32(vcltzq_f32(a.v), vdupq_n_f32(0.0f), vdupq_n_f32(1.0f))}; }
+inline Floats sign_of(Floats a) {
+  const float32x4_t signed_one = vbslq_f32(vdupq_n_u32(0x80000000u), a.v, vdupq_n_f32(1.0f));
+  const uint32x4_t has_sign = vorrq_u32(vcgtzq_f32(a.v), vcltzq_f32(a.v));
+  return {vreinterpretq_f32_u32(vandq_u32(has_sign, vreinterpretq_u32_f32(signed_one)))};
+}
 
 // The sum of the lanes: l and l + 2, then l and l + 1.
 inline float halving_sum(Floats a) {

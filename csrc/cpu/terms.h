@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../arguments.h"
-#include "weight_tile.h"
+#include "window.h"
 
 namespace zoext::cpu {
 
@@ -49,14 +49,6 @@ inline std::vector<Combination> moving_combinations(const Tensor& seeds, const T
   }
   return moving;
 }
-
-// A step of a window: its rows that contribute, oldest first, and how they move theta. There are none where
-// nothing but the decay moves it.
-struct Window {
-  std::vector<Step> steps;
-  float minus_lr;
-  Ending ending;
-};
 
 // The windows of S steps, which end one row after the other, over a history of S + H - 1 rows.
 class Windows {

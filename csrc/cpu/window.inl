@@ -1,65 +1,89 @@
-// The moments of a window of estimates and the step they make. `count` is a multiple of `tile_alignment`.
+// The moments of a window of estimates and the moves that a rule makes of them. `count` is a multiple of
+// `tile_alignment`.
 
-// m and v take in the estimate g = coefficient * z: as the sum of one term, since x + (-0) is x.
-template <class Number>
-inline __attribute__((always_inline)) auto add_moments_to(Number* m, Number* v, Number coefficient,
-                                                          Number first_weight, Number second_weight) {
+// The moments at `m` and `v` take in the estimate g.
+template <class Rule, class Number>
+inline __attribute__((always_inline)) void add_estimate_at(Number* m, Number* v, const Pack<Number>& first_weight,
+                                                           const Pack<Number>& second_weight,
+                                                           const Pack<Number>& g) {
+  store(m, add_first_moment(first_weight, g, load(m)));
+  if constexpr (has_moments_of_elements<Rule>) store(v, add_second_moment(second_weight, g, load(v)));
+}
+
+// The estimate g = coefficient * z, as the sum of one term, since x + (-0) is x.
+template <class Rule, class Number>
+inline __attribute__((always_inline)) auto add_term_to(Number* m, Number* v, Number coefficient,
+                                                       Number first_weight, Number second_weight) {
   const auto c = fill(coefficient), first = fill(first_weight), second = fill(second_weight);
   return [=](const Floats* z, int packs, int64_t offset) __attribute__((always_inline)) {
-    for (int j = 0; j < packs; ++j, offset += lanes) {
-      auto mean = load(m + offset), square = load(v + offset);
-      add_moments(first, second, multiply(c, pack_of<Number>(z[j])), mean, square);
-      store(m + offset, mean);
-      store(v + offset, square);
-    }
+    for (int j = 0; j < packs; ++j, offset += lanes)
+      add_estimate_at<Rule, Number>(m + offset, v + offset, first, second, multiply(c, pack_of<Number>(z[j])));
   };
 }
 
-template <class Number>
-void add_moments_of_normals(const Field& field, Number coefficient, Number first_weight, Number second_weight,
+template <class Rule, class Number>
+void add_normals_to_moments(const Field& field, Number coefficient, Number first_weight, Number second_weight,
                             uint64_t index, int64_t count, Number* m, Number* v, Upcoming upcoming) {
-  for_each_normals(field, index, count, upcoming, add_moments_to(m, v, coefficient, first_weight, second_weight));
+  for_each_normals(field, index, count, upcoming,
+                   add_term_to<Rule>(m, v, coefficient, first_weight, second_weight));
 }
 
-template <class Number>
-void add_moments_of_signs(const Field& field, Number coefficient, Number first_weight, Number second_weight,
+template <class Rule, class Number>
+void add_signs_to_moments(const Field& field, Number coefficient, Number first_weight, Number second_weight,
                           uint64_t index, int64_t count, Number* m, Number* v, Upcoming upcoming) {
-  for_each_signs(field, index, count, upcoming, add_moments_to(m, v, coefficient, first_weight, second_weight));
+  for_each_signs(field, index, count, upcoming, add_term_to<Rule>(m, v, coefficient, first_weight, second_weight));
 }
 
-template <class Number>
-void add_moments_of_estimates(Number first_weight, Number second_weight, const Number* g, int64_t count, Number* m,
-                              Number* v) {
-  const auto first = fill(first_weight), second = fill(second_weight);
+template <class Rule, class Number>
+void add_estimate_to_moments(const Estimate<Number>& estimate, int64_t count, Number* m, Number* v) {
+  const auto first = fill(estimate.first_weight), second = fill(estimate.second_weight);
+  for (int64_t i = 0; i < count; i += lanes)
+    add_estimate_at<Rule, Number>(m + i, v + i, first, second, load(estimate.g + i));
+}
+
+template <class Rule, class Number>
+void move_moments(Scale<Number> scale, const Number* m, const Number* v, int64_t count, Number* change) {
+  const auto minus_lr = fill(scale.minus_lr), eps = fill(scale.eps), shared_v = fill(scale.shared_v);
   for (int64_t i = 0; i < count; i += lanes) {
-    auto mean = load(m + i), square = load(v + i);
-    add_moments(first, second, load(g + i), mean, square);
-    store(m + i, mean);
-    store(v + i, square);
+    auto second = shared_v;
+    if constexpr (has_moments_of_elements<Rule>) second = load(v + i);
+    store(change + i, Rule::move(minus_lr, eps, load(m + i), second));
   }
 }
 
-template <class Number>
-void step_of_estimates(const Estimate<Number>* estimates, int64_t estimates_count, Number minus_lr, Number eps,
-                       int64_t count, Number* change) {
+// The moments of a few packs, from their estimates: add(first_weight, second_weight, g) for every step that
+// counts, and then the move.
+template <class Rule, class Number, int packs>
+struct PackMoments {
+  Pack<Number> m[packs], v[packs];
+
+  inline __attribute__((always_inline)) explicit PackMoments(Scale<Number> scale) {
+    for (auto& pack : m) pack = fill(Number{empty_sum});
+    for (auto& pack : v) pack = fill(scale.shared_v);
+  }
+
+  inline __attribute__((always_inline)) void add(int j, const Pack<Number>& first_weight,
+                                                 const Pack<Number>& second_weight, const Pack<Number>& g) {
+    m[j] = add_first_moment(first_weight, g, m[j]);
+    if constexpr (has_moments_of_elements<Rule>) v[j] = add_second_moment(second_weight, g, v[j]);
+  }
+
+  inline __attribute__((always_inline)) Pack<Number> move(int j, Scale<Number> scale) const {
+    return Rule::move(fill(scale.minus_lr), fill(scale.eps), m[j], v[j]);
+  }
+};
+
+template <class Rule, class Number>
+void move_estimates(const Estimate<Number>* estimates, int64_t estimates_count, Scale<Number> scale, int64_t count,
+                    Number* change) {
   constexpr int packs = 4;  // whose chains of additions overlap
   static_assert(tile_alignment % (packs * lanes) == 0);
-  const auto rate = fill(minus_lr), delta = fill(eps);
   for (int64_t i = 0; i < count; i += packs * lanes) {
-    Pack<Number> m[packs], v[packs];
-    for (auto& pack : m) pack = fill(Number{empty_sum});
-    for (auto& pack : v) pack = fill(Number{0});
+    PackMoments<Rule, Number, packs> moments(scale);
     for (const Estimate<Number>* one = estimates; one != estimates + estimates_count; ++one) {
       const auto first = fill(one->first_weight), second = fill(one->second_weight);
-      for (int j = 0; j < packs; ++j) add_moments(first, second, load(one->g + i + j * lanes), m[j], v[j]);
+      for (int j = 0; j < packs; ++j) moments.add(j, first, second, load(one->g + i + j * lanes));
     }
-    for (int j = 0; j < packs; ++j) store(change + i + j * lanes, moments_step(rate, delta, m[j], v[j]));
+    for (int j = 0; j < packs; ++j) store(change + i + j * lanes, moments.move(j, scale));
   }
-}
-
-template <class Number>
-void step(Number minus_lr, Number eps, const Number* m, const Number* v, int64_t count, Number* change) {
-  const auto rate = fill(minus_lr), delta = fill(eps);
-  for (int64_t i = 0; i < count; i += lanes)
-    store(change + i, moments_step(rate, delta, load(m + i), load(v + i)));
 }

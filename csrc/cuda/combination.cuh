@@ -41,6 +41,14 @@ struct Combination {
 
   __device__ Term term(int k) const { return {__ldg(coefficients + k), seed_at(seeds, k), first_number + k}; }
 
+  // The sum of the coefficients from `k` on that contribute.
+  template <class Number>
+  __device__ Number projected_gradient(int k) const {
+    Number sum{0};
+    for (; k < terms; k = contributing(k + 1)) sum = sum + static_cast<Number>(__ldg(coefficients + k));
+    return sum;
+  }
+
   // sum += the terms from `k` on
   template <class Direction, class Number, class Tiling>
   __device__ void add_from(int k, const Direction& direction, Sum<Number, Tiling>& sum) const {

@@ -11,7 +11,7 @@ namespace zoext::cuda {
 
 struct Normals {
   static constexpr Stream stream = Stream::dense;
-  static constexpr int displace_blocks = 5, steps_blocks = 4, adam_blocks = 4, adam_steps_blocks = 2;
+  static constexpr int displace_blocks = 5, steps_blocks = 4, window_blocks = 4, windows_blocks = 2;
   template <class Storage>
   using Tiling = NormalTiling<Storage>;
 
@@ -42,7 +42,7 @@ struct Normals {
 
 struct Signs {
   static constexpr Stream stream = Stream::sign;
-  static constexpr int displace_blocks = 3, steps_blocks = 2, adam_blocks = 2, adam_steps_blocks = 2;
+  static constexpr int displace_blocks = 3, steps_blocks = 2, window_blocks = 2, windows_blocks = 2;
   template <class Storage>
   using Tiling = SignTiling<Storage>;
 
@@ -81,7 +81,7 @@ struct Dense {
   using TensorSlot = Slot;
   static constexpr bool has_rounds = true;  // of Philox
   static constexpr int displace_blocks = Noise::displace_blocks, steps_blocks = Noise::steps_blocks,
-                       adam_blocks = Noise::adam_blocks, adam_steps_blocks = Noise::adam_steps_blocks;
+                       window_blocks = Noise::window_blocks, windows_blocks = Noise::windows_blocks;
 
   template <class AnyShare>
   static __device__ DenseFrom<Noise, Tiling> on(const Slot& slot, const AnyShare& share) {

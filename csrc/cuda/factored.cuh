@@ -128,7 +128,7 @@ struct Factored {
   using Tiling = FactoredTiling<Storage>;
   using TensorSlot = FactoredSlot;
   static constexpr bool has_rounds = false;
-  static constexpr int displace_blocks = 3, steps_blocks = 2, adam_blocks = 2, adam_steps_blocks = 2;
+  static constexpr int displace_blocks = 3, steps_blocks = 2, window_blocks = 2, windows_blocks = 2;
 
   static __device__ FactoredAnywhere<Tiling> on(const FactoredSlot& slot, const Share<Tiling>& share) {
     return {slot, share.group(0)};

@@ -7,7 +7,7 @@
 namespace zoext::cuda {
 
 // The blocks that a multiprocessor is to hold at once: as many as registers allow without one being spilled
-// (tests/test_cuda_static_budget.py).
+// (tests/cuda/test_static_budget.py).
 template <class Direction>
 constexpr int resident_blocks(int blocks) {
   constexpr int most_of_doubles = 3;

@@ -1,10 +1,11 @@
-// Noise, dense directions and Adam's moments of them.
+// Noise, dense directions, and what the rules make of their moments.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "core/combine.h"
-#include "core/moments.h"
+#include "core/rules.h"
 #include "core/storage.h"
 #include "loops.h"
 
@@ -65,58 +66,90 @@ void terms_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<Nu
     }
 }
 
-template <class Number, class Core>
-void moments_are_the_cores(const InstructionSet& set, const cpu::DirectionLoops<Number>& loops, Core core) {
+template <class Rule, class Number, class Core>
+void moves_are_the_cores(const InstructionSet& set, const cpu::RuleLoops<Number>& rule,
+                         typename cpu::RuleLoops<Number>::AddTerm add_term_to_moments,
+                         const cpu::DirectionLoops<Number>& loops, Core core) {
   const Field older{11, 2, 6}, newer{~0ull, 2, 6};
-  const cpu::WindowLoops<Number>& window = set.arithmetic<Number>().window;
-  const Number guard = 77, minus_lr = -0.1f, eps = 1e-3f;
+  const Number guard = 77;
+  const bool has_v = Rule::second_moment == SecondMoment::elements;
+  const Number shared_v = Rule::second_moment == SecondMoment::projections ? Number(0.7f) : Number{0};
+  const cpu::Scale<Number> scale{Number(-0.1f), Number(1e-3f), shared_v};
   for (uint64_t start : starts)
     for (int64_t count : {tile_alignment, 5 * tile_alignment}) {
       std::vector<Number> m(count + 16, guard), v(count + 16, guard), g(count), change(count + 16, guard);
       std::fill_n(m.data(), count, Number{empty_sum});
-      std::fill_n(v.data(), count, Number{0});
-      loops.add_moments(older, Number(0.3f), Number(0.2f), Number(0.4f), start, count, m.data(), v.data(),
-                        cpu::nothing);
+      if (has_v) std::fill_n(v.data(), count, Number{0});
+      add_term_to_moments(older, Number(0.3f), Number(0.2f), Number(0.4f), start, count, m.data(), v.data(),
+                          cpu::nothing);
       loops.start(newer, Number(-1.7f), start, count, g.data(), cpu::nothing);
       loops.add(older, Number(0.9f), start, count, g.data(), cpu::nothing);
-      window.add_moments(Number(0.5f), Number(0.1f), g.data(), count, m.data(), v.data());
-      window.step(minus_lr, eps, m.data(), v.data(), count, change.data());
+      rule.add_estimate({g.data(), Number(0.5f), Number(0.1f)}, count, m.data(), v.data());
+      rule.move(scale, m.data(), v.data(), count, change.data());
       std::vector<Number> first_g(count), both(count + 16, guard);
       loops.start(older, Number(0.3f), start, count, first_g.data(), cpu::nothing);
       const cpu::Estimate<Number> estimates[] = {{first_g.data(), Number(0.2f), Number(0.4f)},
                                                  {g.data(), Number(0.5f), Number(0.1f)}};
-      window.step_of(estimates, 2, minus_lr, eps, count, both.data());
-      CHECK(both == change, "%s: a step of estimates in memory", set.name);
+      rule.move_estimates(estimates, 2, scale, count, both.data());
+      CHECK(both == change, "%s, %s: a move of estimates in memory", set.name, Rule::name);
       for (int64_t i = 0; i < count; ++i) {
         const uint64_t index = start + static_cast<uint64_t>(i);
         const Number old_z = core(older, index), new_z = core(newer, index);
-        Number mean{empty_sum}, square{0};
-        add_moments<Number>(0.2f, 0.4f, add_term<Number>(0.3f, old_z, Number{empty_sum}), mean, square);
-        const Number first = add_term<Number>(-1.7f, new_z, Number{empty_sum});
-        add_moments<Number>(0.5f, 0.1f, add_term<Number>(0.9f, old_z, first), mean, square);
-        CHECK(same(m[i], mean) && same(v[i], square), "%s: moments of element %llu are %a and %a", set.name,
-              static_cast<unsigned long long>(index), double(m[i]), double(v[i]));
-        CHECK(same(change[i], moments_step(minus_lr, eps, mean, square)), "%s: step of element %llu is %a",
-              set.name, static_cast<unsigned long long>(index), double(change[i]));
+        const Number first = add_term<Number>(0.3f, old_z, Number{empty_sum});
+        const Number second = add_term<Number>(0.9f, old_z, add_term<Number>(-1.7f, new_z, Number{empty_sum}));
+        const Number mean =
+            add_first_moment<Number>(0.5f, second, add_first_moment<Number>(0.2f, first, Number{empty_sum}));
+        const Number square =
+            has_v ? add_second_moment<Number>(0.1f, second, add_second_moment<Number>(0.4f, first, Number{0}))
+                  : guard;
+        CHECK(same(m[i], mean) && same(v[i], square), "%s, %s: moments of element %llu are %a and %a", set.name,
+              Rule::name, static_cast<unsigned long long>(index), double(m[i]), double(v[i]));
+        const Number expected = Rule::move(scale.minus_lr, scale.eps, mean, has_v ? square : shared_v);
+        CHECK(same(change[i], expected), "%s, %s: move of element %llu is %a", set.name, Rule::name,
+              static_cast<unsigned long long>(index), double(change[i]));
       }
       for (int i = 0; i < 16; ++i)
         CHECK(m[count + i] == guard && v[count + i] == guard && change[count + i] == guard,
-              "%s writes beyond the stretch", set.name);
+              "%s, %s writes beyond the stretch", set.name, Rule::name);
     }
+}
+
+// The sign of everything that has none, or an uncertain one, in every lane.
+template <class Number>
+void signs_of_moments_are_the_cores(const InstructionSet& set) {
+  const float values[] = {0.0f, -0.0f, NAN, -NAN, INFINITY, -INFINITY, 1e-45f, -1e-45f, 3.0f, -3.0f};
+  std::vector<Number> m, change(tile_alignment);
+  for (int i = 0; i < tile_alignment; ++i) m.push_back(values[i % 10]);
+  const int sign = 1;
+  set.arithmetic<Number>().rules[sign].move({-2, 0, 0}, m.data(), nullptr, tile_alignment, change.data());
+  for (int i = 0; i < tile_alignment; ++i) {
+    const Number expected = rules::Sign::move<Number>(-2, 0, m[i], 0);
+    CHECK(same(change[i], expected), "%s: the sign of %a moves by %a", set.name, double(m[i]), double(change[i]));
+  }
+}
+
+template <class Number>
+void directions_of(const InstructionSet& set) {
+  const cpu::ArithmeticLoops<Number>& loops = set.arithmetic<Number>();
+  terms_are_the_cores(set, loops.normals, core_normal);
+  terms_are_the_cores(set, loops.signs, core_sign);
+  for (int number = 0; number < Rules::count; ++number)
+    Rules::call(number, [&](auto functor) {
+      using Rule = decltype(functor);
+      const cpu::RuleLoops<Number>& rule = loops.rules[number];
+      CHECK(rule.second_moment == Rule::second_moment, "%s: rule %d is not %s", set.name, number, Rule::name);
+      moves_are_the_cores<Rule>(set, rule, rule.add_normals, loops.normals, core_normal);
+      moves_are_the_cores<Rule>(set, rule, rule.add_signs, loops.signs, core_sign);
+    });
+  signs_of_moments_are_the_cores<Number>(set);
 }
 
 }  // namespace
 
 void directions_are_the_cores(const InstructionSet& set) {
   rounding_bits_are_the_cores(set);
-  terms_are_the_cores(set, set.single.normals, core_normal);
-  terms_are_the_cores(set, set.single.signs, core_sign);
-  terms_are_the_cores(set, set.twice.normals, core_normal);
-  terms_are_the_cores(set, set.twice.signs, core_sign);
-  moments_are_the_cores(set, set.single.normals, core_normal);
-  moments_are_the_cores(set, set.single.signs, core_sign);
-  moments_are_the_cores(set, set.twice.normals, core_normal);
-  moments_are_the_cores(set, set.twice.signs, core_sign);
+  directions_of<float>(set);
+  directions_of<double>(set);
 }
 
 }  // namespace zoext

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "core/combine.h"
-#include "core/moments.h"
+#include "core/rules.h"
 #include "loops.h"
 
 namespace zoext {
@@ -43,24 +43,33 @@ void entries_are_the_cores(const InstructionSet& set, const FactoredMatrix& matr
       matrix.left.data(),        matrix.right.data(),         matrix.rows, matrix.columns, matrix.rank,
       matrix.rank * matrix.rows, matrix.rank * matrix.columns};
   const cpu::FactoredLoops<Number>& loops = set.arithmetic<Number>().factored;
-  const Number minus_lr = -0.1f, eps = 1e-3f;
   const int64_t elements = matrix.rows * matrix.columns;
   for (int64_t from : {int64_t{0}, elements / 3, elements - 1}) {
     const int64_t count = std::min<int64_t>(elements - from, tile_elements);
-    std::vector<Number> sum(count + cpu::widest_pack - 1), change(sum);
+    std::vector<Number> sum(count + cpu::widest_pack - 1);
     loops.combine(factors, terms, 2, from, count, sum.data(), cpu::nothing);
-    loops.step(factors, steps, 2, minus_lr, eps, from, count, change.data(), cpu::nothing);
+    std::vector<Number> m, v;
     for (int64_t i = 0; i < count; ++i) {
       const Number one = add_term<Number>(0.3f, matrix.entry<Number>(1, from + i), Number{empty_sum});
       const Number both = add_term<Number>(-1.7f, matrix.entry<Number>(0, from + i), one);
-      Number m{empty_sum}, v{0};
-      add_moments<Number>(0.2f, 0.4f, one, m, v);
-      add_moments<Number>(0.5f, 0.1f, both, m, v);
+      m.push_back(add_first_moment<Number>(0.5f, both, add_first_moment<Number>(0.2f, one, Number{empty_sum})));
+      v.push_back(add_second_moment<Number>(0.1f, both, add_second_moment<Number>(0.4f, one, Number{0})));
       CHECK(same(sum[i], both), "%s: element %d is %a, not %a", set.name, int(from + i), double(sum[i]),
             double(both));
-      CHECK(same(change[i], moments_step(minus_lr, eps, m, v)), "%s: step of element %d is %a", set.name,
-            int(from + i), double(change[i]));
     }
+    for (int number = 0; number < Rules::count; ++number)
+      Rules::call(number, [&](auto functor) {
+        using Rule = decltype(functor);
+        const bool has_v = Rule::second_moment == SecondMoment::elements;
+        const Number shared_v = Rule::second_moment == SecondMoment::projections ? Number(0.7f) : Number{0};
+        const cpu::Scale<Number> scale{Number(-0.1f), Number(1e-3f), shared_v};
+        std::vector<Number> change(count + cpu::widest_pack - 1);
+        set.arithmetic<Number>().rules[number].move_factored(factors, steps, 2, scale, from, count, change.data(),
+                                                             cpu::nothing);
+        for (int64_t i = 0; i < count; ++i)
+          CHECK(same(change[i], Rule::move(scale.minus_lr, scale.eps, m[i], has_v ? v[i] : shared_v)),
+                "%s, %s: move of element %d is %a", set.name, Rule::name, int(from + i), double(change[i]));
+      });
   }
 }
 

@@ -1,5 +1,5 @@
 // How a launch on CUDA divides tensors, run on the host: every element is in one share of one thread, at
-// the index that its span says, also beyond 2^32 elements. tests/test_core_in_cpp.py builds and runs it.
+// the index that its span says, also beyond 2^32 elements. test_core_in_cpp.py builds and runs it.
 #include <cstdint>
 #include <random>
 #include <vector>

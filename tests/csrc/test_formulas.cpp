@@ -1,4 +1,4 @@
-// What an element becomes in a step, and its place in the whole tensor. tests/test_core_in_cpp.py builds and runs
+// What an element becomes in a step, and its place in the whole tensor. test_core_in_cpp.py builds and runs
 // it.
 #include <cmath>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 #include "check.h"
 #include "core/combine.h"
-#include "core/moments.h"
+#include "core/rules.h"
 #include "core/span.h"
 
 using namespace zoext;
@@ -21,16 +21,34 @@ void an_empty_sum_moves_no_bit() {
   CHECK(add_term(2.0f, 3.0f, 1.0f) == 7.0f && add_decay(0.5f, 4.0f, 1.0f) == -1.0f, "one term, one decay");
 }
 
-void a_step_is_adams() {
-  // Estimates 3 and -1 with weights 1/4 and 1/2 in m, 1/4 and 3/4 in v: m = 1/4, v = 3, and with eps 1
-  // -lr m / sqrt(v + eps) is -lr / 8.
-  float m = empty_sum, v = 0;
-  add_moments(0.25f, 0.25f, 3.0f, m, v);
-  add_moments(0.5f, 0.75f, -1.0f, m, v);
+void moves_are_those_of_the_rules() {
+  // Estimates 3 and -1 with weights 1/4 and 1/2 in m, 1/4 and 3/4 in v.
+  const float m = add_first_moment(0.5f, -1.0f, add_first_moment(0.25f, 3.0f, empty_sum));
+  const float v = add_second_moment(0.75f, -1.0f, add_second_moment(0.25f, 3.0f, 0.0f));
   CHECK(m == 0.25f && v == 3.0f, "m %a, v %a", m, v);
-  CHECK(moments_step(-16.0f, 1.0f, m, v) == -2.0f, "%a", moments_step(-16.0f, 1.0f, m, v));
-  const double third = moments_step(-1.0, 0.0, 1.0, 9.0);
+  // -lr m / sqrt(v + eps) with eps 1
+  CHECK(rules::Adam::move(-16.0f, 1.0f, m, v) == -2.0f, "%a", rules::Adam::move(-16.0f, 1.0f, m, v));
+  const double third = rules::Adam::move(-1.0, 0.0, 1.0, 9.0);
   CHECK(third == -1.0 / 3, "%a", third);
+  // -lr m / (sqrt(v) + eps) with v 9 and eps 1
+  const float scalar = rules::ScalarAdam::move(-16.0f, 1.0f, m, 9.0f);
+  CHECK(scalar == -1.0f, "%a", scalar);
+  for (const float moment : {2.0f, 1e-45f, INFINITY})
+    CHECK(rules::Sign::move(-3.0f, 0.0f, moment, 0.0f) == -3.0f &&
+              rules::Sign::move(-3.0, 0.0, -double{moment}, 0.0) == 3.0,
+          "sign of %a", moment);
+  for (const float none : {0.0f, -0.0f, NAN})
+    CHECK(bits_of(rules::Sign::move(-3.0f, 0.0f, none, 0.0f)) == bits_of(-0.0f), "the sign of %a moves theta",
+          none);
+}
+
+void rules_are_numbered_in_their_order() {
+  int number = 0;
+  for (const char* name : Rules::names) {
+    Rules::call(number, [&](auto rule) { CHECK(rule.name == name, "rule %d is %s", number, rule.name); });
+    ++number;
+  }
+  CHECK(number == 3, "%d rules", number);
 }
 
 void spans_find_the_place_in_the_whole() {
@@ -50,7 +68,8 @@ void spans_find_the_place_in_the_whole() {
 
 int main() {
   an_empty_sum_moves_no_bit();
-  a_step_is_adams();
+  moves_are_those_of_the_rules();
+  rules_are_numbered_in_their_order();
   spans_find_the_place_in_the_whole();
   return finish("steps and spans");
 }

@@ -1,4 +1,4 @@
-// The loops of every instruction set, bit for bit those of the core. tests/test_core_in_cpp.py builds it with
+// The loops of every instruction set, bit for bit those of the core. test_core_in_cpp.py builds it with
 // the files beside it that are called loops_*.cpp, and runs it.
 #include <string>
 

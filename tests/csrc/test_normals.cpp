@@ -1,4 +1,4 @@
-// Normals of words, and the root that they take. tests/test_core_in_cpp.py builds and runs it.
+// Normals of words, and the root that they take. test_core_in_cpp.py builds and runs it.
 #include <cmath>
 #include <cstdint>
 #include <vector>

@@ -1,4 +1,4 @@
-// The parts of the power iteration that take no loop over activations. tests/test_core_in_cpp.py builds and runs
+// The parts of the power iteration that take no loop over activations. test_core_in_cpp.py builds and runs
 // it.
 #include <cmath>
 #include <cstdint>

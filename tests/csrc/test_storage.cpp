@@ -1,4 +1,4 @@
-// Numbers of 16 bits, how they are rounded, and those of 24 bits in two parts. tests/test_core_in_cpp.py builds
+// Numbers of 16 bits, how they are rounded, and those of 24 bits in two parts. test_core_in_cpp.py builds
 // and runs it.
 #include <algorithm>
 #include <cmath>

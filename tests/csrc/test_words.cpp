@@ -1,4 +1,4 @@
-// The words of the noise field, and the signs and seeds that are made of them. tests/test_core_in_cpp.py builds
+// The words of the noise field, and the signs and seeds that are made of them. test_core_in_cpp.py builds
 // and runs it.
 #include <cstdint>
 #include <initializer_list>

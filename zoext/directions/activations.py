@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 from zoext import ops
+from zoext._parameters import wrappers
+from zoext._parameters.parameters import Parameters
 from zoext.directions.base import Frame
-from zoext.parameters import Parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,8 @@ def _is_linear(module: nn.Module) -> str | None:
     if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its weight and never calls it
         return None
     if isinstance(module, nn.Linear):
-        return "usual"
-    # GPT-2's layer is a linear one that stores its weight transposed. Not imported: that takes seconds.
-    transformers: Any = sys.modules.get("transformers.pytorch_utils")
-    if transformers is not None and isinstance(module, transformers.Conv1D):
-        return "transposed"
-    return None
+        return "plain"
+    return "transposed" if isinstance(module, wrappers.conv1d()) else None
 
 
 class ActivationObserver:

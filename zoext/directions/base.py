@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from zoext.parameters import Parameters
+from zoext._parameters.parameters import Parameters
+from zoext.ops import Rule
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """What the directions of a step have in common beside their seeds.
 
@@ -32,24 +34,38 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """``sum_k coefficients[k] D(seeds[k])`` in one frame: int64 [K], float32 [K]."""
+    """``sum_k coefficients[k] D(seeds[k])``: int64 [K], float32 [K], in one frame or, by ``plus``, in two."""
 
     seeds: Tensor
     coefficients: Tensor
     frame: Frame
+    joined: tuple[Frame, ...] = ()
 
     def __len__(self) -> int:
         return self.seeds.numel()
 
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The frame of each term."""
+        return self.joined or (self.frame,) * len(self)
+
+    def plus(self, other: Terms) -> Terms:
+        """The sum, of as few terms as can be told from the host."""
+        if self.seeds is other.seeds and self.frames == other.frames:
+            return replace(self, coefficients=self.coefficients + other.coefficients)
+        seeds = torch.cat((self.seeds, other.seeds))
+        coefficients = torch.cat((self.coefficients, other.coefficients))
+        return Terms(seeds, coefficients, self.frame, self.frames + other.frames)
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The gradient estimates of some steps, oldest first, and what makes moments of them.
+    """The gradient estimates of some steps, oldest first, and their weights in the moments m and v.
 
-    With ``g_h`` the sum of ``steps[h]``: ``m = sum_h first_weights[h] g_h`` and
-    ``v = sum_h second_weights[h] g_h**2``. The weights are float32 [H].
+    With ``g_h`` the sum of ``steps[h]``, ``m = sum_h first_weights[h] g_h``; the rule says what the second
+    weights are weights of. The weights are float32 [H].
 
-    Or S windows, each of which ends a step later than the one before: then there are S + H - 1 steps, and
+    Or S windows, each of which ends one step later than the one before: then there are S + H - 1 steps, and
     the weights are float32 [S, H].
     """
 
@@ -97,8 +113,10 @@ class Direction(ABC):
         """``out = theta + sum_k c_k D(s_k)``; theta is only read."""
 
     @abstractmethod
-    def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
-        """``theta += -lr * m / sqrt(v + eps) - decay * theta``, in place, with the moments of a window.
+    def window_(
+        self, parameters: Parameters, window: Window, rule: Rule, lr: Tensor, eps: Tensor, decay: Tensor
+    ) -> None:
+        """``theta += move - decay * theta``, in place, with the move that ``rule`` makes of a window.
 
         ``lr``, ``eps`` and ``decay`` are float32 []; ``lr`` and ``decay`` are [S] for S windows, which make
         one step after the other.
@@ -118,6 +136,16 @@ class Direction(ABC):
     def observer(self, module: nn.Module | None, step: Step) -> Observer | None:
         """What watches a forward at theta to make the frame; None where ``frame`` makes it."""
         return None
+
+    def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
+        """Left ([T or 1, rank, m]) and right ([T or 1, rank, n]) factors of each term of each parameter.
+
+        Raises:
+            ValueError: for parameters whose directions have no factors.
+        """
+        raise ValueError(
+            f"direction: {type(self).__name__} has no factors; use LowRank or ActivationSubspace"
+        )
 
     def gradient(self, terms: Terms) -> Terms:
         """The terms of the gradient estimate, from projected gradients along ``D(s_k)``."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from zoext import ops
+from zoext._parameters.parameters import Parameters
 from zoext.directions.base import Direction, Terms, Window
 from zoext.directions.rectangle import decay_of, rectangle, terms_of
-from zoext.parameters import Parameters
 
 
 class _Dense(Direction):
@@ -39,8 +39,10 @@ class _Dense(Direction):
             distribution=self.distribution,
         )
 
-    def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
-        ops.noise_adam_(
+    def window_(
+        self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
+    ) -> None:
+        ops.noise_window_(
             parameters.tensors,
             *rectangle(window.steps),
             window.first_weights,
@@ -50,6 +52,7 @@ class _Dense(Direction):
             decay,
             parameters.keys,
             parameters.spans,
+            rule=rule,
             distribution=self.distribution,
             rounding=parameters.rounding,
             residuals=parameters.residuals,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from zoext import ops
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import Block
 from zoext.directions.base import Direction, Frame, Terms, Window
 from zoext.directions.dense import Gaussian
 from zoext.directions.rectangle import decay_of, rectangle, terms_of
-from zoext.parameters import Parameters
-from zoext.shards import Block
 
 _DENSE = Gaussian()
 
@@ -41,7 +42,7 @@ class Factored(Direction):
         if matrices:
             these = parameters.take(matrices)
             seeds, coefficients = terms_of(steps)
-            frames = [step.frame for step in steps for _ in range(seeds.shape[-1])]
+            frames = [frame for step in steps for frame in _filled_up(step, seeds.shape[-1])]
             ops.factored_axpy_(
                 these.tensors,
                 *_factors(these, seeds.flatten(), frames),
@@ -71,18 +72,19 @@ class Factored(Direction):
                 these.spans,
             )
 
-    def adam_(self, parameters: Parameters, window: Window, lr: Tensor, eps: Tensor, decay: Tensor) -> None:
+    def window_(
+        self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
+    ) -> None:
         dense, matrices = _split(parameters, [step.frame for step in window.steps])
         if dense and self.dense_scale:
-            steps = [self._of_dense(step) for step in window.steps]
-            scaled = Window(steps, window.first_weights, window.second_weights)
-            _DENSE.adam_(parameters.take(dense), scaled, lr, eps, decay)
+            scaled = self._window_of_dense(window, rule)
+            _DENSE.window_(parameters.take(dense), scaled, rule, lr, eps, decay)
         if matrices:
             these = parameters.take(matrices)
             seeds, coefficients = rectangle(window.steps)
             frames = [step.frame for step in window.steps for _ in range(seeds.shape[1])]
             factors = _factors(these, seeds.flatten(), frames)
-            ops.factored_adam_(
+            ops.factored_window_(
                 these.tensors,
                 *factors,
                 seeds,
@@ -94,14 +96,37 @@ class Factored(Direction):
                 decay,
                 these.keys,
                 these.spans,
+                rule=rule,
                 rounding=these.rounding,
                 residuals=these.residuals,
             )
 
+    def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
+        dense, _ = _split(parameters, [terms.frame])
+        if dense:
+            raise ValueError(
+                f"direction: {parameters.names[dense[0]]} has dense directions, which have no factors; "
+                "freeze it with requires_grad_(False)"
+            )
+        left, right = _factors(parameters, terms.seeds, terms.frames)
+        return left, right
+
     def _of_dense(self, terms: Terms) -> Terms:
         if self.dense_scale == 1:
             return terms
-        return Terms(terms.seeds, terms.coefficients * self.dense_scale, terms.frame)
+        return replace(terms, coefficients=terms.coefficients * self.dense_scale)
+
+    def _window_of_dense(self, window: Window, rule: ops.Rule) -> Window:
+        if self.dense_scale == 1:
+            return window
+        if rule is ops.Rule.SCALAR_ADAM:  # whose v is of projected gradients, which have no scale
+            return replace(window, first_weights=window.first_weights * self.dense_scale)
+        return replace(window, steps=[self._of_dense(step) for step in window.steps])
+
+
+def _filled_up(step: Terms, count: int) -> tuple[Frame, ...]:
+    """The frame of each term of a step, filled up to ``count`` terms."""
+    return step.frames + (step.frame,) * (count - len(step))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zoext import ops
+from zoext._parameters.parameters import Parameters
 from zoext.directions.base import Frame, Step, Terms
 from zoext.directions.factored import Factored, matrix_shape
-from zoext.parameters import Parameters
 
 SCALES = ("paper", "code")
 

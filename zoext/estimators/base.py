@@ -1,28 +1,92 @@
-"""What all estimators share: the estimate, and how losses become one."""
+"""What all estimators share: rounds of probes, the estimate, and how losses become one."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-#: ``probe(seeds, coefficients)`` is the loss at ``theta + mu * sum_k coefficients[k] D(seeds[k])``.
-Probe = Callable[[Tensor, Tensor], Tensor]
+#: ``probe(seeds, coefficients)`` returns the loss at ``theta + mu * sum_k coefficients[k] D(seeds[k])``, [].
+ProbeFn = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Probes that do not depend on each other's losses, so that they may be evaluated in any order.
+
+    Attributes:
+        seeds: int64 [K].
+        coefficients: float32 [P, K]; probe p is the loss at
+            ``theta + mu * sum_k coefficients[p, k] D(seeds[k])``.
+        supports: for each probe, the consecutive range of k whose coefficients may be nonzero: what the
+            host knows without reading ``coefficients``. An empty range is a probe at theta.
+    """
+
+    seeds: Tensor
+    coefficients: Tensor
+    supports: tuple[range, ...]
+
+    @classmethod
+    def along_each(cls, seeds: Tensor, *, two_sided: bool = False, centre: bool = False) -> Round:
+        """One probe along each seed's direction, or two: first ``+mu``, then ``-mu``.
+
+        ``centre`` puts a probe at theta before them.
+        """
+        count = len(seeds)
+        rows = torch.eye(count, dtype=torch.float32, device=seeds.device)
+        supports = [range(k, k + 1) for k in range(count)]
+        if two_sided:
+            rows = torch.stack((rows, -rows), 1).flatten(0, 1)
+            supports = [support for support in supports for _ in range(2)]
+        if centre:
+            rows = torch.cat((torch.zeros_like(rows[:1]), rows))
+            supports = [range(0), *supports]
+        return cls(seeds, rows, tuple(supports))
+
+    @classmethod
+    def along_sums(cls, seeds: Tensor, coefficients: Tensor) -> Round:
+        """One probe for each row of ``coefficients``, float32 [P, K], along a sum of all K directions."""
+        return cls(seeds, coefficients, (range(len(seeds)),) * len(coefficients))
+
+    @classmethod
+    def at_centre(cls, seeds: Tensor) -> Round:
+        """A single probe at theta."""
+        zeros = torch.zeros((1, len(seeds)), dtype=torch.float32, device=seeds.device)
+        return cls(seeds, zeros, (range(0),))
+
+    def __len__(self) -> int:
+        return len(self.supports)
+
+    def probes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Seeds [k] and coefficients [k] of each probe, without those that are zero.
+
+        Consecutive probes along the same directions get the same tensor of seeds.
+        """
+        known: dict[range, Tensor] = {range(len(self.seeds)): self.seeds}
+        for row, support in zip(self.coefficients, self.supports, strict=True):
+            if support not in known:
+                known[support] = self.seeds[support.start : support.stop]
+            yield known[support], row[support.start : support.stop]
+
+
+#: What an estimator yields, receives (losses [P] of the round) and returns.
+Rounds = Generator[Round, Tensor, "Estimate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A gradient estimate ``sum_k coefficients[k] D(seeds[k])`` and how it was come by.
+    """A gradient estimate ``sum_k coefficients[k] D(seeds[k])`` and how it was obtained.
 
     Attributes:
         seeds: int64 [K].
         coefficients: float32 [K], in units of the loss per unit of theta; for a central difference
             these are the projected gradients. Zero where a loss was not finite.
         loss: float32 [], the mean of the losses that were evaluated.
-        spread: float32 [], the sample standard deviation of the losses at displaced weights; where there
+        loss_std: float32 [], the sample standard deviation of the losses at displaced weights; where there
             is only one of these, of all losses.
         forwards: how many times the closure ran.
         finite: bool [], whether all losses that the coefficients depend on were finite.
@@ -31,13 +95,24 @@ class Estimate:
     seeds: Tensor
     coefficients: Tensor
     loss: Tensor
-    spread: Tensor
+    loss_std: Tensor
     forwards: int
     finite: Tensor
 
 
 class Estimator(ABC):
-    """From probes to an estimate of the gradient."""
+    """From rounds of probes to an estimate of the gradient.
+
+    A subclass is a frozen dataclass with ``draws`` and ``rounds``:
+
+        @dataclass(frozen=True)
+        class OneSided(Estimator):
+            draws = 1
+
+            def rounds(self, seeds, mu):
+                centre, loss = yield Round.along_each(seeds, centre=True)
+                return assemble(seeds, ((loss - centre) / mu).unsqueeze(0), [loss], centre)
+    """
 
     @property
     @abstractmethod
@@ -45,8 +120,68 @@ class Estimator(ABC):
         """How many seeds a step needs."""
 
     @abstractmethod
-    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        """Evaluates probes along ``D(seeds[0]) ... D(seeds[draws - 1])`` at scale ``mu``."""
+    def rounds(self, seeds: Tensor, mu: float) -> Rounds:
+        """Yields rounds, receives the losses [P] of each, and returns the estimate.
+
+        Tensor expressions only: nothing here waits for the host.
+
+        Args:
+            seeds: int64 [draws].
+            mu: scale of the displacement; coefficients of a round are in units of it.
+        """
+
+    def estimate(self, probe: ProbeFn, seeds: Tensor, mu: float) -> Estimate:
+        """Evaluates the rounds with ``probe``, one probe after the other."""
+        return evaluate(
+            self.rounds(seeds, mu), lambda pending: stacked([probe(*terms) for terms in pending.probes()])
+        )
+
+
+def evaluate(rounds: Rounds, losses_of: Callable[[Round], Tensor]) -> Estimate:
+    """Runs an estimator's rounds; ``losses_of(round)`` returns the losses [P] of one."""
+    losses: Tensor | None = None
+    while True:
+        try:
+            # A generator is started by sending None.
+            pending = rounds.send(losses)  # type: ignore[arg-type]
+        except StopIteration as done:  # not around losses_of: a closure may raise it too
+            estimate: Estimate = done.value
+            return estimate
+        losses = losses_of(pending)
+
+
+def stacked(losses: Sequence[Tensor]) -> Tensor:
+    """The losses of a round, [P], in the widest of their dtypes."""
+    dtype = losses[0].dtype
+    for loss in losses[1:]:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    return torch.stack([loss.to(dtype) for loss in losses])
+
+
+def centre_first(rounds: Rounds) -> Rounds:
+    """The rounds of an estimator behind one that has a single probe, at theta.
+
+    The first round's own probe at theta is not evaluated twice. Where it has none, the extra forward counts.
+    """
+    first = next(rounds)
+    centre = next((p for p, support in enumerate(first.supports) if not support), None)
+    loss = yield Round.at_centre(first.seeds)
+    if centre is None:
+        losses = yield first
+    else:
+        others = [p for p in range(len(first)) if p != centre]
+        rows = torch.cat((first.coefficients[:centre], first.coefficients[centre + 1 :]))
+        rest = yield Round(first.seeds, rows, tuple(first.supports[p] for p in others))
+        dtype = torch.promote_types(loss.dtype, rest.dtype)
+        losses = torch.cat((rest[:centre].to(dtype), loss.to(dtype), rest[centre:].to(dtype)))
+    while True:
+        try:
+            following = rounds.send(losses)
+        except StopIteration as done:
+            estimate: Estimate = done.value
+            break
+        losses = yield following
+    return dataclasses.replace(estimate, forwards=estimate.forwards + (centre is None))
 
 
 def check_count(name: str, value: int, least: int, meaning: str) -> None:
@@ -64,7 +199,7 @@ def assemble(
 ) -> Estimate:
     """An estimate from its coefficients ([K], any precision) and the losses behind them.
 
-    ``usable`` (bool []) tells where the losses do not decide alone whether the estimate may move theta.
+    ``usable`` (bool []) is given where finite losses alone do not make the estimate usable.
     """
     coefficients = coefficients.to(torch.float32)
     finite = torch.isfinite(coefficients)
@@ -75,14 +210,14 @@ def assemble(
         seeds=seeds,
         coefficients=torch.where(finite & (True if usable is None else usable), coefficients, 0.0),
         loss=losses.mean().to(torch.float32),
-        spread=scattered.std().to(torch.float32),
+        loss_std=scattered.std().to(torch.float32),
         forwards=len(losses),
         finite=everything,
     )
 
 
 def without_gaps(losses: Tensor) -> tuple[Tensor, ...]:
-    """The losses of a pool, with the mean of the finite ones in the place of those that are not."""
+    """The losses of a pool, [P], with those that are not finite replaced by the mean of the others."""
     known = torch.isfinite(losses)
     mean = torch.where(known, losses, 0.0).sum() / known.sum()
     return torch.where(known, losses, mean).unbind()
@@ -91,7 +226,7 @@ def without_gaps(losses: Tensor) -> tuple[Tensor, ...]:
 def average(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of several estimates at the same theta, as from the micro-batches of one step.
 
-    Their spread is the mean spread.
+    Its ``loss_std`` is the mean of theirs.
     """
     if len(estimates) == 1:
         return estimates[0]
@@ -106,7 +241,7 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
         seeds=seeds,
         coefficients=coefficients,
         loss=torch.stack([estimate.loss for estimate in estimates]).mean(),
-        spread=torch.stack([estimate.spread for estimate in estimates]).mean(),
+        loss_std=torch.stack([estimate.loss_std for estimate in estimates]).mean(),
         forwards=sum(estimate.forwards for estimate in estimates),
         finite=torch.stack([estimate.finite for estimate in estimates]).all(),
     )

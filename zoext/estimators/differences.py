@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoext.estimators.base import Estimate, Estimator, Probe, assemble, check_count
+from zoext.estimators.base import Estimator, Round, Rounds, assemble, check_count
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,10 @@ class CentralDifference(Estimator):
     def draws(self) -> int:
         return self.samples
 
-    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
-        losses = [probe(seed, side) for seed in seeds.split(1) for side in (one, -one)]
-        slopes = [(plus - minus) / (2 * mu) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
-        return assemble(seeds, torch.stack(slopes) / self.samples, losses)
+    def rounds(self, seeds: Tensor, mu: float) -> Rounds:
+        losses = yield Round.along_each(seeds, two_sided=True)
+        plus, minus = losses[::2], losses[1::2]
+        return assemble(seeds, (plus - minus) / (2 * mu) / self.samples, losses.unbind())
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,6 @@ class ForwardDifference(Estimator):
     def draws(self) -> int:
         return self.samples
 
-    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
-        centre = probe(seeds[:0], one[:0])
-        losses = [probe(seed, one) for seed in seeds.split(1)]
-        slopes = [(loss - centre) / mu for loss in losses]
-        return assemble(seeds, torch.stack(slopes) / self.samples, losses, centre)
+    def rounds(self, seeds: Tensor, mu: float) -> Rounds:
+        centre, *losses = yield Round.along_each(seeds, centre=True)
+        return assemble(seeds, (torch.stack(losses) - centre) / mu / self.samples, losses, centre)

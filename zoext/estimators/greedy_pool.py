@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoext.estimators.base import Estimate, Estimator, Probe, assemble, check_count, without_gaps
+from zoext.estimators.base import Estimator, Round, Rounds, assemble, check_count, without_gaps
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ class GreedyPool(Estimator):
     def draws(self) -> int:
         return self.pool_size
 
-    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
-        losses = torch.stack([probe(seed, one) for seed in seeds.split(1)])
+    def rounds(self, seeds: Tensor, mu: float) -> Rounds:
+        losses = yield Round.along_each(seeds)
         best = torch.where(torch.isfinite(losses), losses, torch.inf).argmin().unsqueeze(0)
         winner = seeds.gather(0, best)
-        plus = losses.gather(0, best).squeeze(0) if self.reuse else probe(winner, one)
-        minus = probe(winner, -one)
+        one = torch.ones((1, 1), dtype=torch.float32, device=seeds.device)
+        if self.reuse:
+            plus = losses.gather(0, best).squeeze(0)
+            (minus,) = yield Round.along_sums(winner, -one)
+        else:
+            plus, minus = yield Round.along_sums(winner, torch.cat((one, -one)))
         evaluated = [*without_gaps(losses), *([] if self.reuse else [plus]), minus]
         return assemble(winner, (plus - minus).unsqueeze(0) / (2 * mu), evaluated)

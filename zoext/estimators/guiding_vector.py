@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoext.estimators.base import Estimate, Estimator, Probe, assemble, check_count, without_gaps
+from zoext.estimators.base import Estimator, Round, Rounds, assemble, check_count, without_gaps
 
 WEIGHTINGS = ("ranked", "centered")
 
@@ -68,17 +68,16 @@ class GuidingVector(Estimator):
     def draws(self) -> int:
         return self.pool_size
 
-    def estimate(self, probe: Probe, seeds: Tensor, mu: float) -> Estimate:
-        one = torch.ones(1, dtype=torch.float32, device=seeds.device)
-        candidates = torch.stack([probe(seed, one) for seed in seeds.split(1)])
+    def rounds(self, seeds: Tensor, mu: float) -> Rounds:
+        candidates = yield Round.along_each(seeds)
         weights, usable = self._ranked(candidates)
         if self.weighting == "centered":
             weights = _centered(candidates, weights)
         weights = weights.to(torch.float32)
-        # No probe may ever see them otherwise: one in place could not take them back.
+        # Weights that are not finite must not reach a probe: one in place could not take them back.
         sound = torch.isfinite(weights).all()
         weights, usable = torch.where(sound, weights, 0.0), usable & sound
-        plus, minus = probe(seeds, weights), probe(seeds, -weights)
+        plus, minus = yield Round.along_sums(seeds, torch.stack((weights, -weights)))
         slope = (plus - minus) / (2 * mu)
         return assemble(seeds, slope * weights, [*without_gaps(candidates), plus, minus], usable=usable)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction, Terms
 from zoext.estimators import Estimate
-from zoext.parameters import Parameters
 
 #: What an update remembers of a group: plain data and small tensors, part of ``state_dict``.
 State = Mapping[str, Any]
@@ -24,7 +24,7 @@ class Move:
 
     Attributes:
         terms: the gradient estimate of this group.
-        estimate: how the terms were come by; where nothing of it was finite nothing may move.
+        estimate: where the terms come from; where nothing of it was finite nothing may move.
         lr: learning rate, a float or a tensor [].
         weight_decay: decoupled, per unit of lr.
     """
@@ -63,3 +63,35 @@ class Update(ABC):
             moves: the steps, at least one, oldest first.
             state: what the last call returned, empty at first.
         """
+
+
+class LinearUpdate(Update):
+    """An update that adds a combination of the step's own directions: ``theta + sum_k c_k D(s_k)``.
+
+    A subclass is a frozen dataclass with one method, ``terms``. Decoupled weight decay is added to it.
+    """
+
+    @abstractmethod
+    def terms(self, move: Move) -> Terms:
+        """What a step adds to theta beside its decay: mostly ``move.terms`` with other coefficients."""
+
+    def apply(
+        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
+    ) -> State:
+        decays = any(move.weight_decay for move in moves)
+        decay = of_each([move.decay for move in moves]) if decays else None
+        direction.axpy_(parameters, [self.terms(move) for move in moves], decay)
+        return state
+
+    def restore_and_apply(
+        self, direction: Direction, parameters: Parameters, move: Move, displaced: Terms, state: State
+    ) -> State:
+        """``apply``, from parameters that are at ``theta + displaced``, in one pass over them.
+
+        theta + displaced + (terms - (1 - decay) displaced - decay (theta + displaced))
+        """
+        decay = move.decay if move.weight_decay else None
+        kept = displaced.coefficients if decay is None else displaced.coefficients * (1 - decay)
+        back = Terms(displaced.seeds, -kept, displaced.frame)
+        direction.axpy_(parameters, [self.terms(move).plus(back)], decay)
+        return state

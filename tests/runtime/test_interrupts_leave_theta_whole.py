@@ -1,0 +1,143 @@
+"""Ctrl-C at any moment of a step leaves theta as it was before the step or as it is after it."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+import zoext
+from support.interrupted_lines import is_interrupted
+from zoext._runtime import interrupts
+from zoext.probes import _swap as swap
+from zoext.probes import inplace, streamed
+
+
+def test_a_signal_inside_the_block_waits_for_its_end() -> None:
+    order = []
+
+    def move() -> None:
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGINT)
+            order.append("moved")
+
+    with pytest.raises(KeyboardInterrupt):
+        move()
+    assert order == ["moved"]
+
+
+def test_a_signal_inside_an_allowed_part_does_not_wait() -> None:
+    order = []
+
+    def move() -> None:
+        with interrupts.deferred() as signals:
+            try:
+                with signals.allowed():
+                    signal.raise_signal(signal.SIGINT)
+                    order.append("not reached")
+            finally:
+                order.append("restored")
+
+    with pytest.raises(KeyboardInterrupt):
+        move()
+    assert order == ["restored"]
+
+
+def test_the_handler_is_put_back() -> None:
+    seen = []
+    previous = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    try:
+        mine = signal.getsignal(signal.SIGINT)
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGINT)
+            assert not seen
+        assert seen == [1]
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1])
+def test_other_signals_with_handlers_wait_too(number: signal.Signals) -> None:
+    order = []
+
+    def handler(*_: object) -> None:
+        order.append("handled")
+        raise SystemExit
+
+    def move() -> None:
+        with interrupts.deferred():
+            signal.raise_signal(number)
+            order.append("moved")
+
+    previous = signal.signal(number, handler)
+    try:
+        with pytest.raises(SystemExit):
+            move()
+    finally:
+        signal.signal(number, previous)
+    assert order == ["moved", "handled"]
+
+
+def test_at_every_line_of_a_streamed_probe() -> None:
+    """SIGINT before each line of swap.py and probes.py that an estimate runs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).train()
+    x = torch.randn(4, 2)
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(tensor.detach().clone(), tensor.data_ptr()) for tensor in tensors]
+    files = {inplace.__file__, streamed.__file__, swap.__file__}
+
+    def estimate() -> None:
+        zoext.MeZO(model, mu=0.5).estimate(lambda: model(x).square().mean())
+
+    stop_at = 1
+    while is_interrupted(estimate, stop_at, files):
+        for tensor, (value, pointer) in zip(tensors, before, strict=True):
+            assert tensor.data_ptr() == pointer, stop_at
+            assert torch.equal(tensor, value), stop_at
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
+        stop_at += 1
+    assert stop_at > 300
+
+
+class InterruptsItself(zoext.Gaussian):
+    """Raises SIGINT right after a kernel ran, before anyone could note that it did."""
+
+    def __init__(self, at: int) -> None:
+        object.__setattr__(self, "left", [at])
+
+    def axpy_(self, *args: object, **kwargs: object) -> None:
+        super().axpy_(*args, **kwargs)  # type: ignore[arg-type]
+        self.left[0] -= 1  # type: ignore[attr-defined]
+        if self.left[0] == 0:  # type: ignore[attr-defined]
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_between_any_two_kernels(at: int) -> None:
+    """Two groups: to +mu and to -mu are four kernels, then two restore and update in one pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    reference = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    reference.load_state_dict(model.state_dict())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def optimizer_of(module: nn.Module, direction: zoext.Direction) -> zoext.ZerothOrderOptimizer:
+        groups = [{"params": list(layer.parameters())} for layer in module]  # type: ignore[attr-defined]
+        return zoext.ZerothOrderOptimizer(groups, direction=direction, lr=0.1, mu=0.1)
+
+    def loss_of(module: nn.Module) -> torch.Tensor:
+        return module(torch.ones(4, dtype=torch.float64)).square().mean()
+
+    optimizer_of(reference, zoext.Gaussian()).step(lambda: loss_of(reference))
+    optimizer = optimizer_of(model, InterruptsItself(at))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: loss_of(model))
+    applied = at > 4
+    assert optimizer.param_groups[0]["step"] == int(applied)
+    expected = list(reference.parameters()) if applied else before
+    for a, b in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-14)

@@ -1,0 +1,24 @@
+"""The step engine: all of a step that is not the contract of torch.optim."""
+
+from zoext._engine.applied_step import AppliedStep, GroupOptions, Recorder
+from zoext._engine.axes import Axes
+from zoext._engine.context import StepContext, StepSeeds
+from zoext._engine.engine import StepEngine, StepExecutor
+from zoext._engine.estimation import Closure
+from zoext._engine.nonfinite import NonfiniteWatch
+from zoext._engine.open_round import LoRAFactors, OpenRound
+
+__all__ = [
+    "AppliedStep",
+    "Axes",
+    "Closure",
+    "GroupOptions",
+    "LoRAFactors",
+    "NonfiniteWatch",
+    "OpenRound",
+    "Recorder",
+    "StepContext",
+    "StepEngine",
+    "StepExecutor",
+    "StepSeeds",
+]

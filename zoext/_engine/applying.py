@@ -1,0 +1,88 @@
+"""Updates: from a step's estimate to moved parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoext._engine.applied_step import AppliedStep
+from zoext._engine.axes import Axes
+from zoext._engine.estimation import Estimation
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.precision import rounded
+from zoext.directions import Terms
+from zoext.ops import Rounding
+from zoext.probes import Session
+from zoext.updates import LinearUpdate, Move, State
+
+
+class Target(NamedTuple):
+    """What an update moves, and how."""
+
+    axes: Axes
+    groups: tuple[Parameters, ...]
+    rounding: Rounding
+
+
+def apply(target: Target, states: Sequence[State], steps: Sequence[AppliedStep]) -> list[State]:
+    """Moves all groups by one step after the other, and returns their new states."""
+    return [_apply_to_group(target, position, state, steps, None) for position, state in enumerate(states)]
+
+
+def can_restore(target: Target) -> bool:
+    """Whether one pass may restore theta and update it.
+
+    Only weights of float32. Restoring 16-bit weights rounds to nearest, which undoes the rounding of the
+    displacement; stochastic rounding in one pass would turn it into a random walk. The coefficient of the one
+    pass is a float32, which weights of float64 would see.
+    """
+    update = target.axes.update
+    is_linear = isinstance(update, LinearUpdate) and type(update).apply is LinearUpdate.apply
+    return is_linear and all(
+        tensor.dtype == torch.float32 for group in target.groups for tensor in group.tensors
+    )
+
+
+def restore_and_apply(
+    target: Target, states: Sequence[State], step: AppliedStep, session: Session, estimation: Estimation
+) -> list[State]:
+    """``apply`` from where the last probe in place left theta, in one pass over it."""
+    moved = []
+    for position, state in enumerate(states):
+        is_empty = not len(target.groups[position])
+        displaced = None if is_empty else estimation.displacement(position)
+        moved.append(_apply_to_group(target, position, state, [step], displaced))
+        if not is_empty:
+            session.settle()
+    return moved
+
+
+def _apply_to_group(
+    target: Target, position: int, state: State, steps: Sequence[AppliedStep], displaced: Terms | None
+) -> State:
+    axes = target.axes
+    movable = target.groups[position]
+    if target.rounding is Rounding.STOCHASTIC:
+        movable = rounded(movable, target.rounding)
+    moves = [_move(axes, step, position) for step in steps]
+    if displaced is None:
+        new = axes.update.apply(axes.direction, movable, moves, state)
+    else:
+        assert isinstance(axes.update, LinearUpdate)
+        new = axes.update.restore_and_apply(axes.direction, movable, moves[0], displaced, state)
+    movable.tell_autograd()
+    return new
+
+
+def _move(axes: Axes, step: AppliedStep, position: int) -> Move:
+    lr, mu, weight_decay = step.options[position]
+    # Coefficients are per mu of the first group; a direction of another length scales them.
+    relative = step.options[0].mu / mu
+    coefficients = step.estimate.coefficients
+    terms = Terms(step.estimate.seeds, coefficients if relative == 1 else coefficients * relative, step.frame)
+    # A tensor counts as the float that it holds: products with it are rounded alike.
+    lr = lr.double() if isinstance(lr, Tensor) else lr
+    return Move(axes.direction.gradient(terms), step.estimate, lr, weight_decay)

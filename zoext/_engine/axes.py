@@ -1,0 +1,65 @@
+"""The three axes of an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from zoext import directions, estimators, updates
+from zoext.directions import Direction
+from zoext.estimators import Estimator
+from zoext.updates import Update
+
+
+class Axes(NamedTuple):
+    direction: Direction
+    estimator: Estimator
+    update: Update
+
+    def check_kinds(self) -> None:
+        """Raises a TypeError for a member of another axis."""
+        for axis, kind in _BASES.items():
+            member = getattr(self, axis)
+            if not isinstance(member, kind):
+                raise TypeError(f"{axis} must be a {kind.__name__}, not {member!r}")
+
+    def recipe(self) -> dict[str, dict[str, Any]]:
+        """The axes by name and fields: plain data, for checkpoints."""
+        return {
+            axis: {"name": type(member).__name__, **dataclasses.asdict(member, dict_factory=_plain_dict)}
+            for axis, member in self._asdict().items()
+        }
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Mapping[str, Any]]) -> Axes:
+        """The axes of a recipe, for members of zoext.
+
+        Raises:
+            ValueError: for a member that zoext does not have, or with fields that it does not take.
+        """
+        return cls(*(_member(axis, base, recipe[axis]) for axis, base in _BASES.items()))
+
+
+_BASES: dict[str, type] = {"direction": Direction, "estimator": Estimator, "update": Update}
+_MODULES = {"direction": directions, "estimator": estimators, "update": updates}
+
+
+def _member(axis: str, base: type, recipe: Mapping[str, Any]) -> Any:
+    fields = dict(recipe)
+    name = fields.pop("name", None)
+    kind = getattr(_MODULES[axis], name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, base) and dataclasses.is_dataclass(kind)):
+        raise ValueError(f"{axis} {name!r} is not one of zoext; give an optimizer that was built with it")
+    known = {field.name for field in dataclasses.fields(kind)}
+    if fields.keys() != known:
+        raise ValueError(f"{axis} {name} has the fields {', '.join(sorted(known))}, not {', '.join(fields)}")
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{axis} {name}: {error}") from None
+
+
+def _plain_dict(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """With lists for tuples: what a file of JSON gives back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}

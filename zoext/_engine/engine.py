@@ -1,0 +1,387 @@
+"""The step engine: all of a step that is not the contract of torch.optim.
+
+Its clients are the optimizer, ``GraphedStep`` and the replay of trajectories.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoext._engine import applying
+from zoext._engine.applied_step import AppliedStep, GroupOptions
+from zoext._engine.axes import Axes
+from zoext._engine.context import StepContext, StepSeeds
+from zoext._engine.estimation import Closure, Estimation
+from zoext._engine.nonfinite import NonfiniteWatch
+from zoext._engine.open_round import OpenRound
+from zoext._engine.run_state import Owner, RunState
+from zoext._parameters import group_options, parameters
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.precision import with_residuals
+from zoext._runtime import interrupts
+from zoext._runtime.profiling import Phase, record
+from zoext._runtime.randomness import RandomState
+from zoext.estimators import Estimate, average
+from zoext.ops import Rounding
+from zoext.probes import Probe
+from zoext.updates import State
+
+
+class StepExecutor(ABC):
+    """Takes whole steps in a way of its own; ``optimizer.step(executor)`` calls it between its hooks."""
+
+    @abstractmethod
+    def advance(self, engine: StepEngine) -> Tensor:
+        """Takes one step with ``engine`` and returns its loss."""
+
+
+class StepEngine:
+    """Estimates and updates of one optimizer.
+
+    Args:
+        owner: has the parameter groups and the state; not kept alive.
+        axes: direction, estimator and update.
+        module: whose forward some directions watch, if known.
+        probe: evaluates closures at displaced weights.
+        rounding: of updates.
+        watch: acts on losses that are not finite.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        axes: Axes,
+        module: nn.Module | None,
+        probe: Probe,
+        rounding: Rounding,
+        watch: NonfiniteWatch,
+    ) -> None:
+        self.axes = axes
+        self.module = module
+        self.probe = probe
+        self.rounding = rounding
+        self.watch = watch
+        self.run = RunState()
+        self.groups: tuple[Parameters, ...] = ()  # what moves, by parameter group, as last looked at
+        self._mus: tuple[float, ...] = ()
+        self._seeds: tuple[int, StepSeeds] | None = None
+        self.bind(owner)
+
+    def bind(self, owner: Owner) -> None:
+        """Makes ``owner`` the optimizer of this engine."""
+        self._owner = weakref.ref(owner)
+
+    def reset(self) -> None:
+        """Forgets what belongs to the weights before a state was loaded."""
+        self.run.pending.clear()
+        self.run.open_round = None
+        self.run.is_torn = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy of an optimizer together with its model; ``bind`` completes it."""
+        run = RunState(last_estimate=self.run.last_estimate, is_torn=self.run.is_torn)
+        kept = {name: getattr(self, name) for name in ("axes", "module", "probe", "rounding", "watch")}
+        return {**kept, "run": run, "groups": (), "_mus": (), "_seeds": None}
+
+    @property
+    def owner(self) -> Owner:
+        """The optimizer itself, whatever wraps it."""
+        owner = self._owner()
+        assert owner is not None, "the optimizer of this step engine is gone"
+        return owner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.owner.param_groups
+
+    # Estimates
+
+    def estimate(self, closure: Closure) -> Estimate:
+        """See ``ZerothOrderOptimizer.estimate``."""
+        try:
+            with self.closures(), record(Phase.ESTIMATE):
+                context = self._begin()
+                with self.probe.session() as session:
+                    estimation = self._estimation(context)
+                    estimate = estimation.run(session, closure)
+                self.run.frame = estimation.found
+                self.watch.note(estimate.finite)
+        except BaseException:
+            self.run.pending.clear()
+            raise
+        self.run.pending.append(estimate)
+        return estimate
+
+    def ask(self) -> OpenRound:
+        """See ``ZerothOrderOptimizer.ask``."""
+        with torch.inference_mode(False), torch.no_grad():
+            estimation = self._estimation(self._begin())
+            self.run.open_round = OpenRound.first(
+                estimation, self.probe, self.closures, self._cancel, self.owner
+            )
+        return self.run.open_round
+
+    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | None:
+        """See ``ZerothOrderOptimizer.tell``."""
+        current = self.run.open_round
+        if current is None:
+            raise RuntimeError("tell() was called without an open round; call ask() first")
+        self._check_unchanged("ask(); the round is cancelled, so call ask() again")
+        with torch.inference_mode(False), torch.no_grad():
+            following = current.tell(losses)
+            if isinstance(following, OpenRound):
+                self.run.open_round = following
+                return following
+            self.run.open_round = None
+            self.run.frame = current.estimation.found
+            self.watch.note(following.finite)
+        self.run.pending.append(following)
+        return None
+
+    def _cancel(self) -> None:
+        self.run.open_round = None
+
+    def check_no_round(self) -> None:
+        """Raises a RuntimeError while ``ask`` waits for losses."""
+        if self.run.open_round is not None:
+            raise RuntimeError(
+                "a round is open: pass its losses to tell() until that returns None, or call the round's "
+                "cancel() first"
+            )
+
+    @contextmanager
+    def closures(self) -> Iterator[None]:
+        """The block in which closures run: not inside one another, without gradients."""
+        if self.run.is_estimating:
+            raise RuntimeError("estimate() was called by its own closure; call it between steps")
+        self.run.is_estimating = True
+        try:
+            # Outside of inference mode: what is kept here must be usable by later steps.
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            self.run.is_estimating = False
+
+    def _begin(self) -> StepContext:
+        """Checks all that can be checked before a probe, and returns the context of the step."""
+        _check_not_captured()
+        self.check_ready()
+        if self.run.pending:
+            self._check_unchanged("the first estimate of this step was made")
+        movable = [group for group in self.look() if len(group)]
+        if not movable:
+            raise RuntimeError(
+                "no parameter requires grad, so none can move; unfreeze some with requires_grad_()"
+            )
+        parameters.check_movable(movable)
+        for options in self.param_groups:
+            group_options.check_on_host(options)
+        self._mus = tuple(float(options["mu"]) for options in self.param_groups)
+        device = movable[0].device
+        return self.context(self._step_seeds(device), RandomState(device))
+
+    def check_ready(self) -> None:
+        """Raises if no step may begin: after a torn update, in a round, or where it could not be recorded."""
+        self.check_whole()
+        self.check_no_round()
+        if self.run.recorder is not None:
+            self.run.recorder.check()
+        self.watch.check()  # last: it may wait for the step before
+
+    def context(self, seeds: StepSeeds, random: RandomState | None) -> StepContext:
+        """The context of a step with the parameters and scales that were last looked at."""
+        return StepContext(self.axes, self.module, self.groups, self._mus, seeds, random)
+
+    def _estimation(self, context: StepContext) -> Estimation:
+        found = self.run.frame if self.run.pending else None
+        return Estimation(context, found, lambda: self._check_unchanged("the closure began"))
+
+    # Steps
+
+    def step(self, closure: Closure) -> AppliedStep:
+        """An estimate with ``closure`` and its update; pending estimates are discarded."""
+        self.run.pending.clear()
+
+        def finish(estimate: Estimate) -> tuple[GroupOptions, ...]:
+            self.watch.note(estimate.finite)
+            return self._checked_options()
+
+        with self.closures():
+            context = self._begin()
+            states = [group["update_state"] for group in self.param_groups]
+            return self.compute(context, closure, states, finish, self.commit)
+
+    def step_pending(self) -> AppliedStep:
+        """The update with the mean of the pending estimates."""
+        _check_not_captured()
+        self.check_no_round()
+        pending = self.run.pending
+        if not pending:
+            raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
+        self._check_unchanged("the estimate was made, so it does not fit any more")
+        options = self._checked_options()
+        with torch.inference_mode(False), torch.no_grad():
+            estimate = average(pending)
+            pending.clear()  # first: should an update raise, no group is to move twice
+            assert self.run.frame is not None
+            step = AppliedStep(estimate, self.run.frame.frame, options)
+            states = [group["update_state"] for group in self.param_groups]
+            with self._updating():
+                self.commit(step, applying.apply(self._target, states, [step]))
+        return step
+
+    def compute(
+        self,
+        context: StepContext,
+        closure: Closure,
+        states: Sequence[State],
+        finish: Callable[[Estimate], tuple[GroupOptions, ...]],
+        commit: Callable[[AppliedStep, list[State]], None],
+    ) -> AppliedStep:
+        """The part of a step that happens on the device, and that a graph captures.
+
+        An update that is linear in the step's directions starts from where the last probe in place left
+        theta, which saves the pass that would restore it.
+
+        Args:
+            context: of the step.
+            closure: returns the loss.
+            states: of the update, by parameter group.
+            finish: called between the estimate and the update; returns the options of the step.
+            commit: called with the step and the new states once theta has moved, before signals take effect.
+        """
+        with ExitStack() as phase:
+            phase.enter_context(record(Phase.ESTIMATE))
+            with self.probe.session() as session:
+                estimation = self._estimation(context)
+                estimate = estimation.run(session, closure)
+                step = AppliedStep(estimate, estimation.found.frame, finish(estimate))
+                if session.is_displaced and applying.can_restore(self._target):
+                    phase.close()
+                    with self._updating():
+                        moved = applying.restore_and_apply(self._target, states, step, session, estimation)
+                        commit(step, moved)
+                    return step
+        with self._updating():
+            commit(step, applying.apply(self._target, states, [step]))
+        return step
+
+    def apply(self, steps: Sequence[AppliedStep]) -> None:
+        """Moves theta by steps that were taken before, one after the other, as a replay does.
+
+        Several steps at once leave the same bits as one call for each, in one pass over theta.
+        """
+        self.check_whole()
+        states = [group["update_state"] for group in self.param_groups]
+        with interrupts.deferred(), self._tearing():
+            states = applying.apply(self._target, states, steps)
+            self._count(steps, states)
+
+    def commit(self, step: AppliedStep, states: Sequence[State]) -> None:
+        """Takes note that ``step`` has moved theta."""
+        self._count([step], states)
+        if self.run.recorder is not None:
+            self.run.recorder.record(step)
+
+    def _count(self, steps: Sequence[AppliedStep], states: Sequence[State]) -> None:
+        for group, state in zip(self.param_groups, states, strict=True):
+            group["update_state"] = state
+            group["step"] += len(steps)
+        self.run.last_estimate = steps[-1].estimate
+        self.run.frame = None
+
+    @property
+    def _target(self) -> applying.Target:
+        return applying.Target(self.axes, self.groups, self.rounding)
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        with interrupts.deferred(), record(Phase.UPDATE), self._tearing():
+            yield
+
+    @contextmanager
+    def _tearing(self) -> Iterator[None]:
+        """Notes whether an update that raises had moved something."""
+        before = self._versions()
+        try:
+            yield
+        except BaseException:
+            self.run.is_torn = self._versions() != before
+            raise
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for group in self.groups for tensor in group.tensors]
+
+    def check_whole(self) -> None:
+        """Raises a RuntimeError after an update that raised halfway."""
+        if self.run.is_torn:
+            raise RuntimeError(
+                "an update raised when it had moved some of the parameters: it was only partly applied. "
+                "Load the weights and the state_dict of a checkpoint, or replay the trajectory on the base"
+            )
+
+    # Parameters, options and seeds
+
+    def look(self) -> tuple[Parameters, ...]:
+        """What moves now, by parameter group; the same object as before, if nothing has changed since."""
+        owner = self.owner
+        now = parameters.trainable(owner.param_groups)
+        if self.rounding is Rounding.RESIDUAL:
+            now = [with_residuals(group, owner.state) for group in now]
+        known = self.groups
+        if len(now) != len(known) or not all(a.same_as(b) for a, b in zip(now, known, strict=True)):
+            self.groups = tuple(now)
+        return self.groups
+
+    def options(self) -> tuple[GroupOptions, ...]:
+        """The options of a step that is taken now."""
+        groups = zip(self.param_groups, self._mus, strict=True)
+        return tuple(GroupOptions(group["lr"], mu, float(group["weight_decay"])) for group, mu in groups)
+
+    def _checked_options(self) -> tuple[GroupOptions, ...]:
+        for options in self.param_groups:
+            group_options.check_on_host(options)
+        return self.options()
+
+    def _check_unchanged(self, since: str) -> None:
+        known = self.groups
+        if self.look() is not known or self._mus != tuple(group["mu"] for group in self.param_groups):
+            self.run.pending.clear()
+            self.run.open_round = None
+            raise RuntimeError(
+                "the optimizer's parameters (their list, their memory or requires_grad) or a group's mu "
+                f"changed since {since}"
+            )
+
+    def _step_seeds(self, device: torch.device) -> StepSeeds:
+        """The seeds of the current step: the same tensors for all estimates of the step."""
+        step = self.param_groups[0]["step"]
+        if self._seeds is None or self._seeds[0] != step or not self.run.pending:
+            self._seeds = (step, self.empty_seeds(device))
+            self.fill_seeds(self._seeds[1])
+        return self._seeds[1]
+
+    def empty_seeds(self, device: torch.device) -> StepSeeds:
+        return StepSeeds.empty(self.axes.estimator.draws, device)
+
+    def fill_seeds(self, seeds: StepSeeds) -> None:
+        """Writes the seeds of the current step."""
+        first = self.param_groups[0]
+        seeds.fill(first["seed"], first["step"], self.axes.direction.origin(first["step"]))
+
+
+def _check_not_captured() -> None:
+    # Asked only where CUDA is in use: it must not begin to be.
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step cannot be captured in a CUDA graph from outside: its seeds come from the host, so every "
+            "replay would use the same directions. Use zoext.GraphedStep(optimizer, closure), which "
+            "captures the step and gives each replay its own seeds"
+        )

@@ -1,0 +1,145 @@
+"""One estimate in progress: the rounds of an estimator in the frame of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoext._engine.context import StepContext
+from zoext.directions import Frame, Observer, Step, Terms
+from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate, stacked
+from zoext.probes import Session
+
+Closure = Callable[[], Tensor | float]
+
+
+class FoundFrame(NamedTuple):
+    """The frame of a step, and whether its activations were finite (bool []); None for one from seeds."""
+
+    frame: Frame
+    finite: Tensor | None
+
+
+class Estimation:
+    """Evaluates probes at one theta, and makes the frame of the step if a forward is needed to know it.
+
+    Args:
+        context: of the step.
+        found: the frame of an earlier estimate of the same step; None makes it.
+        check: called after every probe; raises if the parameters changed meanwhile.
+    """
+
+    def __init__(self, context: StepContext, found: FoundFrame | None, check: Callable[[], None]) -> None:
+        self.context = context
+        self._check = check
+        self._observer: Observer | None = None
+        if found is None:
+            step = Step(context.seeds.frame, context.groups)
+            self._observer = context.axes.direction.observer(context.module, step)
+            if self._observer is None:
+                found = FoundFrame(context.axes.direction.frame(step), None)
+        self._found = found
+        self._forwards = 0
+        self._round: Round | None = None
+        self._probes: list[tuple[Tensor, Tensor]] = []
+        self._last = 0
+
+    @property
+    def is_frame_known(self) -> bool:
+        """Whether the frame was made; else the next probe, which is at theta, makes it."""
+        return self._found is not None
+
+    @property
+    def found(self) -> FoundFrame:
+        """The frame of the step, once it is known."""
+        assert self._found is not None
+        return self._found
+
+    def rounds(self) -> Rounds:
+        """The rounds of the estimator, behind one with a single probe if the frame is yet to be found."""
+        context = self.context
+        rounds = context.axes.estimator.rounds(context.seeds.draws, context.mus[0])
+        return rounds if self._observer is None else centre_first(rounds)
+
+    def run(self, session: Session, closure: Closure) -> Estimate:
+        """The estimate from losses of ``closure``, one probe after the other."""
+
+        def losses_of(pending: Round) -> Tensor:
+            self.begin(pending)
+            losses = []
+            for index in range(len(pending)):
+                with self.displaced(session, index), session.interruptible():
+                    loss = closure()
+                losses.append(as_loss(loss, self.context.device))
+            return stacked(losses)
+
+        return self.complete(evaluate(self.rounds(), losses_of))
+
+    def begin(self, pending: Round) -> None:
+        """Makes ``pending`` the round that ``displaced`` refers to."""
+        self._round, self._probes = pending, list(pending.probes())
+
+    @contextmanager
+    def displaced(self, session: Session, index: int) -> Iterator[None]:
+        """The block in which theta is at probe ``index`` of the round."""
+        observer = self._observer
+        frame = self._found.frame if self._found is not None else Frame()
+        combination = self.context.combination(*self._probes[index], frame)
+        self._last = index
+        if self._forwards and self.context.random is not None:
+            self.context.random.restore()  # all probes of a step see the same random numbers
+        self._forwards += 1
+        with observer.watching() if observer is not None else nullcontext(), session.displaced(combination):
+            yield
+        self._check()
+        if observer is not None:
+            self._observer = None
+            self._found = FoundFrame(*observer.frame())
+
+    def probe(self, index: int) -> tuple[Tensor, Tensor]:
+        """Seeds [k] and coefficients [k] of a probe of the round."""
+        return self._probes[index]
+
+    def displacement(self, position: int) -> Terms:
+        """Where the last probe moved the group at ``position``, over all seeds of its round."""
+        assert self._round is not None
+        return self.context.terms(
+            position, self._round.seeds, self._round.coefficients[self._last], self.found.frame
+        )
+
+    def complete(self, estimate: Estimate) -> Estimate:
+        """The estimate, without effect if what its frame was made of was not finite."""
+        finite = self.found.finite
+        if finite is None:
+            return estimate
+        return dataclasses.replace(
+            estimate,
+            coefficients=torch.where(finite, estimate.coefficients, 0.0),
+            finite=estimate.finite & finite,
+        )
+
+
+def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor:
+    """A loss as a tensor of no dimension, at least float32, on ``device``; ``what`` is its name in errors."""
+    must = "must return" if what == "closure" else "must be"
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(
+                f"{what} {must} one number, not a tensor of shape {tuple(loss.shape)}; "
+                "reduce it, as with .mean()"
+            )
+        if loss.is_complex():
+            raise TypeError(f"{what} {must} a real number, not {loss.dtype}")
+        loss = loss.detach().reshape(())
+        return loss.to(device, torch.promote_types(loss.dtype, torch.float32), non_blocking=True)
+    if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
+        hint = "; did it forget to return the loss?" if loss is None and what == "closure" else ""
+        article = "the loss as " if what == "closure" else ""
+        raise TypeError(f"{what} {must} {article}a tensor of one element or a float, not {loss!r}{hint}")
+    return torch.full((), float(loss), dtype=torch.float64, device=device)

@@ -1,0 +1,193 @@
+"""Ask and tell: rounds of probes whose losses are computed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoext._engine.estimation import Estimation, as_loss
+from zoext._parameters import wrappers
+from zoext._runtime.profiling import Phase, record
+from zoext.estimators import Estimate, Round, Rounds, stacked
+from zoext.probes import Probe
+
+
+class LoRAFactors(NamedTuple):
+    """The displacement ``B @ A`` of a weight, in the layout of PEFT's LoRA.
+
+    Attributes:
+        A: float32 [r, d_in], or [r, d_in, *kernel] of a convolution.
+        B: float32 [d_out, r], or [d_out, r, 1, ...] of a convolution; mu and the coefficients are in it.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+class OpenRound:
+    """A round of probes whose losses the optimizer waits for; see ``ZerothOrderOptimizer.ask``.
+
+    Its probes do not depend on each other's losses: evaluate them in any order, wherever a model is.
+
+    Attributes:
+        seeds: int64 [K].
+        coefficients: float32 [P, K]; probe p is the loss at
+            ``theta + mu * sum_k coefficients[p, k] D(seeds[k])``.
+    """
+
+    def __init__(
+        self,
+        estimation: Estimation,
+        rounds: Rounds,
+        pending: Round,
+        probe: Probe,
+        closures: Callable[[], AbstractContextManager[None]],
+        cancel: Callable[[], None],
+        owner: object,
+    ) -> None:
+        self.estimation = estimation
+        self.seeds = pending.seeds
+        self.coefficients = pending.coefficients
+        self._rounds = rounds
+        self._round = pending
+        self._probe = probe
+        self._closures = closures
+        self.cancel = cancel
+        self._owner = owner  # kept alive as long as the round is
+        self._is_told = False
+        estimation.begin(pending)
+
+    @classmethod
+    def first(
+        cls,
+        estimation: Estimation,
+        probe: Probe,
+        closures: Callable[[], AbstractContextManager[None]],
+        cancel: Callable[[], None],
+        owner: object,
+    ) -> OpenRound:
+        """The first round of an estimate."""
+        rounds = estimation.rounds()
+        return cls(estimation, rounds, next(rounds), probe, closures, cancel, owner)
+
+    def __len__(self) -> int:
+        """The number of probes, P."""
+        return len(self._round)
+
+    @contextmanager
+    def displaced(self, index: int) -> Iterator[None]:
+        """The block in which the model is at probe ``index``, by the optimizer's probe.
+
+        Theta is restored when the block ends: bit for bit by a streamed probe, to rounding by one in place.
+        Gradients are disabled within it, and all probes begin with the same state of the global generators.
+
+        Raises:
+            IndexError: for an index out of range.
+            RuntimeError: for a round whose losses were told, within another such block, and for parameters
+                that the block changed.
+        """
+        self._check_index(index)
+        with (
+            self._closures(),
+            record(Phase.ESTIMATE),
+            self._probe.session() as session,
+            self.estimation.displaced(session, index),
+            session.interruptible(),
+        ):
+            yield
+
+    def adapter(self, index: int) -> dict[str, LoRAFactors]:
+        """Probe ``index`` as low-rank factors, by the names of the parameters that move.
+
+        ``W + B @ A`` is the displaced weight of a linear layer: a LoRA adapter with ``lora_alpha = r``. Of a
+        layer that stores its weight transposed (``Conv1D`` of transformers, ``nn.Embedding``),
+        ``W + (B @ A).T`` is. Empty for a probe at theta.
+
+        Raises:
+            IndexError: for an index out of range.
+            ValueError: for dense directions, which no adapter can hold.
+            RuntimeError: for directions that a forward at theta determines (``ActivationSubspace``), before
+                that has run, in ``displaced(0)`` of the first round.
+        """
+        self._check_index(index)
+        self._check_frame("adapter")
+        context, frame = self.estimation.context, self.estimation.found.frame
+        seeds, coefficients = self.estimation.probe(index)
+        found: dict[str, LoRAFactors] = {}
+        if not len(seeds):
+            return found
+        transposed = _transposed(context.module)
+        with torch.no_grad():
+            for position, group in enumerate(context.groups):
+                if not len(group):
+                    continue
+                terms = context.terms(position, seeds, coefficients, frame)
+                left, right = context.axes.direction.factors(group, terms)
+                columns = zip(group.names, group.owners, left, right, strict=True)
+                for name, owner, rows, across in columns:
+                    found[name] = _adapter(terms.coefficients, rows, across, owner, id(owner) in transposed)
+        return found
+
+    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | Estimate:
+        """Receives the losses of the round, and returns the next one, or the estimate after the last."""
+        told = self._checked(losses)
+        self._check_frame("tell")
+        self._is_told = True
+        try:
+            following = self._rounds.send(told)
+        except StopIteration as done:
+            return self.estimation.complete(done.value)
+        return OpenRound(
+            self.estimation, self._rounds, following, self._probe, self._closures, self.cancel, self._owner
+        )
+
+    def _checked(self, losses: Tensor | Sequence[float | Tensor]) -> Tensor:
+        count = len(self)
+        given = losses.unbind() if isinstance(losses, Tensor) and losses.dim() == 1 else losses
+        if isinstance(given, Tensor) or len(given) != count:
+            kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{len(given)}"
+            raise ValueError(f"losses must be one for each of the {count} probes of the round, not {kind}")
+        return stacked([as_loss(loss, self.estimation.context.device, "losses: each") for loss in given])
+
+    def _check_index(self, index: int) -> None:
+        if self._is_told:
+            raise RuntimeError("the losses of this round were told; use the round that tell() returned")
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self):
+            raise IndexError(f"index must be in 0 .. {len(self) - 1}, not {index!r}")
+
+    def _check_frame(self, what: str) -> None:
+        if not self.estimation.is_frame_known:
+            direction = type(self.estimation.context.axes.direction).__name__
+            raise RuntimeError(
+                f"{what}: {direction} finds its basis in a forward at theta; run the model within "
+                "displaced(0) of the first round before"
+            )
+
+
+def _transposed(module: nn.Module | None) -> set[int]:
+    """The ids of weights that their module stores as [d_in, d_out]."""
+    parts = module.modules() if module is not None else ()
+    return {
+        id(parameter)
+        for part in parts
+        if isinstance(part, (nn.Embedding, *wrappers.conv1d()))
+        for parameter in part.parameters(recurse=False)
+    }
+
+
+def _adapter(
+    coefficients: Tensor, left: Tensor, right: Tensor, weight: Tensor, transposed: bool
+) -> LoRAFactors:
+    """The factors of ``sum_t coefficients[t] left[t]^T right[t]``: [T or 1, r, m] and [T or 1, r, n]."""
+    count = len(coefficients)
+    scaled = (coefficients.view(-1, 1, 1) * left).expand(count, -1, -1).flatten(0, 1)
+    other = right.expand(count, -1, -1).flatten(0, 1)
+    if transposed:
+        return LoRAFactors(A=scaled, B=other.T.contiguous())
+    rank, kernel = len(other), weight.shape[2:]
+    down = other.unflatten(1, weight.shape[1:])
+    return LoRAFactors(A=down, B=scaled.T.reshape(-1, rank, *(1 for _ in kernel)))

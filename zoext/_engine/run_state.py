@@ -1,0 +1,46 @@
+"""What a run changes beside weights and parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from zoext._engine.applied_step import Recorder
+from zoext._engine.estimation import FoundFrame
+from zoext._engine.open_round import OpenRound
+from zoext.estimators import Estimate
+
+
+class Owner(Protocol):
+    """The optimizer, as the engine sees it."""
+
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def state(self) -> MutableMapping[Tensor, Any]: ...
+
+
+@dataclass
+class RunState:
+    """What a run changes beside weights and ``param_groups``; all wrappers of an optimizer share it.
+
+    Attributes:
+        pending: estimates since the last step.
+        frame: of the step that they belong to.
+        open_round: the round that ``ask`` returned and whose losses ``tell`` has not received yet.
+        last_estimate: the estimate that the last step applied.
+        recorder: receives every step.
+        is_estimating: whether a closure runs.
+        is_torn: whether an update raised after it had moved some of the parameters.
+    """
+
+    pending: list[Estimate] = field(default_factory=list)
+    frame: FoundFrame | None = None
+    open_round: OpenRound | None = None
+    last_estimate: Estimate | None = None
+    recorder: Recorder | None = None
+    is_estimating: bool = False
+    is_torn: bool = False

@@ -1,0 +1,1 @@
+"""Which tensors move, their keys, their shards, and how they are rounded."""

@@ -1,0 +1,157 @@
+"""Which tensors move, their keys, and their place in the unsharded parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
+
+from zoext import ops
+from zoext._parameters import shards
+from zoext._parameters.shards import Block
+from zoext.noise import FLOATING
+
+_Row = tuple[Tensor, int, Block, str, int, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Tensors that move together: what one call of an operator takes."""
+
+    tensors: tuple[Tensor, ...]  # of sharded parameters the parts of this rank
+    keys: tuple[int, ...]
+    blocks: tuple[Block, ...]  # their places in the unsharded parameters
+    names: tuple[str, ...]
+    addresses: tuple[int, ...]  # where the weights lay when this was made
+    owners: tuple[Tensor, ...]  # the parameters, as modules and the optimizer's state know them
+    rounding: ops.Rounding = ops.Rounding.NEAREST  # of what is written to them
+    residuals: tuple[Tensor, ...] = ()  # int8, one for each tensor where that is Rounding.RESIDUAL
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def spans(self) -> tuple[ops.Span, ...]:
+        return tuple(block.span for block in self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def take(self, positions: Sequence[int]) -> Parameters:
+        """Those at ``positions``."""
+        columns = (self.tensors, self.keys, self.blocks, self.names, self.addresses, self.owners)
+        taken = Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
+        residuals = tuple(self.residuals[i] for i in positions) if self.residuals else ()
+        return replace(taken, rounding=self.rounding, residuals=residuals)
+
+    def tell_autograd(self) -> None:
+        """Has autograd see that parts of parameters were written: a DTensor counts its versions itself."""
+        pairs = zip(self.owners, self.tensors, strict=True)
+        torch.autograd.graph.increment_version([owner for owner, part in pairs if owner is not part])
+
+    def same_as(self, other: Parameters) -> bool:
+        """Whether the parameters are the same objects in the same memory, with the same keys."""
+        if (self.keys, self.blocks, self.addresses) != (other.keys, other.blocks, other.addresses):
+            return False
+        if len(self.residuals) != len(other.residuals):
+            return False
+        pairs = zip(self.owners + self.residuals, other.owners + other.residuals, strict=True)
+        return all(a is b for a, b in pairs)
+
+
+def _from_rows(rows: Iterable[_Row]) -> Parameters:
+    columns = tuple(zip(*rows, strict=True)) or ((),) * 6
+    return Parameters(*columns)  # type: ignore[arg-type]
+
+
+def trainable(param_groups: list[dict[str, Any]]) -> list[Parameters]:
+    """The tensors of each group that require grad.
+
+    A key is the ordinal among all parameters, frozen ones included, so that freezing a layer does not
+    change the noise of the others.
+    """
+    groups = []
+    first_key = 0
+    for group in param_groups:
+        groups.append(_from_rows(_trainable_rows(group, first_key)))
+        first_key += len(group["params"])
+    return groups
+
+
+def _trainable_rows(group: dict[str, Any], first_key: int) -> Iterator[_Row]:
+    names = group.get("param_names")
+    for position, tensor in enumerate(group["params"]):
+        if tensor.requires_grad:
+            key = first_key + position
+            name = names[position] if names else f"parameter {key}"
+            part = shards.part_of(tensor)
+            yield part, key, shards.block_of(tensor), name, part.data_ptr(), tensor
+
+
+def check(tensor: object, name: str) -> None:
+    """Raises for what cannot be moved; frozen tensors may be anything."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"params: {name} must be a Tensor, not {type(tensor).__name__}")
+    if not tensor.requires_grad:
+        return
+    obstacle = shards.obstacle(tensor) if shards.is_distributed(tensor) else None
+    if obstacle or (obstacle := _obstacle(shards.part_of(tensor))):
+        raise ValueError(f"params: {name} {obstacle}")
+
+
+def _obstacle(tensor: Tensor) -> str | None:
+    """Why a tensor that is all here cannot be moved, and what to do about it."""
+    if isinstance(tensor, UninitializedParameter):
+        return "is lazy and has no shape yet; run the model once first"
+    if type(tensor.detach()) is not Tensor:
+        kind = type(tensor.detach()).__name__
+        return f"is a {kind}; only plain tensors can be moved, so freeze it with requires_grad_(False)"
+    if tensor.is_meta:
+        return "is on the meta device; give the model its weights first, with model.to_empty(device=...)"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}; use a dense tensor, or freeze it with requires_grad_(False)"
+    if tensor.dtype not in FLOATING:
+        known = ", ".join(map(str, FLOATING))
+        return f"has dtype {tensor.dtype}; use one of {known}, or freeze it with requires_grad_(False)"
+    if not tensor.is_contiguous():
+        return "is not contiguous; use param.data = param.data.contiguous()"
+    return None
+
+
+def check_movable(groups: Sequence[Parameters]) -> None:
+    """Raises unless all tensors are whole, on one device, and of a kind that can be moved."""
+    check_not_sharded(groups)
+    check_one_device(groups)
+    for group in groups:
+        for tensor, name in zip(group.owners, group.names, strict=True):
+            check(tensor, name)
+
+
+def check_not_sharded(groups: Sequence[Parameters]) -> None:
+    """Raises for parameters of which this rank may have a part only."""
+    for group in groups:
+        for tensor, name in zip(group.owners, group.names, strict=True):
+            if shards.is_distributed(tensor):
+                raise ValueError(
+                    f"params: {name} is a DTensor; sharded parameters can be replayed but not yet trained: "
+                    "train the model before it is sharded, and replay that run on the shards"
+                )
+
+
+def check_one_device(groups: Sequence[Parameters]) -> None:
+    """Raises unless all tensors that move are on one device."""
+    seen: dict[torch.device, str] = {}
+    for group in groups:
+        for tensor, name in zip(group.tensors, group.names, strict=True):
+            seen.setdefault(tensor.device, name)
+    if len(seen) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in seen.items())
+        raise ValueError(
+            f"params: parameters are on several devices ({places}); move them to one, or use an optimizer "
+            "for each device"
+        )

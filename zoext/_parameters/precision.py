@@ -1,0 +1,89 @@
+"""What becomes of the part of an update that weights of 16 bits cannot hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import part_of
+from zoext.ops import Rounding
+
+#: The name under which ``optimizer.state`` has the residual of a parameter.
+RESIDUAL = "residual"
+
+_NO_RESIDUAL: dict[torch.device, Tensor] = {}
+
+
+def rounding_of(precision: str) -> Rounding:
+    """The rounding of updates for ``precision=``: "nearest", "stochastic" or "residual"."""
+    try:
+        return Rounding[precision.upper()] if precision == precision.lower() else Rounding[""]
+    except (KeyError, AttributeError):
+        names = ", ".join(repr(rounding.name.lower()) for rounding in Rounding)
+        raise ValueError(f"precision must be one of {names}, not {precision!r}") from None
+
+
+def rounded(parameters: Parameters, rounding: Rounding) -> Parameters:
+    """The parameters, with updates rounded so."""
+    return dataclasses.replace(parameters, rounding=rounding)
+
+
+def with_residuals(
+    parameters: Parameters, state: MutableMapping[Tensor, MutableMapping[str, Any]]
+) -> Parameters:
+    """The parameters with the residuals in ``state``, which gets zeros where it has none yet."""
+    pairs = zip(parameters.tensors, parameters.owners, strict=True)
+    residuals = tuple(_residual_of(tensor, owner, state) for tensor, owner in pairs)
+    return dataclasses.replace(parameters, rounding=Rounding.RESIDUAL, residuals=residuals)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Uncast:
+    """A tensor that ``torch.optim`` does not turn into the dtype of its parameter when it is loaded."""
+
+    tensor: Tensor
+
+
+def checked_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, for torch to load. Raises a ValueError if its residual does not fit.
+
+    Of a sharded parameter each rank has the residual of its part.
+    """
+    residual = state.get(RESIDUAL)
+    if residual is None:
+        return dict(state)
+    shape = part_of(tensor).shape
+    if not isinstance(residual, Tensor) or residual.dtype != torch.int8 or residual.shape != shape:
+        kind = f"{residual.dtype} {list(residual.shape)}" if isinstance(residual, Tensor) else repr(residual)
+        raise ValueError(
+            f"state_dict has the residual {kind} for a parameter of shape {list(shape)}, which takes "
+            "int8 of that shape; load the state of the same model"
+        )
+    return {**state, RESIDUAL: _Uncast(residual)}
+
+
+def own_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that torch loaded, with a copy of its residual on the device of the parameter."""
+    residual = state.get(RESIDUAL)
+    if not isinstance(residual, _Uncast):
+        return dict(state)
+    return {**state, RESIDUAL: residual.tensor.to(tensor.device, copy=True)}
+
+
+def _residual_of(
+    tensor: Tensor, owner: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]
+) -> Tensor:
+    if tensor.element_size() != 2:
+        state.get(owner, {}).pop(RESIDUAL, None)  # of before it was made wider
+        empty = torch.empty(0, dtype=torch.int8, device=tensor.device)
+        return _NO_RESIDUAL.setdefault(tensor.device, empty)
+    known: Tensor | None = state[owner].get(RESIDUAL)
+    if known is None or known.shape != tensor.shape:
+        known = torch.zeros(tensor.shape, dtype=torch.int8, device=tensor.device)
+    state[owner][RESIDUAL] = known = known.to(tensor.device)  # a model may have been moved
+    return known

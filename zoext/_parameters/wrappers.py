@@ -1,0 +1,36 @@
+"""Module classes of other packages: those that wrap a model, and linear layers with transposed weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+
+def compiled() -> tuple[type[nn.Module], ...]:
+    """The class of what torch.compile makes of a module; none as long as nothing was compiled."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
+    found: tuple[type[nn.Module], ...] = (dynamo.OptimizedModule,) if dynamo else ()
+    return found
+
+
+def conv1d() -> tuple[type[nn.Module], ...]:
+    """The linear layer of GPT-2, which stores its weight as [d_in, d_out]; none unless it was imported."""
+    transformers = sys.modules.get("transformers.pytorch_utils")  # importing it takes seconds
+    found: tuple[type[nn.Module], ...] = (transformers.Conv1D,) if transformers else ()
+    return found
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of ``module``, by the names they have without torch.compile and DistributedDataParallel."""
+    kinds = dict.fromkeys(compiled(), "_orig_mod") | {nn.parallel.DistributedDataParallel: "module"}
+    for name, parameter in module.named_parameters():
+        yield ".".join(_own_parts(name.split("."), module, kinds)), parameter
+
+
+def _own_parts(parts: Sequence[str], module: nn.Module, kinds: dict[type[nn.Module], str]) -> Iterator[str]:
+    for part in parts:
+        if not any(isinstance(module, kind) and part == inner for kind, inner in kinds.items()):
+            yield part
+        module = getattr(module, part)

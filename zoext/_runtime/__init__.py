@@ -1,0 +1,1 @@
+"""What every part uses: signals, profiler events, generators, atomic files."""

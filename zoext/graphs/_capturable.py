@@ -1,0 +1,108 @@
+"""What a CUDA graph cannot hold: waits of the host for the device, and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zoext._runtime.randomness import RandomState
+
+
+def capturable(
+    closure: Callable[[], Any], device: torch.device, watching: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], Tensor]:
+    """The closure in ``watching()``, which raises if its value or its randomness could not be replayed."""
+
+    def run() -> Tensor:
+        before = RandomState(device)
+        with watching():
+            loss = closure()
+        if read := before.read_since():
+            raise RuntimeError(
+                f"closure drew random numbers from {' and '.join(read)}, which a graph would not draw anew "
+                "for each step and alike for its probes; switch dropout off with model.eval(), or step "
+                "with optimizer.step(closure)"
+            )
+        if not isinstance(loss, Tensor) or loss.device != device:
+            given = f"one on {loss.device}" if isinstance(loss, Tensor) else repr(loss)
+            raise TypeError(
+                f"closure must return a tensor on {device}, not {given}: a graph cannot run Python code "
+                "again; compute the loss on the device, or step with optimizer.step(closure)"
+            )
+        return loss
+
+    return run
+
+
+class HostWaits(TorchDispatchMode):
+    """Raises a RuntimeError, before it runs, at an operator that a CUDA graph cannot hold, and names it.
+
+    That is one whose result the host must know, to branch on it or to allocate memory of its size, and
+    one that copies between the host's ordinary memory and a device.
+    """
+
+    def found(self, wait: str) -> None:
+        """Called with what makes the host wait, before it does."""
+        raise RuntimeError(wait)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _reads_values(func, args, kwargs):
+            self.found(f"{func} makes the host wait for values on the device")
+        elif _crosses(func, args, kwargs):
+            self.found(f"{func} copies between the host and the device, which makes the host wait")
+        run: Callable[..., Any] = func
+        return run(*args, **kwargs)
+
+
+class NotedHostWaits(HostWaits):
+    """Notes the first such operator, and lets all of them run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.first: str | None = None
+
+    def found(self, wait: str) -> None:
+        self.first = self.first or wait
+
+
+def _reads_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name = func.overloadpacket.__name__
+    if name in {"index", "index_put", "index_put_"}:  # a boolean index is turned into positions first
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    return torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None
+
+
+def _crosses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ordinary memory of the host is copied to or from a device; pinned memory may travel."""
+    name = func.overloadpacket.__name__
+    if name == "lift_fresh":  # torch.tensor(...), which has copied already
+        return bool(args[0].device.type != "cpu" and args[0].numel())
+    if name == "_to_copy":
+        source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+        non_blocking = kwargs.get("non_blocking", False)
+    elif name == "copy_":
+        source, target = args[1], args[0].device
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+    else:
+        return False
+    if "cpu" not in {source.device.type, target.type} or source.device.type == target.type:
+        return False
+    return not (non_blocking and _is_pinned(source if source.device.type == "cpu" else args[0]))
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_pinned()

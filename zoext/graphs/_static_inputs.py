@@ -1,0 +1,77 @@
+"""The tensors that a closure reads, which a graph goes on reading where they were at the capture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import CellType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Larger lists and dictionaries are data sets, not batches.
+_LARGEST_BATCH = 64
+
+_EMPTY = CellType()  # of a variable that is not bound yet
+
+
+class StaticInputs:
+    """Tensors and modules that the variables of a closure are bound to.
+
+    These are the globals that it names, the variables around it, its defaults and the arguments of a
+    ``functools.partial``, with the entries of lists and dictionaries, but no attributes of objects.
+    """
+
+    def __init__(self, closure: Callable[[], Any]) -> None:
+        self._closure = closure
+        variables = dict(_variables(closure))
+        self.modules = [value for value in variables.values() if isinstance(value, nn.Module)]
+        self._known = _places(variables)
+
+    def rebound(self) -> list[str]:
+        """The names of variables that hold other tensors than when this was made."""
+        now = _places(dict(_variables(self._closure)))
+        return [name for name in self._known.keys() | now.keys() if self._known.get(name) != now.get(name)]
+
+
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What a kernel that was launched with ``tensor`` goes on reading."""
+    if tensor.layout != torch.strided:
+        return id(tensor), tensor.shape, tensor.dtype
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _variables(closure: Any) -> Iterator[tuple[str, Any]]:
+    while isinstance(closure, partial):
+        yield "args of the partial", closure.args
+        yield "keywords of the partial", closure.keywords
+        closure = closure.func
+    function = inspect.unwrap(getattr(closure, "__func__", closure))
+    if not inspect.isfunction(function):
+        return
+    names = function.__code__.co_names
+    yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if cell != _EMPTY:
+            yield name, cell.cell_contents
+    yield from ((f"default {i}", value) for i, value in enumerate(function.__defaults__ or ()))
+    yield from (function.__kwdefaults__ or {}).items()
+
+
+def _places(variables: Mapping[str, Any]) -> dict[str, Any]:
+    places = {name: _place(value) for name, value in variables.items()}
+    return {name: place for name, place in places.items() if place is not None}
+
+
+def _place(value: object) -> Any:
+    """What kernels that were launched with the tensors in ``value`` go on reading; None without any."""
+    if isinstance(value, Tensor):
+        return place_of(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple) and len(value) <= _LARGEST_BATCH:
+        places = [_place(entry) for entry in value]
+        return places if any(place is not None for place in places) else None
+    return None

@@ -1,0 +1,269 @@
+"""A whole step in a CUDA graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoext._engine import AppliedStep, GroupOptions, StepEngine, StepExecutor, StepSeeds
+from zoext._runtime import interrupts
+from zoext.directions import Frame
+from zoext.estimators import Estimate
+from zoext.graphs._capturable import HostWaits, NotedHostWaits, capturable
+from zoext.graphs._cuda_graph import CaptureError, CudaGraph
+from zoext.graphs._static_inputs import StaticInputs, place_of
+from zoext.graphs._tensors import map_tensors, tensors_of
+from zoext.optimizer import ZerothOrderOptimizer, unwrap
+from zoext.probes import is_compiled
+from zoext.updates import State
+
+#: Steps without a graph before one is captured, as torch does: what is initialised late is then in place.
+WARM_UP = 3
+
+
+class GraphedStep(StepExecutor):
+    """``optimizer.step(closure)`` from a CUDA graph: the host launches once instead of kernel by kernel.
+
+    The bits are the same. The first steps run without a graph, until nothing but numbers differs from one to
+    the next (three steps, and for AdaMeZO as many more as its window has). Then a step is captured, with its
+    forwards, its estimate and its update, and replayed from there on. What the host decides anew for every
+    step (seeds, learning rates, the window of AdaMeZO) is written to the graph's memory before each replay.
+
+    Inputs are static, as for ``torch.cuda.make_graphed_callables``: overwrite the batch in place.
+
+        x, y = torch.empty(8, 512, device="cuda"), torch.empty(8, dtype=torch.long, device="cuda")
+        step = zoext.GraphedStep(optimizer, lambda: cross_entropy(model(x), y))
+        for new_x, new_y in loader:
+            x.copy_(new_x, non_blocking=True)
+            y.copy_(new_y, non_blocking=True)
+            loss = step()
+            scheduler.step()
+
+    Steps with and without it can be mixed, checkpoints are the same, and the hooks of the optimizer run at
+    every step.
+
+    A replay runs no Python code of the closure or the model. Three changes are detected:
+
+    - A variable of the closure that is bound to another tensor (a global, one around it, a default, an
+      argument of a ``functools.partial``, an entry of a list or dictionary among them) raises.
+    - Other parameters, another ``mu`` or ``weight_decay``, and train or eval mode of the optimizer's module
+      and of modules among those variables lead to another capture, after some steps without a graph.
+
+    Everything else is frozen at capture and not checked: attributes of objects and modules, numbers, modules
+    that were replaced, hooks, and modes of torch such as autocast. Make another ``GraphedStep`` after
+    changing them.
+
+    The graph keeps memory of its own: the activations of a forward at their peak. Each capture first empties
+    torch's cache.
+
+    Args:
+        optimizer: any of zoext, or a wrapper of one, with its parameters on a CUDA device.
+        closure: as for ``optimizer.step``, but it must return a tensor on the device of the parameters,
+            never wait for the device, and draw no random numbers (dropout).
+
+    Raises:
+        ValueError: for parameters that are not on a CUDA device.
+    """
+
+    def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[[], Tensor]) -> None:
+        self._optimizer = unwrap(optimizer)
+        self._closure = closure
+        given = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
+        self._device = next((tensor.device for tensor in given if tensor.requires_grad), torch.device("cpu"))
+        CudaGraph(self._device)
+        self._inputs = StaticInputs(closure)
+        self._modules: list[nn.Module] = []
+        self._is_compiled = False
+        self._fixed: Any = None
+        self._alike = 0
+        self._obstacle: str | None = None
+        self._captured: _Captured | None = None
+
+    def __call__(self) -> Tensor:
+        """Moves theta by one step.
+
+        Returns:
+            The mean of the losses evaluated, float32 [], on the device of the parameters.
+
+        Raises:
+            RuntimeError: for a closure that cannot be captured, or whose tensors were replaced instead of
+                overwritten. Theta was not moved.
+            TypeError: for a closure that returns anything but a tensor on the device.
+            FloatingPointError: as ``optimizer.step``.
+        """
+        return self._optimizer.step(self)
+
+    def advance(self, engine: StepEngine) -> Tensor:
+        """The step itself; ``optimizer.step`` calls it between its hooks."""
+        if engine is not self._optimizer.engine:
+            raise ValueError("closure must be a GraphedStep of this optimizer, not of another one")
+        if self._fixed is None or self._fixed != _fixed_by_a_graph(engine, self._modules):
+            self._begin_anew(engine)
+        if self._captured is None:
+            if self._alike < WARM_UP or engine.probe.is_to_watch:
+                return self._warm_up(engine)
+            self._captured = self._capture(engine)
+        return self._replay(engine, self._captured)
+
+    def _begin_anew(self, engine: StepEngine) -> None:
+        """Drops the graph, and takes what there is now as fixed."""
+        self._inputs = StaticInputs(self._closure)
+        roots = self._inputs.modules + ([engine.module] if engine.module is not None else [])
+        self._modules = list(dict.fromkeys(part for root in roots for part in root.modules()))
+        # Where operators are watched, a compiled model would not run compiled.
+        self._is_compiled = any(map(is_compiled, roots))
+        self._fixed = _fixed_by_a_graph(engine, self._modules)
+        self._alike, self._captured = 0, None
+
+    def _warm_up(self, engine: StepEngine) -> Tensor:
+        """A step without a graph. The last one before a capture tells what would be in its way."""
+        waits = NotedHostWaits()
+        is_last = self._alike >= WARM_UP - 1 and not engine.probe.is_to_watch
+        if is_last and not self._is_compiled:
+            with engine.probe.unwatched():
+                step = engine.step(capturable(self._closure, self._device, lambda: waits))
+        else:
+            step = engine.step(capturable(self._closure, self._device, nullcontext))
+        self._obstacle = waits.first
+        self._alike = WARM_UP if is_last else min(self._alike + 1, WARM_UP - 1)
+        return step.estimate.loss
+
+    def _capture(self, engine: StepEngine) -> _Captured:
+        if self._obstacle is not None:
+            raise _uncapturable(self._obstacle)
+        watching = nullcontext() if self._is_compiled else HostWaits()  # type: ignore[no-untyped-call]
+        taken: list[tuple[AppliedStep, list[State]]] = []
+
+        def options(_: Estimate) -> tuple[GroupOptions, ...]:
+            return tuple(
+                group._replace(lr=lr) for group, lr in zip(engine.options(), inputs.lrs, strict=True)
+            )
+
+        def step() -> None:
+            context = engine.context(inputs.seeds, random=None)
+            with watching:
+                engine.compute(
+                    context, self._closure, inputs.states, options, lambda *results: taken.append(results)
+                )
+
+        engine.run.pending.clear()
+        with interrupts.deferred(), engine.closures(), engine.probe.captured() as memory:
+            graph, inputs = CudaGraph(self._device), _Inputs.of(engine)
+            try:
+                graph.capture(step)
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise _uncapturable(error) from error
+            finally:
+                engine.run.is_torn = False  # a capture launches nothing
+        self._inputs = StaticInputs(self._closure)
+        return _Captured(graph, inputs, *taken[0], memory)
+
+    def _replay(self, engine: StepEngine, captured: _Captured) -> Tensor:
+        engine.check_ready()
+        if rebound := self._inputs.rebound():
+            raise RuntimeError(
+                f"closure: {', '.join(sorted(rebound))} is not what it was when the step was captured, and "
+                "the graph still reads the old one. Overwrite tensors in place, as with x.copy_(new_x), "
+                "or make a new GraphedStep"
+            )
+        engine.run.pending.clear()
+        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
+            captured.inputs.fill(engine)
+            captured.graph.replay()
+            # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error.
+            moved = chain.from_iterable(group.tensors for group in engine.groups)
+            torch.autograd.graph.increment_version(tuple(moved))
+            step, states = captured.results(engine)
+            engine.watch.note(step.estimate.finite)
+            engine.commit(step, states)
+        return step.estimate.loss
+
+
+def _uncapturable(reason: object) -> RuntimeError:
+    return RuntimeError(
+        f"the step cannot be captured in a CUDA graph, and nothing was changed: {reason}. Keep the "
+        "closure's values on the device (no .item(), .tolist(), .cpu(), nonzero() or boolean indexing, and "
+        "no batch that comes from the host) and out of the attributes of modules, or step with "
+        "optimizer.step(closure)"
+    )
+
+
+class _Inputs(NamedTuple):
+    """Where a graph reads what the host decides anew for every step."""
+
+    seeds: StepSeeds
+    lrs: list[Tensor]
+    states: list[State]
+
+    @classmethod
+    def of(cls, engine: StepEngine) -> _Inputs:
+        groups = engine.param_groups
+        device = next(group.device for group in engine.groups if len(group))
+        return cls(
+            engine.empty_seeds(device),
+            # A float is a float64, or its product with the weight decay would be rounded otherwise.
+            [torch.empty((), dtype=_lr_dtype(group), device=device) for group in groups],
+            [map_tensors(torch.empty_like, group["update_state"]) for group in groups],
+        )
+
+    def fill(self, engine: StepEngine) -> None:
+        engine.fill_seeds(self.seeds)
+        for lr, group in zip(self.lrs, engine.param_groups, strict=True):
+            lr.fill_(group["lr"])
+        states = [group["update_state"] for group in engine.param_groups]
+        if tensors := tensors_of(self.states):
+            torch._foreach_copy_(tensors, tensors_of(states))
+
+
+class _Captured(NamedTuple):
+    graph: CudaGraph
+    inputs: _Inputs
+    step: AppliedStep
+    states: list[State]
+    memory: list[Tensor]  # not ours, but read and written by the graph
+
+    def results(self, engine: StepEngine) -> tuple[AppliedStep, list[State]]:
+        """The step and the new states of a replay, in memory that the next one does not overwrite."""
+        before = tensors_of([group["update_state"] for group in engine.param_groups])
+        kept = {id(place): value for place, value in zip(tensors_of(self.inputs.states), before, strict=True)}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept:
+                kept[id(tensor)] = tensor.clone()
+            return kept[id(tensor)]
+
+        estimate = self.step.estimate
+        fields = {field.name: getattr(estimate, field.name) for field in dataclasses.fields(Estimate)}
+        # A frame is large, and read by nobody but a recorder: if it cannot be drawn from seeds.
+        is_read = engine.run.recorder is not None and engine.axes.direction.watches
+        known = self.step.frame if is_read else Frame()
+        frame = Frame(*map_tensors(keep, (dict(known.left), dict(known.right))))
+        step = AppliedStep(Estimate(**map_tensors(keep, fields)), frame, engine.options())
+        return step, map_tensors(keep, self.states)
+
+
+def _fixed_by_a_graph(engine: StepEngine, modules: list[nn.Module]) -> Any:
+    """What a graph holds as it was at the capture, as plain data."""
+    state = engine.owner.state
+    return [part.training for part in modules], [
+        (
+            [(id(tensor), tensor.requires_grad, *place_of(tensor)) for tensor in group["params"]],
+            [id(value) for tensor in group["params"] for value in state.get(tensor, {}).values()],
+            (group["mu"], group["weight_decay"], _lr_dtype(group)),
+            map_tensors(lambda tensor: (tensor.shape, tensor.dtype), group["update_state"]),
+        )
+        for group in engine.param_groups
+    ]
+
+
+def _lr_dtype(group: dict[str, Any]) -> torch.dtype:
+    lr = group["lr"]
+    return lr.dtype if isinstance(lr, Tensor) else torch.float64

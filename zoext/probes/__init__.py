@@ -1,0 +1,17 @@
+"""Probes: the loss at ``theta + combination``, with theta exactly as it was afterwards."""
+
+from zoext.probes._choice import choose, is_compiled
+from zoext.probes._swap import StreamedProbeError
+from zoext.probes.base import Probe, Session
+from zoext.probes.inplace import InplaceProbe
+from zoext.probes.streamed import StreamedProbe
+
+__all__ = [
+    "InplaceProbe",
+    "Probe",
+    "Session",
+    "StreamedProbe",
+    "StreamedProbeError",
+    "choose",
+    "is_compiled",
+]

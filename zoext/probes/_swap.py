@@ -1,0 +1,427 @@
+"""Replaces the weights of a module while it runs, and puts them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import Block
+from zoext._runtime.interrupts import Signals
+from zoext._runtime.profiling import Phase, record
+from zoext.directions import Combination, Terms
+
+
+class StreamedProbeError(RuntimeError):
+    """A model that cannot be streamed: it uses weights where its modules do not run."""
+
+
+ALIGNMENT = 64
+
+#: How many rows of a table are displaced in the time that it takes to handle one alone.
+ROW_OVERHEAD = 8
+
+
+def _aligned_bytes(tensor: Tensor) -> int:
+    size = tensor.numel() * tensor.element_size()
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+class _Views(NamedTuple):
+    like: Parameters  # kept, so that its id stays its own
+    views: list[Tensor]
+    size: int
+
+
+class Scratch:
+    """Memory for the weights of the modules that are running: a stack, since modules nest."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._top = 0
+        self._wanted = 0
+        self._views: dict[tuple[int, int], _Views] = {}
+        self._kept = 0
+
+    def prepare(self, device: torch.device, size: int) -> None:
+        """Makes room for ``size`` bytes, and for what was needed before."""
+        if self._top:
+            raise RuntimeError("a streamed probe cannot run inside another one of the same optimizer")
+        size = max(size, self._wanted)
+        if self._buffer.device != device or self._buffer.numel() < size:
+            self.forget_views()  # or they would keep the old buffer
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+
+    @property
+    def buffer(self) -> Tensor:
+        return self._buffer
+
+    @property
+    def top(self) -> int:
+        return self._top
+
+    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Uninitialised contiguous tensors like ``tensors``."""
+        offset = self._top
+        self._top += sum(_aligned_bytes(tensor) for tensor in tensors)
+        self._wanted = max(self._wanted, self._top)
+        if self._top > self._buffer.numel():  # deeper nesting than before: the next probe has the room
+            return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        views = []
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            views.append(self._buffer[offset : offset + size].view(tensor.dtype).view(tensor.shape))
+            offset += _aligned_bytes(tensor)
+        return views
+
+    def take_again(self, parameters: Parameters) -> list[Tensor]:
+        """Like ``take`` for parameters that come back at every probe: they get the same views again.
+
+        Making views anew would cost more than filling small ones.
+        """
+        start = self._top
+        known = self._views.get((id(parameters), start))
+        if known is not None:
+            self._top += known.size
+            return known.views
+        users = self.users()
+        views = self.take(parameters.tensors)
+        if self._top <= self._buffer.numel():
+            self._views[id(parameters), start] = _Views(parameters, views, self._top - start)
+            self._kept += self.users() - users
+        return views
+
+    def forget_views(self) -> None:
+        self._views.clear()
+        self._kept = 0
+
+    def users(self) -> int:
+        """How many references to this memory there are, beside those of the views that are kept."""
+        return int(torch._C._storage_Use_Count(self._buffer.untyped_storage()._cdata)) - self._kept
+
+    def release(self, top: int) -> None:
+        self._top = top
+
+    def holds(self, value: object) -> bool:
+        """Whether a tensor lies in this memory."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided or not self._buffer.numel():
+            return False
+        return value.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
+
+
+class _Running:
+    """A module that is running: what it had, and how the scratch memory stood before it."""
+
+    def __init__(self, top: int, users: int) -> None:
+        self.depth = 1
+        self.top = top
+        self.users = users
+        self.parameters: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[tuple[str, Tensor, Tensor]] = []
+        self.rows: list[int] | None = None
+
+
+class ModuleSwap:
+    """Hooks on the modules below ``root`` that own parameters or buffers."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._signals = Signals()
+        self._scratch = Scratch()
+        self._written_buffers: set[tuple[int, str]] = set()
+        self._running: dict[nn.Module, _Running] = {}
+        self._swapped: set[int] = set()
+        self._groups: list[Parameters] = []
+        self._outline: list[tuple[int, list[int]]] = []
+        self._own: dict[nn.Module, list[tuple[int, Parameters]]] = {}
+        self._originals: dict[int, Tensor] = {}
+        self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
+        self._combination: Combination | None = None
+        self._device = torch.device("cpu")
+        self._find_written = False
+        self._visited: set[int] = set()
+
+    @property
+    def memory(self) -> Tensor:
+        """Where displaced weights are, uint8 [bytes]; other memory when more is needed."""
+        return self._scratch.buffer
+
+    def modes(self) -> tuple[tuple[int, bool], ...]:
+        """Which modules there are, and which of them are in training."""
+        return tuple((id(module), module.training) for module in self._root.modules())
+
+    @contextmanager
+    def hooked(self, signals: Signals) -> Iterator[None]:
+        """Within the block there are hooks on every module that owns parameters or buffers.
+
+        They hold ``signals`` back: a module is either swapped or not.
+        """
+        handles: list[RemovableHandle] = []
+        self._signals = signals
+        try:
+            for module in self._root.modules():
+                if module._parameters or module._buffers:
+                    handles.append(module.register_forward_pre_hook(self._before_forward, prepend=True))
+                    handles.append(module.register_forward_hook(self._after_forward, always_call=True))
+            self._forget_other_owners()
+            yield
+        finally:
+            if self._combination is not None:
+                self._end(self._combination)
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def displaced(self, combination: Combination, find_written_buffers: bool) -> Iterator[set[int]]:
+        """Within the block, modules run with displaced weights; yields the ids of those that ran.
+
+        With ``find_written_buffers`` every buffer is replaced, and those that are written to are noted
+        for later probes.
+        """
+        self._combination = combination
+        self._device = combination.seeds.device
+        self._find_written = find_written_buffers
+        self._visited = set()
+        try:
+            self._terms = self._terms_of_modules(combination)
+            # Taken here, not in the hooks: whoever watches operators would see the hooks read weights.
+            self._originals = {
+                id(tensor): tensor.data
+                for parameters, _ in combination.terms
+                for tensor in parameters.tensors
+            }
+            self._make_room(combination)
+            yield self._visited
+        finally:
+            self._end(combination)
+
+    def _end(self, combination: Combination) -> None:
+        if self._combination is not combination:  # ended already, by the end of ``hooked``
+            return
+        for module in reversed(list(self._running)):
+            with record(Phase.RESTORE):
+                self._restore(module)
+        self._combination, self._terms, self._originals = None, {}, {}
+
+    def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
+        if not len(combination):
+            return {}
+        groups = [parameters for parameters, _ in combination.terms]
+        if len(groups) != len(self._groups) or any(
+            a is not b for a, b in zip(groups, self._groups, strict=True)
+        ):
+            self._own = self._owners(groups)
+            self._scratch.forget_views()
+            self._groups = groups
+        terms = [terms for _, terms in combination.terms]
+        return {
+            module: [(parameters, terms[group]) for group, parameters in own]
+            for module, own in self._own.items()
+        }
+
+    def _forget_other_owners(self) -> None:
+        """Looks for the owners again if modules or their parameters were replaced."""
+        outline = [
+            (id(module), list(map(id, module._parameters.values()))) for module in self._root.modules()
+        ]
+        if outline != self._outline:
+            self._outline, self._groups = outline, []
+
+    def _owners(self, groups: list[Parameters]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
+        """The parameters that each module owns itself, by the group they belong to."""
+        places = {
+            id(tensor): (group, position)
+            for group, parameters in enumerate(groups)
+            for position, tensor in enumerate(parameters.tensors)
+        }
+        owners: dict[nn.Module, list[tuple[int, Parameters]]] = {}
+        missing = dict(places)
+        for module in self._root.modules():
+            positions: dict[int, list[int]] = {}
+            for parameter in module._parameters.values():
+                if id(parameter) in places:
+                    missing.pop(id(parameter), None)
+                    group, position = places[id(parameter)]
+                    positions.setdefault(group, []).append(position)
+            if positions:
+                owners[module] = [(group, groups[group].take(own)) for group, own in positions.items()]
+        for group, position in missing.values():
+            raise ValueError(
+                f"streamed probe: {groups[group].names[position]} is not a parameter of the module that is "
+                "streamed; build the optimizer again after changing the model, or pass probe='inplace'"
+            )
+        return owners
+
+    def _make_room(self, combination: Combination) -> None:
+        largest = 0
+        for module, terms in self._terms.items():
+            weights = sum(_aligned_bytes(tensor) for parameters, _ in terms for tensor in parameters.tensors)
+            buffers = sum(_aligned_bytes(buffer) for _, buffer in self._buffers_to_swap(module))
+            largest = max(largest, weights + buffers)
+        self._scratch.prepare(combination.seeds.device, largest)
+
+    def _buffers_to_swap(self, module: nn.Module) -> list[tuple[str, Tensor]]:
+        return [
+            (name, buffer)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+            and (self._find_written or (id(module), name) in self._written_buffers)
+            and buffer.layout == torch.strided
+            and buffer.device == self._device
+            and not buffer.is_quantized
+        ]
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if self._combination is None:  # between two probes
+            return
+        with self._signals.held():
+            if module in self._running:  # calls itself: its weights are displaced already
+                self._running[module].depth += 1
+            else:
+                self._before(module, args)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        with self._signals.held():
+            return self._after(module, output)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        users = self._scratch.users()
+        running = self._running[module] = _Running(self._scratch.top, users)
+        self._visited.add(id(module))
+        running.rows = self._rows_to_read(module, args)
+        if running.rows is None:
+            with record(Phase.PERTURB):
+                self._displace(module, running)
+
+    def _displace(self, module: nn.Module, running: _Running) -> None:
+        assert self._combination is not None
+        for parameters, terms in self._terms.get(module, ()):
+            # A weight that a running parent shares with this module is displaced already.
+            fresh = parameters
+            if any(id(tensor) in self._swapped for tensor in parameters.tensors):
+                fresh = parameters.take(
+                    [i for i, tensor in enumerate(parameters.tensors) if id(tensor) not in self._swapped]
+                )
+                displaced = self._scratch.take(fresh.tensors)
+            else:
+                displaced = self._scratch.take_again(fresh)
+            if not len(fresh):
+                continue
+            self._combination.direction.copy_(displaced, fresh, terms)
+            for tensor, replacement in zip(fresh.tensors, displaced, strict=True):
+                running.parameters.append((tensor, self._originals[id(tensor)]))
+                self._swapped.add(id(tensor))
+                tensor.data = replacement
+        for name, buffer in self._buffers_to_swap(module):
+            copy = self._scratch.take([buffer])[0].copy_(buffer)
+            running.buffers.append((name, buffer, buffer.data))
+            buffer.data = copy
+
+    def _after(self, module: nn.Module, output: Any) -> Any:
+        running = self._running.get(module)
+        if running is None:  # its forward raised before it began to run
+            return None
+        running.depth -= 1
+        if running.depth:
+            return None
+        if running.rows is not None and output is not None:
+            with record(Phase.PERTURB):
+                self._displace_rows(module, running.rows, output)
+        # What a module returns may be a view of its weights, whose memory the next module will use.
+        borrowed = _distinct(output, self._scratch.holds)
+        if borrowed:
+            output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
+        with record(Phase.RESTORE):
+            self._restore(module)
+        if self._scratch.users() > running.users + len(borrowed) and not torch.is_grad_enabled():
+            names = ", ".join(
+                name for parameters, _ in self._terms.get(module, ()) for name in parameters.names
+            )
+            raise StreamedProbeError(
+                f"streamed probe: a view of {names or 'a buffer'} outlives the forward of the module that "
+                "owns it, and would later show other weights. Pass probe='inplace', or keep a copy instead "
+                "of a view."
+            )
+        return output if borrowed else None
+
+    def _rows_to_read(self, module: nn.Module, args: Any) -> list[int] | None:
+        """The rows that an embedding is about to read, if displacing only those is cheaper.
+
+        A table of a vocabulary is often the largest module, and a batch reads a small part of it. On
+        CUDA the indices would have to come to the host, so there the whole table is displaced; and
+        while operators are watched, since the watch would see the rows read from the original.
+        """
+        if type(module) is not nn.Embedding or module.max_norm is not None or self._find_written:
+            return None
+        others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
+        if others_hook or module.weight.device.type != "cpu" or id(module.weight) in self._swapped:
+            return None  # a hook of the user may read the table itself
+        index = args[0] if args and isinstance(args[0], Tensor) else None
+        if index is None or not 0 < index.numel() * ROW_OVERHEAD <= module.num_embeddings:
+            return None
+        if module not in self._terms:
+            return None
+        ((parameters, terms),) = self._terms[module]
+        if terms.frame.holds(parameters.keys[0]):  # its entries depend on more than their index
+            return None
+        rows: list[int] = index.flatten().tolist()
+        return rows
+
+    def _displace_rows(self, module: nn.Module, rows: list[int], output: Tensor) -> None:
+        """Adds the combination to rows that were read from the original table: the same bits."""
+        assert self._combination is not None
+        ((parameters, terms),) = self._terms[module]
+        width = output.shape[-1]
+        tensors = output.view(-1, width).unbind(0)
+        count = len(tensors)
+        (table,), shape = parameters.owners, parameters.blocks[0].shape
+        read = Parameters(
+            tensors,
+            parameters.keys * count,
+            tuple(Block.of_shard(shape, (row, 0), (1, width)) for row in rows),
+            parameters.names * count,
+            tuple(tensor.data_ptr() for tensor in tensors),
+            (table,) * count,
+        )
+        self._combination.direction.axpy_(read, [terms])
+
+    def _restore(self, module: nn.Module) -> None:
+        """Puts everything back; may be called again where an interrupt cut it short."""
+        running = self._running[module]
+        written = []
+        for tensor, original in running.parameters:
+            tensor.data = original
+            self._swapped.discard(id(tensor))
+        for name, buffer, original in running.buffers:
+            written.append((name, buffer.data, original, module._buffers.get(name) is not buffer))
+            buffer.data = original
+            module._buffers[name] = buffer
+        del self._running[module]
+        if self._find_written:
+            # Not by version counters: batch_norm moves its statistics behind autograd's back.
+            self._written_buffers |= {
+                (id(module), name)
+                for name, now, original, replaced in written
+                if replaced or not _same(now, original)
+            }
+        self._scratch.release(running.top)
+
+
+def _same(now: Tensor, original: Tensor) -> bool:
+    if now.shape != original.shape or now.dtype != original.dtype:
+        return False
+    return (
+        torch.equal(now.view(torch.uint8), original.view(torch.uint8)) if now.dim() else bool(now == original)
+    )
+
+
+def _distinct(output: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+    """The values of a nest that are wanted, each object once."""
+    return list({id(value): value for value in tree_iter(output) if wanted(value)}.values())

@@ -1,0 +1,90 @@
+"""A probe that moves theta and moves it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from zoext._parameters.parameters import Parameters
+from zoext._runtime import interrupts
+from zoext._runtime.profiling import Phase, record
+from zoext.directions import Combination, Direction, Terms
+from zoext.probes.base import Probe, Session
+
+
+class InplaceProbe(Probe):
+    """Adds the combination to theta, runs the closure, and at the end subtracts it again.
+
+    From one probe to the next along the same direction theta moves at once, from ``+mu`` to ``-mu``. From the
+    last probe of ``step(closure)`` a linear update (``SGD``) of float32 weights moves it at once to where the
+    step ends: three passes over theta for a central difference, two for a one-sided one.
+
+    Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the error
+    grows with every step, so prefer ``StreamedProbe`` where there is a module.
+    """
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        with interrupts.deferred() as signals:
+            session = _InplaceSession(signals)
+            try:
+                yield session
+            finally:
+                session.restore()
+                torch.clear_autocast_cache()
+
+
+class _Displaced(NamedTuple):
+    """One group of parameters away from theta."""
+
+    direction: Direction
+    parameters: Parameters
+    terms: Terms
+
+
+class _InplaceSession(Session):
+    def __init__(self, signals: interrupts.Signals) -> None:
+        super().__init__(signals)
+        self._displaced: list[_Displaced] = []
+
+    @contextmanager
+    def displaced(self, combination: Combination) -> Iterator[None]:
+        self._move(combination)
+        torch.clear_autocast_cache()
+        with record(Phase.FORWARD):
+            yield
+
+    @property
+    def is_displaced(self) -> bool:
+        return bool(self._displaced)
+
+    def settle(self) -> None:
+        del self._displaced[0]
+
+    def _move(self, combination: Combination) -> None:
+        """Moves theta from where it is to the combination; ``_displaced`` is true after each kernel."""
+        displaced = self._displaced
+        if displaced and displaced[0].terms.seeds is not combination.seeds:
+            self.restore()
+        if not len(combination):
+            return
+        with record(Phase.PERTURB):
+            for position, (parameters, terms) in enumerate(combination.terms):
+                change = terms
+                if position < len(displaced):
+                    step = terms.coefficients - displaced[position].terms.coefficients
+                    change = Terms(terms.seeds, step, terms.frame)
+                combination.direction.axpy_(parameters, [change])
+                displaced[position : position + 1] = [_Displaced(combination.direction, parameters, terms)]
+
+    def restore(self) -> None:
+        if not self._displaced:
+            return
+        with record(Phase.RESTORE):
+            while self._displaced:
+                direction, parameters, terms = self._displaced[-1]
+                direction.axpy_(parameters, [Terms(terms.seeds, -terms.coefficients, terms.frame)])
+                self._displaced.pop()

@@ -1,0 +1,131 @@
+"""A probe that displaces a module's weights while the module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoext._runtime import interrupts
+from zoext._runtime.profiling import Phase, record
+from zoext.directions import Combination
+from zoext.probes._swap import ModuleSwap, StreamedProbeError
+from zoext.probes._unperturbed import UnperturbedReads
+from zoext.probes.base import Probe, Session
+
+
+class StreamedProbe(Probe):
+    """Swaps each module's own weights for displaced ones while that module runs.
+
+    Theta is only ever read, so it is restored bit for bit whatever the closure does. Buffers that a
+    module writes to (running statistics) are put back as well. The displaced weights live in a
+    scratch buffer as large as the largest module's weights.
+
+    A module must read its weights inside its own ``forward``. Whether that is so is watched, operator
+    by operator, at the first probe and again whenever other modules run than before; a weight that is
+    read elsewhere raises a RuntimeError that names it, before anything was moved.
+    """
+
+    is_exact = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._swap = ModuleSwap(module)
+        self._watched: set[tuple[frozenset[int], tuple[tuple[int, bool], ...]]] = set()
+        self._watch_next = True
+        self._sessions = 0
+        self._unwatched = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module alone: all else is found again."""
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["module"])  # type: ignore[misc]
+
+    @property
+    def is_to_watch(self) -> bool:
+        return self._watch_next
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        self._unwatched = True
+        try:
+            yield
+        finally:
+            self._unwatched = False
+
+    @contextmanager
+    def captured(self) -> Iterator[list[Tensor]]:
+        memory: list[Tensor] = []
+        self._watch_next = False
+        with self.unwatched():
+            yield memory
+        if self._watch_next:
+            raise StreamedProbeError(
+                "streamed probe: other modules ran while the step was captured than in the steps before, so "
+                "their weight reads are unchecked. Run the same modules at every step, or pass "
+                "probe='inplace'"
+            )
+        memory.append(self._swap.memory)
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        if not self._unwatched:
+            self._sessions += 1
+            if self._sessions & (self._sessions - 1) == 0 or self._sessions % 100 == 0:
+                self._watch_next = True
+        with interrupts.deferred() as signals, self._swap.hooked(signals):
+            try:
+                yield _StreamedSession(signals, self._displaced)
+            finally:
+                torch.clear_autocast_cache()
+
+    @contextmanager
+    def _displaced(self, combination: Combination) -> Iterator[None]:
+        modes = self._swap.modes()
+        unknown = self._watch_next or all(modes != known for _, known in self._watched)
+        watch = unknown and not self._unwatched
+        watching = _watching(combination) if watch and len(combination) else nullcontext()
+        with (
+            self._swap.displaced(combination, find_written_buffers=watch) as visited,
+            watching,
+            record(Phase.FORWARD),
+        ):
+            torch.clear_autocast_cache()
+            yield
+        if len(combination):
+            route = (frozenset(visited), modes)
+            if watch:
+                self._watched.add(route)
+            # A route not seen before ran unwatched: watch it at the next probe.
+            unwatched = route not in self._watched
+            self._watch_next = unwatched or (self._unwatched and self._watch_next)
+
+
+class _StreamedSession(Session):
+    def __init__(
+        self, signals: interrupts.Signals, displaced: Callable[[Combination], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__(signals)
+        self._displace = displaced
+
+    def displaced(self, combination: Combination) -> AbstractContextManager[None]:
+        return self._displace(combination)
+
+
+@contextmanager
+def _watching(combination: Combination) -> Iterator[None]:
+    reads = UnperturbedReads(parameters for parameters, _ in combination.terms)
+    with reads:
+        yield
+    if reads.names:
+        names = ", ".join(sorted(reads.names))
+        raise StreamedProbeError(
+            f"streamed probe: {names} was read while the module that owns it was not "
+            "running, so the probe would not have moved it. Pass probe='inplace', or have the model "
+            "call that module instead of reading its weights."
+        )

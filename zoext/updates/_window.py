@@ -1,0 +1,146 @@
+"""What updates that replay a window of gradient estimates share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoext._parameters.parameters import Parameters
+from zoext.directions import Direction, Frame, Terms, Window
+from zoext.ops import Rule
+from zoext.updates.base import Move, State, Update, of_each
+
+_SMALLEST_EPS = torch.finfo(torch.float32).tiny  # the smallest normal float32
+_LARGEST_EPS = torch.finfo(torch.float32).max
+
+
+class Weights(NamedTuple):
+    """The weights of one window in the moments m and v, by lag: entry 0 is that of the newest estimate."""
+
+    first: Sequence[float]
+    second: Sequence[float]
+
+
+class WindowUpdate(Update):
+    """Moves theta by what a rule of the core makes of the last ``horizon`` gradient estimates.
+
+    A subclass is a frozen dataclass that names its ``rule``, has a field ``horizon``, and computes the
+    weights of a window in ``weights``. The state holds seeds and coefficients, never a moment: the operators
+    draw the directions of the window again. Terms whose loss was not finite enter the window as zero; a step
+    without any other term moves nothing.
+    """
+
+    rule: ClassVar[Rule]
+    horizon: int
+
+    @abstractmethod
+    def weights(self, count: int) -> Weights:
+        """The weights of a window of ``count`` steps, 1 <= count <= horizon; ``count`` numbers each."""
+
+    @property
+    def kernel_eps(self) -> float:
+        """The eps that the operators take."""
+        return 0.0
+
+    def apply(
+        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
+    ) -> State:
+        past = list(state.get("window", ()))
+        history = past + [_plain(move.terms, parameters) for move in moves]
+        counts = [min(len(past) + number, self.horizon) for number in range(1, len(moves) + 1)]
+        # Where windows are shorter at the beginning, steps that contribute nothing precede the first one.
+        rows = len(moves) - 1 + counts[-1]
+        window, missing = history[-rows:], max(rows - len(history), 0)
+        device = moves[0].terms.seeds.device
+        eps = torch.full((), self.kernel_eps, dtype=torch.float32, device=device)
+        weights = [self.weights(count) for count in counts]
+        first, second = (_right_aligned(rows, device) for rows in zip(*weights, strict=True))
+        lr, decay = of_each([_lr(move) for move in moves]), of_each([move.decay for move in moves])
+        for positions, took_part in _by_history(parameters, window):
+            steps = [_terms(step, took) for step, took in zip(window, took_part, strict=True)]
+            steps = [_terms(window[0], False)] * missing + steps
+            these = parameters if len(positions) == len(parameters) else parameters.take(positions)
+            direction.window_(these, Window(steps, first, second), self.rule, lr, eps, decay)
+        return {"window": history[-self.horizon :]}
+
+
+def decaying(beta: float, count: int, bias_correction: bool) -> list[float]:
+    """``(1 - beta) beta^lag`` for lag = 0 .. count - 1, divided by their sum if corrected."""
+    mass = 1 - beta**count if bias_correction else 1.0
+    return [(1 - beta) * beta**lag / mass for lag in range(count)]
+
+
+def check_beta(name: str, beta: object) -> None:
+    if not isinstance(beta, int | float) or not 0 <= beta < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), not {beta!r}")
+
+
+def checked_betas(betas: object) -> tuple[float, float]:
+    pair = tuple(betas) if isinstance(betas, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in pair):
+        raise ValueError(f"betas must be two numbers in [0, 1), not {betas!r}")
+    return pair
+
+
+def check_horizon(horizon: object) -> None:
+    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
+        raise ValueError(f"horizon must be an integer of at least 1, not {horizon!r}")
+
+
+def checked_eps(eps: object) -> float:
+    """Not subnormal, which a processor may take for zero."""
+    if not isinstance(eps, int | float) or not _SMALLEST_EPS <= eps <= _LARGEST_EPS:
+        raise ValueError(f"eps must be a float from {_SMALLEST_EPS:.3g} to {_LARGEST_EPS:.3g}, not {eps!r}")
+    return float(eps)
+
+
+def _right_aligned(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """A row for each window, [H] for a single one, oldest step first; shorter windows stand at the end."""
+    weights = torch.zeros((len(rows), len(rows[-1])), dtype=torch.float32, device=device)
+    for row, values in zip(weights, rows, strict=True):
+        for lag, value in enumerate(values):  # fill_ passes the value with the launch: no copy to wait for
+            row[len(row) - 1 - lag].fill_(value)
+    return weights[0] if len(rows) == 1 else weights
+
+
+def _lr(move: Move) -> Tensor:
+    # Where some samples of a step were finite they count; where none was, momentum is not to move theta.
+    moves = move.estimate.finite | (move.terms.coefficients != 0).any()
+    return moves * torch.as_tensor(move.lr, dtype=torch.float32)
+
+
+def _by_history(
+    parameters: Parameters, window: Sequence[Mapping[str, Any]]
+) -> Iterable[tuple[list[int], tuple[bool, ...]]]:
+    """Positions of parameters, by the steps of the window in which they moved: mostly all in all.
+
+    One that was frozen then was not displaced, so that those steps tell nothing of its gradient.
+    """
+    moved = [set(step["keys"]) for step in window]
+    histories: dict[tuple[bool, ...], list[int]] = {}
+    for position, key in enumerate(parameters.keys):
+        histories.setdefault(tuple(key in keys for keys in moved), []).append(position)
+    return [(positions, history) for history, positions in histories.items()]
+
+
+def _plain(terms: Terms, parameters: Parameters) -> dict[str, Any]:
+    """The terms of a step and the keys of what they moved, as plain data for ``state_dict``."""
+    step: dict[str, Any] = {
+        "seeds": terms.seeds,
+        "coefficients": terms.coefficients,
+        "keys": list(parameters.keys),
+    }
+    for side in ("left", "right"):
+        if factors := getattr(terms.frame, side):
+            step[side] = dict(factors)
+    return step
+
+
+def _terms(step: Mapping[str, Any], took_part: bool) -> Terms:
+    frame = Frame(left=step.get("left", {}), right=step.get("right", {}))
+    coefficients = step["coefficients"] if took_part else torch.zeros_like(step["coefficients"])
+    return Terms(step["seeds"], coefficients, frame)
