@@ -14,7 +14,7 @@ import zoext
 
 yaml = pytest.importorskip("yaml")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYPROJECT = ROOT / "pyproject.toml"
 
 pytestmark = pytest.mark.skipif(not PYPROJECT.exists(), reason="needs a checkout")

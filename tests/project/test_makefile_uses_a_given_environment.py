@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 import zoext
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GIVEN = ("torch", "numpy", "pytest", "setuptools", "packaging")
 #: What the last command of a target runs.
 TARGETS = {"test-gpu": "-m pytest tests -m cuda", "bench-gpu": "benchmarks/gpu.py"}
@@ -123,7 +123,7 @@ def test_missing_requirements_are_refused(
 @pytest.mark.skipif(Path(zoext.__file__).parents[1] != ROOT, reason="zoext is not that of the checkout")
 def test_tests_skip_what_needs_a_missing_package(given_python: Path) -> None:
     """On two files, since all take a minute: CI runs the whole target on a simulated GPU."""
-    some = ["tests/test_cuda_power_iteration.py", "tests/test_noise_statistics.py"]
+    some = ["tests/cuda/ops/test_power_iteration.py", "tests/noise/test_statistics.py"]
     command = commands_of("test-gpu", given_python)[-1].split()
     command[command.index("tests") : command.index("tests") + 1] = some
     done = run(*command, "-p", "no:cacheprovider")
