@@ -90,10 +90,10 @@ def main() -> None:
             }
             times = interleaved(cases, repeats=arguments.repeats, device=arguments.device)
             label = str(dtype).removeprefix("torch.")
-            bar = at_least(10) if arguments.device.type == "cpu" else None
+            target = at_least(10) if arguments.device.type == "cpu" else None
             report.add_times(label, times)
             ratio = times["plain update"] / times["fused update"]
-            report.add(f"{label}: plain update / fused update", ratio, "x", bar)
+            report.add(f"{label}: plain update / fused update", ratio, "x", target)
             report.add(
                 f"{label}: fused update / noise only", times["fused update"] / times["noise only"], "x"
             )

@@ -18,7 +18,7 @@ from torch import nn
 import zoext
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report, at_most
-from zoext._benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking.timing import Measurement, interleaved, threads
 from zoext._parameters import parameters
 from zoext.directions import Step
 
@@ -33,7 +33,7 @@ def forward_with_hooks(model: nn.Module, direction: zoext.ActivationSubspace, cl
     observer.frame()
 
 
-def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spread]:
+def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Measurement]:
     model = random_opt(arguments, dtype)
     closure = closure_of(model, arguments)
     cases = {"forward": torch.no_grad()(closure)}
@@ -57,8 +57,8 @@ def main() -> None:
             report.add_times(label, times)
             for rank in (1, 4):
                 name = f"forward with hooks, rank {rank}"
-                bar = at_most(1.15) if rank == 1 and dtype == torch.float32 else None
-                report.add(f"{label}: {name} / forward", times[name] / times["forward"], "x", bar)
+                target = at_most(1.15) if rank == 1 and dtype == torch.float32 else None
+                report.add(f"{label}: {name} / forward", times[name] / times["forward"], "x", target)
     report.finish(arguments.json)
 
 

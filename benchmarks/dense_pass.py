@@ -14,7 +14,7 @@ from zoext import _C
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.dense_pass import STEPS, DensePass, add_rivals
 from zoext._benchmarking.report import Report, at_least, at_most
-from zoext._benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking.timing import Measurement, interleaved, threads
 from zoext.ops import Distribution, Rounding
 
 
@@ -31,7 +31,7 @@ def with_instruction_set(name: str, work: DensePass) -> None:
 
 
 def variants(work: DensePass, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The fused pass in other ways than its usual one."""
+    """The fused pass in ways other than its default."""
     cases: dict[str, Callable[[], object]] = {
         "fused pass, signs": partial(work.fused, distribution=Distribution.SIGN)
     }
@@ -52,30 +52,30 @@ def roundings(work: DensePass) -> dict[str, Callable[[], object]]:
     }
 
 
-def add_roundings(report: Report, label: str, times: dict[str, Spread]) -> None:
-    for name, spread in times.items():
+def add_roundings(report: Report, label: str, times: dict[str, Measurement]) -> None:
+    for name, measured in times.items():
         if name != "fused pass":
-            report.add(f"{label}: {name} / fused pass", spread / times["fused pass"], "x", at_most(1.25))
+            report.add(f"{label}: {name} / fused pass", measured / times["fused pass"], "x", at_most(1.25))
 
 
 def steps(work: DensePass) -> dict[str, Callable[[], object]]:
     return {"steps at once": work.steps_at_once, "steps one by one": work.steps_one_by_one}
 
 
-def add_steps(report: Report, label: str, times: dict[str, Spread]) -> None:
+def add_steps(report: Report, label: str, times: dict[str, Measurement]) -> None:
     ratio = times["steps at once"] / times["steps one by one"]
     report.add(f"{label}: {STEPS} steps in one call / in {STEPS} calls", ratio, "x")
 
 
-def add_variants(report: Report, label: str, times: dict[str, Spread], count: int) -> None:
+def add_variants(report: Report, label: str, times: dict[str, Measurement], count: int) -> None:
     signs = times["fused pass, signs"] / times["plain pass"]
     report.add(f"{label}: signs / plain pass", signs, "x", at_most(2))
-    for name, spread in times.items():
+    for name, measured in times.items():
         if not name.startswith("fused pass, ") or name == "fused pass, signs":
             continue
         two_threads = name == "fused pass, one thread" and count == 2
-        bar = at_least(1.7) if two_threads else None
-        report.add(f"{label}: {name} / fused pass", spread / times["fused pass"], "x", bar)
+        target = at_least(1.7) if two_threads else None
+        report.add(f"{label}: {name} / fused pass", measured / times["fused pass"], "x", target)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from zoext import ops
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.dense_pass import DensePass, Shape
 from zoext._benchmarking.report import Report, at_most
-from zoext._benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking.timing import Measurement, interleaved, threads
 
 HORIZON = 10
 SCALE = 1e-6
@@ -82,11 +82,11 @@ class FactoredPass:
         return [[factor[:1, :rank] for factor in side] for side in (self._left, self._right)]
 
 
-def add_figures(report: Report, label: str, times: dict[str, Spread]) -> None:
+def add_figures(report: Report, label: str, times: dict[str, Measurement]) -> None:
     report.add_times(label, times)
-    for rank, bar in ((1, at_most(2)), (2, None)):
+    for rank, target in ((1, at_most(2)), (2, None)):
         fused, product = times[f"fused pass, rank {rank}"], times[f"plain product, rank {rank}"]
-        report.add(f"{label}: fused pass / plain pass, rank {rank}", fused / times["plain pass"], "x", bar)
+        report.add(f"{label}: fused pass / plain pass, rank {rank}", fused / times["plain pass"], "x", target)
         report.add(f"{label}: plain product / fused pass, rank {rank}", product / fused, "x")
     ratio = times["plain Adam step"] / times["fused Adam step"]
     report.add(f"{label}: plain / fused Adam step", ratio, "x")

@@ -7,7 +7,7 @@ ends with status 1, before anything is timed. Then the operators are timed over 
 size, and steps on a random decoder of each size, where transformers is installed. Status 2 means that there
 is no GPU to be tested.
 
-Nothing else should run on the GPU; locked clocks (nvidia-smi --lock-gpu-clocks) narrow the spread.
+Nothing else should run on the GPU; locked clocks (nvidia-smi --lock-gpu-clocks) reduce the variance.
 """
 
 from __future__ import annotations

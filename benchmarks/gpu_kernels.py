@@ -15,7 +15,7 @@ from power_iteration import PowerIterations
 from zoext import ops
 from zoext._benchmarking.dense_pass import SCALE, STEPS, DensePass, Shape
 from zoext._benchmarking.report import Report
-from zoext._benchmarking.timing import Spread
+from zoext._benchmarking.timing import Measurement
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPY = "device copy"
@@ -93,12 +93,12 @@ def dense(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> 
     others = {
         COPY: work.copy,
         "normals alone, in the cache": work.noise_only,
-        "usual loop": work.usual_loop,
+        "baseline": work.baseline,
         "torch.normal and foreach": more.foreach,
         "normal_": more.write,
         one_by_one: work.steps_one_by_one,
     }
-    rivals = [(name, "noise_axpy_") for name in ("usual loop", "torch.normal and foreach")]
+    rivals = [(name, "noise_axpy_") for name in ("baseline", "torch.normal and foreach")]
     rivals.append((one_by_one, at_once))
     return Group("dense", others | operators, traffic, rivals)
 
@@ -167,23 +167,23 @@ def measure(
     add_figures(report, label, group, timings.seconds)
 
 
-def add_figures(report: Report, label: str, group: Group, times: dict[str, Spread]) -> None:
+def add_figures(report: Report, label: str, group: Group, times: dict[str, Measurement]) -> None:
     report.add_times(label, times)
     speeds = {name: _per_second(group.traffic[name], times[name]) for name in group.traffic if name in times}
     for name, speed in speeds.items():
         report.add(f"{label}: {name}, read and written", speed, "GB/s")
         if name != COPY:
-            share = Spread(tuple(100 * part for part in (speed / speeds[COPY]).rounds))
+            share = Measurement(tuple(100 * part for part in (speed / speeds[COPY]).rounds))
             report.add(f"{label}: {name}, of the copy's speed", share, "%")
     for name in group.launches:
         if name in times:
-            microseconds = Spread(tuple(1e6 * seconds for seconds in times[name].rounds))
+            microseconds = Measurement(tuple(1e6 * seconds for seconds in times[name].rounds))
             report.add(f"{label}: {name}, a launch", microseconds, "us")
     for rival, operator in group.rivals:
         if rival in times and operator in times:
             report.add(f"{label}: {rival} / {operator}", times[rival] / times[operator], "x")
 
 
-def _per_second(size: int, times: Spread) -> Spread:
+def _per_second(size: int, times: Measurement) -> Measurement:
     """In GB/s."""
-    return Spread(tuple(size / 1e9 / seconds for seconds in times.rounds))
+    return Measurement(tuple(size / 1e9 / seconds for seconds in times.rounds))

@@ -10,19 +10,19 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from baseline_step import BaselineStep
 from mezo_step import WATCHED_STEPS, share_outside_forwards
 from opt_model import closure_of, random_opt
 from step_memory import two_steps
 from torch import Tensor, nn
-from usual_step import UsualStep
 
 import zoext
 from zoext._benchmarking.memory import MIB, CudaPeaks, cuda_peaks
 from zoext._benchmarking.report import Report
-from zoext._benchmarking.timing import Spread, interleaved
+from zoext._benchmarking.timing import Measurement, interleaved
 
 DTYPE = torch.bfloat16
-USUAL, FORWARD, FORWARDS = "usual step", "a forward", "two forwards"
+BASELINE, FORWARD, FORWARDS = "baseline step", "a forward", "two forwards"
 
 Recipe = Callable[..., zoext.ZerothOrderOptimizer]
 Closure = Callable[[], Tensor]
@@ -55,7 +55,7 @@ def measure(report: Report, arguments: argparse.Namespace, label: str) -> None:
         model = random_opt(arguments, DTYPE)
         closure = closure_of(model, arguments, batch=arguments.batch, tokens=arguments.tokens)
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        report.add(f"{label}: weights", Spread((weights / MIB,)), "MiB")
+        report.add(f"{label}: weights", Measurement((weights / MIB,)), "MiB")
         add_memory(report, label, memory(model, closure, arguments.device, without_graph))
         add_times(report, label, seconds(model, closure, arguments))
         add_graphs(report, label, seconds_of_graphs(model, closure, arguments, without_graph))
@@ -102,11 +102,11 @@ def memory(
             )
         except RuntimeError as error:
             without_graph[name] = first_line(error)
-    peaks[USUAL] = cuda_peaks(partial(UsualStep(model), closure), device)
+    peaks[BASELINE] = cuda_peaks(partial(BaselineStep(model), closure), device)
     return peaks
 
 
-def seconds(model: nn.Module, closure: Closure, arguments: argparse.Namespace) -> dict[str, Spread]:
+def seconds(model: nn.Module, closure: Closure, arguments: argparse.Namespace) -> dict[str, Measurement]:
     """By the host's clock, from an idle device to an idle device: what a step costs a user."""
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ def seconds(model: nn.Module, closure: Closure, arguments: argparse.Namespace) -
 
     cases: dict[str, Callable[[], object]] = {
         FORWARDS: two_forwards,
-        USUAL: partial(UsualStep(model), closure),
+        BASELINE: partial(BaselineStep(model), closure),
     }
     for name, recipe in RECIPES.items():
         cases[name] = eager_step(recipe, model, closure)
@@ -125,10 +125,10 @@ def seconds(model: nn.Module, closure: Closure, arguments: argparse.Namespace) -
 
 def seconds_of_graphs(
     model: nn.Module, closure: Closure, arguments: argparse.Namespace, without_graph: dict[str, str]
-) -> dict[str, Spread]:
+) -> dict[str, Measurement]:
     """As ``seconds``, of steps from a graph and of the same without one.
 
-    In rounds without the usual step, which replaces the weights: where their memory changes, the graph is
+    In rounds without the baseline step, which replaces the weights: where their memory changes, the graph is
     dropped. What is in ``without_graph`` is left out, and what cannot be captured here is put there.
     """
     cases: dict[str, Callable[[], object]] = {}
@@ -155,25 +155,27 @@ def first_line(error: Exception) -> str:
 def add_memory(report: Report, label: str, peaks: dict[str, CudaPeaks]) -> None:
     """Those of a forward as they are; those of steps beyond a forward's."""
     forward = peaks[FORWARD]
-    report.add(f"{label}: {FORWARD}, beyond the weights", Spread((forward.allocated / MIB,)), "MiB")
-    report.add(f"{label}: {FORWARD}, reserved beyond the weights", Spread((forward.reserved / MIB,)), "MiB")
+    report.add(f"{label}: {FORWARD}, beyond the weights", Measurement((forward.allocated / MIB,)), "MiB")
+    report.add(
+        f"{label}: {FORWARD}, reserved beyond the weights", Measurement((forward.reserved / MIB,)), "MiB"
+    )
     for name, peak in peaks.items():
         if name != FORWARD:
             allocated, reserved = peak.allocated - forward.allocated, peak.reserved - forward.reserved
-            report.add(f"{label}: {name}, beyond a forward", Spread((allocated / MIB,)), "MiB")
-            report.add(f"{label}: {name}, reserved beyond a forward", Spread((reserved / MIB,)), "MiB")
+            report.add(f"{label}: {name}, beyond a forward", Measurement((allocated / MIB,)), "MiB")
+            report.add(f"{label}: {name}, reserved beyond a forward", Measurement((reserved / MIB,)), "MiB")
 
 
-def add_times(report: Report, label: str, times: dict[str, Spread]) -> None:
+def add_times(report: Report, label: str, times: dict[str, Measurement]) -> None:
     report.add_times(label, times)
-    for name in (USUAL, *RECIPES):
+    for name in (BASELINE, *RECIPES):
         share = share_outside_forwards(times[FORWARDS], times[name])
         report.add(f"{label}: {name}, outside forwards", share, "%")
     for name in RECIPES:
-        report.add(f"{label}: {USUAL} / {name}", times[USUAL] / times[name], "x")
+        report.add(f"{label}: {BASELINE} / {name}", times[BASELINE] / times[name], "x")
 
 
-def add_graphs(report: Report, label: str, times: dict[str, Spread]) -> None:
+def add_graphs(report: Report, label: str, times: dict[str, Measurement]) -> None:
     """The times without a graph are those of rounds that ``add_times`` has not: only the ratio is shown."""
     for name in GRAPHED:
         if name in times:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zoext._benchmarking.timing import Spread
+from zoext._benchmarking.timing import Measurement
 
 Cases = Mapping[str, Callable[[], object]]
 
@@ -31,8 +31,8 @@ class Timings:
         left_out: the cases that the memory is too small for.
     """
 
-    seconds: dict[str, Spread]
-    launching: dict[str, Spread]
+    seconds: dict[str, Measurement]
+    launching: dict[str, Measurement]
     left_out: list[str]
 
     def bound_by_launches(self) -> dict[str, float]:
@@ -70,7 +70,7 @@ def timed(cases: Cases, *, repeats: int, device: torch.device) -> Timings:
                 rounds[name].append(sample)
     seconds, host = (
         {
-            name: Spread(tuple(getattr(sample, clock) for sample in samples))
+            name: Measurement(tuple(getattr(sample, clock) for sample in samples))
             for name, samples in rounds.items()
         }
         for clock in ("device", "host")

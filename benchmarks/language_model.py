@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from baseline_step import BaselineStep
 from opt_model import require_transformers
 from torch import Tensor
-from usual_step import UsualStep
 
 import zoext
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report, at_least, at_most
-from zoext._benchmarking.timing import Spread, threads
-from zoext.cli import problem, step
-from zoext.cli.evaluation import evaluate
-from zoext.cli.problem import Problem
-from zoext.cli.settings import Settings
+from zoext._benchmarking.timing import Measurement, threads
+from zoext.cli._problem import problem, steps
+from zoext.cli._problem.evaluation import evaluate
+from zoext.cli._problem.problem import Problem
+from zoext.cli._settings import Settings
 
 FIXTURES = Path(__file__).absolute().parents[1].parent / "shared" / "fixtures"
 FIRST_SEED = 11
@@ -53,20 +53,20 @@ class Rival:
         model, lr, mu = problem.model, settings.lr, settings.mu
         if self.precision is None:
             random.seed(settings.seed)  # of which the script draws the seed of each step
-            return UsualStep(model, lr=lr, mu=mu)
+            return BaselineStep(model, lr=lr, mu=mu)
         return zoext.MeZO(model, lr=lr, mu=mu, seed=settings.seed, precision=self.precision).step
 
 
 REFERENCE = "float32"
 RESIDUAL = "bfloat16, residual"
-USUAL = "bfloat16, usual loop"
+BASELINE = "bfloat16, baseline"
 RIVALS = {
     REFERENCE: Rival("float32", "nearest"),
-    "float32, usual loop": Rival("float32", None),
+    "float32, baseline": Rival("float32", None),
     "bfloat16, nearest": Rival("bfloat16", "nearest"),
     "bfloat16, stochastic": Rival("bfloat16", "stochastic"),
     RESIDUAL: Rival("bfloat16", "residual"),
-    USUAL: Rival("bfloat16", None),
+    BASELINE: Rival("bfloat16", None),
 }
 
 
@@ -94,7 +94,7 @@ def run(rival: Rival, arguments: argparse.Namespace, seed: int) -> Outcome:
     before = held_out_loss(learnt, settings)
     take = rival.stepper(learnt, settings)
     for number in range(arguments.steps):
-        batch = step.batch(learnt, settings, number, torch.device("cpu"))
+        batch = steps.batch(learnt, settings, number, torch.device("cpu"))
         take(partial(loss_on, learnt, batch))
     after = held_out_loss(learnt, settings)
     learnt.model.float()
@@ -113,14 +113,14 @@ def held_out_loss(problem: Problem, settings: Settings) -> float:
 def add(report: Report, outcomes: dict[str, list[Outcome]]) -> None:
     for name, runs in outcomes.items():
         for field in Outcome._fields:
-            losses = Spread(tuple(getattr(outcome, field) for outcome in runs))
+            losses = Measurement(tuple(getattr(outcome, field) for outcome in runs))
             report.add(f"{name}: loss {field.replace('_', ' ')}", losses, "nats")
-    bars = {RESIDUAL: at_most(CLOSE), USUAL: at_least(CLOSE)}
+    targets = {RESIDUAL: at_most(CLOSE), BASELINE: at_least(CLOSE)}
     for name, runs in outcomes.items():
         if name != REFERENCE and REFERENCE in outcomes:
             pairs = zip(runs, outcomes[REFERENCE], strict=True)
-            excess = Spread(tuple(100 * (own.after / other.after - 1) for own, other in pairs))
-            report.add(f"{name}: loss above that of {REFERENCE}", excess, "%", bars.get(name))
+            excess = Measurement(tuple(100 * (own.after / other.after - 1) for own, other in pairs))
+            report.add(f"{name}: loss above that of {REFERENCE}", excess, "%", targets.get(name))
 
 
 def names_of_rivals(text: str) -> list[str]:

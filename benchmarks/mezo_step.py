@@ -9,13 +9,13 @@ import argparse
 from functools import partial
 
 import torch
+from baseline_step import BaselineStep
 from opt_model import BATCH, TOKENS, closure_of, random_opt
-from usual_step import UsualStep
 
 import zoext
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report, at_most
-from zoext._benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking.timing import Measurement, interleaved, threads
 
 PROBES = ("streamed", "inplace")
 
@@ -26,7 +26,7 @@ WATCHED_STEPS = 16
 MOST_REPEATS = 14
 
 
-def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spread]:
+def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Measurement]:
     model = random_opt(arguments, dtype)
     closure = closure_of(model, arguments)
 
@@ -35,7 +35,7 @@ def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spre
         closure()
         closure()
 
-    cases = {"two forwards": two_forwards, "usual step": partial(UsualStep(model), closure)}
+    cases = {"two forwards": two_forwards, "baseline step": partial(BaselineStep(model), closure)}
     for probe in PROBES:
         optimizer = zoext.MeZO(model, probe=probe)
         for _ in range(WATCHED_STEPS):
@@ -44,21 +44,21 @@ def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spre
     return interleaved(cases, repeats=arguments.repeats, device=arguments.device)
 
 
-def share_outside_forwards(forwards: Spread, step: Spread) -> Spread:
+def share_outside_forwards(forwards: Measurement, step: Measurement) -> Measurement:
     """In percent. Noise can make it negative where a step is hardly longer than its forwards."""
-    return Spread(tuple(100 * (1 - share) for share in (forwards / step).rounds))
+    return Measurement(tuple(100 * (1 - share) for share in (forwards / step).rounds))
 
 
-def add(report: Report, label: str, times: dict[str, Spread], bar: float | None) -> None:
+def add(report: Report, label: str, times: dict[str, Measurement], target: float | None) -> None:
     report.add_times(label, times)
     forwards = times["two forwards"]
-    for name in ("usual step", *(f"MeZO, {probe}" for probe in PROBES)):
-        promised = at_most(bar) if bar is not None and name != "usual step" else None
+    for name in ("baseline step", *(f"MeZO, {probe}" for probe in PROBES)):
+        promised = at_most(target) if target is not None and name != "baseline step" else None
         share = share_outside_forwards(forwards, times[name])
         report.add(f"{label}: {name}, outside forwards", share, "%", promised)
     for probe in PROBES:
-        ratio = times["usual step"] / times[f"MeZO, {probe}"]
-        report.add(f"{label}: usual step / MeZO, {probe}", ratio, "x")
+        ratio = times["baseline step"] / times[f"MeZO, {probe}"]
+        report.add(f"{label}: baseline step / MeZO, {probe}", ratio, "x")
 
 
 def too_many(repeats: int) -> str:
@@ -75,8 +75,8 @@ def main() -> None:
     size = options.describe(options.shapes_of(arguments))
     report = Report(f"A step on {size}, batch {BATCH} x {TOKENS}", options.settings_of(arguments))
     with threads(arguments.threads):
-        for dtype, bar in ((torch.float32, 25.0), (torch.bfloat16, None)):
-            add(report, str(dtype).removeprefix("torch."), measure(dtype, arguments), bar)
+        for dtype, target in ((torch.float32, 25.0), (torch.bfloat16, None)):
+            add(report, str(dtype).removeprefix("torch."), measure(dtype, arguments), target)
     report.finish(arguments.json)
 
 

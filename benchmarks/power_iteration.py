@@ -14,7 +14,7 @@ from torch import Tensor
 from zoext import noise, ops
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report, at_most
-from zoext._benchmarking.timing import Spread, interleaved, threads
+from zoext._benchmarking.timing import Measurement, interleaved, threads
 
 RANK, ITERATIONS = 1, 3
 
@@ -57,7 +57,7 @@ class PowerIterations:
         ]
 
 
-def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Spread]:
+def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Measurement]:
     closure = closure_of(random_opt(arguments, dtype), arguments)
     work = PowerIterations(arguments.layers, arguments.width, dtype, arguments.device)
     cases = {
@@ -80,14 +80,14 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             times = measure(dtype, arguments)
             label = str(dtype).removeprefix("torch.")
-            bar = at_most(5) if (dtype, arguments.device.type) == (torch.float32, "cpu") else None
+            target = at_most(5) if (dtype, arguments.device.type) == (torch.float32, "cpu") else None
             share = times["fused power iterations"] / times["forward"]
             report.add_times(label, times)
             report.add(
                 f"{label}: power iterations in a forward",
-                Spread(tuple(100 * s for s in share.rounds)),
+                Measurement(tuple(100 * s for s in share.rounds)),
                 "%",
-                bar,
+                target,
             )
             ratio = times["plain power iterations"] / times["fused power iterations"]
             report.add(f"{label}: plain / fused power iterations", ratio, "x")

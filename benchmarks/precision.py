@@ -1,10 +1,10 @@
-"""Updates of weights in 16 bits: how much of a step is taken, for each precision and for the usual loop.
+"""Updates of weights in 16 bits: how much of a step is taken, for each precision and for the baseline.
 
     python benchmarks/precision.py --threads 1 --json precision.json
 
 Weights are normal with a deviation of .02, a step is ``lr g z`` with a new z each time. What is wanted of one
 or many steps is their sum; what is taken is what the weights moved, which for precision="residual" are floats
-of 24 bits. The usual loop rounds z as well; it is asked for the z that it drew.
+of 24 bits. The baseline rounds z as well; it is asked for the z that it drew.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from zoext import noise
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report
-from zoext._benchmarking.timing import Spread, threads
+from zoext._benchmarking.timing import Measurement, threads
 
 DEVIATION = 0.02
 SIZES = (1e-5, 1e-6, 1e-7)  # lr times the projected gradient
 DTYPES = (torch.bfloat16, torch.float16)
-USUAL = "usual loop"
+BASELINE = "baseline"
 FIRST_SEED = 71
 
 
@@ -72,7 +72,7 @@ def fused(elements: int, seed: int, dtype: torch.dtype, precision: str, size: fl
     return Moved(weights.whole() - before, exact.whole() - before)
 
 
-def usual(elements: int, seed: int, dtype: torch.dtype, size: float, steps: int) -> Moved:
+def baseline(elements: int, seed: int, dtype: torch.dtype, size: float, steps: int) -> Moved:
     """As the script of MeZO (arXiv 2305.17333) and its forks update: z in the dtype of the weights."""
     theta = start(elements, seed).to(dtype)
     before, wanted = theta.double(), torch.zeros(elements, dtype=torch.float64)
@@ -92,7 +92,7 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[int, int, float, int], Moved
 
     return {
         **{precision: of_precision(precision) for precision in PRECISIONS},
-        USUAL: lambda elements, seed, size, steps: usual(elements, seed, dtype, size, steps),
+        BASELINE: lambda elements, seed, size, steps: baseline(elements, seed, dtype, size, steps),
     }
 
 
@@ -102,7 +102,7 @@ def add(report: Report, dtype: torch.dtype, size: float, steps: int, arguments: 
         shares = [Share.of(way(arguments.elements, seed, size, steps)) for seed in seeds]
         label = f"{str(dtype).removeprefix('torch.')}, lr g {size:.0e}, {steps} steps: {name}"
         for field, unit in UNITS.items():
-            rounds = Spread(tuple(getattr(share, field) for share in shares))
+            rounds = Measurement(tuple(getattr(share, field) for share in shares))
             report.add(f"{label}, {field}", rounds, unit)
 
 
@@ -121,7 +121,7 @@ def main() -> None:
                 for steps in (1, arguments.steps):
                     add(report, dtype, size, steps, arguments)
     report.note("changed: elements that moved; cosine: of the taken to the wanted change;")
-    report.note("length: <taken, wanted> / <wanted, wanted>. Rounds are seeds.")
+    report.note("length: <taken, wanted> / <wanted, wanted>. Measurement are seeds.")
     report.finish(arguments.json)
 
 

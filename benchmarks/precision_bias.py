@@ -20,7 +20,7 @@ from torch import Tensor
 from zoext import noise
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report
-from zoext._benchmarking.timing import Spread, threads
+from zoext._benchmarking.timing import Measurement, threads
 
 START = 1.5 / 64
 UNITS = {torch.bfloat16: 2.0**-13, torch.float16: 2.0**-16}  # in the last place of START
@@ -75,7 +75,7 @@ def add(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -> No
             for name in RIVALS:
                 label = f"{str(dtype).removeprefix('torch.')}, {wanted:g} units wanted, {company}: {name}"
                 for field in Bias._fields:
-                    values = Spread(tuple(getattr(found[name], field) for found in rounds))
+                    values = Measurement(tuple(getattr(found[name], field) for found in rounds))
                     report.add(f"{label}, {field.replace('_', ' ')}", values, "units")
 
 

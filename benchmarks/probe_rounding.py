@@ -1,10 +1,10 @@
-"""Probes of weights in 16 bits: how much of a displacement they hold, and what the usual ones leave behind.
+"""Probes of weights in 16 bits: how much of a displacement they hold, and what the baseline leaves behind.
 
     python benchmarks/probe_rounding.py --threads 1 --json probe_rounding.json
 
 A streamed probe displaces by ``+mu z`` and ``-mu z``, each rounded to nearest; half their difference is what
 a central difference sees. An element of AGZO's direction is smaller than one of MeZO's by the root of the
-layer's inputs, here 768. The usual loop adds mu z, -2 mu z and mu z, and leaves the rounding errors behind.
+layer's inputs, here 768. The baseline adds mu z, -2 mu z and mu z, and leaves the rounding errors behind.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from zoext import noise, ops
 from zoext._benchmarking import arguments as options
-from zoext._benchmarking.dense_pass import usual_perturb
+from zoext._benchmarking.dense_pass import baseline_perturb
 from zoext._benchmarking.report import Report
-from zoext._benchmarking.timing import Spread, threads
+from zoext._benchmarking.timing import Measurement, threads
 
 MU = 1e-3
 #: The mean and the deviation of weights: those of a matrix, and those of a norm.
@@ -46,14 +46,14 @@ def displaced(theta: Tensor, size: float, seed: int) -> Moved:
 
 
 def left_behind(theta: Tensor, rounds: int) -> tuple[float, float]:
-    """By so many rounds of the usual loop: which share of the elements, how much of their root mean square.
+    """By so many rounds of the baseline: which share of the elements, how much of their root mean square.
 
     Both in percent.
     """
     own = theta.clone()
     for number in range(rounds):
         for factor in (1.0, -2.0, 1.0):
-            usual_perturb([own], number, factor, MU)
+            baseline_perturb([own], number, factor, MU)
     change = own.double() - theta.double()
     return 100 * (change != 0).double().mean().item(), 100 * (change.norm() / theta.double().norm()).item()
 
@@ -66,7 +66,7 @@ def add_displacements(report: Report, dtype: torch.dtype, arguments: argparse.Na
                 for seed in seeds_of(arguments)
             ]
             for field, unit in UNITS.items():
-                values = Spread(tuple(getattr(share, field) for share in shares))
+                values = Measurement(tuple(getattr(share, field) for share in shares))
                 report.add(f"{name_of(dtype)}, {weights}, {name}: {field}", values, unit)
 
 
@@ -77,9 +77,9 @@ def add_left_behind(report: Report, dtype: torch.dtype, arguments: argparse.Name
                 left_behind(start(weights, arguments.elements, seed, dtype), rounds)
                 for seed in seeds_of(arguments)
             ]
-            label = f"{name_of(dtype)}, {weights}, usual loop, {rounds} rounds"
+            label = f"{name_of(dtype)}, {weights}, baseline, {rounds} rounds"
             for name, values in zip(("changed", "drift"), zip(*found, strict=True), strict=True):
-                report.add(f"{label}: {name}", Spread(values), "%")
+                report.add(f"{label}: {name}", Measurement(values), "%")
 
 
 def seeds_of(arguments: argparse.Namespace) -> list[int]:

@@ -2,10 +2,10 @@
 
     python benchmarks/replay.py --threads 2 --json replay.json
 
-The demo is that of ``zoext finetune``: MiniLM, of which 10.8 million parameters move. A replay reads the
-trajectory and takes the digests of all weights before it moves them; that is spread over --run-steps steps.
-Loading the model counts on neither side. Of the run the median step counts, since some steps of a streamed
-probe are watched and take longer.
+The demo is that of ``zoext finetune``: MiniLM with 10.8 million trainable parameters. A replay reads the
+trajectory and hashes all weights before it changes them; that cost is distributed over --run-steps steps.
+Neither side includes loading the model. The run counts its median step, because some steps of a streamed
+probe are checked and take longer.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch import nn
 import zoext
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.report import Report, at_least
-from zoext._benchmarking.timing import Spread, threads
-from zoext.cli import demo, loading, optimizers, step
-from zoext.cli.optimizers import OPTIMIZERS
-from zoext.cli.problem import Problem
-from zoext.cli.settings import Settings
+from zoext._benchmarking.timing import Measurement, threads
+from zoext.cli._problem import demo, load, optimizers, steps
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._problem.problem import Problem
+from zoext.cli._settings import Settings
 
 METHODS = ("mezo", "adamezo", "lozo")
 
@@ -44,9 +44,9 @@ class Seconds(NamedTuple):
 
 
 def settings_of(method: str, dtype: str) -> Settings:
-    usual = demo.SETTINGS
+    defaults = demo.SETTINGS
     return dataclasses.replace(
-        usual, optimizer=method, lr=usual.lr * OPTIMIZERS[method].lr_scale, seed=3, dtype=dtype
+        defaults, optimizer=method, lr=defaults.lr * OPTIMIZERS[method].lr_scale, seed=3, dtype=dtype
     )
 
 
@@ -69,7 +69,7 @@ def _step_seconds(
     problem: Problem, optimizer: zoext.ZerothOrderOptimizer, settings: Settings, number: int
 ) -> float:
     began = time.perf_counter()
-    step.take(problem, optimizer, settings, number, torch.device("cpu"))
+    steps.take(problem, optimizer, settings, number, torch.device("cpu"))
     return time.perf_counter() - began
 
 
@@ -87,10 +87,10 @@ def _check_equal(run: nn.Module, replayed: nn.Module) -> None:
 
 
 def add(report: Report, method: str, rounds: list[Seconds], run_steps: int) -> None:
-    run = Spread(tuple(seconds.step for seconds in rounds))
-    begins = Spread(tuple(seconds.replay_begins for seconds in rounds))
-    each = Spread(tuple(seconds.replay_step for seconds in rounds))
-    share = Spread(tuple(seconds.replay_begins / run_steps + seconds.replay_step for seconds in rounds))
+    run = Measurement(tuple(seconds.step for seconds in rounds))
+    begins = Measurement(tuple(seconds.replay_begins for seconds in rounds))
+    each = Measurement(tuple(seconds.replay_step for seconds in rounds))
+    share = Measurement(tuple(seconds.replay_begins / run_steps + seconds.replay_step for seconds in rounds))
     report.add_times(method, {"step": run, "replay, beginning": begins, "replay, step": each})
     report.add(f"{method}: step / step of the replay", run / share, "x", at_least(20))
 
@@ -113,7 +113,7 @@ def main() -> None:
     with threads(arguments.threads), tempfile.TemporaryDirectory() as folder:
         for method in methods:
             settings = settings_of(method, arguments.dtype)
-            problem = loading.load(settings, torch.device("cpu"))
+            problem = load(settings, torch.device("cpu"))
             rounds = [
                 measure(problem, settings, arguments.steps, Path(folder)) for _ in range(arguments.repeats)
             ]

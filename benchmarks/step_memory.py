@@ -13,15 +13,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from baseline_step import BaselineStep
 from opt_model import BATCH, TOKENS, closure_of, random_opt
 from torch import Tensor, nn
-from usual_step import UsualStep
 
 import zoext
 from zoext._benchmarking import arguments as options
 from zoext._benchmarking.memory import MIB, peak
-from zoext._benchmarking.report import Bar, Report, at_most
-from zoext._benchmarking.timing import Spread, threads
+from zoext._benchmarking.report import Report, Target, at_most
+from zoext._benchmarking.timing import Measurement, threads
 
 
 def largest_module(model: nn.Module) -> int:
@@ -50,17 +50,17 @@ def measure(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -
     largest = largest_module(model) / MIB
     forward = torch.no_grad()(closure)
     inference = peak(forward, arguments.device)
-    report.add(f"{label}: a forward", Spread((inference / MIB,)), "MiB")
-    report.add(f"{label}: largest module", Spread((largest,)), "MiB")
+    report.add(f"{label}: a forward", Measurement((inference / MIB,)), "MiB")
+    report.add(f"{label}: largest module", Measurement((largest,)), "MiB")
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    bars = {"inplace": at_most(1), "streamed": at_most(largest + 1)}
-    for probe, bar in bars.items():
-        cases: list[tuple[str, Callable[[], object], Bar | None]] = [
-            (f"MeZO, {probe}", partial(two_steps, partial(zoext.MeZO, model, probe=probe), closure), bar),
+    targets = {"inplace": at_most(1), "streamed": at_most(largest + 1)}
+    for probe, target in targets.items():
+        cases: list[tuple[str, Callable[[], object], Target | None]] = [
+            (f"MeZO, {probe}", partial(two_steps, partial(zoext.MeZO, model, probe=probe), closure), target),
             (
                 f"AdaMeZO, {probe}",
                 partial(two_steps, partial(zoext.AdaMeZO, model, probe=probe), closure),
-                bar,
+                target,
             ),
             (f"AGZO, {probe}", partial(two_steps, partial(zoext.AGZO, model, probe=probe), closure), None),
         ]
@@ -68,13 +68,15 @@ def measure(report: Report, dtype: torch.dtype, arguments: argparse.Namespace) -
         for name, work, promised in cases:
             rounds = tuple(peak(work, arguments.device) for _ in range(arguments.repeats))
             extra = tuple((value - inference) / MIB for value in rounds)
-            report.add(f"{label}: {name}, beyond a forward", Spread(extra), "MiB", promised)
-            peaks[name] = Spread(tuple(float(weights + value) for value in rounds))
+            report.add(f"{label}: {name}, beyond a forward", Measurement(extra), "MiB", promised)
+            peaks[name] = Measurement(tuple(float(weights + value) for value in rounds))
         without_bases = tuple(value - size_of_bases(model) for value in peaks[f"AGZO, {probe}"].rounds)
-        ratio = Spread(without_bases) / peaks[f"MeZO, {probe}"]
+        ratio = Measurement(without_bases) / peaks[f"MeZO, {probe}"]
         report.add(f"{label}: AGZO less its bases / MeZO, {probe}, with weights", ratio, "x", at_most(1.02))
-    usual = tuple((peak(partial(UsualStep(model), closure), arguments.device) - inference) / MIB for _ in "1")
-    report.add(f"{label}: usual step, beyond a forward", Spread(usual), "MiB")
+    baseline = tuple(
+        (peak(partial(BaselineStep(model), closure), arguments.device) - inference) / MIB for _ in "1"
+    )
+    report.add(f"{label}: baseline step, beyond a forward", Measurement(baseline), "MiB")
 
 
 def main() -> None:

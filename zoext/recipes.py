@@ -95,7 +95,7 @@ class AGZO(ZerothOrderOptimizer):
         rank: int = 1,
         power_iterations: int = 3,
         mask: str | None = "attention_mask",
-        balance: str = "printed",
+        balance: str = "paper",
         **options: Unpack[Options],
     ) -> None:
         super().__init__(

@@ -271,9 +271,9 @@ def test_all_is_measured(modules: Callable[[str], ModuleType], tmp_path: Path) -
     }
     assert set(OPERATORS) <= timed
     assert {name for name, figure in figures.items() if figure["unit"] == "x"} >= {
-        "bfloat16, dense: usual loop / noise_axpy_",
+        "bfloat16, dense: baseline / noise_axpy_",
         "bfloat16, dense: torch.normal and foreach / noise_axpy_",
-        "1x32x70, bfloat16: usual step / MeZO, streamed",
+        "1x32x70, bfloat16: baseline step / MeZO, streamed",
     }
     assert "bfloat16, Adam: noise_window_, 10 steps, of the copy's speed" in figures
     bias = "bfloat16, small: noise_copy_, a bias"

@@ -1,4 +1,4 @@
-"""A report says on what machine its figures were made, with what torch and the driver know of its GPU."""
+"""A report describes the machine of its figures, including what torch and the driver report about the GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_gpu_is_described_by_torch_and_its_driver(
     assert (facts["memory GiB"], facts["L2 cache MiB"]) == (80, 50)
     assert facts["memory bandwidth GB/s, from its clock and width"] == 3352
     assert (facts["driver"], facts["clock MHz"], facts["highest clock MHz"]) == ("580.1", "1755", "1980")
-    assert "power limit W" not in facts  # the driver does not know
+    assert "power limit W" not in facts  # not reported by the driver
 
 
 @pytest.mark.parametrize("tool", [None, "exit 9"])
@@ -55,7 +55,7 @@ def test_what_nobody_knows_is_left_out(
 ) -> None:
     if tool:
         driver_tool(tmp_path, tool)
-    facts = describe(monkeypatch, tmp_path, **PROPERTIES)  # older versions of torch know no clocks
+    facts = describe(monkeypatch, tmp_path, **PROPERTIES)  # older versions of torch do not report clocks
     assert facts["GPU"] == "A GPU"
     assert not {"driver", "clock MHz", "memory bandwidth GB/s, from its clock and width"} & facts.keys()
 

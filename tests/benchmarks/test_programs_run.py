@@ -1,4 +1,4 @@
-"""Every benchmark runs and writes figures that a program can read. Nothing here looks at speed."""
+"""Every benchmark runs and writes machine-readable figures. These tests do not check speed."""
 
 import argparse
 import json
@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from support.tiny_models import FIXTURES
-from zoext._benchmarking.dense_pass import DensePass, opt_shapes, usual_perturb
+from zoext._benchmarking.dense_pass import DensePass, baseline_perturb, opt_shapes
 from zoext._benchmarking.memory import peak
 from zoext._benchmarking.report import Report, at_least, at_most
-from zoext._benchmarking.timing import Spread, interleaved
-from zoext.cli import bench
+from zoext._benchmarking.timing import Measurement, interleaved
+from zoext.cli._commands import bench
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--layers", "1", "--width", "32", "--vocabulary", "70", "--threads", "1", "--repeats", "2"]
@@ -55,7 +55,7 @@ def check_figures(document: dict, names: set[str]) -> None:
         (
             "dense_pass",
             [
-                "usual loop / fused pass",
+                "baseline / fused pass",
                 "signs / plain pass",
                 "fused pass, one thread / fused pass",
                 "16 steps in one call / in 16 calls",
@@ -86,7 +86,7 @@ def test_program_writes_finite_figures(program: str, names: list[str], tmp_path:
 
 
 def run_without_model(program: str, out: Path, options: list[str], names: set[str]) -> dict:
-    """Runs a program that has no size of a model among its options; returns its figures."""
+    """Runs a program without options for the size of a model; returns its figures."""
     command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *options, "--threads", "1"]
     done = subprocess.run(
         [*command, "--json", str(out)], capture_output=True, text=True, timeout=300, check=False
@@ -100,7 +100,7 @@ def test_precision_tells_what_is_taken(tmp_path: Path) -> None:
     prefixes = [
         f"{dtype}, lr g 1e-06, {steps} steps" for dtype in ("bfloat16", "float16") for steps in (1, 3)
     ]
-    ways = ("nearest", "stochastic", "residual", "usual loop")
+    ways = ("nearest", "stochastic", "residual", "baseline")
     names = {
         f"{prefix}: {way}, {field}" for prefix in prefixes for way in ways for field in ("cosine", "length")
     }
@@ -113,12 +113,12 @@ def test_precision_tells_what_is_taken(tmp_path: Path) -> None:
 
 
 def test_probes_near_one_are_lost_in_bfloat16(tmp_path: Path) -> None:
-    names = {"float16, N(0, .02), AGZO, mu 1e-3: length", "bfloat16, N(1, .1), usual loop, 3 rounds: drift"}
+    names = {"float16, N(0, .02), AGZO, mu 1e-3: length", "bfloat16, N(1, .1), baseline, 3 rounds: drift"}
     options = ["--elements", "20003", "--steps", "3", "--repeats", "2"]
     figures = run_without_model("probe_rounding", tmp_path / "figures.json", options, names)
     assert figures["bfloat16, N(0, .02), mu 1e-3: cosine"]["minimum"] > 0.99
     assert figures["bfloat16, N(1, .1), mu 1e-3: length"]["maximum"] < 0.5
-    assert figures["bfloat16, N(0, .02), usual loop, 1 rounds: changed"]["minimum"] > 30
+    assert figures["bfloat16, N(0, .02), baseline, 1 rounds: changed"]["minimum"] > 30
 
 
 def test_bias_of_each_precision_is_told(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_bias_of_each_precision_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the small language model is not beside this checkout")
 def test_language_model_is_tuned_by_every_rival(tmp_path: Path) -> None:
-    rivals = ["float32", "bfloat16, residual", "bfloat16, usual loop"]
+    rivals = ["float32", "bfloat16, residual", "bfloat16, baseline"]
     names = {f"{rival}: loss {when}" for rival in rivals for when in ("before", "after", "as float32")}
     names |= {f"{rival}: loss above that of float32" for rival in rivals[1:]}
     options = ["--folder", str(FIXTURES), "--rivals", ";".join(rivals), "--seeds", "1", "--steps", "2"]
@@ -169,7 +169,7 @@ def test_replay_is_timed_and_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_whole_weights_are_those_of_24_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 16 bits and a residual, one step from zero leaves the number that was added, to 24 bits."""
+    """With 16 bits and a residual, one step from zero gives the added number to 24 bits."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from rounded_weights import RoundedWeights, steps_of
 
@@ -202,7 +202,7 @@ def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     generator, threads = torch.random.get_rng_state(), torch.get_num_threads()
     assert bench.run(parser.parse_args([*TINY, "--json", str(out)])) == 0
-    check(read(out), {f"{dtype}: usual loop / fused pass" for dtype in DTYPES})
+    check(read(out), {f"{dtype}: baseline / fused pass" for dtype in DTYPES})
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert torch.get_num_threads() == threads
 
@@ -215,7 +215,7 @@ def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:
         (
             "--json",
             "no/such/folder.json",
-            "a file in a folder that can be written to, not no/such/folder.json",
+            "a file in a writable folder, not no/such/folder.json",
         ),
     ],
 )
@@ -261,12 +261,12 @@ def test_shapes_are_those_of_opt_125m() -> None:
     assert sum(map(math.prod, opt_shapes())) == 125_239_296
 
 
-def test_usual_loop_is_the_formula_of_the_peers() -> None:
+def test_baseline_is_the_formula_of_the_peers() -> None:
     theta = [torch.linspace(-1, 1, 35).reshape(5, 7), torch.ones(3, dtype=torch.float64)]
     torch.manual_seed(11)
     noise = [torch.normal(0.0, 1.0, tensor.shape, dtype=tensor.dtype) for tensor in theta]
     expected = [tensor + -2.0 * z * 0.25 for tensor, z in zip(theta, noise, strict=True)]
-    usual_perturb(theta, 11, -2.0, 0.25)
+    baseline_perturb(theta, 11, -2.0, 0.25)
     for got, want in zip(theta, expected, strict=True):
         assert torch.equal(got, want)
 
@@ -274,7 +274,7 @@ def test_usual_loop_is_the_formula_of_the_peers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rivals_do_the_same_work(dtype: torch.dtype) -> None:
     work = DensePass([(5, 7), (3,), (64, 33)], dtype, CPU)
-    for name in ("usual loop", "fused pass"):
+    for name in ("baseline", "fused pass"):
         before = [parameter.clone() for parameter in work.parameters]
         work.rivals()[name]()
         for now, then in zip(work.parameters, before, strict=True):
@@ -306,7 +306,7 @@ def test_factored_rivals_move_weights_alike(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_adam_rivals_move_weights_by_steps_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They draw other noise, so only the size of their steps can be compared."""
+    """They draw different noise, so only the size of their steps can be compared."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from adam_update import AdamUpdate
 
@@ -336,7 +336,7 @@ def test_rounds_are_interleaved_after_a_warm_up() -> None:
     ran: list[str] = []
     times = interleaved({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, repeats=3, device=CPU)
     assert "".join(ran) == "ab" * 4
-    assert {name: len(spread.rounds) for name, spread in times.items()} == {"a": 3, "b": 3}
+    assert {name: len(measured.rounds) for name, measured in times.items()} == {"a": 3, "b": 3}
     ran.clear()
     interleaved({"a": lambda: ran.append("a")}, repeats=3, device=CPU, seconds=0)
     assert "".join(ran) == "aa"
@@ -345,16 +345,16 @@ def test_rounds_are_interleaved_after_a_warm_up() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    ratio = Spread((2.0, 30.0, 4.0)) / Spread((1.0, 10.0, 4.0))
+    ratio = Measurement((2.0, 30.0, 4.0)) / Measurement((1.0, 10.0, 4.0))
     assert ratio.rounds == (2.0, 3.0, 1.0)
     assert ratio.median == 2.0
-    assert Spread((1.0, 5.0)).larger_of(Spread((2.0, 3.0))).rounds == (2.0, 5.0)
+    assert Measurement((1.0, 5.0)).larger_of(Measurement((2.0, 3.0))).rounds == (2.0, 5.0)
 
 
-def test_table_says_whether_a_bar_is_met() -> None:
+def test_table_says_whether_a_target_is_met() -> None:
     report = Report("a title", {})
-    report.add("fast enough", Spread((11.0, 13.0, 14.0)), "x", at_least(12))
-    report.add("too slow", Spread((2.0, 2.5, 1.0)), "x", at_most(1.5))
+    report.add("fast enough", Measurement((11.0, 13.0, 14.0)), "x", at_least(12))
+    report.add("too slow", Measurement((2.0, 2.5, 1.0)), "x", at_most(1.5))
     lines = {line.split("  ")[0]: line for line in str(report).splitlines()}
     assert lines["fast enough"].endswith(">= 12 met")
     assert lines["too slow"].endswith("<= 1.5 MISSED")
@@ -362,9 +362,9 @@ def test_table_says_whether_a_bar_is_met() -> None:
 
 def test_figures_of_one_name_are_refused_and_notes_are_kept(tmp_path: Path) -> None:
     report = Report("a title", {})
-    report.add("twice", Spread((1.0,)), "x")
-    with pytest.raises(ValueError, match="there is a figure called 'twice' already"):
-        report.add("twice", Spread((2.0,)), "x")
+    report.add("twice", Measurement((1.0,)), "x")
+    with pytest.raises(ValueError, match="there is already a figure called 'twice'"):
+        report.add("twice", Measurement((2.0,)), "x")
     report.note("one thing was left out")
     report.finish(tmp_path / "figures.json")
     assert str(report).endswith("\none thing was left out")

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, is found out when damaged, and holds no pickle."""
+"""Checkpoints are written atomically, corruption is detected, and nothing is pickled."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import nn
 
 import zoext
 from zoext._runtime import atomic
-from zoext.cli import checkpoint
-from zoext.cli.checkpoint import Reached
-from zoext.cli.errors import UserError
-from zoext.cli.position import Position
+from zoext.cli._errors import UserError
+from zoext.cli._resuming import newest_checkpoint, restore
+from zoext.cli._runs import checkpoint
+from zoext.cli._runs.checkpoint import Position, Reached
 
 TRAJECTORY = Path(os.devnull)
 ENDED = 9999999  # the number of no process: Linux has at most 2^22
@@ -51,7 +51,7 @@ def test_a_long_trajectory_is_not_read_into_memory(tmp_path: Path) -> None:
 
 
 class PlainState(torch.optim.Optimizer):
-    """An optimizer with every kind of state that there may be, tensors of several dtypes among them."""
+    """An optimizer with every kind of state, including tensors of several dtypes."""
 
     def __init__(self, model: nn.Module) -> None:
         group = {"params": list(model.parameters()), "lr": 0.1, "betas": (0.7, 0.9), "recipe": {"rank": 2}}
@@ -88,10 +88,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     optimizer.step(lambda: model(torch.ones(4, 3)).square().mean())
     checkpoint.save(tmp_path, reached(1), model, optimizer)
     other, other_optimizer = make(seed=2)
-    saved = checkpoint.load_newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert saved.reached == reached(1)
-    saved.restore(other, other_optimizer, TRAJECTORY)
+    restore(saved, other, other_optimizer, TRAJECTORY)
     assert other_optimizer.state_dict() == optimizer.state_dict()
     for name, tensor in model.state_dict().items():
         assert other.state_dict()[name].equal(tensor), name
@@ -101,7 +101,7 @@ def test_plain_optimizer_state_comes_back_with_its_types(tmp_path: Path) -> None
     model, _ = make()
     optimizer = PlainState(model)
     checkpoint.save(tmp_path, reached(3), model, optimizer)
-    saved = checkpoint.load_newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert saved.saved is not None
     found = saved.saved.optimizer
@@ -135,7 +135,7 @@ def test_a_checkpoint_without_weights_is_small(tmp_path: Path) -> None:
     files = outline(checkpoint.existing(tmp_path)[0])
     assert list(files) == ["state.json"]
     assert len(files["state.json"]) < 400
-    saved = checkpoint.load_newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert saved.reached == reached(3)
     assert saved.saved is None
@@ -180,7 +180,7 @@ def test_half_a_checkpoint_of_a_killed_process_is_no_checkpoint(tmp_path: Path) 
     checkpoint.save(tmp_path, reached(1), model, optimizer)
     half = tmp_path / f".step-00000002.{ENDED}.tmp"
     shutil.copytree(checkpoint.existing(tmp_path)[0], half)
-    saved = checkpoint.load_newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert saved.reached.step == 1
     hidden = tmp_path / ".keep"
@@ -197,28 +197,28 @@ def test_only_the_two_newest_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.existing(tmp_path)] == ["step-00000100", "step-00000101"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "empty"])
+@pytest.mark.parametrize("fault", ["cut", "flipped", "gone", "empty"])
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
-def test_damage_is_found_before_anything_changes(tmp_path: Path, name: str, damage: str) -> None:
+def test_corruption_is_detected_before_anything_changes(tmp_path: Path, name: str, fault: str) -> None:
     model, optimizer = make()
     for step in (1, 2):
         checkpoint.save(tmp_path, reached(step), model, optimizer)
     file = checkpoint.existing(tmp_path)[-1] / name
     content = file.read_bytes()
-    match damage:
+    match fault:
         case "cut":
             file.write_bytes(content[:-3])
         case "flipped":
-            # In JSON a brace, elsewhere a bit of the last number.
+            # In JSON a brace, otherwise a bit of the last number.
             file.write_bytes(content.replace(b"{", b"[", 1) if name == "state.json" else flip_last(content))
         case "gone":
             file.unlink()
         case "empty":
             file.write_bytes(b"")
     with pytest.raises(UserError, match=rf"{name}: .*; remove .*step-00000002 to resume from step-00000001"):
-        checkpoint.load_newest(tmp_path)
+        newest_checkpoint(tmp_path)
     shutil.rmtree(file.parent)
-    saved = checkpoint.load_newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert saved.reached.step == 1
 
@@ -232,12 +232,12 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     checkpoint.save(tmp_path, reached(1), model, optimizer)
     other, other_optimizer = make(width=6)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    saved = checkpoint.load_newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     with pytest.raises(
-        UserError, match=r"another model: 0\.bias is torch\.float32 \[5\] there and .* \[6\] here"
+        UserError, match=r"model mismatch: 0\.bias is torch\.float32 \[5\] there and .* \[6\] here"
     ):
-        saved.restore(other, other_optimizer, TRAJECTORY)
+        restore(saved, other, other_optimizer, TRAJECTORY)
     assert all(other.state_dict()[name].equal(tensor) for name, tensor in before.items())
     assert other_optimizer.param_groups[0]["step"] == 0
 
@@ -311,7 +311,7 @@ def test_what_a_killed_process_leaves_of_a_replacement(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model", "[ab]", "*", "a.b", "step-00000002"])
 def test_folders_that_are_no_leftovers_stay(tmp_path: Path, name: str) -> None:
-    """Of the user, of others, of other names, and of processes that are not done."""
+    """Files of the user, of other programs and names, and of running processes."""
     mine = [".a.mine.tmp", ".model.backup.tmp", ".aXb.7.tmp", ".step-1.7.tmp", f".x.{name}.{ENDED}.tmp"]
     alive = [f".{name}.{os.getppid()}.tmp", f".{name}.1.tmp"]
     for other in [*mine, *alive, f".{name}.{10 * ENDED}.tmp"]:

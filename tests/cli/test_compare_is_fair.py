@@ -1,5 +1,5 @@
 """All runs of a comparison begin with the same weights, see the same batches and stop at the same number
-of forward passes; every method is swept over as many learning rates, MeZO up to 4 times its usual one."""
+of forward passes; every method is swept over equally many learning rates, MeZO up to 4 times its default."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 from torch import Tensor
 
 from support.compare_command import ALL, CompareCommand, prepare, register_rivals
-from zoext.cli import step, weights
-from zoext.cli.comparison.settings import DEMO, ComparisonSettings
-from zoext.cli.comparison.start import halves
-from zoext.cli.errors import UserError
-from zoext.cli.objectives import Example
+from zoext.cli._comparison.settings import DEMO, ComparisonSettings
+from zoext.cli._comparison.start import halves
+from zoext.cli._errors import UserError
+from zoext.cli._problem import steps
+from zoext.cli._problem.objectives import Example
+from zoext.cli._runs import tensors
 
 STEP_FORWARDS = {"mezo": 2, "one-sided": 3, "signs": 4}
 
@@ -29,20 +30,20 @@ def command(
 
 
 class Watch:
-    """Looks at every step: the weights before it, its batch, and how often the model really runs."""
+    """Watches every step: the weights before it, its batch, and the number of forward passes of the model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forwards: dict[tuple[Any, ...], int] = defaultdict(int)
         self.first_weights: dict[tuple[Any, ...], str] = {}
         self.batches: dict[tuple[Any, ...], list[list[int]]] = defaultdict(list)
-        self._take = step.take
-        monkeypatch.setattr(step, "take", self.take)
+        self._take = steps.take
+        monkeypatch.setattr(steps, "take", self.take)
 
     def take(self, problem: Any, optimizer: Any, settings: Any, number: int, device: Any) -> Tensor:
         run = (settings.optimizer, settings.lr, settings.seed)
         if number == 0:
-            self.first_weights[run] = weights.digest(problem.model)
-        batch = step.batch(problem, settings, number, device)
+            self.first_weights[run] = tensors.digest(problem.model)
+        batch = steps.batch(problem, settings, number, device)
         self.batches[run].append(batch["input_ids"].flatten().tolist())
 
         def count(*_: object) -> None:
@@ -107,8 +108,8 @@ def test_grids_are_of_equal_size_and_that_of_mezo_reaches_4_times(
 ) -> None:
     register_rivals(monkeypatch)
     assert settings.grid("mezo")[-1] == pytest.approx(4 * settings.lr)
-    assert settings.usual_lr("mezo") == settings.lr
-    assert settings.usual_lr("one-sided") == 0.5 * settings.lr
+    assert settings.default_lr("mezo") == settings.lr
+    assert settings.default_lr("one-sided") == 0.5 * settings.lr
     grids = [settings.grid(method) for method in ALL]
     assert len({len(grid) for grid in grids}) == 1
     for grid in grids:
@@ -116,14 +117,14 @@ def test_grids_are_of_equal_size_and_that_of_mezo_reaches_4_times(
         assert ratios == pytest.approx([2.0] * len(ratios))
 
 
-def test_mezo_really_runs_at_4_times_its_usual_lr(command: CompareCommand) -> None:
+def test_mezo_really_runs_at_4_times_its_default_lr(command: CompareCommand) -> None:
     command.works("--forwards", "2", "--seeds", "1")
     assert {0.003 * factor for factor in (0.25, 0.5, 1, 2, 4)} <= {
         end["lr"] for end in command.of_kind("end")
     }
 
 
-def test_usual_lrs_by_name(command: CompareCommand) -> None:
+def test_centres_of_grids_by_name(command: CompareCommand) -> None:
     command.works(
         *("--optimizers", "mezo,signs", "--lrs", "signs=0.02", "--lr-factors", "1", "--forwards", "4")
     )

@@ -113,13 +113,13 @@ def test_resume_with_what_changes_a_run(command: CompareCommand, option: str, va
 def test_resume_with_other_data(command: CompareCommand) -> None:
     one_run(command)
     labelled(command.folder / "words.jsonl", examples=42)
-    assert "began with another model or saw other data" in command.is_refused("--resume", "--seeds", "3")
+    assert "model or data mismatch" in command.is_refused("--resume", "--seeds", "3")
 
 
 def test_resume_with_other_weights(command: CompareCommand) -> None:
     one_run(command)
     tiny_bert(command.folder / "model", seed=4)
-    assert "began with another model or saw other data" in command.is_refused("--resume", "--seeds", "3")
+    assert "model or data mismatch" in command.is_refused("--resume", "--seeds", "3")
 
 
 def test_resume_with_a_budget_that_is_too_small(command: CompareCommand) -> None:
@@ -128,7 +128,7 @@ def test_resume_with_a_budget_that_is_too_small(command: CompareCommand) -> None
 
 
 @pytest.mark.parametrize("name", ["comparison.json", "runs.jsonl"])
-def test_resume_of_a_damaged_comparison(command: CompareCommand, name: str) -> None:
+def test_resume_of_a_corrupted_comparison(command: CompareCommand, name: str) -> None:
     one_run(command)
     file = command.out / name
     file.write_bytes(file.read_bytes()[40:])
@@ -157,7 +157,7 @@ def test_settings_that_no_comparison_wrote(command: CompareCommand, field: str, 
     note = json.loads((command.out / "comparison.json").read_text(encoding="utf-8"))
     note["settings"][field] = value
     (command.out / "comparison.json").write_text(json.dumps(note), encoding="utf-8")
-    assert f"{command.out / 'comparison.json'}: damaged" in command.is_refused("--resume")
+    assert f"{command.out / 'comparison.json'}: corrupted" in command.is_refused("--resume")
 
 
 @pytest.mark.parametrize(

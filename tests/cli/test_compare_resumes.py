@@ -1,5 +1,5 @@
-"""A comparison that was interrupted and resumed ends with the figures of one that was not; one that is done
-takes more seeds and other optimizers, and does nothing twice."""
+"""A comparison that was interrupted and resumed ends with the figures of one that was not. A finished one
+accepts more seeds and other optimizers, and repeats no run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from support.compare_command import CompareCommand, prepare
-from zoext.cli import main, step
-from zoext.cli.comparison.running import Running
+from zoext.cli import main
+from zoext.cli._comparison.running import Running
+from zoext.cli._problem import steps
 
-MEASURED = ("s per 1000 forwards", "extra MiB")  # what may differ from one process to another
+MEASURED = ("s per 1000 forwards", "extra MiB")  # may differ between processes
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def results(command: CompareCommand) -> list[list[dict[str, str]]]:
 
 
 def figures(command: CompareCommand) -> list[dict[str, Any]]:
-    """The raw records without what the clock says, in the order of the runs."""
+    """The raw records without times, in the order of the runs."""
     records = [record for record in command.raw if record["record"] != "method"]
     for record in records:
         del record["seconds"]
@@ -51,7 +52,7 @@ def test_after_an_exception(
     options = ["--optimizers", "mezo,one-sided", "--lr-factors", "0.5,1"]
     command.works(*options)
     expected = results(command), figures(command)
-    take, taken = step.take, 0
+    take, taken = steps.take, 0
 
     def fails(*arguments: Any) -> Any:
         nonlocal taken
@@ -61,7 +62,7 @@ def test_after_an_exception(
         return take(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "take", fails)
+        patch.setattr(steps, "take", fails)
         with pytest.raises(MemoryError):
             main(command.arguments(*options, "--overwrite"))
     assert not (command.out / "table.md").exists()
@@ -125,7 +126,7 @@ def test_after_a_signal(command: CompareCommand, number: signal.Signals) -> None
     said, complaints = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert said == f"stopped; to go on: zoext compare --out {command.out} --resume\n"
+        assert said == f"stopped; to continue: zoext compare --out {command.out} --resume\n"
         assert complaints == ""
     command.works("--resume", "--forwards", "60")
     resumed = results(command)
@@ -134,7 +135,7 @@ def test_after_a_signal(command: CompareCommand, number: signal.Signals) -> None
 
 
 def wait_for_a_final_run(process: subprocess.Popen[str], command: CompareCommand) -> None:
-    """Until all sweeps are done and a run that will not end has been evaluated."""
+    """Waits until all sweeps are done and the endless final run has been evaluated."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, "ended before it was interrupted"

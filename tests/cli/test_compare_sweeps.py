@@ -1,5 +1,5 @@
-"""The sweep takes the lr of the lowest held-out loss, goes one step beyond the edge of its grid where the
-best is there, and lets runs that diverge lose."""
+"""The sweep selects the lr with the lowest held-out loss, extends its grid by one if the best is at the edge,
+and rejects an lr at which a run diverged."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from support.compare_command import CompareCommand, prepare
-from zoext.cli.comparison import plan
-from zoext.cli.comparison.records import Outcome, Outcomes, Run
-from zoext.cli.comparison.settings import ComparisonSettings
-from zoext.cli.comparison.start import Start
+from zoext.cli._comparison import plan
+from zoext.cli._comparison.records import Outcome, Outcomes, Run
+from zoext.cli._comparison.settings import ComparisonSettings
+from zoext.cli._comparison.start import Start
 
-#: A loss of each lr and seed; None where the run diverges.
+#: The loss by lr and seed; None if the run diverges.
 Task = Callable[[float, int], float | None]
 
 
@@ -32,7 +32,7 @@ def outcome(loss: float | None) -> Outcome:
 
 
 def play(settings: ComparisonSettings, task: Task) -> tuple[list[tuple[str, Run]], Outcomes]:
-    """All runs in the order in which they are done, and how they ended."""
+    """All runs in order, and their outcomes."""
     done: Outcomes = {}
     played = []
     while (following := plan.next_run(settings, done)) is not None:
@@ -41,15 +41,15 @@ def play(settings: ComparisonSettings, task: Task) -> tuple[list[tuple[str, Run]
         before = plan.forwards_to_do(settings, done)
         done[following[1]] = outcome(task(following[1].lr, following[1].seed))
         after = plan.forwards_to_do(settings, done)
-        # The bar never counts a run that is done; an extension adds runs, all diverging takes them away.
+        # The estimate never counts a finished run; extensions add runs, divergence of all removes them.
         assert after <= before + settings.sweep_seeds * settings.sweep_budget - following[1].budget
     assert plan.forwards_to_do(settings, done) == 0
     return played, done
 
 
 def settings_of(**more: object) -> ComparisonSettings:
-    usual: dict[str, object] = {"optimizers": ("mezo",), "lr": 1.0, "forwards": 100}
-    return ComparisonSettings(**{**usual, **more})  # type: ignore[arg-type]
+    defaults: dict[str, object] = {"optimizers": ("mezo",), "lr": 1.0, "forwards": 100}
+    return ComparisonSettings(**{**defaults, **more})  # type: ignore[arg-type]
 
 
 def valley(best: float) -> Task:
@@ -136,7 +136,7 @@ def test_a_run_that_diverges_is_recorded_and_the_rest_goes_on(command: CompareCo
     assert overflown["forwards"] < 20
     (row,), (sweep,) = command.tables()
     assert sweep["x1e+30"] == "diverged"
-    # The best was at the lower edge: one more lr, one step of the grid below.
+    # The best was at the lower edge, so the grid was extended by one lr below.
     assert min(ends) == pytest.approx(0.003 * 1e-30)
     assert ends[min(ends)]["diverged"] is None
     assert row["lr"] in ("0.003", "3e-33 (edge)")
@@ -150,7 +150,7 @@ def test_a_held_out_loss_that_doubles_is_a_divergence(
 
     def evaluate(self: Start) -> dict[str, float]:
         starts.append({"selection_loss": 0.7, "report_loss": 0.8} if not starts else dict(starts[0]))
-        if len(starts) == 3:  # the second evaluation of the run, after that of the start
+        if len(starts) == 3:  # the second evaluation of the run
             starts[-1]["selection_loss"] *= factor
         return {**starts[-1], "selection_loss_error": 0.1, "report_loss_error": 0.1}
 
@@ -178,16 +178,16 @@ def test_all_runs_diverge(command: CompareCommand) -> None:
 def test_a_seed_that_diverges_at_the_chosen_lr_is_named(
     command: CompareCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zoext.cli import step
+    from zoext.cli._problem import steps
 
-    take = step.take
+    take = steps.take
 
     def fails(problem, optimizer, settings, number, device):  # type: ignore[no-untyped-def]
         if settings.seed == 1 and number == 4:
             raise FloatingPointError
         return take(problem, optimizer, settings, number, device)
 
-    monkeypatch.setattr(step, "take", fails)
+    monkeypatch.setattr(steps, "take", fails)
     command.works("--seeds", "3", "--lr-factors", "1")
     ((row,),) = command.tables()
     assert row["held-out loss"].endswith("(1 of 3 seeds diverged)")

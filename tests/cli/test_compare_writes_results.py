@@ -1,5 +1,5 @@
-"""The table and the picture say what the raw records say, and the fixture language model and the demo can be
-compared on."""
+"""The table and the figure agree with the raw records, and comparisons on the fixture language model and the
+demo work."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from support.compare_command import ALL, CompareCommand, prepare, register_rivals
 from support.tiny_models import FIXTURES
 from zoext.cli import main
-from zoext.cli.comparison.summary import Point, forwards_to_reach
+from zoext.cli._comparison.results import Point, forwards_to_reach
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A comparison of three optimizers that is done, and the picture that was drawn of it."""
+    """A finished comparison of three optimizers, and its figure."""
     figures: list[Figure] = []
     savefig = Figure.savefig
 
@@ -38,7 +38,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def final_runs(command: CompareCommand, method: str) -> tuple[float, list[list[dict[str, Any]]]]:
-    """The lr of the runs with the most seeds, and the evaluations of each: from the raw records alone."""
+    """The lr with the most seeds, and the evaluations of each run, from the raw records alone."""
     seeds: dict[float, set[int]] = {}
     for end in command.of_kind("end"):
         if end["method"] == method:
@@ -80,12 +80,12 @@ def test_the_table_is_that_of_the_raw_records(compared: CompareCommand) -> None:
         seconds = sum(end["seconds"] for end in ends) / sum(end["forwards"] for end in ends)
         assert row["s per 1000 forwards"] == f"{1000 * seconds:.3g}"
         (cost,) = (record for record in compared.of_kind("method") if record["method"] == method)
-        assert row["forwards a step"] == str(cost["forwards_a_step"])
+        assert row["forwards per step"] == str(cost["forwards_a_step"])
         assert row["extra MiB"] == f"{cost['extra_bytes'] / 2**20:.2f}"
 
 
 def first_at_or_below(target: float, forwards: np.ndarray, losses: np.ndarray) -> float | None:
-    """By trying all places between evaluations, finely."""
+    """By a fine search between evaluations."""
     places = np.linspace(forwards[0], forwards[-1], 100_001)
     found = places[np.interp(places, forwards, losses) <= target + 1e-9]
     return None if not len(found) else float(found[0])
@@ -95,9 +95,9 @@ def test_the_table_of_the_sweep_is_that_of_the_raw_records(compared: CompareComm
     rows = {row["optimizer"]: row for row in compared.tables()[1]}
     assert list(rows) == list(ALL)
     for method, row in rows.items():
-        usual = float(row.pop("usual lr"))
+        default = float(row.pop("default lr"))
         row.pop("optimizer")
-        shown = {round(usual * float(name[1:]), 9): text for name, text in row.items() if text}
+        shown = {round(default * float(name[1:]), 9): text for name, text in row.items() if text}
         last = {
             round(e["lr"], 9): e["selection_loss"]
             for e in compared.of_kind("evaluation")
@@ -137,8 +137,8 @@ def test_what_is_shown_is_what_is_written(
     page = (compared.out / "table.md").read_text(encoding="utf-8")
     assert main(["compare", "--out", str(compared.out), "--resume"]) == 0
     assert page in capsys.readouterr().out
-    assert "mean ± standard error over 3 seeds, on 8 held-out examples; 8 others chose the lr" in page
-    assert "1 seed of these took part in the choice" in page
+    assert "mean ± standard error over 3 seeds, on 8 held-out examples; 8 others selected the lr" in page
+    assert "1 seed of these took part in the selection" in page
 
 
 @pytest.mark.parametrize(
@@ -190,5 +190,5 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["compare", *options, "--device", "cpu", "--quiet"]) == 0
     assert os.listdir("runs") == ["compare-1"]
     page = (tmp_path / "runs" / "compare-1" / "table.md").read_text(encoding="utf-8")
-    assert page.startswith("# MiniLM on human word ratings: 2 forward passes a run")
+    assert page.startswith("# MiniLM on human word ratings: 2 forward passes per run")
     assert "| 0.0001 " in page

@@ -1,4 +1,4 @@
-"""A checkpoint is not believed if its text is not what was written, or if directions are others now."""
+"""Checkpoints are refused if their text is not what was written, or if the noise field has changed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from support.finetune_command import Command, prepare
-from zoext.cli import checkpoint, plot
-from zoext.trajectory import header
+from zoext.cli import _resuming
+from zoext.cli._runs import results
+from zoext.trajectory._format import header
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 
@@ -65,7 +66,7 @@ def test_each_character_of_the_text_counts(command: Command, edit: str) -> None:
     state = state_of(command, 2)
     state.write_text(EDITS[edit](state.read_text(encoding="utf-8")), encoding="utf-8")
     error = command.is_refused("--resume", "--steps=3")
-    assert f"{state}: damaged, it" in error
+    assert f"{state}: corrupted, " in error
     assert f"remove {state.parent} to resume from step-00000001" in error
 
 
@@ -75,13 +76,13 @@ def test_the_only_one(command: Command, kind: str) -> None:
     state = state_of(command, 2)
     state.write_text("{", encoding="utf-8")
     error = command.is_refused("--resume", "--steps=3")
-    assert f"remove {state.parent} to begin anew and keep the trajectory for zoext replay, or start" in error
+    assert f"remove {state.parent} to start again and keep the trajectory for zoext replay, or start" in error
 
 
 @pytest.mark.parametrize("kind", ["weights", "trajectory"])
 def test_other_directions(command: Command, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     command.works(f"--checkpoint={kind}")
-    for module in (header, checkpoint):
+    for module in (header, _resuming):
         monkeypatch.setattr(module, "NOISE_FIELD", header.NOISE_FIELD + 1)
     error = command.is_refused("--resume", "--steps=3")
     assert f"{state_of(command, 2)}: noise_field is " in error
@@ -91,7 +92,7 @@ def test_other_directions(command: Command, monkeypatch: pytest.MonkeyPatch, kin
 
 @pytest.mark.parametrize("what", ["VERSION", "NOISE_FIELD"])
 @pytest.mark.parametrize("kind", ["weights", "trajectory"])
-def test_a_trajectory_of_another_version_is_not_damaged(
+def test_a_trajectory_of_another_version_is_not_corrupted(
     command: Command, monkeypatch: pytest.MonkeyPatch, kind: str, what: str
 ) -> None:
     command.works(f"--checkpoint={kind}")
@@ -103,7 +104,7 @@ def test_a_trajectory_of_another_version_is_not_damaged(
 
 
 def test_what_is_written_is_read_back(command: Command) -> None:
-    """So that the edits above are refused for being edits."""
+    """Rewriting the same content is accepted, so the edits above are what is refused."""
     command.works()
     state = state_of(command, 2)
     record: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A checkpoint with weights leads to the same final bits, whatever became of the trajectory beside it."""
+"""A checkpoint with weights leads to the same final bits, whatever happened to the trajectory beside it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from pathlib import Path
 import pytest
 
 from support.finetune_command import Command, prepare
-from zoext.cli import demo, main, metrics, plot
-from zoext.cli.training import Training
-from zoext.trajectory.owned import OwnedFile
-from zoext.trajectory.reading import open_recording
+from zoext.cli import main
+from zoext.cli._problem import demo
+from zoext.cli._runs import results
+from zoext.cli._runs.records import read_metrics
+from zoext.cli._runs.training import Training
+from zoext.trajectory import OwnedFile, open_recording
 
 COMMON = ("--steps=5", "--checkpoint-every=3", "--eval-every=4", "--lr=1e-2")
 LAST = "--steps=8"
-MOVED = ("damaged", "trajectory.base")
+MOVED = ("corrupted", "trajectory.base")
 REMEMBER = ("--optimizer=adamezo", "--precision=residual --dtype=bfloat16")
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 
-def damage(path: Path, how: str) -> None:
+def corrupt(path: Path, how: str) -> None:
     content = path.read_bytes()
     match how:
         case "gone":
@@ -43,14 +45,14 @@ def damage(path: Path, how: str) -> None:
 
 
 def resumed(command: Command, *more: str) -> str:
-    """What a run that is resumed says on stderr."""
+    """The stderr of a resumed run."""
     command.capsys.readouterr()
     assert main(command.arguments("--resume", *more)) == 0
     return command.capsys.readouterr().err
 
 
 def assert_as_in_peace(command: Command, *options: str) -> None:
-    """The model and the losses are those of a run that nothing happened to."""
+    """The model and the losses are those of an undisturbed run."""
     whole = command.folder / "whole"
     command.works(*COMMON, *options, LAST, f"--out={whole}")
     for path in (whole / "model").iterdir():
@@ -59,12 +61,12 @@ def assert_as_in_peace(command: Command, *options: str) -> None:
 
 
 def losses_of(run: Path) -> list[tuple[int, float]]:
-    records = metrics.read(run / "metrics.jsonl")
+    records = read_metrics(run / "metrics.jsonl")
     return [(record["step"], record["loss"]) for record in records if "loss" in record]
 
 
 def assert_replays(command: Command) -> None:
-    """The new trajectory leads from the model that is kept beside it to that of the run."""
+    """The new trajectory leads from the model beside it to the final model."""
     inputs = [str(command.out / name) for name in ("trajectory.base", "trajectory.jsonl")]
     replayed = command.folder / "replayed"
     assert main(["replay", *inputs, "--out", str(replayed), "--quiet"]) == 0
@@ -76,29 +78,29 @@ def assert_replays(command: Command) -> None:
 def test_a_new_trajectory_begins_where_the_checkpoint_is(command: Command, how: str) -> None:
     command.works(*COMMON)
     path = command.out / "trajectory.jsonl"
-    damage(path, how)
+    corrupt(path, how)
     content = None if how == "gone" else path.read_bytes()
     said = resumed(command, LAST)
     assert said.startswith(f"zoext: warning: {path}: ")
     assert said.count("\n") == 1
     assert f"begins at step 5, with the model in {command.out / 'trajectory.base'}" in said
     if content is not None:
-        assert f"moved to {command.out / 'damaged' / 'trajectory-1'};" in said
-        assert (command.out / "damaged" / "trajectory-1" / "trajectory.jsonl").read_bytes() == content
+        assert f"it was moved to {command.out / 'corrupted' / 'trajectory-1'};" in said
+        assert (command.out / "corrupted" / "trajectory-1" / "trajectory.jsonl").read_bytes() == content
     assert open_recording(path).header.step == 5
     assert_as_in_peace(command)
     assert_replays(command)
 
 
 @pytest.mark.parametrize("how", ["gone", "flipped", "torn"])
-def test_bases_that_are_damaged(command: Command, how: str) -> None:
+def test_bases_that_are_corrupted(command: Command, how: str) -> None:
     options = ("--optimizer=agzo", "--record-frames", "--dtype=bfloat16")
     command.works(*COMMON, *options)
     names = ["trajectory.jsonl", "trajectory.frames"]
-    damage(command.out / "trajectory.frames", how)
+    corrupt(command.out / "trajectory.frames", how)
     before = {name: (command.out / name).read_bytes() for name in names if (command.out / name).exists()}
     assert f"zoext: warning: {command.out / 'trajectory.frames'}: " in resumed(command, LAST)
-    kept = command.out / "damaged" / "trajectory-1"
+    kept = command.out / "corrupted" / "trajectory-1"
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     assert_as_in_peace(command, *options)
     assert_replays(command)
@@ -107,19 +109,19 @@ def test_bases_that_are_damaged(command: Command, how: str) -> None:
 @pytest.mark.parametrize("options", REMEMBER)
 def test_an_optimizer_that_remembers_goes_on_without_one(command: Command, options: str) -> None:
     command.works(*COMMON, *options.split())
-    damage(command.out / "trajectory.jsonl", "flipped")
-    assert "goes on from step 5 without one" in resumed(command, "--steps=7")
+    corrupt(command.out / "trajectory.jsonl", "flipped")
+    assert "continues from step 5 without a trajectory" in resumed(command, "--steps=7")
     assert "--checkpoint weights" in command.is_refused("--resume", LAST, "--checkpoint=trajectory")
-    assert "goes on from step 7 without one" in resumed(command, LAST)
+    assert "continues from step 7 without a trajectory" in resumed(command, LAST)
     assert not (command.out / "trajectory.jsonl").exists()
-    assert [path.name for path in (command.out / "damaged").iterdir()] == ["trajectory-1"]
+    assert [path.name for path in (command.out / "corrupted").iterdir()] == ["trajectory-1"]
     assert_as_in_peace(command, *options.split())
 
 
 def test_it_goes_on_with_the_new_one(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if it was killed before the first checkpoint that knows it."""
+    """Also if it was killed before the first checkpoint after it began."""
     command.works(*COMMON)
-    damage(command.out / "trajectory.jsonl", "flipped")
+    corrupt(command.out / "trajectory.jsonl", "flipped")
     one_step = Training._one_step
 
     def fails(self: Training) -> object:
@@ -134,7 +136,7 @@ def test_it_goes_on_with_the_new_one(command: Command, monkeypatch: pytest.Monke
             main(command.arguments("--resume", LAST, "--checkpoint-every=9"))
     assert resumed(command, "--steps=7") == ""
     assert resumed(command, LAST) == ""
-    assert [path.name for path in (command.out / "damaged").iterdir()] == ["trajectory-1"]
+    assert [path.name for path in (command.out / "corrupted").iterdir()] == ["trajectory-1"]
     assert_as_in_peace(command)
     assert_replays(command)
 
@@ -143,11 +145,11 @@ def test_nothing_is_kept_in_place_of_an_earlier_one(command: Command) -> None:
     command.works(*COMMON)
     contents = []
     for steps in ("--steps=6", LAST):
-        damage(command.out / "trajectory.jsonl", "flipped")
+        corrupt(command.out / "trajectory.jsonl", "flipped")
         contents.append((command.out / "trajectory.jsonl").read_bytes())
         resumed(command, steps)
     for number, content in enumerate(contents, 1):
-        kept = command.out / "damaged" / f"trajectory-{number}"
+        kept = command.out / "corrupted" / f"trajectory-{number}"
         assert (kept / "trajectory.jsonl").read_bytes() == content
         assert (kept / "trajectory.base").is_dir() == (number == 2)
     assert_as_in_peace(command)
@@ -158,7 +160,7 @@ def test_nothing_is_kept_in_place_of_an_earlier_one(command: Command) -> None:
 
 def test_checkpoints_that_need_the_steps_before_are_refused(command: Command) -> None:
     command.works(*COMMON)
-    damage(command.out / "trajectory.jsonl", "flipped")
+    corrupt(command.out / "trajectory.jsonl", "flipped")
     assert "--checkpoint weights" in command.is_refused("--resume", LAST, "--checkpoint=trajectory")
     resumed(command, "--steps=7")
     error = command.is_refused("--resume", LAST, "--checkpoint=trajectory")
@@ -170,7 +172,7 @@ def test_checkpoints_that_need_the_steps_before_are_refused(command: Command) ->
 def test_one_that_another_run_is_writing_stays(command: Command, how: str) -> None:
     command.works(*COMMON)
     path = command.out / "trajectory.jsonl"
-    damage(path, how)
+    corrupt(path, how)
     with OwnedFile(path):
         assert "another run is writing it" in command.is_refused("--resume", LAST)
 
@@ -180,7 +182,7 @@ def test_without_weights_the_error_says_what_is_left(command: Command, how: str)
     command.works(*COMMON, "--checkpoint=trajectory")
     path = command.out / "trajectory.jsonl"
     whole = path.read_bytes()
-    damage(path, how)
+    corrupt(path, how)
     error = command.is_refused("--resume", LAST)
     assert error.startswith(f"zoext: error: {path}: is ")
     last = {"flipped": 2, "torn": 4}.get(how)
@@ -191,29 +193,29 @@ def test_without_weights_the_error_says_what_is_left(command: Command, how: str)
         (newest / "state.json").unlink()
         newest.rmdir()
     else:
-        assert "put back the one of this run" in error
+        assert "restore the file of this run" in error
         path.write_bytes(whole)
     assert resumed(command, LAST) == ""
     assert_as_in_peace(command, "--checkpoint=trajectory")
 
 
-def test_without_weights_and_with_damaged_bases(command: Command) -> None:
+def test_without_weights_and_with_corrupted_bases(command: Command) -> None:
     command.works(*COMMON, "--optimizer=agzo", "--record-frames", "--checkpoint=trajectory")
-    damage(command.out / "trajectory.frames", "flipped")
+    corrupt(command.out / "trajectory.frames", "flipped")
     error = command.is_refused("--resume", LAST)
-    assert f"{command.out / 'trajectory.frames'}: damaged at byte" in error
-    assert "--to-step 2 --out DIR still makes" in error
-    assert "put back the one of this run" in error
+    assert f"{command.out / 'trajectory.frames'}: corrupted at byte" in error
+    assert "--to-step 2 --out DIR still recovers" in error
+    assert "restore the file of this run" in error
 
 
 def test_the_demo(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its trajectory begins with a model in a folder then."""
+    """Its new trajectory begins with a model in a folder."""
     read_words = demo.read_words
     monkeypatch.setattr(demo, "read_words", lambda path: [part.rows(range(4)) for part in read_words(path)])
     out = ["--out", str(command.out), "--quiet"]
     small = ["--batch-size=2", "--trainable=^classifier"]
     assert main(["finetune", *out, *small, "--steps=1"]) == 0
-    damage(command.out / "trajectory.jsonl", "flipped")
+    corrupt(command.out / "trajectory.jsonl", "flipped")
     assert main(["finetune", *out, "--resume", "--steps=2"]) == 0
     header = json.loads((command.out / "trajectory.jsonl").read_text().splitlines()[0])
     assert header["notes"]["zoext finetune"]["demo"] is False
@@ -223,17 +225,17 @@ def test_the_demo(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", ["gone", "empty", "no text"])
 def test_metrics_stop_no_run_either(command: Command, how: str) -> None:
     command.works(*COMMON)
-    damage(command.out / "metrics.jsonl", how)
+    corrupt(command.out / "metrics.jsonl", how)
     told = resumed(command, LAST)
     assert f"warning: {command.out / 'metrics.jsonl'}: " in told
-    assert "metrics begin anew at step 5" in told
+    assert "metrics restart at step 5" in told
     whole = command.folder / "whole"
     command.works(*COMMON, LAST, f"--out={whole}")
     assert (command.out / "model" / "model.safetensors").read_bytes() == (
         whole / "model" / "model.safetensors"
     ).read_bytes()
     assert losses_of(command.out) == losses_of(whole)[5:]
-    kept = command.out / "damaged" / "metrics-1" / "metrics.jsonl"
+    kept = command.out / "corrupted" / "metrics-1" / "metrics.jsonl"
     assert kept.exists() == (how != "gone")
 
 
@@ -257,10 +259,8 @@ def test_metrics_that_no_run_wrote(command: Command, line: str) -> None:
     first, *others = path.read_text(encoding="utf-8").splitlines()
     written = "\n".join([first, line, *others, ""])
     path.write_text(written, encoding="utf-8")
-    kept = command.out / "damaged" / "metrics-1" / "metrics.jsonl"
-    assert f"{path}: line 2 is damaged; what there is of it was moved to {kept.parent}" in resumed(
-        command, "--steps=3"
-    )
+    kept = command.out / "corrupted" / "metrics-1" / "metrics.jsonl"
+    assert f"{path}: line 2 is corrupted; it was moved to {kept.parent}" in resumed(command, "--steps=3")
     assert kept.read_text(encoding="utf-8") == written
     assert [step for step, _ in losses_of(command.out)] == [3]
 
@@ -271,13 +271,13 @@ def test_without_a_checkpoint_the_trajectory_is_kept(command: Command, how: str,
     command.works(*COMMON, *options.split())
     path = command.out / "trajectory.jsonl"
     if how != "not at all":
-        damage(path, how)
+        corrupt(path, how)
     before = {found.name: found.read_bytes() for found in command.out.glob("trajectory.*")}
     shutil.rmtree(command.out / "checkpoints")
-    kept = command.out / "damaged" / "trajectory-1"
+    kept = command.out / "corrupted" / "trajectory-1"
     told = resumed(command, LAST)
-    assert f"warning: {command.out / 'checkpoints'}: holds no checkpoint; the run begins anew" in told
-    assert f"is now in {kept}\n" in told
+    assert f"warning: {command.out / 'checkpoints'}: contains no checkpoint; the run starts again" in told
+    assert f"its trajectory was moved to {kept}\n" in told
     assert {found.name: found.read_bytes() for found in kept.iterdir()} == before
     assert open_recording(path).header.step == 0
     assert_as_in_peace(command, *options.split())
@@ -285,11 +285,11 @@ def test_without_a_checkpoint_the_trajectory_is_kept(command: Command, how: str,
 
 def test_without_a_checkpoint_no_stale_base_is_left(command: Command) -> None:
     command.works(*COMMON)
-    damage(command.out / "trajectory.jsonl", "flipped")
+    corrupt(command.out / "trajectory.jsonl", "flipped")
     resumed(command, "--steps=6")
     shutil.rmtree(command.out / "checkpoints")
     resumed(command, LAST)
-    kept = command.out / "damaged" / "trajectory-2"
+    kept = command.out / "corrupted" / "trajectory-2"
     assert {path.name for path in kept.iterdir()} == {"trajectory.base", "trajectory.jsonl"}
     assert not (command.out / "trajectory.base").exists()
     assert_as_in_peace(command)
@@ -301,7 +301,7 @@ def test_without_a_checkpoint_a_header_alone_is_replaced(command: Command) -> No
     path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n" + b'{"torn')
     shutil.rmtree(command.out / "checkpoints")
     assert resumed(command, LAST) == ""
-    assert not (command.out / "damaged").exists()
+    assert not (command.out / "corrupted").exists()
     assert_as_in_peace(command)
 
 

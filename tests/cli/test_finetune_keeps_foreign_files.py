@@ -1,4 +1,4 @@
-"""A run removes and replaces nothing but what a run wrote, and never the model or the data it reads."""
+"""A run removes and replaces only files that a run wrote, and never the model or the data that it reads."""
 
 from __future__ import annotations
 
@@ -105,4 +105,4 @@ def test_a_lock_that_is_none(command: Command, more: list[str]) -> None:
     command.out.mkdir()
     lock = command.out / "run.lock"
     lock.write_text("mine", encoding="utf-8")
-    assert f"{lock}: is not zoext's, whose lock is empty; move it away" in command.is_refused(*more)
+    assert f"{lock}: is not a lock of zoext, which is empty; move it away" in command.is_refused(*more)

@@ -1,4 +1,4 @@
-"""Fine-tuning from the shell lowers the held-out loss of real models, and leaves a usable model."""
+"""``zoext finetune`` lowers the held-out loss of real models and writes a usable model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from support.tiny_models import FIXTURES, labelled, tiny_bert
-from zoext.cli import demo, main, metrics, models, problem
-from zoext.cli.base import Base
-from zoext.cli.evaluation import evaluate
-from zoext.cli.settings import Settings
+from zoext.cli import main
+from zoext.cli._problem import demo, models, problem
+from zoext.cli._problem.evaluation import evaluate
+from zoext.cli._problem.models import Base
+from zoext.cli._runs.records import read_metrics
+from zoext.cli._settings import Settings
 
 
 def evaluations(out: Path) -> list[dict[str, float]]:
-    return [record for record in metrics.read(out / "metrics.jsonl") if "valid_loss" in record]
+    return [record for record in read_metrics(out / "metrics.jsonl") if "valid_loss" in record]
 
 
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At a third of the demo's lr the path hardly depends on the processor's rounding."""
+    """At a third of the demo's lr, the result hardly depends on the processor's rounding."""
     out = tmp_path / "run"
     options = ["--lr", "3e-5", "--steps", "200", "--eval-every", "200", "--device", "cpu"]
     assert main(["finetune", *options, "--out", str(out)]) == 0
@@ -32,7 +34,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"after:  loss {after['valid_loss']:.4f} ± {after['valid_loss_error']:.4f}" in said
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
-    # What transformers loads again is the model that was evaluated last.
+    # transformers loads the model that was evaluated last.
     classes = models.classes_of(str(out / "model"), demo.LABEL_WORDS)
     assert classes == ("negative", "positive")
     model, _ = models.load(str(out / "model"), Base(False, "classification", classes, "float32", 0))
@@ -91,7 +93,7 @@ def test_the_seed_determines_the_run(tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         inputs = ["--model", str(folder), "--data", str(words), "--steps", "4", "--lr", "0.01", "--quiet"]
         assert main(["finetune", *inputs, "--seed", seed, "--out", str(tmp_path / name)]) == 0
-        losses.append([record.get("loss") for record in metrics.read(tmp_path / name / "metrics.jsonl")])
+        losses.append([record.get("loss") for record in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 

@@ -1,4 +1,4 @@
-"""The same examples come out of every form of data, and batches and losses are made of them as promised."""
+"""Every data format yields the same examples, and batches and losses are computed from them correctly."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from support.tiny_models import labelled, tiny_bert
-from zoext.cli import data, demo, main, problem
-from zoext.cli.batches import batch_indices
-from zoext.cli.errors import UserError
-from zoext.cli.evaluation import ratio
-from zoext.cli.objectives import Classification, Example, NextToken
-from zoext.cli.settings import Settings
+from zoext.cli import main
+from zoext.cli._errors import UserError
+from zoext.cli._problem import data, demo, problem
+from zoext.cli._problem.evaluation import ratio
+from zoext.cli._problem.objectives import Classification, Example, NextToken
+from zoext.cli._problem.steps import batch_indices
+from zoext.cli._settings import Settings
 
 TEXTS = ('She said: "fine, so be it"', "naïve — très bien", "two\tparts", "x = [1, 2]")
 LABELS = (3, -1, 3, 10)
@@ -62,7 +63,7 @@ def test_a_csv_text_of_several_lines(tmp_path: Path) -> None:
     assert data.read(str(tmp_path / "a.csv"))[0].texts == ("one\ntwo", "three")
 
 
-#: What str.splitlines takes for the end of a line and no file format here does.
+#: Line ends for str.splitlines, but not for any file format here.
 NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 
 
@@ -166,7 +167,7 @@ def test_batches_depend_on_nothing_but_seed_and_step() -> None:
 
 
 class Fixed(torch.nn.Module):
-    """Gives logits that depend on the token and its place only, in half precision."""
+    """Returns logits that depend only on the token and its position, in half precision."""
 
     def __init__(self, words: int, pooled: bool) -> None:
         super().__init__()
@@ -215,8 +216,8 @@ def test_the_standard_error_of_a_mean() -> None:
 
 
 def test_the_standard_error_of_a_mean_over_texts_of_different_length() -> None:
-    # Of 400 intervals of two standard errors each way 18 are expected to miss the truth; more than 36
-    # do so by chance in one of 10,000 seeds (binomial). Tokens taken for independent: about 300 would.
+    # Of 400 intervals of two standard errors, 18 are expected to miss the true value, and more than 36 miss
+    # it in one of 10,000 seeds (binomial). If tokens were treated as independent, about 300 would miss it.
     generator = torch.Generator().manual_seed(7)
     misses = 0
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""Damaged files and a system that refuses end with exit code 2 and one line that names the file."""
+"""Corrupted files and errors of the system end with exit code 2 and one line that names the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from support.finetune_command import Command, files_of_at_most, prepare
 from support.tiny_models import tiny_deberta
 from zoext.cli import main
-from zoext.cli.training import Training
+from zoext.cli._runs.training import Training
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
     assert said.err.count("\n") == 1
     assert "too large" in said.err.lower()
     if name.startswith(("checkpoints", "trajectory")):
-        assert said.err.endswith(f"; put that right, then zoext finetune --out {command.out} --resume\n")
+        assert said.err.endswith(f"; fix this, then zoext finetune --out {command.out} --resume\n")
     assert not list(command.out.rglob(".*"))
-    # What was written is whole: with room again, the run goes on, to the same bits.
+    # The files are intact: with space on the disk, the run continues to the same bits.
     if name != "run.json":
         command.works("--resume")
         whole = command.folder / "whole"
@@ -69,13 +69,13 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
     ("change", "reason"),
     [
         ("replaced", "was moved, removed or replaced while it was written"),
-        ("written", "somebody else writes"),
+        ("written", "another program writes"),
     ],
 )
 def test_a_trajectory_that_somebody_else_changes(
     command: Command, monkeypatch: pytest.MonkeyPatch, change: str, reason: str
 ) -> None:
-    """The reason is that of the recording, and the remedy one of the command line."""
+    """The error has the reason of the recorder and a remedy in terms of the command line."""
     path, one_step = command.out / "trajectory.jsonl", Training._one_step
 
     def steps(self: Training) -> object:
@@ -90,7 +90,7 @@ def test_a_trajectory_that_somebody_else_changes(
     assert main(command.arguments("--steps=4", "--checkpoint-every=9")) == 2
     said = command.capsys.readouterr().err.splitlines()[0]
     assert said.startswith(f"zoext: error: {path}: {reason}")
-    assert said.endswith(f"; put that right, then zoext finetune --out {command.out} --resume")
+    assert said.endswith(f"; fix this, then zoext finetune --out {command.out} --resume")
     assert "close()" not in said
 
 
@@ -124,7 +124,7 @@ def test_settings_that_no_run_wrote(command: Command, field: str, value: object)
     record["settings"][field] = value
     (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
     error = command.is_refused("--resume")
-    assert f"{command.out / 'run.json'}: damaged" in error
+    assert f"{command.out / 'run.json'}: corrupted" in error
     assert field in error
     assert "start again with --overwrite" in error
     command.works("--overwrite")
@@ -138,7 +138,9 @@ def test_settings_of_another_version(command: Command, field: str, what: str) ->
         record["settings"][field] = "red"
     (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
     error = command.is_refused("--resume")
-    assert f"{command.out / 'run.json'}: is of another version of zoext, it {what} {field}; " in error
+    assert (
+        f"{command.out / 'run.json'}: was written by another version of zoext, it {what} {field}; " in error
+    )
     assert "start again with --overwrite" in error
 
 
@@ -149,7 +151,7 @@ def test_settings_that_were_changed(command: Command, field: str, value: object)
     record["settings"][field] = value
     (command.out / "run.json").write_text(json.dumps(record), encoding="utf-8")
     error = command.is_refused("--resume", "--steps=3")
-    assert f"{command.out / 'run.json'}: was changed, and the run had other settings" in error
+    assert f"{command.out / 'run.json'}: was edited, and the run had other settings" in error
 
 
 def test_model_and_data_may_be_moved(command: Command) -> None:
@@ -166,7 +168,7 @@ def test_model_and_data_may_be_moved(command: Command) -> None:
 def test_a_run_without_settings(command: Command, text: str) -> None:
     command.works()
     (command.out / "run.json").write_text(text, encoding="utf-8")
-    assert f"{command.out / 'run.json'}: damaged" in command.is_refused("--resume")
+    assert f"{command.out / 'run.json'}: corrupted" in command.is_refused("--resume")
 
 
 def test_a_model_that_streamed_probes_cannot_displace(command: Command) -> None:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from support.graphed_runs import same
 from support.tiny_models import labelled, tiny_bert
-from zoext.cli import checkpoint, main, metrics
-from zoext.cli.training import Training
-from zoext.trajectory.owned import OwnedFile
+from zoext.cli import main
+from zoext.cli._resuming import newest_checkpoint
+from zoext.cli._runs.records import read_metrics
+from zoext.cli._runs.training import Training
+from zoext.trajectory import OwnedFile
 
 STEPS = 24
 
@@ -45,7 +47,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert weights.keys() == wanted.keys()
     for name in wanted:
         assert same(weights[name], wanted[name]), name
-    records, others = (metrics.read(run / "metrics.jsonl") for run in (out, expected))
+    records, others = (read_metrics(run / "metrics.jsonl") for run in (out, expected))
     for record in records + others:
         record.pop("seconds", None)  # the only thing that may differ
     assert records == others
@@ -53,7 +55,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
 
 
 def test_every_step_is_recorded_once(uninterrupted: Path) -> None:
-    records = metrics.read(uninterrupted / "metrics.jsonl")
+    records = read_metrics(uninterrupted / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
     assert [record["step"] for record in records if "valid_loss" in record] == [0, 6, 12, 18, 24]
     assert records[-1]["forwards"] == 2 * STEPS
@@ -138,7 +140,7 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(
     with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 11, "loss": 0.6\n{"step": 12, "lo'[25:])
     assert main(["finetune", *out, "--resume", "--quiet", "--steps", str(STEPS)]) == 0
-    records = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
 
 
@@ -148,7 +150,7 @@ def test_with_the_other_kind_of_checkpoint(inputs: list[str], uninterrupted: Pat
     for steps, kind in ((18, "trajectory"), (STEPS, "weights")):
         more = ["--steps", str(steps), "--checkpoint", kind]
         assert main(["finetune", *out, "--resume", "--quiet", *more]) == 0
-        newest = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+        newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
         assert newest is not None
         assert (newest.saved is None) == (kind == "trajectory")
     assert_same_run(tmp_path / "run", uninterrupted)
@@ -158,7 +160,7 @@ def test_with_the_other_kind_of_checkpoint(inputs: list[str], uninterrupted: Pat
 def test_a_run_that_was_killed_while_it_began(
     inputs: list[str], uninterrupted: Path, tmp_path: Path, kept: int
 ) -> None:
-    """No checkpoint yet, and of the trajectory nothing, a torn header, or a torn first step."""
+    """There is no checkpoint, and no trajectory, a partial header, or a partial first step."""
     out = tmp_path / "run"
     assert main(["finetune", *inputs, "--out", str(out), "--steps", "1", "--checkpoint-every", "9"]) == 0
     shutil.rmtree(out / "checkpoints")
@@ -189,14 +191,14 @@ def test_after_a_signal(inputs: list[str], tmp_path: Path, number: signal.Signal
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert f"--out {tmp_path / 'run'} --resume" in said
-    stopped_at = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    stopped_at = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     steps = ["--steps", str(stopped_at + 10)]
     assert main(["finetune", "--out", str(tmp_path / "run"), "--resume", "--quiet", *steps]) == 0
     assert main(["finetune", *inputs, *steps, "--out", str(tmp_path / "whole")]) == 0
     weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "whole")]
     assert all(same(weights[0][name], weights[1][name]) for name in weights[1])
     steps_seen = [
-        record["step"] for record in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in record
+        record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record
     ]
     assert steps_seen == list(range(1, stopped_at + 11))
 
@@ -205,7 +207,7 @@ def wait_for_steps(process: subprocess.Popen[str], out: Path, steps: int) -> Non
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, "ended before it was interrupted"
-        records = metrics.read(out / "metrics.jsonl")
+        records = read_metrics(out / "metrics.jsonl")
         if records and records[-1]["step"] >= steps:
             return
         time.sleep(0.02)

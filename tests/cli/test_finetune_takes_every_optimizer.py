@@ -14,9 +14,11 @@ from torch import nn
 
 import zoext
 from support.finetune_command import Command, prepare
-from zoext.cli import main, optimizers
-from zoext.cli.optimizers import OPTIMIZERS
-from zoext.cli.settings import Settings
+from zoext.cli import main
+from zoext.cli._problem import optimizers
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._settings import Settings
+from zoext.directions.activation_subspace import BALANCES
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def forwards_of(out: Path) -> int:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_runs_and_resumes(command: Command, name: str) -> None:
-    """AGZO's pooler and all: the windows of moments and of bases are in the checkpoint."""
+    """Also for windows of moments and bases, which the checkpoint contains."""
     arguments = ["--optimizer", name, "--lr", "1e-5", "--checkpoint-every", "2"]
     command.works(*arguments, "--steps=5")
     whole = load_file(command.out / "model" / "model.safetensors")
@@ -62,14 +64,14 @@ def test_runs_and_resumes(command: Command, name: str) -> None:
         ),
         (
             "agzo",
-            {"rank": "2", "balance": "still", "mask": "none"},
+            {"rank": "2", "balance": BALANCES[-1], "mask": "none"},
             {
                 "direction": {
                     "name": "ActivationSubspace",
                     "rank": 2,
                     "power_iterations": 3,
                     "mask": None,
-                    "balance": "still",
+                    "balance": BALANCES[-1],
                 }
             },
         ),
@@ -108,7 +110,7 @@ def test_options_are_kept_for_resuming(command: Command) -> None:
         ("lr=3", "it has no option lr"),
         ("rank=two", "option rank must be of the form of 1, not two"),
         ("rank=1000", "rank must be at most"),
-        ("balance=equal", "balance must be one of printed, matched, still, not 'equal'"),
+        ("balance=equal", f"balance must be one of {', '.join(BALANCES)}, not 'equal'"),
     ],
 )
 def test_wrong_options(command: Command, options: str, expected: str) -> None:
@@ -116,7 +118,7 @@ def test_wrong_options(command: Command, options: str, expected: str) -> None:
 
 
 def test_the_registry_makes_what_the_recipes_make() -> None:
-    """The names of papers stand for the recipes, at their defaults."""
+    """The methods of papers are the recipes at their defaults."""
     model = nn.Linear(4, 3)
     recipes = {
         "mezo": zoext.MeZO,
@@ -133,7 +135,7 @@ def test_the_registry_makes_what_the_recipes_make() -> None:
 
 
 def test_precision_is_what_is_asked_for(command: Command) -> None:
-    """In 16 bits each way to round ends elsewhere; the default is stochastic."""
+    """In 16 bits each precision gives another result; the default is stochastic."""
     ends = {}
     for option in ([], *([f"--precision={name}"] for name in ("nearest", "stochastic", "residual"))):
         command.works("--dtype=bfloat16", "--steps=4", "--lr=1e-2", "--overwrite", *option)

@@ -1,4 +1,4 @@
-"""``zoext replay`` makes the model of a run again from its base and its trajectory, bit for bit."""
+"""``zoext replay`` recomputes the model of a run from its base and its trajectory, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from support.finetune_command import Command, files_of_at_most, prepare
 from support.graphed_runs import same
 from support.tiny_models import OTHER, labelled, tiny_bert
 from zoext import _C
-from zoext.cli import demo, main, models, plot
-from zoext.cli import replay as replay_command
-from zoext.cli.optimizers import OPTIMIZERS
-from zoext.trajectory import lines
+from zoext.cli import main
+from zoext.cli._commands import replay as replay_command
+from zoext.cli._problem import demo, models
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._runs import results
+from zoext.trajectory._format import lines
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 
 def replay(command: Command, *more: str, base: str = "", trajectory: str = "run/trajectory.jsonl") -> int:
-    """Replays the run into ``replayed``; its paths are below the folder of the test."""
+    """Replays the run into ``replayed``; paths are relative to the folder of the test."""
     folder = command.folder
     out = () if any(option.startswith("--out") for option in more) else ("--out", str(folder / "replayed"))
     inputs = [base or str(folder / "model"), *(str(folder / name) for name in trajectory.split())]
@@ -42,7 +44,7 @@ def replay(command: Command, *more: str, base: str = "", trajectory: str = "run/
 
 
 def refused(command: Command, *more: str, **inputs: str) -> str:
-    """The error of a replay, which is one line and left everything as it was."""
+    """The error of a replay, one line; checks that no file has changed."""
     before = command.snapshot()
     command.capsys.readouterr()
     assert replay(command, *more, **inputs) == 2
@@ -54,7 +56,7 @@ def refused(command: Command, *more: str, **inputs: str) -> str:
 
 
 def assert_same_files(command: Command) -> None:
-    """The replay has the files of the run's model, byte for byte, and beside them its note."""
+    """The replay has the files of the run's model, byte for byte, and its note."""
     replayed, model = (
         {path.name: path.read_bytes() for path in (command.folder / name).iterdir()}
         for name in ("replayed", "run/model")
@@ -94,7 +96,7 @@ def test_elsewhere(
 
 
 def test_a_model_that_transformers_loads(command: Command) -> None:
-    """With the classes and the tokenizer that the run's has; here the base has another head."""
+    """It has the classes and the tokenizer of the run's; the base has another head."""
     command.works("--task=classification", "--seed=7")
     assert replay(command) == 0
     model = BertForSequenceClassification.from_pretrained(command.folder / "replayed")
@@ -129,7 +131,7 @@ def test_to_a_step(command: Command) -> None:
 
 @pytest.mark.parametrize("to_step", [None, 2])
 def test_a_run_that_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch, to_step: int | None) -> None:
-    """Just what was there when the command began is replayed, and the note is of that."""
+    """The replay and its note cover exactly the steps that existed when the command began."""
     command.works("--steps=3", "--lr=1e-2")
     tuned = weights(command.out / "model")
     short = (command.out / "trajectory.jsonl").read_bytes()
@@ -160,7 +162,7 @@ def test_a_run_that_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_sum_of_two(command: Command) -> None:
-    """In float32, where the sum of two runs is what one on top of the other does, to rounding."""
+    """In float32 the sum of two runs equals applying one after the other, to rounding."""
     command.works("--steps=3", "--lr=1e-2")
     other = command.folder / "other"
     command.works("--steps=4", "--lr=1e-2", "--seed=0", "--optimizer=lozo", f"--out={other}")
@@ -252,11 +254,11 @@ def test_another_base(command: Command) -> None:
     command.works()
     tiny_bert(command.folder / "wide", hidden=24)
     tiny_bert(command.folder / "other", seed=4)
-    assert "begins with another model" in refused(command, base=str(command.folder / "wide"))
-    assert "begins with other weights" in refused(command, base=str(command.folder / "other"))
+    assert "model mismatch" in refused(command, base=str(command.folder / "wide"))
+    assert "weights mismatch" in refused(command, base=str(command.folder / "other"))
     assert "model ./none: cannot be loaded" in refused(command, base="./none")
     error = refused(command, base="demo")
-    assert f"BASE demo: {command.out / 'trajectory.jsonl'} is of a run of another model" in error
+    assert f"BASE demo: {command.out / 'trajectory.jsonl'} was recorded from another model" in error
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_steps_that_there_are_not(command: Command, to_step: str, expected: str)
 
 
 def test_paths_are_named_as_they_are(command: Command) -> None:
-    """Also those with words that an error of the library says, and a command says otherwise."""
+    """Also paths that contain words which the command replaces in errors of the library."""
     command.works("--steps=3", "--optimizer=agzo")
     folder = command.folder / "to_step=2_frames=True_to_step"
     command.out.rename(folder)
@@ -293,7 +295,7 @@ def test_several_up_to_a_step(command: Command) -> None:
     assert "--to-step: several" in error
 
 
-def test_a_damaged_trajectory(command: Command) -> None:
+def test_a_corrupted_trajectory(command: Command) -> None:
     command.works("--steps=4")
     path = command.out / "trajectory.jsonl"
     whole = path.read_bytes()
@@ -321,10 +323,10 @@ def test_a_damaged_trajectory(command: Command) -> None:
         ("demo", 1, "demo must be true or false"),
         ("demo", True, "give demo"),
         ("classes", ["0", "0"], "classes must be distinct names"),
-        ("classes", ["0", "1", "2"], "classes has 3 names, and no parameter of the run has as many rows"),
+        ("classes", ["0", "1", "2"], "classes has 3 names, but no parameter of the run has as many rows"),
         ("classes", [], "classes has 0 names"),
-        ("classes", [str(i) for i in range(16)], "begins with another model"),
-        ("dtype", "bfloat16", "begins with another model"),
+        ("classes", [str(i) for i in range(16)], "model mismatch"),
+        ("dtype", "bfloat16", "model mismatch"),
     ],
 )
 def test_notes_that_no_run_wrote(
@@ -337,7 +339,7 @@ def test_notes_that_no_run_wrote(
     header["notes"]["zoext finetune"][field] = value
     path.write_bytes(lines.encode(header, 0)[0])
     if "another model" not in expected:
-        monkeypatch.delattr(models, "load")  # which may take more memory than there is
+        monkeypatch.delattr(models, "load")  # loading could exhaust memory
     assert expected in refused(command)
 
 
@@ -345,9 +347,9 @@ def test_what_is_in_the_folder_stays(command: Command) -> None:
     command.works()
     out = command.folder / "replayed"
     assert replay(command) == 0
-    assert "holds a replay; give --overwrite" in refused(command)
+    assert "contains a replay; give --overwrite" in refused(command)
     (out / "mine.txt").write_text("mine")
-    assert "holds mine.txt, which no replay wrote" in refused(command, "--overwrite")
+    assert "contains mine.txt, which no replay wrote" in refused(command, "--overwrite")
     (out / "mine.txt").unlink()
     assert replay(command, "--difference", "--overwrite") == 0
     assert {path.name for path in out.iterdir()} == {"difference.safetensors", "replay.json"}
@@ -374,7 +376,7 @@ def test_what_comes_into_the_folder_meanwhile_stays(
 
     monkeypatch.setattr(replay_command, "_load", load)
     assert replay(command, *overwrite) == 2
-    assert "holds mine.txt, which no replay wrote" in command.capsys.readouterr().err
+    assert "contains mine.txt, which no replay wrote" in command.capsys.readouterr().err
     assert mine.read_text() == "mine"
     assert mine.with_name("replay.json").exists() == bool(overwrite)
     assert not list(command.folder.glob(".*"))
@@ -386,9 +388,9 @@ def test_a_replay_that_a_killed_process_moved_aside_stays(command: Command) -> N
     note = (command.folder / "replayed" / "replay.json").read_bytes()
     aside = command.folder / ".replayed.old.tmp"
     (command.folder / "replayed").rename(aside)
-    assert "holds a replay; give --overwrite" in refused(command)
+    assert "contains a replay; give --overwrite" in refused(command)
     (aside / "mine.txt").write_text("mine")
-    assert "holds mine.txt" in refused(command, "--overwrite")
+    assert "contains mine.txt" in refused(command, "--overwrite")
     (aside / "mine.txt").unlink()
     assert replay(command, "--overwrite") == 0
     assert (command.folder / "replayed" / "replay.json").read_bytes() != note
@@ -413,7 +415,7 @@ def test_progress_is_on_stderr(command: Command) -> None:
 
 
 def test_a_language_model(command: Command) -> None:
-    """A causal one, of which the base's files have all weights."""
+    """A causal model whose base files contain all weights."""
     from transformers import BertLMHeadModel
 
     model = BertLMHeadModel.from_pretrained(command.folder / "model", is_decoder=True)
@@ -442,7 +444,7 @@ def test_a_full_disk(command: Command, size: int, there: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: str) -> None:
-    """Its head is computed: with any number of threads to the same bits."""
+    """Its computed head has the same bits with any number of threads."""
     set_threads(1)
     problem = demo.load(dataclasses.replace(demo.SETTINGS, dtype=dtype))
     optimizer = zoext.MeZO(problem.model, lr=1e-3)
@@ -455,11 +457,11 @@ def test_the_demo(command: Command, set_threads: Callable[[int], None], dtype: s
     found = load_file(command.folder / "replayed" / "model.safetensors")
     assert all(same(found[name], tensor) for name, tensor in problem.model.state_dict().items())
     error = refused(command, f"--out={command.folder / 'x'}", trajectory="demo.jsonl")
-    assert "is of a run of another model; give demo" in error
+    assert "was recorded from another model; give demo" in error
 
 
 def test_notes_that_are_not_of_the_demo(command: Command) -> None:
-    """They would size its model, and its head has two rows."""
+    """They would set the size of the head, which has two rows."""
     module = torch.nn.Linear(2, 3)
     notes = dataclasses.replace(demo.base("float32", 0), classes=("a", "b", "c")).notes()
     zoext.Trajectory(command.folder / "mine.jsonl", zoext.MeZO(module), notes=notes).close()

@@ -1,4 +1,4 @@
-"""A run that is resumed with another number of threads says that its bits may be others."""
+"""A run that is resumed with another number of threads warns that its bits may differ."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from support.finetune_command import Command, prepare
-from zoext.cli import main, plot
+from zoext.cli import main
+from zoext.cli._runs import results
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     return prepare(tmp_path, capsys)
 
 

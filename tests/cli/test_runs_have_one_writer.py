@@ -1,4 +1,4 @@
-"""Two commands never write one run: the second is refused before it changes anything."""
+"""Two commands never write the same run: the second is refused before it changes anything."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import pytest
 
 from support.compare_command import CompareCommand
 from support.finetune_command import Command, prepare
-from zoext.cli import claim, finetune, main, plot
-from zoext.cli.claim import LOCK
-from zoext.trajectory.owned import OwnedFile
+from zoext.cli import main
+from zoext.cli._commands import finetune
+from zoext.cli._runs import claim, results
+from zoext.cli._runs.claim import LOCK
+from zoext.trajectory import OwnedFile
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes as long as all the rest
+    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     monkeypatch.chdir(tmp_path)
     return prepare(tmp_path, capsys)
 
 
 def while_loading(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Does ``action`` once, while the next run loads its model, as another process may."""
+    """Calls ``action`` once while the next run loads its model, like another process might."""
     load = finetune.load
 
     def loads(*arguments: Any) -> Any:
@@ -108,7 +110,7 @@ def test_without_locks_a_run_that_has_begun_stays(command: Command, monkeypatch:
 
     while_loading(monkeypatch, another)
     assert main(command.arguments()) == 2
-    assert "holds a run already" in command.capsys.readouterr().err
+    assert "already holds a run" in command.capsys.readouterr().err
     assert command.snapshot() == kept[0]
 
 
@@ -123,11 +125,11 @@ def test_a_live_run_is_not_resumed(command: Command, checkpoints: bool, live: st
 
 
 @pytest.mark.parametrize("live", [LOCK, "trajectory.jsonl"])
-@pytest.mark.parametrize("damaged", ["metrics.jsonl", "trajectory.jsonl"])
-def test_what_a_live_run_writes_is_not_set_aside(command: Command, damaged: str, live: str) -> None:
+@pytest.mark.parametrize("corrupted", ["metrics.jsonl", "trajectory.jsonl"])
+def test_what_a_live_run_writes_is_not_set_aside(command: Command, corrupted: str, live: str) -> None:
     command.works()
-    with (command.out / damaged).open("a") as file:
-        file.write("damaged\n")
+    with (command.out / corrupted).open("a") as file:
+        file.write("corrupted\n")
     with OwnedFile(command.out / live, make=True):
         assert "is writing" in command.is_refused("--resume", "--steps=4")
 
@@ -138,13 +140,13 @@ def test_a_folder_without_room_for_a_lock(command: Command, monkeypatch: pytest.
 
     monkeypatch.setattr(claim, "OwnedFile", refuses)
     error = command.is_refused()
-    assert f"{command.out / LOCK}: Read-only file system; put that right or give another --out" in error
+    assert f"{command.out / LOCK}: Read-only file system; fix this or give another --out" in error
 
 
 def test_a_folder_that_another_command_removes_just_now(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had made the folder, and was refused: between the look for the folder and the lock in it."""
+    """A refused command removes the folder that it created just before another command locks it."""
     made: list[Path] = []
 
     def makes(folder: Path) -> None:

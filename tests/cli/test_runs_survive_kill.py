@@ -1,4 +1,4 @@
-"""``kill -9`` at any moment of a run, again and again: resumed, it ends with the bits of one in peace."""
+"""A run that is killed at any moment, repeatedly, and resumed ends with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_killed(server: Server, tmp_path: Path, name: str) -> None:
 
 
 def killed_until_it_ends(server: Server, options: list[str], out: Path, chosen: Choice, at_most: int) -> int:
-    """Runs and resumes until the run is done; how often it was killed."""
+    """Runs and resumes until the run is done; returns how often it was killed."""
     kills = 0
     while True:
         has_begun = (out / "run.json").is_file()
@@ -75,10 +75,10 @@ def killed_until_it_ends(server: Server, options: list[str], out: Path, chosen: 
 
 
 class Choice:
-    """The moments of one run in a random order, each at a random call of it.
+    """Draws the moments of one run in random order, each at a random call.
 
-    First one late in the run and then, as it is resumed, one while its trajectory is shortened: in a run that
-    is not resumed there is none.
+    The first is late in the run and the second during the truncation of the trajectory when it is resumed,
+    which an undisturbed run does not have.
     """
 
     def __init__(self, generator: random.Random, calls: dict[str, int], seconds: float) -> None:
@@ -96,7 +96,7 @@ class Choice:
         self._next = self._at(self._moments.pop(), 1.0)
 
     def missed(self) -> None:
-        """A run that is resumed has fewer calls: an earlier one is tried in another run."""
+        """Tries an earlier call in another run, because a resumed run has fewer calls."""
         self.kill = self._at(self.kill.moment, 0.5)
 
     def _at(self, moment: str, share: float) -> Kill:
@@ -107,7 +107,7 @@ class Choice:
 
 
 def result(out: Path) -> dict[str, object]:
-    """All that a run leaves, but for seconds and the picture, which shows no more than the metrics."""
+    """Everything that a run writes, except seconds and the figure, which shows the metrics."""
     assert not list(out.rglob(".*")), "leftovers"
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for record in metrics:
@@ -122,7 +122,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_moments_were_of_all_kinds() -> None:
-    """Runs after the others: inside a forward, an update, a checkpoint, and the writing of a trajectory."""
+    """Runs last: forward passes, updates, checkpoints and writes of trajectories were all interrupted."""
     if len(killed) < KILLS * len(RUNS):
         pytest.skip("counts the kills of all runs")
     moments = {kill.moment for kill in killed}

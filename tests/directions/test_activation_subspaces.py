@@ -266,7 +266,7 @@ def test_balance() -> None:
     start = nn.Sequential(nn.Linear(64, 400), nn.LayerNorm(400))
     x = torch.randn(5, 64)
     ratios = {}
-    for balance in ("printed", "matched", "still"):
+    for balance in ("paper", "matched", "freeze"):
         model = copy.deepcopy(start)
         moved, estimate = displacement(
             model, lambda model=model: model(x).square().sum(), balance=balance, rank=2
@@ -275,9 +275,9 @@ def test_balance() -> None:
             (change.norm() / abs(estimate.coefficients) / change.numel() ** 0.5).item() for change in moved
         ]
     # Norms of a thousand normals: within 10 % of their expectation but for one case in 10^5.
-    assert ratios["printed"] == pytest.approx([(2 / 64) ** 0.5, 1, 1, 1], rel=0.1)
+    assert ratios["paper"] == pytest.approx([(2 / 64) ** 0.5, 1, 1, 1], rel=0.1)
     assert ratios["matched"] == pytest.approx([1, 1, 1, 1], rel=0.1)
-    assert ratios["still"] == pytest.approx([(2 / 64) ** 0.5, 0, 0, 0], rel=0.1)
+    assert ratios["freeze"] == pytest.approx([(2 / 64) ** 0.5, 0, 0, 0], rel=0.1)
 
 
 def test_micro_batches_share_the_directions_of_the_first() -> None:
@@ -371,7 +371,7 @@ def test_what_cannot_be_done_is_refused_before_anything_moves() -> None:
         ({"rank": 0}, "rank must be an integer of at least 1, not 0"),
         ({"rank": 1.5}, "rank must be"),
         ({"power_iterations": -1}, "power_iterations must be an integer of at least 0, not -1"),
-        ({"balance": "equal"}, "balance must be one of printed, matched, still, not 'equal'"),
+        ({"balance": "equal"}, "balance must be one of paper, matched, freeze, not 'equal'"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import zoext
-from zoext.cli import demo
-from zoext.cli.models import choose_trainable
+from zoext.cli._problem import demo
+from zoext.cli._problem.models import choose_trainable
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in (demo.MODEL_PACKAGE, demo.DATA_PACKAGE)),

@@ -25,7 +25,7 @@ DIRECTIONS = [
     zoext.LowRank(rank=2, refresh_interval=3, scale="code"),
     zoext.ActivationSubspace(rank=2, power_iterations=2),
     zoext.ActivationSubspace(rank=3, power_iterations=1, balance="matched"),
-    zoext.ActivationSubspace(rank=1, balance="still"),
+    zoext.ActivationSubspace(rank=1, balance="freeze"),
 ]
 ESTIMATORS = [
     zoext.CentralDifference(samples=2),

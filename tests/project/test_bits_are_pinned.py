@@ -52,7 +52,7 @@ def frozen_dense() -> zoext.ActivationSubspace:
     try:
         return zoext.ActivationSubspace(rank=2, balance="freeze")
     except ValueError:
-        return zoext.ActivationSubspace(rank=2, balance="still")
+        return zoext.ActivationSubspace(rank=2, balance="freeze")
 
 
 def loss_std(estimate: zoext.Estimate) -> Tensor:

@@ -10,9 +10,9 @@ import pytest
 import zoext
 from support.faulty_runs import FaultyRun
 from zoext._runtime import atomic
-from zoext.cli import checkpoint, json_lines
-from zoext.cli.checkpoint import Reached
-from zoext.cli.claim import claimed
+from zoext.cli._runs import checkpoint, records
+from zoext.cli._runs.checkpoint import Reached
+from zoext.cli._runs.claim import claimed
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_a_checkpoint_in_new_folders(tmp_path: Path, synced: dict[Path, set[str]
 
 def test_the_first_metrics(tmp_path: Path, synced: dict[Path, set[str]]) -> None:
     path = tmp_path / "metrics.jsonl"
-    json_lines.append(path, [{"step": 1}])
+    records.append(path, [{"step": 1}])
     assert_durable(path, synced, tmp_path)
     synced.clear()
-    json_lines.append(path, [{"step": 2}])
+    records.append(path, [{"step": 2}])
     assert synced == {}, "a folder is synced for no new name"
 
 

@@ -1,4 +1,4 @@
-"""``zoext compare`` on a tiny model, called as from a shell, for its tests."""
+"""Runs ``zoext compare`` on a tiny model in this process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import zoext
 from support.finetune_command import Command
 from support.tiny_models import labelled, tiny_bert
-from zoext.cli.optimizers import OPTIMIZERS, Method
+from zoext.cli._problem.optimizers import OPTIMIZERS, Method
 
 
 @dataclass
 class CompareCommand(Command):
-    """A comparison of few and short runs that would succeed, and what is on the disk."""
+    """A short comparison that would succeed, and its files."""
 
     def arguments(self, *more: str) -> list[str]:
         defaults = {
@@ -60,7 +60,7 @@ class CompareCommand(Command):
         return [[dict(zip(table[0], row, strict=True)) for row in table[2:]] for table in tables if table]
 
 
-#: Of 3 and 4 forwards a step where MeZO has 2; one of them with an lr of another size.
+#: Methods of 3 and 4 forward passes per step, compared with 2 of MeZO, one of them with another lr scale.
 RIVALS = {
     "one-sided": Method(
         partial(zoext.ZerothOrderOptimizer, estimator=zoext.ForwardDifference(samples=2)), lr_scale=0.5
@@ -77,7 +77,7 @@ ALL = ("mezo", *RIVALS)
 
 
 def register_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MeZO and the rivals are all the optimizers there are."""
+    """Makes MeZO and the rivals the only optimizers."""
     for name in OPTIMIZERS.keys() - {"mezo"}:
         monkeypatch.delitem(OPTIMIZERS, name)
     for name, method in RIVALS.items():

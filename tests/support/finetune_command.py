@@ -1,4 +1,4 @@
-"""``zoext finetune`` on a tiny model, called as from a shell, for the tests of what it refuses and keeps."""
+"""Runs ``zoext finetune`` on a tiny model in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zoext.cli import main
 
 @dataclass
 class Command:
-    """A run that would succeed, and what is on the disk."""
+    """A run that would succeed, and its files."""
 
     folder: Path
     capsys: pytest.CaptureFixture[str]
@@ -30,7 +30,7 @@ class Command:
         self.capsys.readouterr()
 
     def is_refused(self, *more: str) -> str:
-        """Runs with ``more`` and returns the error, having checked its form and that nothing changed."""
+        """Runs with ``more`` and returns the error; checks its form and that nothing changed."""
         before = self.snapshot()
         assert main(self.arguments(*more)) == 2
         said = self.capsys.readouterr()
@@ -73,7 +73,7 @@ def prepare(folder: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing more than ``size`` bytes to a file fails, as on a full disk."""
+    """Makes writing more than ``size`` bytes to a file fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

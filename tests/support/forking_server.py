@@ -1,4 +1,4 @@
-"""A process that has imported everything once and runs ``zoext`` in forks of itself, to be killed.
+"""A process that imports everything once and runs ``zoext`` in forks of itself, which can be killed.
 
 Reads a line of JSON for each run from stdin and writes one for each to stdout. Run as a program.
 """
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from support import environment
 
-#: Where a run can be killed, by name: before or after such a call, or with half of what it was to write.
+#: Where a run can be killed, by name: before or after such a call, or with half of its data written.
 MOMENTS = {
     "forward": ("torch.nn:Linear.forward",),
     "update": tuple(
@@ -51,7 +51,7 @@ class Kill:
 
 
 class Ended(NamedTuple):
-    """How a run ended: its exit status, negative for a signal; if it was not to be killed, its calls."""
+    """How a run ended: exit status, negative for a signal, and its calls unless it was to be killed."""
 
     status: int
     calls: dict[str, int]
@@ -59,7 +59,7 @@ class Ended(NamedTuple):
 
 
 class Server:
-    """The process, started; ``run`` runs ``zoext ARGUMENTS`` in a fork of it."""
+    """Starts the process; ``run`` runs ``zoext ARGUMENTS`` in a fork of it."""
 
     def __init__(self, folder: Path) -> None:
         variables = environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -80,11 +80,11 @@ class Server:
 
 
 def serve(calls: Path) -> None:
-    from zoext.cli import plot
+    from zoext.cli._runs import results
 
     for name in ("safetensors.torch", "tqdm", "transformers.models.bert.modeling_bert"):
         importlib.import_module(name)
-    plot.draw = lambda *_: None  # it takes as long as all the rest, and nothing depends on it
+    results.draw_curve = lambda *_: None  # slow, and nothing depends on it
     for line in sys.stdin:
         request = json.loads(line)
         kill = None if request["kill"] is None else Kill(**request["kill"])
@@ -92,7 +92,7 @@ def serve(calls: Path) -> None:
         began = time.monotonic()
         child = os.fork()
         if child == 0:
-            os.dup2(2, 1)  # stdout is for the answers
+            os.dup2(2, 1)  # stdout carries the answers
             run(request["arguments"], kill, calls)
         if kill is not None and kill.moment == "any":
             time.sleep(kill.seconds)
@@ -144,7 +144,7 @@ def watch(moment: str, function: str, kill: Kill | None, counted: Counter[str]) 
 
 
 def half(moment: str, original: Callable[..., Any], arguments: Any, options: Any) -> None:
-    """Writes half of it."""
+    """Calls ``original`` with half of the data."""
     match moment:
         case "trajectory":
             file, data = arguments

@@ -191,7 +191,7 @@ class PlainOptimizer:
 
     def leaves_still(self, key: int) -> bool:
         """Whether a parameter neither moves nor decays."""
-        return getattr(self.direction, "balance", None) == "still" and key not in self.given
+        return getattr(self.direction, "balance", None) == "freeze" and key not in self.given
 
     def _adam_step(self) -> Tensors:
         b1, b2 = self.update.betas

@@ -233,7 +233,7 @@ def other_weights(rank: Rank) -> None:
         if rank.number == 1:
             with torch.no_grad():
                 next(model.parameters()).to_local()[0, 0] += 1
-        with refused(model, zoext.TrajectoryError, r"other weights: 0\.weight .*1 of 10"):
+        with refused(model, zoext.TrajectoryError, r"weights mismatch: 0\.weight .*1 of 10"):
             zoext.replay(model, rank.path("mezo float32"))
 
 
@@ -242,7 +242,7 @@ def a_copy_that_differs(rank: Rank) -> None:
     if rank.number == 1:
         with torch.no_grad():
             next(model.parameters()).to_local()[0, 0] += 1
-    pattern = "other weights" if rank.number == 1 else "another rank refused"
+    pattern = "weights mismatch" if rank.number == 1 else "another rank refused"
     with refused(model, zoext.TrajectoryError, pattern):
         zoext.replay(model, rank.path("mezo float32"))
 
@@ -257,7 +257,7 @@ def a_file_that_one_rank_cannot_read(rank: Rank) -> None:
 
 def ranks_that_read_different_trajectories(rank: Rank) -> None:
     model = rank.sharded("mezo float32", "FSDP2 on four")
-    with refused(model, zoext.TrajectoryError, "different trajectories.*same file, and to_step"):
+    with refused(model, zoext.TrajectoryError, "different trajectories.*same file and the same to_step"):
         zoext.replay(model, rank.path("mezo float32"), to_step=3 if rank.number == 3 else 2)
 
 
@@ -269,7 +269,7 @@ def an_optimizer_in_the_middle_on_one_rank(rank: Rank) -> None:
     if rank.number == 1:
         optimizer.engine.look()
         optimizer.state[model[0].weight]["residual"] += 1
-    pattern = "remembers no steps" if rank.number == 1 else "another rank refused"
+    pattern = "depends on its earlier steps" if rank.number == 1 else "another rank refused"
     with refused(model, zoext.TrajectoryError, pattern):
         zoext.replay(optimizer, rank.path(run))
 

@@ -1,4 +1,4 @@
-"""A very small model of transformers in a folder and data it can learn, for the tests of the command."""
+"""A tiny transformers model in a folder, and data that it can learn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from zoext.cli.models import quiet_transformers
+from zoext.cli._problem.models import quiet_transformers
 
 GOOD, BAD = ("bright", "kind", "sweet"), ("grim", "cruel", "sour")
 OTHER = ("the", "day", "was", "so", "very", "cat")

@@ -17,7 +17,7 @@ import zoext
 from support.faulty_runs import FaultyRun
 from support.graphed_runs import same
 from zoext.trajectory import TrajectoryError
-from zoext.trajectory.lines import read
+from zoext.trajectory._format.lines import read
 
 
 def record(
@@ -71,7 +71,7 @@ def forge_text(path: Path, line: int, old: str, new: str) -> None:
 
 
 def steps_in(path: Path) -> list[int]:
-    """The steps that a file has whole and undamaged."""
+    """The steps that a file has complete and intact."""
     return [line.record["step"] for line in read(path)][1:]
 
 

@@ -18,9 +18,10 @@ import torch
 import zoext
 from support.faulty_runs import FaultyRun
 from support.trajectory_files import assert_replays, records, steps_in
-from zoext.trajectory import recording, writer
-from zoext.trajectory.owned import OwnedFile
-from zoext.trajectory.writer import BackgroundWriter
+from zoext.trajectory import OwnedFile
+from zoext.trajectory._format import lines
+from zoext.trajectory._writer import background
+from zoext.trajectory._writer.background import BackgroundWriter
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_steps_do_not_wait_for_a_slow_disk(disk: threading.Event, tmp_path: Path
     base = copy.deepcopy(run.model)
     trajectory = zoext.Trajectory(path, run.optimizer)
     run.healthy(3)
-    time.sleep(2 * writer.INTERVAL)  # the thread has begun to write
+    time.sleep(2 * background.INTERVAL)  # the thread has begun to write
     run.healthy(5)
     assert len(steps_in(path)) < 8
     disk.set()
@@ -73,7 +74,7 @@ def test_nothing_is_read_from_a_step_before_the_thread_writes_it(tmp_path: Path)
     """Making a line would wait for the device, so it is the thread's; the learning rate is the step's."""
     run, path = FaultyRun("mezo", lr=torch.tensor(0.5)), tmp_path / "run.jsonl"
     threads = set()
-    real = recording.lines.encode
+    real = lines.encode
 
     def encode(*args: Any) -> Any:
         threads.add(threading.current_thread().name)
@@ -81,7 +82,7 @@ def test_nothing_is_read_from_a_step_before_the_thread_writes_it(tmp_path: Path)
 
     trajectory = zoext.Trajectory(path, run.optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recording.lines, "encode", encode)
+        patch.setattr(lines, "encode", encode)
         for step in range(4):
             run.optimizer.param_groups[0]["lr"].fill_(0.5**step)
             run.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def test_frames_that_are_missing_or_damaged(agzo: tuple[nn.Module, Path, Path]) 
         beside.write_bytes(
             data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :]
         )
-        refused(base, path, f"{beside}: damaged at byte ")
+        refused(base, path, f"{beside}: corrupted at byte ")
     for size in (0, 1, len(data) // 2, len(data) - 1):
         beside.write_bytes(data[:size])
         refused(base, path, f"{beside}: ", "is missing")
@@ -209,7 +210,7 @@ def test_only_the_frames_of_the_steps_that_are_replayed_count(agzo: tuple[nn.Mod
         (lambda offset: [offset, 8, 1, 1], "frame must be"),
         (lambda offset: [float(offset), 8, 1], "frame must be"),
         (lambda offset: [offset + 8, 8, 1], "offset"),
-        (lambda offset: [offset, 0, 0], "damaged"),
+        (lambda offset: [offset, 0, 0], "corrupted"),
         (lambda offset: None, "frame must be"),
         (lambda offset: {}, "frame must be"),
     ],
@@ -256,7 +257,7 @@ def replace_frame(
             factors = load(document)
             change(factors)
             document = save(factors)
-        row["frame"] = [end, len(document), zoext.trajectory.frames.zlib.crc32(document)]
+        row["frame"] = [end, len(document), zlib.crc32(document)]
         end += len(document)
         documents.append(document)
     beside.write_bytes(b"".join(documents))
@@ -292,14 +293,14 @@ def test_factors_that_do_not_fit(
     replace_frame(path, beside, lambda factors: None)
     zoext.replay(copy.deepcopy(base), path)
     replace_frame(path, beside, change)
-    refused(base, path, f"{beside}: damaged at byte ")
+    refused(base, path, f"{beside}: corrupted at byte ")
 
 
 def test_a_side_file_that_is_missing_or_damaged_is_not_gone_on_with(tmp_path: Path) -> None:
     path, beside = tmp_path / "run.jsonl", tmp_path / "run.frames"
     _, run = record(path, recipe="agzo")
     lines, data = path.read_bytes(), beside.read_bytes()
-    for damaged, how in ((data[:-1], "is too short"), (b"\x01" + data[1:], "damaged at byte 0")):
+    for damaged, how in ((data[:-1], "is too short"), (b"\x01" + data[1:], "corrupted at byte 0")):
         beside.write_bytes(damaged)
         with pytest.raises(TrajectoryError, match=rf"run\.frames: {how}"):
             zoext.Trajectory(path, run.optimizer, resume=True)

@@ -87,14 +87,14 @@ def test_still_compared_by_shape_and_dtype(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     record(model_with(KINDS[kind]()), path)
     for other in (torch.ones(3, 4), torch.ones(3, dtype=torch.float64)):
-        with pytest.raises(zoext.TrajectoryError, match="begins with another model: odd is"):
+        with pytest.raises(zoext.TrajectoryError, match="model mismatch: odd is"):
             zoext.replay(model_with(other), path)
 
 
 def test_weights_that_were_there_must_be_there(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     record(model_with(torch.ones(3, 2)), path)
-    with pytest.raises(zoext.TrajectoryError, match="begins with other weights: odd"):
+    with pytest.raises(zoext.TrajectoryError, match="weights mismatch: odd"):
         zoext.replay(model_with(torch.empty(3, 2, device="meta")), path)
 
 

@@ -16,7 +16,7 @@ import zoext
 from support.faulty_runs import FaultyRun
 from support.graphed_runs import same
 from zoext._runtime import atomic
-from zoext.trajectory.lines import read
+from zoext.trajectory._format.lines import read
 
 
 def steps_in(path: Path) -> list[int]:
@@ -87,9 +87,9 @@ def test_somebody_who_writes_without_asking_is_told_of(tmp_path: Path) -> None:
         file.write("graffiti")
     run.step()
     for action in (trajectory.flush, run.step, trajectory.close):
-        with pytest.raises(OSError, match="somebody else"):
+        with pytest.raises(OSError, match="another program"):
             action()
-    with pytest.raises(OSError, match=r"Put that right and step again|somebody else"):
+    with pytest.raises(OSError, match=r"Fix this and step again|another program"):
         trajectory.flush()
     assert run.steps == 2
     assert path.read_bytes().endswith(b"}\ngraffiti")
@@ -157,7 +157,7 @@ def test_a_close_that_failed_lets_go_of_the_file(tmp_path: Path, monkeypatch: py
         second.flush()
         with pytest.raises(BlockingIOError):
             first.close()
-    with pytest.raises(OSError, match="somebody else"):
+    with pytest.raises(OSError, match="another program"):
         first.close()
     assert steps_in(path) == [1]
     assert same(state, FaultyRun("mezo").state())

@@ -16,7 +16,9 @@ from torch import nn
 import zoext
 from support.faulty_runs import FaultyRun
 from support.trajectory_files import forge, forge_text, record, record_mezo, records, refused, write_bodies
-from zoext.trajectory import TrajectoryError, lines
+from zoext._parameters.digest import digest
+from zoext.trajectory import TrajectoryError
+from zoext.trajectory._format import lines
 
 
 @pytest.fixture
@@ -168,7 +170,7 @@ def test_parameters_that_do_not_add_up(
 ADAM = {"name": "AdamReplay", "betas": [0.7, 0.9], "horizon": 2, "eps": 1e-8, "bias_correction": True}
 POOL = {"name": "GuidingVector", "pool_size": 4, "elite_ratio": 0.5, "weighting": "ranked"}
 LOW = {"name": "LowRank", "rank": 2, "refresh_interval": 3, "scale": "paper"}
-AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": None, "balance": "printed"}
+AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": None, "balance": "paper"}
 
 
 @pytest.mark.parametrize(
@@ -325,10 +327,10 @@ def test_parameters_that_cannot_be_moved(run: tuple[nn.Module, Path]) -> None:
     refused(turned, path, "3.weight is not contiguous")
     integers = copy.deepcopy(base)
     integers[3].bias = nn.Parameter(torch.arange(3), requires_grad=False)
-    digest = zoext.digest.digest(integers[3].bias)
+    recorded = digest(integers[3].bias)
     forge(
         path,
         1,
-        lambda row: row["groups"][0]["parameters"][-1].update(dtype="torch.int64", digest=digest),
+        lambda row: row["groups"][0]["parameters"][-1].update(dtype="torch.int64", digest=recorded),
     )
     refused(integers, path, "3.bias", "int64")

@@ -18,7 +18,7 @@ from support.graphed_runs import Run, same
 from support.recorded_graph import RecordedGraph
 from support.trajectory_files import assert_replays, records, steps_in
 from zoext._engine import StepEngine
-from zoext.trajectory import recording
+from zoext.trajectory._writer import pieces
 
 
 def test_two_trajectories_of_one_optimizer(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_run_in_pieces_and_after_loading_a_state(tmp_path: Path) -> None:
 def test_what_an_optimizer_remembers_must_be_in_the_trajectory(precision: str, tmp_path: Path) -> None:
     run = FaultyRun("adamezo" if precision == "nearest" else "mezo", torch.bfloat16, precision=precision)
     run.healthy(2)
-    with pytest.raises(ValueError, match="at step 2 it remembers steps"):
+    with pytest.raises(ValueError, match="at step 2, its next step depends on earlier ones"):
         zoext.Trajectory(tmp_path / "run.jsonl", run.optimizer)
     assert not list(tmp_path.iterdir())
 
@@ -264,7 +264,7 @@ def test_a_step_that_could_not_be_recorded_is_not_passed_over(
     with zoext.Trajectory(path, run.optimizer):
         run.step()
         with monkeypatch.context() as patch:
-            patch.setattr(recording, "send", fails)
+            patch.setattr(pieces, "to_host", fails)
             with pytest.raises(MemoryError):
                 run.step()
         with pytest.raises(RuntimeError, match="close"):
@@ -370,7 +370,7 @@ def test_no_pickle_and_no_text_but_ascii(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["dtype", "seed"])
-def test_what_no_line_tells_of_is_refused(tmp_path: Path, change: str) -> None:
+def test_changes_that_the_file_does_not_record_are_refused(tmp_path: Path, change: str) -> None:
     run = FaultyRun("lozo")
     with zoext.Trajectory(tmp_path / "run.jsonl", run.optimizer):
         run.healthy(2)
@@ -379,6 +379,6 @@ def test_what_no_line_tells_of_is_refused(tmp_path: Path, change: str) -> None:
         else:
             run.optimizer.param_groups[0]["seed"] = 1
         before = [parameter.detach().clone() for parameter in run.model.parameters()]
-        with pytest.raises(RuntimeError, match="which no line tells"):
+        with pytest.raises(RuntimeError, match="which the file does not record"):
             run.step()
         assert all(map(torch.equal, before, run.model.parameters()))

@@ -18,7 +18,7 @@ from support.graphed_runs import RECIPES, Run, same
 from support.trajectory_files import record, records
 from zoext import _C
 from zoext._engine import StepEngine
-from zoext.trajectory import replaying
+from zoext.trajectory._replay import part_replay
 
 PRECISIONS = ("nearest", "stochastic", "residual")
 DTYPES = [(torch.float32, "stochastic"), (torch.float64, "nearest")]
@@ -63,7 +63,7 @@ def test_to_every_step(recipe: str, dtype: torch.dtype, precision: str, tmp_path
 @pytest.mark.parametrize("recipe", ["mezo", "adamezo", "lozo", "agzo"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_around_the_borders_of_what_is_done_at_once(recipe: str, precision: str, tmp_path: Path) -> None:
-    at_once = replaying.AT_ONCE if recipe in ("mezo", "adamezo") else replaying.AT_ONCE_FACTORED
+    at_once = part_replay.AT_ONCE if recipe in ("mezo", "adamezo") else part_replay.AT_ONCE_FACTORED
     run, path, expected = FaultyRun(recipe, torch.bfloat16, precision=precision), tmp_path / "run.jsonl", {}
     base = copy.deepcopy(run.model)
     with zoext.Trajectory(path, run.optimizer, frames=True):
@@ -249,7 +249,7 @@ def test_a_step_that_is_no_integer(to_step: Any, tmp_path: Path) -> None:
 
 
 def test_a_replay_that_is_interrupted_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replaying, "AT_ONCE", 2)
+    monkeypatch.setattr(part_replay, "AT_ONCE", 2)
     base, _ = record(tmp_path / "run.jsonl", 5)
     real, calls = StepEngine.apply, []
 
@@ -262,7 +262,7 @@ def test_a_replay_that_is_interrupted_says_where(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(StepEngine, "apply", take)
     with pytest.raises(KeyboardInterrupt) as raised:
         zoext.replay(base, tmp_path / "run.jsonl")
-    assert "run.jsonl: the weights are those of step 2 now" in raised.value.__notes__[0]
+    assert "run.jsonl: the weights are now those of step 2" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize("to_step", [-1, 5, 2**70])

@@ -184,7 +184,7 @@ def test_a_part_of_a_line_that_could_not_be_removed_is_removed_later(
 
 
 def test_a_full_disk_and_a_graph(room: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoext.graphs.CudaGraph", RecordedGraph)
+    monkeypatch.setattr("zoext.graphs.graphed_step.CudaGraph", RecordedGraph)
     run = Run("mezo")
     with zoext.Trajectory(tmp_path / "run.jsonl", run.optimizer) as trajectory:
         run.steps(range(6))

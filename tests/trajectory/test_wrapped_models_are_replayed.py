@@ -110,5 +110,5 @@ def test_names_of_other_models_are_their_own(tmp_path: Path) -> None:
     assert record(model, path) == [name for name, _ in model.named_parameters()]
     zoext.replay(base, path)
     assert same(bits(base), bits(model))
-    with pytest.raises(zoext.TrajectoryError, match=r"another model: 'module\.0\.weight'"):
+    with pytest.raises(zoext.TrajectoryError, match=r"model mismatch: 'module\.0\.weight'"):
         zoext.replay(plain_model(), path)

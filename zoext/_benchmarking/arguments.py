@@ -1,4 +1,4 @@
-"""The options that all benchmarks share."""
+"""Command-line options that benchmarks share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from zoext._benchmarking.dense_pass import Shape, opt_shapes
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """For a program whose docstring is the description: its lines stay as they are."""
+    """A parser whose description, a module's docstring, keeps its line breaks."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
-    """How to measure, and where to write the figures."""
+    """Adds how to measure, and where to write the figures."""
     add_json_argument(parser)
     parser.add_argument(
         "--device",
@@ -30,51 +30,54 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) ->
         help="where to measure; default: %(default)s",
     )
     add_count(parser, "--threads", torch.get_num_threads())
-    add_count(parser, "--repeats", repeats, "rounds, after one to warm up")
+    add_count(parser, "--repeats", repeats, "rounds, after a warm-up round")
 
 
 def add_threads_and_json_arguments(parser: argparse.ArgumentParser) -> None:
-    """For a program that runs on the CPU alone and has its own way to repeat."""
+    """For a program that runs only on the CPU and repeats in its own way."""
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     add_json_argument(parser)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures here as well")
+    """Adds where to write the figures."""
+    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the figures to this file")
 
 
 def add_count(parser: argparse.ArgumentParser, name: str, default: int, meaning: str = "") -> None:
-    """An integer of at least 1, whose help ends with the default."""
+    """Adds an integer of at least 1, whose help ends with the default."""
     help_text = f"{meaning}; default: %(default)s" if meaning else "default: %(default)s"
     parser.add_argument(name, type=positive, default=default, help=help_text)
 
 
 def writable(text: str) -> Path:
-    """A file that can be written to later: what was measured for an hour should not be lost then."""
+    """The type of a path that is checked before an hour of measurements could be lost."""
     path = Path(text)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that can be written to, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a file in a writable folder, not {text}")
     return path
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The size of the OPT decoder; the defaults are OPT-125M."""
+    """Adds the size of the OPT decoder; the defaults are those of OPT-125M."""
     add_count(parser, "--layers", 12)
     add_count(parser, "--width", 768)
     add_count(parser, "--vocabulary", 50272)
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
+    """The parameter shapes of the OPT decoder of ``add_model_arguments``."""
     return opt_shapes(layers=arguments.layers, width=arguments.width, vocabulary=arguments.vocabulary)
 
 
 def describe(shapes: list[Shape]) -> str:
+    """The number of parameters and tensors."""
     elements = sum(math.prod(shape) for shape in shapes)
     return f"{elements / 1e6:.2f} million parameters in {len(shapes)} tensors"
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options as plain data, without where the figures go and what a command's parser adds."""
+    """The options as plain data, without paths and objects."""
     plain = {
         name: str(value) if isinstance(value, torch.device) else value
         for name, value in vars(arguments).items()
@@ -90,7 +93,7 @@ def _device(text: str) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """For ``type`` of an option."""
+    """The type of an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")

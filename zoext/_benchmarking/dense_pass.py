@@ -1,4 +1,4 @@
-"""One pass over all parameters, done in several ways: ``theta += c z``."""
+"""One pass ``theta += c z`` over all parameters, in several implementations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from zoext import noise, ops
 from zoext._benchmarking.report import Report, at_least
-from zoext._benchmarking.timing import Spread
+from zoext._benchmarking.timing import Measurement
 
 Shape = tuple[int, ...]
 
@@ -22,7 +22,7 @@ STEPS = 16
 def opt_shapes(
     *, layers: int = 12, width: int = 768, vocabulary: int = 50272, positions: int = 2050
 ) -> list[Shape]:
-    """The shapes of an OPT decoder's parameters (arXiv 2205.01068), the output tied to the input.
+    """The parameter shapes of an OPT decoder (arXiv 2205.01068) with tied embeddings.
 
     The defaults are OPT-125M: 125.24 million parameters in 196 tensors.
     """
@@ -35,12 +35,12 @@ def opt_shapes(
 
 
 class DensePass:
-    """Parameters of ``shapes``, and the ways to go over all of them once.
+    """Parameters of ``shapes``, and several ways to pass over all of them once.
 
     Args:
         shapes: one per parameter.
         dtype: float32, float64, bfloat16 or float16.
-        device: where the parameters are.
+        device: of the parameters.
     """
 
     def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
@@ -58,26 +58,26 @@ class DensePass:
         self._bytes = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
         self._pieces = self._reused_pieces(dtype, device)
 
-    def usual_loop(self) -> None:
-        """What the script of MeZO (arXiv 2305.17333) and its forks do to perturb a model, in torch."""
-        usual_perturb(self.parameters, SEED, 1.0, SCALE)
+    def baseline(self) -> None:
+        """Perturbs with the standard PyTorch loop of MeZO's script (arXiv 2305.17333) and its forks."""
+        baseline_perturb(self.parameters, SEED, 1.0, SCALE)
 
     def plain(self) -> None:
-        """Reads and writes as many bytes, in one piece: the limit that memory sets.
+        """Reads and writes the same number of bytes in one tensor: the limit set by memory bandwidth.
 
-        Of integers, since torch's sums in 16 bits are bound by arithmetic and not by memory.
+        The tensor holds integers, because 16-bit sums in torch are compute-bound.
         """
         self._bytes.bitwise_not_()
 
     def copy(self) -> None:
-        """Reads and writes as many bytes, as the device copies them: one half over the other, and back."""
+        """Reads and writes the same number of bytes with device copies between two halves."""
         half = len(self._bytes) // 2
         first, second = self._bytes[:half], self._bytes[len(self._bytes) - half :]
         second.copy_(first)
         first.copy_(second)
 
     def noise_only(self) -> None:
-        """As many normals, into memory that stays in a cache: the limit that arithmetic sets."""
+        """Generates the same number of normals into cache-resident buffers: the limit set by arithmetic."""
         spans = [ops.span_of(piece) for piece in self._pieces]
         ops.normal_(self._pieces, self._seeds[:1], range(len(self._pieces)), spans)
 
@@ -87,7 +87,7 @@ class DensePass:
         rounding: ops.Rounding = ops.Rounding.NEAREST,
         terms: int = 1,
     ) -> None:
-        """The operator of this package, with 1 to 4 terms ``c z``."""
+        """This package's operator, with 1 to 4 terms ``c z``."""
         ops.noise_axpy_(
             self.parameters,
             self._seeds[:terms],
@@ -101,14 +101,14 @@ class DensePass:
         )
 
     def steps_at_once(self) -> None:
-        """16 steps of one term in one call."""
+        """16 one-term steps in one call."""
         device = self._seeds.device
         seeds = torch.arange(SEED, SEED + STEPS, device=device)[:, None]
         coefficients, decay = torch.full((STEPS, 1), SCALE, device=device), torch.zeros(STEPS, device=device)
         ops.noise_axpy_(self.parameters, seeds, coefficients, decay, self._keys, self._spans)
 
     def steps_one_by_one(self) -> None:
-        """As many steps, a call for each."""
+        """The same steps, one call each."""
         for _ in range(STEPS):
             self.fused()
 
@@ -122,10 +122,10 @@ class DensePass:
         ]
 
     def _reused_pieces(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-        """As many elements as the parameters have, but the same few buffers again and again.
+        """A list with as many elements as the parameters that repeats a few cache-sized buffers.
 
-        One buffer a thread, since each takes a stretch of the list: sharing one would have the cores
-        send its lines to and fro.
+        On a CPU there is one buffer per thread, because threads take contiguous parts of the list and would
+        otherwise contend for the same cache lines.
         """
         on_cpu = device.type == "cpu"
         size = min(self.elements, 2**18 if on_cpu else 2**22)
@@ -137,28 +137,28 @@ class DensePass:
         return [buffers[i * len(buffers) // count] for i in range(count)]
 
     def rivals(self) -> dict[str, Callable[[], None]]:
-        """What every report about this pass compares."""
+        """The implementations that every report on this pass compares."""
         return {
-            "usual loop": self.usual_loop,
+            "baseline": self.baseline,
             "plain pass": self.plain,
             "noise only": self.noise_only,
             "fused pass": self.fused,
         }
 
 
-def add_rivals(report: Report, label: str, times: Mapping[str, Spread], device: torch.device) -> None:
-    """Adds the times, those of ``DensePass.rivals`` among them, and how the rivals compare."""
+def add_rivals(report: Report, label: str, times: Mapping[str, Measurement], device: torch.device) -> None:
+    """Adds the times, which include those of ``DensePass.rivals``, and their ratios."""
     report.add_times(label, times)
     limit = times["plain pass"].larger_of(times["noise only"])
-    bar = at_least(12) if device.type == "cpu" else None
-    report.add(f"{label}: usual loop / fused pass", times["usual loop"] / times["fused pass"], "x", bar)
+    target = at_least(12) if device.type == "cpu" else None
+    report.add(f"{label}: baseline / fused pass", times["baseline"] / times["fused pass"], "x", target)
     report.add(f"{label}: fused pass / larger limit", times["fused pass"] / limit, "x")
 
 
-def usual_perturb(parameters: Sequence[torch.Tensor], seed: int, factor: float, scale: float) -> None:
-    """``theta += factor * z * scale`` as peers write it: noise for one parameter after the other.
+def baseline_perturb(parameters: Sequence[torch.Tensor], seed: int, factor: float, scale: float) -> None:
+    """``theta += factor * z * scale`` as other implementations write it, one parameter at a time.
 
-    Every product and the sum is a new tensor, and on a CPU torch draws normals on one thread.
+    Every product and the sum allocates a tensor, and on a CPU torch draws normals on one thread.
     """
     torch.manual_seed(seed)
     for parameter in parameters:

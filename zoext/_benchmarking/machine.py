@@ -1,4 +1,4 @@
-"""What a benchmark's figures depend on besides its settings: the machine and the software on it."""
+"""Describes the machine and the software that a benchmark's figures depend on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from zoext import _C
 
-#: What the driver's own tool is asked for, by the names that it and the reports have for it.
+#: Queries of the driver's tool, and their names in reports.
 _DRIVER_FACTS = {
     "driver_version": "driver",
     "clocks.sm": "clock MHz",
@@ -23,7 +23,7 @@ _DRIVER_FACTS = {
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Plain data by name; of the GPU as well where ``device`` is one."""
+    """Plain data by name, including the GPU if ``device`` is one."""
     facts = {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -36,7 +36,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """What torch and the driver say about a GPU; what they do not say is left out."""
+    """What torch and the driver report about a GPU; unknown facts are omitted."""
     properties = torch.cuda.get_device_properties(device)
     facts = {
         "GPU": properties.name,
@@ -51,7 +51,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _bandwidth(properties: Any) -> int | None:
-    """Of memory that moves two words a clock, as all of GPUs does; older versions of torch know no clock."""
+    """For double data rate, which all GPU memory has; None in torch versions that do not report the clock."""
     kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
     return round(2 * kilohertz * 1e3 * bits / 8 / 1e9) or None
 

@@ -1,4 +1,4 @@
-"""The peak of memory during some work."""
+"""Peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ MIB = 2**20
 
 
 def peak(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes in use during ``work`` beyond those in use before it.
+    """The peak number of bytes in use during ``work``, minus those in use before it.
 
-    Counts what torch's allocator hands out: the profiler writes it down on a CPU, the caching allocator
-    on a GPU. It runs twice and the second run counts, so that what it keeps between runs is there
-    before, and so that the profiler has seen the making of all that it then sees freed.
+    Counts the memory that torch's allocator hands out, as seen by the profiler on a CPU and by the caching
+    allocator on a GPU. ``work`` runs twice and the second run counts: memory that it keeps between runs then
+    exists before, and the profiler has seen the allocation of everything that it sees freed.
     """
     return cuda_peaks(work, device).allocated if device.type == "cuda" else _peak_on_cpu(work)
 
 
 class CudaPeaks(NamedTuple):
-    """Bytes that torch's allocator hands out, and those that it holds of the device for that.
+    """Peak bytes that torch's allocator hands out, and that it reserves on the device.
 
-    What a CUDA graph keeps for its replays counts as held, even where nothing of it is handed out.
+    The private pool of a CUDA graph counts as reserved even while nothing in it is handed out.
     """
 
     allocated: int
@@ -36,7 +36,7 @@ class CudaPeaks(NamedTuple):
 
 
 def cuda_peaks(work: Callable[[], object], device: torch.device) -> CudaPeaks:
-    """As ``peak``, on a GPU."""
+    """Like ``peak``, on a GPU."""
     work()
     torch.cuda.synchronize(device)
     gc.collect()
@@ -52,7 +52,7 @@ def cuda_peaks(work: Callable[[], object], device: torch.device) -> CudaPeaks:
 
 
 def _peak_on_cpu(work: Callable[[], object]) -> int:
-    # Kineto, below the profiler, reads this at its first use; else it says on stderr that it began and ended.
+    # Kineto reads this at its first use; without it, it logs its start and end to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -1,4 +1,4 @@
-"""A benchmark's figures as a table for people and as JSON for programs."""
+"""Reports a benchmark's figures as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from zoext._benchmarking.machine import environment
-from zoext._benchmarking.timing import Spread
+from zoext._benchmarking.timing import Measurement
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """What a figure must reach, as promised in the project's contract."""
+class Target:
+    """The value that a figure should reach."""
 
     relation: str
     value: float
@@ -28,38 +28,44 @@ class Bar:
         return f"{self.relation} {self.value:.4g}"
 
 
-def at_least(value: float) -> Bar:
-    return Bar(">=", value)
+def at_least(value: float) -> Target:
+    """A lower bound."""
+    return Target(">=", value)
 
 
-def at_most(value: float) -> Bar:
-    return Bar("<=", value)
+def at_most(value: float) -> Target:
+    """An upper bound."""
+    return Target("<=", value)
 
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
     name: str
-    spread: Spread
+    measured: Measurement
     unit: str
-    bar: Bar | None
+    target: Target | None
 
     def row(self) -> tuple[str, ...]:
-        bar = f"{self.bar} {'met' if self.bar.met_by(self.spread.median) else 'MISSED'}" if self.bar else ""
-        numbers = (self.spread.median, min(self.spread.rounds), max(self.spread.rounds))
-        return (self.name, *(f"{number:.2f}" for number in numbers), self.unit, bar)
+        target = (
+            f"{self.target} {'met' if self.target.met_by(self.measured.median) else 'MISSED'}"
+            if self.target
+            else ""
+        )
+        numbers = (self.measured.median, min(self.measured.rounds), max(self.measured.rounds))
+        return (self.name, *(f"{number:.2f}" for number in numbers), self.unit, target)
 
     def as_json(self) -> dict[str, Any]:
-        rounds = self.spread.rounds
+        rounds = self.measured.rounds
         figure: dict[str, Any] = {
-            "median": self.spread.median,
+            "median": self.measured.median,
             "minimum": min(rounds),
             "maximum": max(rounds),
             "rounds": list(rounds),
             "unit": self.unit,
         }
-        if self.bar:
-            figure["bar"] = str(self.bar)
-            figure["met"] = self.bar.met_by(self.spread.median)
+        if self.target:
+            figure["target"] = str(self.target)
+            figure["met"] = self.target.met_by(self.measured.median)
         return figure
 
 
@@ -67,8 +73,8 @@ class _Figure:
 class Report:
     """The figures of one program, in the order in which they were added.
 
-    ``settings`` is what the program was asked to do: plain data. Its ``device``, if there is one, is
-    described as well.
+    ``settings`` are the options of the program as plain data. If they name a ``device``, the report describes
+    it.
     """
 
     title: str
@@ -76,28 +82,28 @@ class Report:
     _figures: list[_Figure] = field(default_factory=list)
     _notes: list[str] = field(default_factory=list)
 
-    def add_times(self, label: str, times: Mapping[str, Spread]) -> None:
-        """Adds seconds, shown in milliseconds."""
-        for name, spread in times.items():
-            milliseconds = Spread(tuple(1e3 * second for second in spread.rounds))
+    def add_times(self, label: str, times: Mapping[str, Measurement]) -> None:
+        """Adds times in seconds, which are shown in milliseconds."""
+        for name, measured in times.items():
+            milliseconds = Measurement(tuple(1e3 * second for second in measured.rounds))
             self.add(f"{label}: {name}", milliseconds, "ms")
 
-    def add(self, name: str, spread: Spread, unit: str, bar: Bar | None = None) -> None:
+    def add(self, name: str, measured: Measurement, unit: str, target: Target | None = None) -> None:
         """Adds a figure; a ratio has the unit "x".
 
         Raises:
-            ValueError: if there is a figure of that name, which the JSON would lose.
+            ValueError: if there already is a figure of that name, which the JSON would lose.
         """
         if any(figure.name == name for figure in self._figures):
-            raise ValueError(f"there is a figure called {name!r} already")
-        self._figures.append(_Figure(name, spread, unit, bar))
+            raise ValueError(f"there is already a figure called {name!r}")
+        self._figures.append(_Figure(name, measured, unit, target))
 
     def note(self, text: str) -> None:
-        """Adds a line of text, which stands below the table: what was left out, and why."""
+        """Adds a line of text below the table, such as what was skipped and why."""
         self._notes.append(text)
 
     def __str__(self) -> str:
-        head = ("", "median", "min", "max", "", "bar")
+        head = ("", "median", "min", "max", "", "target")
         rows = [head, *(figure.row() for figure in self._figures)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [self.title, ", ".join(f"{key} {value}" for key, value in self._environment().items()), ""]
@@ -107,7 +113,7 @@ class Report:
         return "\n".join([*lines, *([""] if self._notes else []), *self._notes])
 
     def finish(self, path: Path | None) -> None:
-        """Prints the table, and writes the JSON to ``path`` unless it is None."""
+        """Prints the table, and writes the JSON to ``path`` unless that is None."""
         print(self)
         if path is None:
             return

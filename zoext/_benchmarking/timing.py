@@ -1,4 +1,4 @@
-"""Times rivals side by side, and compares them round by round."""
+"""Times several cases in interleaved rounds and compares them round by round."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """A figure of every round: seconds, or a ratio."""
+class Measurement:
+    """A figure per round, such as seconds or a ratio."""
 
     rounds: tuple[float, ...]
 
@@ -21,12 +21,13 @@ class Spread:
     def median(self) -> float:
         return statistics.median(self.rounds)
 
-    def __truediv__(self, other: Spread) -> Spread:
-        """Round by round: what disturbs a whole round cancels."""
-        return Spread(tuple(a / b for a, b in zip(self.rounds, other.rounds, strict=True)))
+    def __truediv__(self, other: Measurement) -> Measurement:
+        """Divides round by round, so that disturbances of a whole round cancel."""
+        return Measurement(tuple(a / b for a, b in zip(self.rounds, other.rounds, strict=True)))
 
-    def larger_of(self, other: Spread) -> Spread:
-        return Spread(tuple(max(pair) for pair in zip(self.rounds, other.rounds, strict=True)))
+    def larger_of(self, other: Measurement) -> Measurement:
+        """The maximum round by round."""
+        return Measurement(tuple(max(pair) for pair in zip(self.rounds, other.rounds, strict=True)))
 
 
 def interleaved(
@@ -35,11 +36,11 @@ def interleaved(
     repeats: int,
     device: torch.device,
     seconds: float = float("inf"),
-) -> dict[str, Spread]:
-    """The seconds of each case, measured once a round in ``repeats`` rounds, after a warm-up round.
+) -> dict[str, Measurement]:
+    """The seconds of each case, measured once per round in ``repeats`` rounds, after a warm-up round.
 
-    All cases run in every round, so that a change of the machine's speed meets all of them. No round
-    begins once ``seconds`` have passed, but there is always one. Torch's generators are put back.
+    All cases run in every round, so that changes of the machine's speed affect all of them. No round starts
+    after ``seconds``, except the first. The state of torch's generators is restored.
 
     Raises:
         ValueError: unless ``repeats`` is positive.
@@ -57,7 +58,7 @@ def interleaved(
                 rounds[name].append(_seconds(case, device))
             if time.perf_counter() - began > seconds:
                 break
-    return {name: Spread(tuple(times)) for name, times in rounds.items()}
+    return {name: Measurement(tuple(times)) for name, times in rounds.items()}
 
 
 def _seconds(case: Callable[[], object], device: torch.device) -> float:
@@ -75,7 +76,7 @@ def _wait_for(device: torch.device) -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Within the block, torch's operators and those of zoext use ``count`` threads."""
+    """Makes the operators of torch and zoext use ``count`` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""The command ``zoext``: each subcommand is a module with HELP, ``add_arguments`` and ``run``."""
+"""The command ``zoext``. Its interface is the command line: ``main`` is the only public name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from zoext.cli import bench, compare, finetune, info, replay
-from zoext.cli.errors import UserError
+from zoext.cli._commands import bench, compare, finetune, info, replay
+from zoext.cli._errors import UserError
 
-COMMANDS = {"finetune": finetune, "compare": compare, "replay": replay, "bench": bench, "info": info}
+__all__ = ["main"]
 
-INTERRUPTED = 130  # what shells report for a program that SIGINT ended
+_COMMANDS = {"finetune": finetune, "compare": compare, "replay": replay, "bench": bench, "info": info}
+
+_INTERRUPTED = 130  # the exit code that shells report for SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="zoext", description="Fine-tune PyTorch models with forward passes only.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
+    for name, command in _COMMANDS.items():
         sub = commands.add_parser(name, help=command.HELP, description=command.__doc__)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_arguments(sub)
@@ -32,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs ``zoext ARGUMENTS`` and returns its exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
+    """Runs ``zoext ARGUMENTS`` and returns its exit code: 0, 2 for a user error, 130 after Ctrl-C."""
     try:
         parsed = _parser().parse_args(arguments)
         run = parsed.run
@@ -43,4 +45,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("zoext: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _INTERRUPTED

@@ -13,7 +13,7 @@ from zoext.directions.activations import ActivationObserver, Layer, linear_layer
 from zoext.directions.base import Frame, Observer, Step
 from zoext.directions.factored import Factored
 
-BALANCES = ("printed", "matched", "still")
+BALANCES = ("paper", "matched", "freeze")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ActivationSubspace(Factored):
         power_iterations: products with the Gram matrix H H^T.
         mask: the argument of the model's forward that tells with 0 which positions are padding, shape
             [batch, positions]; these do not count for the basis. None lets all of them count.
-        balance: "printed" (default) is the paper's rule. There the dense directions of the other
+        balance: "paper" (default) is the paper's rule. There the dense directions of the other
             parameters carry nearly all of the squared norm. "matched" scales ``R A^T`` by
             ``sqrt(d_in / rank)``, so that every parameter's direction has the norm that MeZO gives it.
-            "still" leaves the other parameters where they are; they do not decay either.
+            "freeze" leaves the other parameters where they are; they do not decay either.
 
     Raises:
         ValueError: for arguments out of range, without a module, for a module without linear layers that
@@ -46,7 +46,7 @@ class ActivationSubspace(Factored):
     rank: int = 1
     power_iterations: int = 3
     mask: str | None = "attention_mask"
-    balance: str = "printed"
+    balance: str = "paper"
 
     watches = True
 
@@ -62,7 +62,7 @@ class ActivationSubspace(Factored):
 
     @property
     def dense_scale(self) -> float:  # type: ignore[override]
-        return 0.0 if self.balance == "still" else 1.0
+        return 0.0 if self.balance == "freeze" else 1.0
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
         self._layers(module, groups)

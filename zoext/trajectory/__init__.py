@@ -1,16 +1,17 @@
-"""Records runs as text, a line for each step, and replays them bit for bit.
+"""Records runs as text, one line per step, and replays them bit for bit.
 
-``Trajectory`` records and ``replay`` replays; ``TrajectoryError`` and ``VersionError`` say why a file was
-refused. The other names are for tools that read trajectories or write beside them, such as the command.
+``Trajectory`` records the steps of an optimizer, and ``replay`` applies them again to the weights that the
+run began with. The other names are for programs that read a trajectory themselves or write files beside it,
+as the ``zoext`` command does.
 """
 
-from zoext.trajectory.fields import Fields, TrajectoryError, VersionError
-from zoext.trajectory.header import NOISE_FIELD, Header
-from zoext.trajectory.matching import remembers
-from zoext.trajectory.owned import OwnedFile
-from zoext.trajectory.reading import Part, last_whole_step, open_recording, read_until
-from zoext.trajectory.recording import Trajectory
-from zoext.trajectory.replaying import replay, replay_parts
+from zoext.trajectory._format.fields import Fields, TrajectoryError, VersionError
+from zoext.trajectory._format.header import NOISE_FIELD, Header
+from zoext.trajectory._format.reading import Part, last_whole_step, open_recording, read_until
+from zoext.trajectory._optimizers import remembers
+from zoext.trajectory._replay.replaying import replay, replay_parts
+from zoext.trajectory._writer.owned_file import OwnedFile
+from zoext.trajectory._writer.recording import Trajectory
 
 __all__ = [
     "NOISE_FIELD",

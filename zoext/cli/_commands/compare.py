@@ -1,0 +1,200 @@
+"""Compares optimizers on one task, each at its own best learning rate, at equal forward passes.
+
+Without --model and --data the task is the demo: MiniLM learns human ratings of words. DATA is the same as
+for zoext finetune.
+
+First, each optimizer is swept over a grid of as many learning rates, MeZO's up to 4 times its default; if
+the best is at the edge, one more beyond it is tried. Half of the held-out examples select the learning rate,
+the other half is reported. Then each optimizer runs with several seeds at the selected learning rate. Every
+run stops at the last step that its budget of forward passes allows; all forward passes of a step count. Runs
+with the same seed see the same batches in the same order, and those with more forward passes per step see
+fewer batches. A run whose held-out loss doubles or is not finite has diverged and loses.
+
+The folder OUT receives comparison.json (the settings), runs.jsonl (the raw figures: a line per evaluation
+and per end of a run), table.md and curves.png. With --resume, options that only select the runs, such as
+--optimizers and --seeds, may change, and no finished run is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from zoext._runtime import atomic
+from zoext.cli import _options, _resuming
+from zoext.cli._comparison import plan, records, report
+from zoext.cli._comparison.results import summarise
+from zoext.cli._comparison.running import Progress, Running
+from zoext.cli._comparison.settings import (
+    DEMO,
+    EVALUATIONS,
+    ComparisonFolder,
+    ComparisonSettings,
+    methods_of_papers,
+)
+from zoext.cli._comparison.start import Start, measure_missing
+from zoext.cli._errors import reading, require, writing
+from zoext.cli._options import Request
+from zoext.cli._problem import load
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._runs.claim import claimed
+from zoext.cli._runs.records import Record, replace
+from zoext.cli._terminal import StopRequest
+
+HELP = "compare optimizers at equal forward passes; without arguments, on the demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options; those that are not given are absent from the namespace."""
+    parser.argument_default = argparse.SUPPRESS
+    general = ComparisonSettings()
+    defaults = _options.Defaults(general, DEMO)
+    _options.add_task(parser, defaults)
+    what = parser.add_argument_group("comparison", "defaults, and in brackets those of the demo")
+    what.add_argument(
+        "--optimizers",
+        type=_methods,
+        metavar="NAME,...",
+        help=f"out of {', '.join(OPTIMIZERS)} (default {','.join(methods_of_papers())})",
+    )
+    defaults.add(what, "forwards", _options.count, "N", "forward passes per run")
+    defaults.add(
+        what, "seeds", _options.count, "N", "runs of each optimizer at its best lr, with seeds 0 ... N-1"
+    )
+    _options.add_step(what, defaults)
+    sweep = parser.add_argument_group("learning rate sweep")
+    defaults.add(sweep, "lr", _options.positive, "X", "centre of MeZO's grid; other methods scale it")
+    sweep.add_argument(
+        "--lrs",
+        type=_lrs,
+        metavar="NAME=X,...",
+        help="centres of grids by method, in place of those from --lr",
+    )
+    factors = ",".join(f"{factor:g}" for factor in general.lr_factors)
+    sweep.add_argument(
+        "--lr-factors",
+        type=_factors,
+        metavar="X,...",
+        help=f"the grid, as multiples of its centre (default {factors})",
+    )
+    sweep.add_argument(
+        "--sweep-forwards",
+        type=_options.count,
+        metavar="N",
+        help="forward passes per run (default --forwards)",
+    )
+    defaults.add(sweep, "sweep-seeds", _options.count, "N", "runs at each lr, with seeds 0 ... N-1")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--eval-every",
+        type=_options.count,
+        metavar="N",
+        help=f"forward passes between evaluations (default --forwards / {EVALUATIONS})",
+    )
+    _options.add_output(run, "runs/compare-N", "without repeating finished runs")
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if len(set(names)) < len(names) or not set(names) <= OPTIMIZERS.keys():
+        raise argparse.ArgumentTypeError(
+            f"must be names out of {', '.join(OPTIMIZERS)}, once each, not {text}"
+        )
+    return names
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    return tuple(sorted({_options.positive(part) for part in text.split(",")}))
+
+
+def _lrs(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    unknown = [name for name, _, _ in pairs if name not in OPTIMIZERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"must be NAME=X,... with names out of {', '.join(OPTIMIZERS)}, not {text}"
+        )
+    return {name: _options.positive(lr) for name, _, lr in pairs}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does all missing runs, prints the table and writes everything below --out."""
+    require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
+    with reading():
+        request = Request.of(arguments)
+        with claimed(request.out, "compare") as path:
+            return _run(request, ComparisonFolder(path, add_arguments))
+
+
+def _run(request: Request, folder: ComparisonFolder) -> int:
+    defaults = DEMO if request.is_demo else ComparisonSettings()
+    settings = _resuming.settings_of(request, folder, defaults, _resuming.COMPARE_CHANGES)
+    settings.check()
+    start, raw = _prepare(settings, folder, request)
+    if not _finish(settings, start, folder, raw, request.quiet):
+        print(f"stopped; to continue: zoext compare --out {folder.path} --resume")
+        return 130
+    text = _report(settings, start, folder)
+    if not request.quiet:
+        print(f"{text}\n{folder.table}\n{folder.curves}\n{folder.runs}")
+    return 0
+
+
+def _prepare(
+    settings: ComparisonSettings, folder: ComparisonFolder, request: Request
+) -> tuple[Start, list[Record]]:
+    """Loads and measures everything before it changes the folder; returns the records so far."""
+    device = _options.choose_device(settings.device)
+    problem = load(settings.of_run(settings.optimizers[0], settings.lr, seed=0), device)
+    start = Start(problem, settings.batch_size, device)
+    raw: list[Record] = []
+    if request.resume:
+        raw = records.read(folder.runs)
+        _resuming.check_inputs(folder, start.fingerprint, "model or data")
+    if not request.quiet:
+        _introduce(settings, start, folder)
+    raw += measure_missing(start, settings, records.costs(raw))
+    if request.resume:
+        folder.remove_leftovers()
+        folder.write_note(settings, start.fingerprint)
+    else:
+        folder.start(settings, start.fingerprint, request.overwrite)
+    replace(folder.runs, raw)
+    return start, raw
+
+
+def _introduce(settings: ComparisonSettings, start: Start, folder: ComparisonFolder) -> None:
+    print(
+        f"{start.problem.title}, {settings.dtype} on {start.device}\n"
+        f"{len(start.problem.train)} training examples; of the held-out ones, {len(start.selection)} select "
+        f"the lr and {len(start.report)} are reported\n"
+        f"{', '.join(settings.optimizers)}: {settings.forwards} forward passes per run; "
+        f"output in {folder.path}"
+    )
+
+
+def _finish(
+    settings: ComparisonSettings, start: Start, folder: ComparisonFolder, raw: list[Record], quiet: bool
+) -> bool:
+    """Does the missing runs one by one; returns whether all are done."""
+    done, cost = records.outcomes(raw), records.costs(raw)
+    with StopRequest() as stop, Progress(quiet) as progress:
+        while (following := plan.next_run(settings, done)) is not None:
+            phase, run = following
+            progress.begin(run, plan.forwards_to_do(settings, done))
+            running = Running(phase, run, start, settings, folder, cost[run.method]["forwards_a_step"])
+            outcome = running.finish(stop, progress)
+            if outcome is None:
+                return False
+            done[run] = outcome
+            progress.end(phase, run, outcome)
+    return True
+
+
+def _report(settings: ComparisonSettings, start: Start, folder: ComparisonFolder) -> str:
+    """Writes the table and the figure, both from the raw records; returns the table."""
+    summaries = summarise(settings, records.read(folder.runs))
+    text = report.page(settings, start, summaries)
+    with writing(folder.table):
+        atomic.write_text(folder.table, text)
+    report.draw_curves(folder.curves, summaries, start.problem.title)
+    return text

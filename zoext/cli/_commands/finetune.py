@@ -1,0 +1,146 @@
+"""Fine-tunes a transformers model with forward passes only.
+
+Without --model and --data it runs a demo: MiniLM, a pre-trained transformer, learns human ratings of
+words, offline, in a few minutes on two processor cores.
+
+DATA is a .csv or .jsonl file with the columns text and label (or text only, for a causal language
+model), a .txt file with one example per line, a folder that contains such files as train.* and
+valid.*, or the name of a data set on the Hugging Face hub.
+
+The folder OUT receives run.json (the settings), metrics.jsonl (a line per step and per evaluation),
+checkpoints/, curve.png, model/ (for from_pretrained of transformers) and trajectory.jsonl, from which
+zoext replay recomputes the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from zoext.cli import _options, _resuming
+from zoext.cli._errors import reading, require
+from zoext.cli._options import Request
+from zoext.cli._problem import demo, load, optimizers
+from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._runs import records, results
+from zoext.cli._runs.checkpoint import Reached
+from zoext.cli._runs.claim import claimed
+from zoext.cli._runs.folder import RunFolder
+from zoext.cli._runs.training import Training
+from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
+from zoext.cli._settings import CHECKPOINTS, PRECISIONS, Settings
+from zoext.cli._terminal import Progress, StopRequest
+
+HELP = "fine-tune a model; without arguments, a demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options; those that are not given are absent from the namespace."""
+    parser.argument_default = argparse.SUPPRESS
+    defaults = _options.Defaults(Settings(), demo.SETTINGS)
+    _options.add_task(parser, defaults)
+    how = parser.add_argument_group("optimization", "defaults, and in brackets those of the demo")
+    how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help=f"default {Settings.optimizer}")
+    how.add_argument(
+        "--options",
+        type=_options.named_values,
+        metavar="NAME=VALUE,...",
+        help="method-specific hyperparameters, such as rank=4,mask=none or betas=0.9/0.99,horizon=20",
+    )
+    defaults.add(
+        how,
+        "lr",
+        _options.positive,
+        "X",
+        "learning rate; the default is for MeZO, and other methods scale it",
+    )
+    defaults.add(how, "steps", _options.count, "N", "optimizer steps")
+    defaults.add(how, "seed", _options.seed, "N", "determines the whole run")
+    _options.add_step(how, defaults)
+    how.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="rounding of 16-bit updates: nearest, stochastic, or with an int8 residual per weight "
+        f"(default {Settings.precision})",
+    )
+    run = parser.add_argument_group("run")
+    defaults.add(run, "eval-every", _options.count, "N", "steps between evaluations")
+    defaults.add(run, "checkpoint-every", _options.count, "N", "steps between checkpoints")
+    run.add_argument(
+        "--checkpoint",
+        choices=CHECKPOINTS,
+        help="what a checkpoint contains: weights, or a position in the trajectory, which is replayed to "
+        f"resume (default {Settings.checkpoint})",
+    )
+    run.add_argument(
+        "--record-frames",
+        action="store_true",
+        help="record the bases of AGZO beside the trajectory, which cannot be replayed without them",
+    )
+    _options.add_output(run, "runs/demo-N or runs/finetune-N", "bit for bit")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, evaluates before and after, and writes everything below --out."""
+    require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
+    with reading():
+        request = Request.of(arguments)
+        with claimed(request.out, "demo" if request.is_demo else "finetune") as path:
+            return _run(request, RunFolder(path, add_arguments))
+
+
+def _run(request: Request, folder: RunFolder) -> int:
+    settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
+    training, recording = _prepare(settings, folder, request)
+    with recording, StopRequest() as stop:
+        if not request.quiet:
+            _introduce(training)
+        with Progress(training.step, settings.steps, request.quiet) as progress:
+            training.run(recording, stop, progress)
+    metrics = records.read_metrics(folder.metrics)
+    results.draw_curve(folder.curve, metrics, training.problem.title)
+    if training.step < settings.steps:
+        print(f"stopped after step {training.step}; to continue: zoext finetune --out {folder.path} --resume")
+        return 130
+    results.write_model(folder.model, training.problem)
+    if not request.quiet:
+        print(results.report(metrics, folder))
+    return 0
+
+
+def _defaults(request: Request) -> Settings:
+    """The settings of options that are not given; the learning rate is scaled for the optimizer."""
+    defaults = demo.SETTINGS if request.is_demo else Settings()
+    chosen = request.given.get("optimizer", defaults.optimizer)
+    return dataclasses.replace(defaults, lr=defaults.lr * OPTIMIZERS[chosen].lr_scale)
+
+
+def _prepare(settings: Settings, folder: RunFolder, request: Request) -> tuple[Training, Recording]:
+    """Loads and checks everything before it changes the folder."""
+    device = _options.choose_device(settings.device)
+    problem = load(settings, device)
+    optimizer = optimizers.make(problem.model, settings)
+    check_replayable(settings, optimizer)
+    if request.resume:
+        reached, recording = _resuming.resume(folder, settings, problem, optimizer, device)
+    else:
+        folder.start(settings, problem.fingerprint(), request.overwrite)
+        reached = Reached(0, 0, None)
+        recording = Recording.begin(folder, settings, optimizer, problem.base.notes())
+    return Training(problem, optimizer, settings, folder, device, reached), recording
+
+
+def _introduce(training: Training) -> None:
+    model, settings = training.problem.model, training.settings
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trainable = sum(size for size, is_trainable in sizes if is_trainable)
+    print(
+        f"{training.problem.title}\n"
+        f"{len(training.problem.train)} training and {len(training.problem.valid)} held-out examples\n"
+        f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters are trainable; "
+        f"{settings.dtype} on {training.device}\n"
+        f"{settings.optimizer}: lr {settings.lr:g}, mu {settings.mu:g}, batch {settings.batch_size}, "
+        f"seed {settings.seed}; output in {training.folder.path}"
+    )
+    if (reason := obstacle(settings, training.optimizer)) is not None:
+        print(f"the trajectory cannot be replayed: {reason}")

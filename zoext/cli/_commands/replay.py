@@ -1,0 +1,146 @@
+"""Recomputes the weights of a recorded run, bit for bit and without a forward pass.
+
+BASE is the model that the run began with: a folder or a name on the Hugging Face hub, as for zoext finetune
+--model, or demo (write ./demo for a folder of that name). TRAJECTORY is trajectory.jsonl in the folder of a
+run, or a recording of zoext.Trajectory. With several trajectories, all of runs that began with BASE, their
+changes are added up. The device, the number of threads and the instruction set may differ from the run's.
+
+The folder DIR receives model and tokenizer, for from_pretrained of transformers, and replay.json, which
+contains the path of each trajectory, the step it was replayed to, and the SHA-256 of its lines up to that
+step. Each trajectory is read once at the beginning, so that a run may continue meanwhile. With --difference,
+the folder receives difference.safetensors instead of a model: the tuned weights minus those of BASE, in
+float32, for all parameters that changed. Elements are exact unless tuned and base weights differ so much in
+magnitude that float32 must round; replay.json counts these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoext.cli import _options
+from zoext.cli._errors import UserError, reading, require
+from zoext.cli._problem import demo, models
+from zoext.cli._runs import replayed
+from zoext.cli._runs.replayed import ReplayFolder
+from zoext.trajectory import Part, TrajectoryError, read_until, replay_parts
+
+HELP = "recompute a tuned model from its base and trajectory, bit for bit"
+
+_DEMO = "demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("base", metavar="BASE", help="a folder, a name on the hub, or demo")
+    parser.add_argument("trajectories", metavar="TRAJECTORY", type=Path, nargs="+", help="what to replay")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--to-step", metavar="N", type=_options.whole, help="stop after step N of the run (default: its last)"
+    )
+    parser.add_argument("--difference", action="store_true", help="write the change instead of the model")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the replay in --out")
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reads, checks and replays everything, then writes --out."""
+    require(("transformers", "safetensors"), "finetune")
+    if arguments.to_step is not None and len(arguments.trajectories) > 1:
+        raise UserError(
+            "--to-step: several trajectories are added up as a whole; give one, or omit --to-step"
+        )
+    with reading():
+        try:
+            return _run(arguments)
+        except ValueError as error:  # TrajectoryError among them
+            raise UserError(_in_terms_of_options(str(error))) from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    folder = ReplayFolder(arguments.out)
+    folder.check_free(arguments.overwrite)
+    folder.check_spares([Path(arguments.base), *arguments.trajectories])
+    device = _options.choose_device(arguments.device)
+    say = _Progress(arguments.quiet)
+    # Once, and before BASE is loaded, which may take long: the run may continue meanwhile.
+    parts = [_read(path, arguments.to_step) for path in arguments.trajectories]
+
+    say(f"loading {arguments.base}")
+    model, tokenizer = _load(arguments.base, parts)
+    model.to(device)
+    names = {parameter.name for part in parts for parameter in part.header.parameters}
+    before = replayed.copies(model, names) if arguments.difference else {}
+    for part in parts:
+        say(f"replaying {len(part.steps)} steps of {part.path}")
+    replay_parts(model, parts)
+
+    say(f"writing {folder.path}")
+    record = {"base": arguments.base, "trajectories": [_note(part) for part in parts]}
+    if arguments.difference:
+        folder.write_difference(replayed.difference_of(model, before), record, arguments.overwrite)
+    else:
+        folder.write_model(model, tokenizer, record, arguments.overwrite)
+    say("done")
+    return 0
+
+
+class _Progress:
+    """Prints lines to stderr with the seconds since it was created."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._began = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if not self._quiet:
+            print(f"{time.monotonic() - self._began:6.1f} s  {text}", file=sys.stderr)
+
+
+def _read(path: Path, to_step: int | None) -> Part:
+    try:
+        return read_until(path, to_step)
+    except TrajectoryError:
+        raise
+    except ValueError as error:  # about to_step, whose name it begins with
+        raise UserError(f"--to-step{str(error).removeprefix('to_step')}") from None
+
+
+def _note(part: Part) -> dict[str, Any]:
+    """The entry of a trajectory in replay.json."""
+    return {"path": str(part.path), "sha256": part.sha256, "step": part.end}
+
+
+def _load(name: str, parts: Sequence[Part]) -> tuple[Any, Any | None]:
+    """The base model and its tokenizer, built as the first run that recorded how did it.
+
+    Replaying checks that the model has the weights that each run began with.
+    """
+    known = [(part.path, found) for part in parts if (found := models.base_of(part.header, str(part.path)))]
+    for path, found in known:
+        if found.demo != (name == _DEMO):
+            wanted = "demo" if found.demo else "the model that its run began with"
+            raise UserError(f"BASE {name}: {path} was recorded from another model; give {wanted}")
+        if found.demo and found != demo.base(found.dtype, found.seed):
+            raise TrajectoryError(f"{path}: notes: task and classes must be those of the demo")
+    if known:
+        chosen = known[0][1]
+        return demo.load_model(chosen) if chosen.demo else models.load(name, chosen)
+    dtype = parts[0].header.parameters[0].dtype.removeprefix("torch.")
+    if name == _DEMO:
+        return demo.load_model(demo.base(dtype, seed=0))
+    return models.load_own(name, getattr(torch, dtype))
+
+
+def _in_terms_of_options(error: str) -> str:
+    """Rewrites the remedy at the end of an error of the library; names of files and parameters precede it."""
+    error = re.sub(r"to_step=(\d+ or fewer)\Z", r"--to-step \1", error)
+    return re.sub(r"record the run with frames=True\Z", "record the run with --record-frames", error)

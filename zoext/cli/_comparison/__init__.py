@@ -1,0 +1,1 @@
+"""The comparison of optimizers: which runs it needs, one run, its records, and the report."""

@@ -1,0 +1,169 @@
+"""Command-line options that ``zoext finetune`` and ``zoext compare`` share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from zoext import ops
+from zoext.cli._errors import UserError
+from zoext.cli._settings import DTYPES, PROBES, TASKS, CommonSettings
+
+_Number = TypeVar("_Number", int, float)
+
+
+class _Group(Protocol):
+    """A parser or a group of its options."""
+
+    def add_argument(self, *names: str, **options: Any) -> object: ...
+
+
+def _number(
+    kind: Callable[[str], _Number], wanted: str, accepts: Callable[[_Number], bool]
+) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}") from None
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+
+    return parse
+
+
+positive = _number(float, "finite and > 0", lambda value: math.isfinite(value) and value > 0)
+nonnegative = _number(float, "finite and >= 0", lambda value: math.isfinite(value) and value >= 0)
+fraction = _number(float, "between 0 and 1", lambda value: 0 < value < 1)
+count = _number(int, "an integer of at least 1", lambda value: value >= 1)
+whole = _number(int, "an integer of at least 0", lambda value: value >= 0)
+seed = _number(int, "an integer of 64 bits", lambda value: -(2**63) <= value < 2**64)
+
+
+def named_values(text: str) -> dict[str, str]:
+    """The type of ``NAME=VALUE,...``: the values by name, as text."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in pairs]
+    if not all(name and equals and value for name, equals, value in pairs) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE,... with each name once, not {text}")
+    return {name: value for name, _, value in pairs}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The values of options that are not given: in general, and in the demo."""
+
+    general: CommonSettings
+    demo: CommonSettings
+
+    def add(
+        self,
+        group: _Group,
+        option: str,
+        kind: Callable[[str], object],
+        metavar: str,
+        text: str,
+    ) -> None:
+        """Adds ``--option``, a number whose help names its defaults."""
+        field = option.replace("-", "_")
+        general, in_demo = getattr(self.general, field), getattr(self.demo, field)
+        default = f"{general:g}" if general == in_demo else f"{general:g} [{in_demo:g}]"
+        group.add_argument(f"--{option}", type=kind, metavar=metavar, help=f"{text} (default {default})")
+
+
+def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+    """Adds the options for model, data and trainable parameters."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", metavar="M", help="a folder, or a name on the hub (default: the demo's)")
+    group.add_argument(
+        "--data", metavar="D", help="a file, a folder, or a name on the hub (default: the demo's)"
+    )
+    group.add_argument("--valid-data", metavar="D", help="held-out examples, in any of the same forms")
+    defaults.add(
+        group, "validation-fraction", fraction, "F", "share of the data to hold out if it has no such part"
+    )
+    group.add_argument("--task", choices=TASKS, help="default: classification if there are labels")
+    defaults.add(group, "max-length", count, "N", "tokens; longer texts are truncated")
+    group.add_argument(
+        "--trainable",
+        metavar="PATTERN",
+        help="train the parameters whose names match this regular expression "
+        "(default all [all but embeddings])",
+    )
+
+
+def add_step(group: _Group, defaults: Defaults) -> None:
+    """Adds the options of a step other than its learning rate."""
+    defaults.add(group, "mu", positive, "X", "scale of the perturbation")
+    defaults.add(group, "weight-decay", nonnegative, "X", "decoupled weight decay")
+    defaults.add(group, "batch-size", count, "N", "examples per step")
+    general = defaults.general
+    group.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default {general.dtype})")
+    group.add_argument("--probe", choices=PROBES, help=f"how weights are perturbed (default {general.probe})")
+    group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+
+
+def add_output(group: _Group, out: str, resume: str) -> None:
+    """Adds the options for the output folder and the run that may already be in it."""
+    group.add_argument("--out", type=Path, metavar="DIR", help=f"default: {out}, the next free N")
+    group.add_argument("--resume", action="store_true", help=f"continue the run in --out, {resume}")
+    group.add_argument("--overwrite", action="store_true", help="delete the run in --out and start a new one")
+    group.add_argument("--quiet", action="store_true", help="print only errors and how to resume")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``add_output``, and all others, the settings that were ``given``, by name."""
+
+    given: dict[str, Any]
+    out: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Request:
+        """Raises a UserError for options that exclude each other."""
+        given = vars(arguments).copy()
+        names = [field.name for field in dataclasses.fields(cls)]
+        request = cls(**{name: given.pop(name) for name in names if name in given}, given=given)
+        if request.resume and request.out is None:
+            raise UserError("--resume needs --out DIR")
+        if request.resume and request.overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
+        return request
+
+    @property
+    def is_demo(self) -> bool:
+        return "model" not in self.given and "data" not in self.given
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``; by default a GPU if there is one that zoext has kernels for."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() and ops.cuda_missing is None else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; give cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: zoext has kernels for cpu and cuda only")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA device; give --device cpu")
+    if ops.cuda_missing is not None:
+        raise UserError(
+            f"--device {name}: zoext's CUDA kernels: {ops.cuda_missing}; build them or give --device cpu"
+        )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
+    return device

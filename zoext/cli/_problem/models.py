@@ -1,0 +1,213 @@
+"""Loads models and tokenizers of transformers, from a folder or the hub.
+
+``Base`` is what the files of a model leave open. A run stores it in the header of its trajectory, so that
+``zoext replay`` can build the same model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoext.cli._errors import UserError
+from zoext.cli._problem.data import Label, first_line
+from zoext.cli._settings import DTYPES, TASKS
+from zoext.trajectory import Fields, Header
+
+#: The key in the notes of a trajectory.
+_NOTE = "zoext finetune"
+
+
+@dataclass(frozen=True)
+class Base:
+    """How a run built its initial model, beyond what the files of the model say.
+
+    Attributes:
+        demo: whether it is the demo's model.
+        task: one of ``TASKS``; selects the head of the model.
+        classes: the names of the classes, in the order of the outputs of a classifier.
+        dtype: of the weights.
+        seed: of the weights of a new head.
+    """
+
+    demo: bool
+    task: str
+    classes: tuple[str, ...]
+    dtype: str
+    seed: int
+
+    def notes(self) -> dict[str, Any]:
+        """The notes for the header of a trajectory: plain data."""
+        return {_NOTE: {**dataclasses.asdict(self), "classes": list(self.classes)}}
+
+
+def base_of(header: Header, where: str) -> Base | None:
+    """Reads the Base that ``zoext finetune`` stored in the notes of a trajectory; None if there is none.
+
+    Raises:
+        TrajectoryError: for invalid values.
+    """
+    if _NOTE not in header.notes:
+        return None
+    fields = Fields(header.notes[_NOTE], f"{where}: notes")
+    task, dtype = fields.text("task"), fields.text("dtype")
+    for name, value, known in (("task", task, TASKS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise fields.error(f"{name} must be one of {', '.join(known)}, not {value[:20]!r}")
+    classes = fields.list_of("classes", lambda name: isinstance(name, str), "names")
+    if task == "classification":
+        _check_classes(classes, header, fields)
+    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+    return Base(fields.flag("demo"), task, tuple(classes), dtype, seed)
+
+
+def _check_classes(classes: list[str], header: Header, fields: Fields) -> None:
+    """Bounds the number of outputs before a model of that size is allocated."""
+    if len(set(classes)) < len(classes):
+        raise fields.error("classes must be distinct names")
+    if not any(parameter.shape[:1] == (len(classes),) for parameter in header.parameters):
+        raise fields.error(f"classes has {len(classes)} names, but no parameter of the run has as many rows")
+
+
+def classes_of(name: str, labels: Collection[Label]) -> tuple[str, ...]:
+    """The names of the classes of ``labels``, in the order of the outputs of the model ``name``.
+
+    A model with a head for these classes keeps it; any other gets a new head.
+    """
+    transformers = _transformers()
+    with _loading(name):
+        config = transformers.AutoConfig.from_pretrained(name)
+        return tuple(_classes(config, labels))
+
+
+def load(name: str, base: Base) -> tuple[Any, Any]:
+    """The model ``name`` with the head that ``base`` describes, and its tokenizer."""
+    transformers = _transformers()
+    with _loading(name), _new_weights_from(base.seed):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        _ensure_padding(tokenizer)
+        model = _AUTO[base.task](transformers, name, base)
+    if base.task == "classification":
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def _classifier(transformers: Any, name: str, base: Base) -> Any:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        name,
+        dtype=getattr(torch, base.dtype),
+        id2label=dict(enumerate(base.classes)),
+        label2id={label: index for index, label in enumerate(base.classes)},
+        ignore_mismatched_sizes=True,
+    )
+
+
+def _causal(transformers: Any, name: str, base: Base) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, base.dtype))
+
+
+_AUTO = {"classification": _classifier, "causal-lm": _causal}
+
+
+def load_own(name: str, dtype: torch.dtype) -> tuple[Any, Any | None]:
+    """The model ``name`` with the architecture in its configuration, and its tokenizer if it has one."""
+    transformers = _transformers()
+    with _loading(name), _new_weights_from(0):
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture: Any = getattr(transformers, (config.architectures or ["none"])[0], None)
+        is_one = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+        if not is_one:
+            raise ValueError(f"its config.json names no architecture of transformers: {config.architectures}")
+        model = architecture.from_pretrained(name, dtype=dtype)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError):
+            tokenizer = None
+    return model.eval(), tokenizer
+
+
+def encode(tokenizer: Any, texts: Iterable[str], **options: Any) -> Any:
+    """Tokenises ``texts`` with a copy of ``tokenizer``.
+
+    A fast tokenizer stores its last padding and truncation and would save them with its files.
+    """
+    return copy.deepcopy(tokenizer)(list(texts), **options)
+
+
+def _transformers() -> Any:
+    # Imported late because it takes seconds, and as Any because it is only partly typed.
+    return importlib.import_module("transformers")
+
+
+def _classes(config: Any, labels: Collection[Label]) -> list[str]:
+    """The names of the classes in the order of the model's outputs."""
+    if any("ForSequenceClassification" in name for name in config.architectures or ()):
+        known = [str(config.id2label[index]) for index in range(config.num_labels)]
+        if sorted({str(label) for label in labels}) == sorted(known):  # which also excludes duplicates
+            return known
+        if all(isinstance(label, int) and 0 <= label < len(known) for label in labels):
+            return [str(index) for index in range(len(known))]
+    numbers = sorted(label for label in labels if isinstance(label, int))
+    return [str(label) for label in [*numbers, *sorted(str(x) for x in labels if not isinstance(x, int))]]
+
+
+def _ensure_padding(tokenizer: Any) -> None:
+    # Any token will do: the attention mask and the labels exclude padding.
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    with quiet_transformers():
+        try:
+            yield
+        except Exception as error:  # raised by a file, the network or a parser
+            raise UserError(f"model {name}: cannot be loaded: {first_line(error)}") from None
+
+
+@contextmanager
+def _new_weights_from(seed: int) -> Iterator[None]:
+    """Seeds newly initialised weights without touching torch's global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the progress bars and load reports of transformers; our own errors replace them."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def choose_trainable(model: nn.Module, pattern: str) -> None:
+    """Makes exactly the floating-point parameters whose names match ``pattern`` require grad."""
+    try:
+        matches = re.compile(pattern).search
+    except re.error as error:
+        raise UserError(f"--trainable {pattern!r}: not a regular expression: {error}") from None
+    names = [name for name, _ in model.named_parameters()]
+    if not any(matches(name) for name in names):
+        raise UserError(
+            f"--trainable {pattern!r}: matches no parameter; there are {names[0]} ... {names[-1]}"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and matches(name) is not None)

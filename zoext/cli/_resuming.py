@@ -1,0 +1,338 @@
+"""Resuming: what is checked, what stops it, what is set aside and what starts again.
+
+``zoext finetune --resume`` continues from the newest checkpoint, and ends with the bits of a run that was
+never interrupted. It stops with a UserError, having changed nothing, if
+
+- an option differs from the stored settings, unless it is in ``FINETUNE_CHANGES``, or the settings are
+  corrupted, edited or of another version (``OutputFolder.read_note``);
+- the data, the model or the version of the noise field do not match those of the run;
+- the newest checkpoint is corrupted, or is already past ``--steps``;
+- the trajectory is of another version, is being written by another process, or is corrupted or does not match
+  although it is needed: by a checkpoint without weights, or for ``--checkpoint trajectory``.
+
+It warns and continues if
+
+- the metrics are corrupted or missing: they are set aside and restart at the current step;
+- the trajectory is corrupted, missing or does not match a checkpoint with weights: it is set aside, and a new
+  one begins at the step of the checkpoint, with the model of that step beside it. An optimizer that remembers
+  steps, which cannot begin one, continues without;
+- there is no checkpoint: the run starts again from its first step, and a trajectory with steps is set aside;
+- torch has another number of threads than before.
+
+Files are set aside by moving them to ``OUT/corrupted``. Nothing is set aside while another process writes it.
+
+``zoext compare --resume`` keeps finished runs and discards interrupted ones. It stops if an option that is
+not in ``COMPARE_CHANGES``, the model or the data differ, or if its records are corrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoext import TrajectoryError, ZerothOrderOptimizer, replay
+from zoext.cli._errors import UserError, warn, writing
+from zoext.cli._options import Request
+from zoext.cli._problem.problem import Problem
+from zoext.cli._runs import checkpoint, records
+from zoext.cli._runs.checkpoint import Checkpoint, CorruptedError, Reached
+from zoext.cli._runs.folder import OutputFolder, RunFolder
+from zoext.cli._runs.results import write_model
+from zoext.cli._runs.tensors import put, tensors_of
+from zoext.cli._runs.trajectory import Recording, check_not_written, writing_trajectory
+from zoext.cli._settings import Settings, SettingsT
+from zoext.trajectory import NOISE_FIELD, VersionError, last_whole_step, open_recording, remembers
+
+#: Settings that may change when a run is resumed: none of them affects what a step does.
+FINETUNE_CHANGES = frozenset({"steps", "device", "eval_every", "checkpoint_every", "checkpoint"})
+
+#: Settings that may change when a comparison is resumed: they select its runs and affect none of them.
+COMPARE_CHANGES = frozenset(
+    {
+        *("optimizers", "lr", "lrs", "lr_factors", "forwards", "seeds"),
+        *("sweep_forwards", "sweep_seeds"),
+    }
+)
+
+
+def settings_of(
+    request: Request, folder: OutputFolder[SettingsT], defaults: SettingsT, changes: Collection[str]
+) -> SettingsT:
+    """The settings of a new run, or of the one to resume. Nothing is written yet.
+
+    Raises:
+        UserError: if the run would replace files that are not its own or its inputs, if there is none to
+            resume, or if an option outside ``changes`` differs from its settings.
+    """
+    if not request.resume:
+        settings = dataclasses.replace(defaults, **request.given)
+        folder.check_spares_inputs(settings)
+        folder.check_free(request.overwrite)
+        return settings
+    stored, _ = folder.read_note()
+    folder.check_spares_inputs(stored)
+    for name, value in request.given.items():
+        if name not in changes and value != getattr(stored, name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {value}: the run in {folder.path} has {getattr(stored, name)}; "
+                f"omit {option} to resume it"
+            )
+    return dataclasses.replace(stored, **request.given)
+
+
+def check_inputs(folder: OutputFolder[SettingsT], fingerprint: str, what: str) -> None:
+    """Raises a UserError unless ``what`` has the fingerprint that the run stored."""
+    if folder.read_note()[1] != fingerprint:
+        raise UserError(
+            f"--out {folder.path}: {what} mismatch; resume with the {what} that the run began with, "
+            "or give another --out"
+        )
+
+
+def resume(
+    folder: RunFolder,
+    settings: Settings,
+    problem: Problem,
+    optimizer: ZerothOrderOptimizer,
+    device: torch.device,
+) -> tuple[Reached, Recording]:
+    """Restores model and optimizer, and continues metrics and trajectory.
+
+    Returns:
+        How far the run has come, and the recording of its next steps.
+    """
+    fingerprint = problem.fingerprint()
+    check_inputs(folder, fingerprint, "data or tokenizer")
+    saved = newest_checkpoint(folder.checkpoints)
+    if saved is not None and saved.reached.step > settings.steps:
+        at = saved.reached.step
+        raise UserError(f"--steps {settings.steps}: the run in {folder.path} is already at step {at}")
+    fault = _metrics_fault(folder.metrics, evaluated=saved is not None)
+    if saved is None:
+        _keep_former_trajectory(folder)
+        reached = Reached(0, 0, None)
+        recording = Recording.begin(folder, settings, optimizer, problem.base.notes())
+    else:
+        reached = saved.reached
+        restore(saved, problem.model, optimizer, folder.trajectory)
+        _compare_threads(saved.threads, device)
+        recording = _resume_recording(folder, settings, problem, optimizer, reached)
+    _continue_metrics(folder, fault, reached.step)  # after the lock of the trajectory was taken
+    folder.remove_leftovers()
+    folder.write_note(settings, fingerprint)
+    return reached, recording
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Reads and verifies the newest checkpoint below ``folder``; None if there is none.
+
+    Raises:
+        UserError: if it is corrupted, with the remedy, or if the noise field has changed since.
+    """
+    found = checkpoint.existing(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        saved = checkpoint.read(newest)
+    except CorruptedError as error:
+        remedy = (
+            f"remove {newest} to resume from {found[-2].name}"
+            if len(found) > 1
+            else f"remove {newest} to start again and keep the trajectory for zoext replay, or start again "
+            "with --overwrite"
+        )
+        raise UserError(f"{error}; {remedy}") from None
+    if saved.noise_field != NOISE_FIELD:
+        raise UserError(
+            f"{saved.state}: noise_field is {saved.noise_field}, this zoext has {NOISE_FIELD}; resume with "
+            "the zoext that the run began with"
+        )
+    return saved
+
+
+def restore(saved: Checkpoint, model: nn.Module, optimizer: ZerothOrderOptimizer, trajectory: Path) -> None:
+    """Restores model and optimizer, which are as the run began, to the state at the checkpoint.
+
+    Raises:
+        UserError: for another model or, without weights, a trajectory that does not lead to the checkpoint.
+    """
+    if saved.saved is not None:
+        _check_fits(saved.path, saved.saved.weights, model)
+        optimizer.load_state_dict(saved.saved.optimizer)
+        put(model, saved.saved.weights)
+        return
+    try:
+        saved.reached.check(trajectory)
+        replay(optimizer, trajectory, to_step=saved.reached.step)
+    except VersionError as error:
+        raise UserError(str(error)) from None
+    except ValueError as error:
+        raise UserError(f"{error}; {_remedy(saved, trajectory)}") from None
+
+
+def _check_fits(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises a UserError unless names, shapes and dtypes are those of ``model``."""
+    theirs, ours = _outline(weights), _outline(tensors_of(model))
+    different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{path}: model mismatch: {name} is {theirs.get(name, 'absent')} there and "
+            f"{ours.get(name, 'absent')} here; resume with the model of that run, or give another --out"
+        )
+
+
+def _outline(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def _remedy(saved: Checkpoint, trajectory: Path) -> str:
+    """What can be done about a trajectory that does not lead to a checkpoint without weights."""
+    if _is_intact(saved, trajectory):
+        return "resume with the model, the data and the versions that the run began with"
+    last = last_whole_step(trajectory)
+    rest = f"zoext replay BASE {trajectory} --to-step {last} --out DIR still recovers that model; "
+    older = [path for path in checkpoint.existing(saved.path.parent) if path < saved.path]
+    if older and _leads_to(older[-1], trajectory):
+        remedy = f"remove {saved.path} to resume from {older[-1].name}"
+    else:
+        remedy = "restore the file of this run, or start again with --overwrite"
+    return ("" if last is None else rest) + remedy
+
+
+def _is_intact(saved: Checkpoint, trajectory: Path) -> bool:
+    try:
+        saved.reached.check(trajectory)
+    except TrajectoryError:
+        return False
+    return (last_whole_step(trajectory) or 0) >= saved.reached.step
+
+
+def _leads_to(path: Path, trajectory: Path) -> bool:
+    """Whether a run can be resumed from the checkpoint ``path``."""
+    try:
+        found = checkpoint.read(path)
+    except CorruptedError:
+        return False
+    return found.saved is not None or _is_intact(found, trajectory)
+
+
+def _compare_threads(before: int, device: torch.device) -> None:
+    # On a CPU the bits of matrix products may depend on the number of threads.
+    now = torch.get_num_threads()
+    if device.type == "cpu" and before != now:
+        warn(
+            f"torch has {now} threads, and the run had {before}: the bits of its next steps may differ; "
+            f"set OMP_NUM_THREADS={before} to keep them"
+        )
+
+
+def _resume_recording(
+    folder: RunFolder,
+    settings: Settings,
+    problem: Problem,
+    optimizer: ZerothOrderOptimizer,
+    reached: Reached,
+) -> Recording:
+    try:
+        with writing_trajectory(folder):
+            begins_at = _first_step(folder, reached)
+        if begins_at > 0 and settings.checkpoint == "trajectory":
+            raise UserError(
+                f"--checkpoint trajectory: {folder.trajectory} begins at step {begins_at}, not with the "
+                "run; give --checkpoint weights"
+            )
+        return Recording.resume(folder, optimizer)
+    except VersionError as error:  # the file is intact, and another version can continue it
+        raise UserError(str(error)) from None
+    except TrajectoryError as fault:
+        return _begin_new_trajectory(fault, folder, settings, problem, optimizer)
+
+
+def _first_step(folder: RunFolder, reached: Reached) -> int:
+    """The step that the trajectory begins at.
+
+    Raises:
+        TrajectoryError: unless the trajectory is that of the checkpoint which ``reached``.
+    """
+    try:
+        reached.check(folder.trajectory)
+    except TrajectoryError:
+        # A process may have begun it in place of a corrupted one, and been killed before its next checkpoint.
+        if not folder.trajectory.exists() or open_recording(folder.trajectory).header.step != reached.step:
+            raise
+    return open_recording(folder.trajectory).header.step
+
+
+def _begin_new_trajectory(
+    fault: TrajectoryError,
+    folder: RunFolder,
+    settings: Settings,
+    problem: Problem,
+    optimizer: ZerothOrderOptimizer,
+) -> Recording:
+    """Sets the trajectory aside; records a new one from the current step if that can be replayed."""
+    if settings.checkpoint == "trajectory":
+        raise UserError(f"{fault}; give --checkpoint weights to continue from the weights in the checkpoint")
+    kept = _set_trajectory_aside(folder)
+    said = [str(fault) if kept is None else f"{fault}; it was moved to {kept}"]
+    step = optimizer.param_groups[0]["step"]
+    if remembers(optimizer):
+        said.append(
+            f"the run continues from step {step} without a trajectory, which could not contain what "
+            f"{settings.optimizer} with precision {settings.precision} remembers"
+        )
+        recording = Recording(None, folder)
+    else:
+        write_model(folder.base, problem)  # the new trajectory can only be replayed on this model
+        base = dataclasses.replace(problem.base, demo=False)
+        recording = Recording.begin(folder, settings, optimizer, base.notes())
+        said.append(f"a new one begins at step {step}, with the model in {folder.base}")
+    warn("; ".join(said))
+    return recording
+
+
+def _keep_former_trajectory(folder: RunFolder) -> None:
+    """Sets aside the trajectory of a run without a checkpoint, unless it has no steps."""
+    if folder.trajectory.is_file() and folder.trajectory.read_bytes().count(b"\n") > 1:  # header and steps
+        kept = _set_trajectory_aside(folder)
+        warn(
+            f"{folder.checkpoints}: contains no checkpoint; the run starts again from its first step, its "
+            f"trajectory was moved to {kept}"
+        )
+
+
+def _set_trajectory_aside(folder: RunFolder) -> Path | None:
+    with writing_trajectory(folder):
+        check_not_written(folder)
+        return folder.set_aside("trajectory", folder.of_trajectory)
+
+
+def _metrics_fault(path: Path, *, evaluated: bool) -> str | None:
+    """What is wrong with the metrics of a run that was ``evaluated`` at least once; None if nothing is."""
+    try:
+        metrics = records.read_metrics(path)
+    except UserError as error:
+        return str(error).partition(";")[0]  # without its remedy, which does not apply here
+    if evaluated and not any("valid_loss" in record for record in metrics):
+        return f"{path}: lacks earlier records"
+    return None
+
+
+def _continue_metrics(folder: RunFolder, fault: str | None, step: int) -> None:
+    """Drops the metrics of steps that are taken again, or sets faulty ones aside."""
+    if fault is None:
+        last = step if step else -1  # a run that starts again evaluates again
+        metrics = records.read_metrics(folder.metrics)
+        records.replace(folder.metrics, [record for record in metrics if record["step"] <= last])
+        return
+    with writing(folder.metrics):
+        kept = folder.set_aside("metrics", [folder.metrics])
+    moved = "" if kept is None else f"; it was moved to {kept}"
+    warn(f"{fault}{moved}; metrics restart at step {step}")

@@ -1,0 +1,108 @@
+"""Settings of a run, and how they are read back from its folder, so that resuming needs no arguments."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+TASKS = ("classification", "causal-lm")
+DTYPES = ("float32", "bfloat16", "float16")
+PROBES = ("auto", "streamed", "inplace")
+PRECISIONS = ("nearest", "stochastic", "residual")
+CHECKPOINTS = ("weights", "trajectory")
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+
+
+@dataclass(frozen=True)
+class CommonSettings:
+    """The settings that ``zoext finetune`` and ``zoext compare`` share. Without model and data: the demo."""
+
+    model: str | None = None
+    data: str | None = None
+    valid_data: str | None = None
+    validation_fraction: float = 0.1
+    task: str | None = None
+    max_length: int = 256
+    trainable: str = ""
+    lr: float = 1e-6
+    mu: float = 1e-3
+    weight_decay: float = 0.0
+    batch_size: int = 16
+    dtype: str = "float32"
+    probe: str = "auto"
+    device: str | None = None
+
+    @property
+    def is_demo(self) -> bool:
+        return self.model is None and self.data is None
+
+
+@dataclass(frozen=True)
+class Settings(CommonSettings):
+    """The options of ``zoext finetune`` and their defaults."""
+
+    optimizer: str = "mezo"
+    options: dict[str, str] = field(default_factory=dict)
+    steps: int = 1000
+    precision: str = "stochastic"
+    seed: int = 0
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    checkpoint: str = "weights"
+    record_frames: bool = False
+
+
+SettingsT = TypeVar("SettingsT", bound=CommonSettings)
+
+
+class OtherVersionError(ValueError):
+    """The stored settings have fields that this version does not write, or lack some; says which."""
+
+
+def parse(record: Any, kind: type[SettingsT], add_arguments: AddArguments) -> SettingsT:
+    """Settings from the fields stored in a JSON file, validated as if they were given as options.
+
+    Raises:
+        OtherVersionError: for a missing or unknown field.
+        ValueError: for a value of another type or out of range.
+    """
+    wanted = get_type_hints(kind)
+    if not isinstance(record, dict):
+        raise ValueError("settings: not an object")
+    for what, names in (("lacks", wanted.keys() - record.keys()), ("has", record.keys() - wanted.keys())):
+        if names:
+            raise OtherVersionError(f"{what} {', '.join(sorted(names))}")
+    for name, value in record.items():
+        if type(value) not in _types_in_json(wanted[name]):
+            raise ValueError(f"{name} is {value!r}")
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    given = [
+        _as_option(f"--{name.replace('_', '-')}", value)
+        for name, value in record.items()
+        if value is not None and value is not False and value != {}
+    ]
+    try:
+        return kind(**vars(parser.parse_args(given)))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+
+
+def _types_in_json(hint: Any) -> set[type]:
+    alternatives = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    plain = {get_origin(alternative) or alternative for alternative in alternatives}
+    return {list if alternative is tuple else alternative for alternative in plain}
+
+
+def _as_option(option: str, value: Any) -> str:
+    if value is True:
+        return option
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    if isinstance(value, dict):
+        value = ",".join(f"{name}={item}" for name, item in value.items())
+    return f"{option}={value}"

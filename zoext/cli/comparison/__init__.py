@@ -1,1 +1,0 @@
-"""What ``zoext compare`` is made of: which runs, one run, its records, the table and the picture."""

@@ -1,0 +1,1 @@
+"""Replaying: checks that a trajectory fits the weights, then applies its steps."""

@@ -1,0 +1,110 @@
+"""Replays recorded runs bit for bit, without forward passes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoext._parameters import shards
+from zoext.optimizer import ZerothOrderOptimizer, unwrap
+from zoext.trajectory._format.reading import Part, read_until
+from zoext.trajectory._replay.agreement import agreed
+from zoext.trajectory._replay.part_replay import PartReplay
+
+StrPath = str | os.PathLike[str]
+
+
+def replay(
+    target: nn.Module | torch.optim.Optimizer,
+    path: StrPath | Sequence[StrPath],
+    *,
+    to_step: int | None = None,
+) -> ZerothOrderOptimizer:
+    """Applies the steps of a recorded run to the weights that it began with, bit for bit, without a forward.
+
+        optimizer = zoext.replay(model, "run.jsonl")
+        optimizer = zoext.replay(model, "run.jsonl", to_step=1200)
+        zoext.replay(model, ["a.jsonl", "b.jsonl"])
+
+    The device, the number of threads, the instruction set and the sharding may differ from those of the run.
+    One pass over the weights applies many steps, each rounded as in the run.
+
+    If the parameters are DTensors, all ranks that hold parts of them must call this function. If one rank
+    refuses to replay, all do.
+
+    Args:
+        target: the model, with the weights that the run began with. Its parameters are found by name, and
+            those that the run did not move are frozen. Or a ``ZerothOrderOptimizer``, or a wrapper of one,
+            with the recipe and the parameters of the run, at the step where recording began.
+        path: the trajectory. With a sequence of trajectories of runs that began with these weights, their
+            changes are added: each trajectory is replayed on the result of the one before.
+        to_step: the step of the run to stop after. Default: the last recorded step.
+
+    Warns:
+        UserWarning: for a run with an in-place probe, which the replay approximates but does not reproduce.
+
+    Returns:
+        The optimizer of the (last) trajectory in its state after that step. Training can continue with it.
+
+    Raises:
+        TrajectoryError: for a trajectory that is corrupted up to ``to_step``, is in another version, or does
+            not match the target, and for one of AGZO without its bases. Also if another rank refused or read
+            another trajectory. No weight was moved.
+        ValueError: for a ``to_step`` outside the trajectory, and for a sequence with a ``to_step`` or with an
+            optimizer as ``target``.
+        TypeError: for a ``to_step`` that is not an integer, and an optimizer that is not zoext's.
+        RuntimeError: for an optimizer whose steps are being recorded.
+        OSError: if a file cannot be read.
+    """
+    paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(each) for each in path]
+    if len(paths) != 1 and (not paths or to_step is not None or not isinstance(target, nn.Module)):
+        raise ValueError(
+            "path: several trajectories are replayed whole and on a module; give at least one, a module as "
+            "target, and no to_step"
+        )
+    if to_step is not None and (isinstance(to_step, bool) or not isinstance(to_step, int)):
+        raise TypeError(f"to_step must be an integer, not {to_step!r}")
+    target = target if isinstance(target, nn.Module) else unwrap(target)
+    with agreed(_tensors(target)):
+        parts = [read_until(each, to_step) for each in paths]
+    return replay_parts(target, parts)
+
+
+def replay_parts(target: nn.Module | torch.optim.Optimizer, parts: Sequence[Part]) -> ZerothOrderOptimizer:
+    """Like ``replay``, for trajectories that ``read_until`` has read already."""
+    target = target if isinstance(target, nn.Module) else unwrap(target)
+    tensors = _tensors(target)
+    with agreed(tensors, on=" ".join(part.sha256 for part in parts)):
+        replays = [PartReplay(target, part) for part in parts]
+    with agreed(tensors):
+        for each in replays:
+            each.check_weights()
+    for each in replays:
+        if not each.is_exact:
+            warnings.warn(
+                f"{each.path}: the in-place probes of this run restored the weights only to rounding, and "
+                "the file does not record the error: the replay is near the run, but not equal to it",
+                stacklevel=3,
+            )
+    for each in replays:
+        try:
+            each.run()
+        except BaseException as error:
+            error.add_note(f"{each.path}: {each.progress}")
+            raise
+    return replays[-1].optimizer
+
+
+def _tensors(target: nn.Module | ZerothOrderOptimizer) -> list[Tensor]:
+    """The parameters of ``target``, after those that FSDP gathered for a forward were sharded again."""
+    module = target if isinstance(target, nn.Module) else target.engine.module
+    if module is not None:
+        shards.reshard(module)
+    if isinstance(target, nn.Module):
+        return list(target.parameters())
+    return [tensor for group in target.param_groups for tensor in group["params"]]

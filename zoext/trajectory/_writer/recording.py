@@ -1,0 +1,195 @@
+"""Records the steps of an optimizer."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from zoext._engine import AppliedStep
+from zoext._parameters import parameters
+from zoext.optimizer import ZerothOrderOptimizer, unwrap
+from zoext.trajectory import _optimizers
+from zoext.trajectory._format import frames as side_file
+from zoext.trajectory._format.header import Header
+from zoext.trajectory._format.steps import ranges
+from zoext.trajectory._writer import continuing
+from zoext.trajectory._writer.background import BackgroundWriter
+from zoext.trajectory._writer.owned_file import OwnedFile
+from zoext.trajectory._writer.pieces import Pieces
+
+
+class Trajectory:
+    """Records every step of an optimizer from now on as a line of text, so that ``replay`` can repeat it.
+
+        with zoext.Trajectory("run.jsonl", optimizer):
+            for batch in loader:
+                optimizer.step(lambda: model(**batch).loss)
+
+    The first line is a header with the versions of zoext and torch, the recipe, and the name, shape, dtype,
+    key and digest of every parameter. Each step adds a line of a few hundred bytes: its seeds, coefficients,
+    learning rates, loss and number of forwards. A checksum at the end of each line covers that line and all
+    lines before it.
+
+    A background thread writes the lines, so a step waits neither for the disk nor for the device, and a step
+    reaches the disk within a second. While the disk stalls, unwritten steps are kept in memory without a
+    limit.
+
+    Args:
+        path: the file to write. It must not exist, except with ``resume``.
+        optimizer: the ``ZerothOrderOptimizer`` whose steps are recorded until ``close``, or a wrapper of it
+            such as Accelerate's, Lightning's or Fabric's. If its steps depend on earlier ones
+            (AdaMeZO, ``precision="residual"``), recording must begin before its first step.
+        frames: also record the bases of AGZO, which come from data and not from seeds. They go to a side file
+            (``run.frames`` beside ``run.jsonl``) with r floats per input of each layer and step. Without
+            them, a run of AGZO is recorded but cannot be replayed.
+        notes: plain JSON data to keep in the header.
+        resume: continue the file at ``path`` from the current step of the optimizer. Later lines are moved to
+            ``run.jsonl.cut`` and their frames to ``run.frames.cut``, replacing older files of these names.
+            The file must have the recipe and the parameters of the optimizer, and also the same weights if it
+            is continued from the step where it begins.
+
+    Warns:
+        UserWarning: if a replay cannot reproduce the bits of the run: a run of AGZO without ``frames``, or
+            with an in-place probe.
+
+    Raises:
+        FileExistsError: if ``path`` exists, without ``resume``.
+        ValueError: if earlier steps of the optimizer would be missing from the recording, if the optimizer is
+            already recorded, and for sharded parameters.
+        TypeError: for an optimizer that is not zoext's.
+        TrajectoryError: for a file that cannot be continued. It is unchanged.
+        BlockingIOError: if another recording has the file open. The file is locked until ``close`` or the end
+            of the process. On a file system without locks, a second recording is detected when it writes.
+        OSError: if the file cannot be written, or was moved, removed or replaced. A failed background write
+            raises from the next step, before it moves a weight, and from ``flush`` and ``close``; each of
+            them retries the write first. The interpreter retries once more at exit, and reports on stderr how
+            many steps are lost, unless ``close`` has already raised.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: torch.optim.Optimizer,
+        *,
+        frames: bool = False,
+        notes: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        optimizer = unwrap(optimizer)
+        if optimizer.recorder is not None:
+            raise ValueError("optimizer: its steps are recorded already; close that trajectory first")
+        parameters.check_not_sharded(parameters.trainable(optimizer.param_groups))
+        self._optimizer = optimizer
+        watches = optimizer.engine.axes.direction.watches
+        if watches and not frames and not resume:
+            warnings.warn(
+                "the bases of AGZO come from data and not from seeds, so this trajectory cannot be replayed; "
+                "record them with frames=True",
+                stacklevel=2,
+            )
+        if not optimizer.engine.probe.is_exact and not resume:
+            warnings.warn(
+                "probe='inplace' restores the weights only to rounding, and the trajectory does not record "
+                "the error: a replay will be near the run, but not equal to it. Pass the module as params, "
+                "or probe=StreamedProbe(module)",
+                stacklevel=2,
+            )
+        with ExitStack() as opened:
+            if resume:
+                file = opened.enter_context(OwnedFile(self.path))
+                end = continuing.cut(self.path, optimizer, frames and watches)
+            else:
+                _check_fresh(optimizer)
+                notes = _checked(notes or {})
+                end = continuing.begin(self.path, Header.of(optimizer, frames and watches, notes))
+                file = opened.enter_context(OwnedFile(self.path))
+            files = [file]
+            if end.frames is not None:
+                files.insert(0, opened.enter_context(OwnedFile(side_file.path_beside(self.path))))
+            self._writer = BackgroundWriter(*files)
+            opened.pop_all()  # the writer closes them
+        self._pieces = Pieces(self.path, end)
+        self._step = optimizer.param_groups[0]["step"]
+        self._outline = _outline(optimizer)
+        optimizer.recorder = self
+
+    def check(self) -> None:
+        """Raises if the next step could not be recorded. The optimizer calls it before a step."""
+        try:
+            self._writer.check()
+        except OSError as error:
+            remedy = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Fix this"
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; no weight was moved now, and no step is lost yet. {remedy} and step "
+                "again, or close() the trajectory to continue without it",
+                error.filename,
+            ) from None
+        step = self._optimizer.param_groups[0]["step"]
+        if step != self._step or _outline(self._optimizer) != self._outline:
+            raise RuntimeError(
+                f"{self.path}: the optimizer was at step {self._step} when its last step was recorded and is "
+                f"at {step}, or its seed, its number of parameters or a dtype has changed, which the file "
+                "does not record; close() the trajectory and begin another one"
+            )
+
+    def record(self, step: AppliedStep) -> None:
+        """Records a step. The optimizer calls it after the step."""
+        moves = ranges(key for group in self._optimizer.engine.groups for key in group.keys)
+        self._writer.put(self._pieces.of(self._step + 1, step, moves))
+        self._step += 1  # last, so that check() reports a step that could not be recorded
+
+    def flush(self) -> None:
+        """Waits until all steps so far are on the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the recording; the optimizer continues without it. If it raises, it can be called again."""
+        if self._optimizer.recorder is self:
+            self._optimizer.recorder = None
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except OSError as refusal:
+            if error is None:
+                raise
+            error.add_note(f"{refusal}; fix this and close() the trajectory again")
+
+
+def _outline(optimizer: ZerothOrderOptimizer) -> list[object]:
+    """What must not change during a recording."""
+    groups = optimizer.param_groups
+    return [groups[0]["seed"], *([tensor.dtype for tensor in group["params"]] for group in groups)]
+
+
+def _checked(notes: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(dict(notes), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise type(error)(f"notes must be what JSON can hold: {error}") from None
+    return dict(notes)
+
+
+def _check_fresh(optimizer: ZerothOrderOptimizer) -> None:
+    if _optimizers.remembers(optimizer):
+        raise ValueError(
+            f"optimizer: at step {optimizer.param_groups[0]['step']}, its next step depends on earlier ones, "
+            "which would not be in the trajectory; begin recording before its first step"
+        )
