@@ -341,6 +341,17 @@ def test_estimates_of_before_a_replay_are_dropped(tmp_path: Path) -> None:
         run.optimizer.step()
 
 
+def test_a_round_of_before_a_replay_is_cancelled(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    record(path)
+    run = FaultyRun("mezo")
+    losses = [1.0] * len(run.optimizer.ask())
+    zoext.replay(run.optimizer, path)
+    with pytest.raises(RuntimeError, match="without an open round"):
+        run.optimizer.tell(losses)
+    run.step()
+
+
 def test_the_generators_of_torch_are_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     base, _ = record(path)
