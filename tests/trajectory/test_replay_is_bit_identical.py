@@ -15,7 +15,7 @@ from torch import nn
 import zoext
 from support.faulty_runs import BAD_LOSSES, NAMED, FaultyRun
 from support.graphed_runs import RECIPES, Run, same
-from support.trajectory_files import record, records
+from support.trajectory_files import forge, record, records
 from zoext import _C
 from zoext._engine import StepEngine
 from zoext.trajectory._replay import part_replay
@@ -196,6 +196,21 @@ def test_recording_goes_on_from_any_step(
         if recipe == "agzo":
             files = [each.with_suffix(".frames").read_bytes() for each in (path, whole)]
             assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("former", "balance"), [("printed", "paper"), ("still", "freeze")])
+def test_names_of_earlier_versions_are_read(former: str, balance: str, tmp_path: Path) -> None:
+    """Values of options that have been renamed since."""
+    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
+    base = copy.deepcopy(run.model)
+    run.optimizer = zoext.AGZO(run.model, lr=1e-2, balance=balance)
+    with zoext.Trajectory(path, run.optimizer, frames=True):
+        run.healthy(3)
+    forge(path, 1, lambda row: row["recipe"]["direction"].update(balance=former))
+    zoext.Trajectory(path, run.optimizer, resume=True).close()
+    assert records(path)[0]["recipe"]["direction"]["balance"] == former
+    assert zoext.replay(base, path).param_groups[0]["recipe"]["direction"]["balance"] == balance
+    assert same(parameters(base), parameters(run.model))
 
 
 def test_recording_goes_on_many_times(tmp_path: Path) -> None:
