@@ -41,6 +41,21 @@ class Axes(NamedTuple):
         return cls(*(_member(axis, base, recipe[axis]) for axis, base in _BASES.items()))
 
 
+#: Options whose values have had other names; files of earlier versions still hold these.
+_FORMER_VALUES = {("ActivationSubspace", "balance"): {"printed": "paper", "still": "freeze"}}
+
+
+def with_current_names(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe from a file, in the names that this version of zoext uses."""
+    found = {axis: dict(member) for axis, member in recipe.items()}
+    for (name, option), former in _FORMER_VALUES.items():
+        for member in found.values():
+            value = member.get(option)
+            if member.get("name") == name and isinstance(value, str):
+                member[option] = former.get(value, value)
+    return found
+
+
 _BASES: dict[str, type] = {"direction": Direction, "estimator": Estimator, "update": Update}
 _MODULES = {"direction": directions, "estimator": estimators, "update": updates}
 
