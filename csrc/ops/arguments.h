@@ -10,41 +10,42 @@
 
 namespace zoext::ops {
 
-// Tensors that are moved where they lie. `residuals` has none, or one for each tensor: int8, as large as theta
-// where its storage rounds, else empty.
-struct Moved {
-  std::vector<Tensor> theta, residuals;
+// Weights that an operator reads, and where they lie in the noise field.
+struct Weights {
+  std::vector<Tensor> theta;
   std::vector<Place> places;
   Rounding rounding;
-
-  Moved(std::vector<Tensor> theta_, std::vector<Tensor> residuals_, const std::vector<int64_t>& keys,
-        const std::vector<int64_t>& spans, int64_t rounding_)
-      : theta(std::move(theta_)), residuals(std::move(residuals_)) {
-    check_tensors("theta", theta);
-    places = checked_places(theta, keys, spans);
-    rounding = checked_rounding(rounding_, theta, residuals);
-  }
 
   bool is_empty() const { return theta.empty(); }
 };
 
-// Tensors that are written, and those that are read. Copies have no residuals.
-struct Copied {
-  std::vector<Tensor> out, theta;
-  std::vector<Place> places;
-  Rounding rounding;
+// Weights that are updated in place. `residuals` has none, or one for each tensor: int8, as large as theta where
+// its storage rounds, else empty.
+struct Moved : Weights {
+  std::vector<Tensor> residuals;
+
+  Moved(std::vector<Tensor> theta_, std::vector<Tensor> residuals_, const std::vector<int64_t>& keys,
+        const std::vector<int64_t>& spans, int64_t rounding_)
+      : Weights{std::move(theta_), {}, {}}, residuals(std::move(residuals_)) {
+    check_tensors("theta", theta);
+    places = checked_places(theta, keys, spans);
+    rounding = checked_rounding(rounding_, theta, residuals);
+  }
+};
+
+// Weights that are only read, and the tensors that are written. Copies have no residuals.
+struct Copied : Weights {
+  std::vector<Tensor> out;
 
   Copied(std::vector<Tensor> out_, std::vector<Tensor> theta_, const std::vector<int64_t>& keys,
          const std::vector<int64_t>& spans, int64_t rounding_)
-      : out(std::move(out_)), theta(std::move(theta_)) {
+      : Weights{std::move(theta_), {}, {}}, out(std::move(out_)) {
     check_tensors("out", out);
     check_tensors("theta", theta);
     check_copy(out, theta);
     places = checked_places(theta, keys, spans);
     rounding = checked_rounding(rounding_);
   }
-
-  bool is_empty() const { return theta.empty(); }
 };
 
 // One combination: seeds int64 [K] and coefficients float32 [K].

@@ -61,7 +61,7 @@ extern const InstructionSet instruction_set;
 int main() {
   using namespace zoext;
   static_assert(Rules::count == 4);
-  const auto& rule = cpu::scalar::instruction_set.single.rules[3];
+  const auto& rule = cpu::scalar::instruction_set.fp32.rules[3];
   float m[cpu::tile_alignment], v[cpu::tile_alignment], change[cpu::tile_alignment];
   for (int i = 0; i < cpu::tile_alignment; ++i) m[i] = float(i), v[i] = 9.0f;
   rule.move({-8.0f, 1.0f, 0.0f}, m, v, cpu::tile_alignment, change);

@@ -33,7 +33,7 @@ struct Tokens {
         rows.of[rows.count] = row;
       } else {
         float* const single = converted.get() + rows.count * features;
-        set.storage<Storage>().to_single(row, features, single);
+        set.storage<Storage>().to_fp32(row, features, single);
         rows.of[rows.count] = single;
       }
       rows.token[rows.count++] = t;
@@ -88,7 +88,7 @@ class BlockKrylov {
     const int64_t first = begin * shape_.rank, last = end * shape_.rank;
     alignas(64) float normals[tile_alignment];
     for (int64_t at = first / tile_alignment * tile_alignment; at < last; at += tile_alignment) {
-      set_.single.normals.start(field, 1.0f, static_cast<uint64_t>(at), tile_alignment, normals, nothing);
+      set_.fp32.normals.start(field, 1.0f, static_cast<uint64_t>(at), tile_alignment, normals, nothing);
       for (int64_t i = std::max(at, first); i < std::min(at + tile_alignment, last); ++i)
         work_.products[i % shape_.rank * shape_.tokens + i / shape_.rank] = normals[i - at];
     }

@@ -13,8 +13,8 @@
 
 namespace zoext::cpu {
 
-// Arithmetic as IEEE 754 has it, subnormals included, whatever the program has set: flushing them to
-// zero would make the bits depend on the instruction set, and an empty sum move them.
+// IEEE 754 arithmetic with subnormals, whatever the program has set: flushing them to zero would make the bits
+// depend on the instruction set, and would make an empty sum change a subnormal weight.
 class IeeeArithmetic {
  public:
 #if defined(__x86_64__)
@@ -34,8 +34,8 @@ class IeeeArithmetic {
 #endif
 };
 
-// f(tile) for every tile of every tensor, of at most `longest` elements, in parallel. Chunks of work are the
-// same however many threads there are, and nothing depends on which thread takes which.
+// f(tile) for every tile of at most `longest` elements of every tensor, in parallel. Chunks of work do not depend
+// on the number of threads, and results do not depend on which thread takes which chunk.
 template <class F>
 void for_each_tile(const std::vector<Tensor>& tensors, const std::vector<Place>& places, int64_t longest, F f) {
   constexpr int64_t chunk = 16 * tile_elements, chunks_per_thread = 2;

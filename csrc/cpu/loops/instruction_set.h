@@ -17,9 +17,8 @@ namespace zoext::cpu {
 constexpr int tile_alignment = 256;  // a power of two: whole groups of Philox blocks
 constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 
-// Weights that will be needed next. They are asked for line by line while noise is computed: the
-// loops are bound by arithmetic here and by memory there, and a burst of requests would only make the
-// processor wait for memory at another place.
+// Weights that are needed next. They are prefetched line by line while noise is computed: noise is bound by
+// arithmetic and weights by memory, and a burst of prefetches would only move the wait for memory elsewhere.
 struct Upcoming {
   const char* read;   // where they are
   const char* write;  // where they go, if that is another place, else null
@@ -46,9 +45,8 @@ struct Term {
   float coefficient;
 };
 
-// A step that contributes to a window; `number` is its row in the operator's history. Like the other arguments
-// of loops these are plain pointers: no function of the standard library may be compiled with the instructions
-// of one set.
+// A step that contributes to a window; `number` is its row in the operator's history. Arguments of loops are plain
+// pointers, since no function of the standard library may be compiled for one instruction set.
 struct Step {
   int64_t number;
   float first_weight, second_weight;
@@ -131,11 +129,10 @@ struct StorageLoops {
   using Number = typename Arithmetic<Storage>::type;
   void (*displace)(Storage* out, const Storage* theta, const Number* sum, Number decay, int64_t count);
   void (*write)(Storage* out, const Number* sum, int64_t count);
-  void (*to_single)(const Storage* from, int64_t count, float* out);
+  void (*to_fp32)(const Storage* from, int64_t count, float* out);
 };
 
-// Those of weights in 16 bits, which can be rounded in other ways: with 16 random bits an element, or keeping
-// what is lost beside theta.
+// The loops of storage types that round: also with 16 random bits per element, or with residuals.
 template <class Storage>
 struct RoundedLoops : StorageLoops<Storage> {
   void (*displace_stochastically)(Storage* out, const Storage* theta, const float* sum, float decay, int64_t count,
@@ -158,8 +155,8 @@ struct InstructionSet {
   const char* name;
   // 16 for each of at most `tile_elements` elements.
   void (*rounding_bits)(const Field&, uint64_t index, int64_t count, uint16_t* out);
-  ArithmeticLoops<float> single;
-  ArithmeticLoops<double> twice;
+  ArithmeticLoops<float> fp32;
+  ArithmeticLoops<double> fp64;
   StorageLoops<float> float32;
   StorageLoops<double> float64;
   RoundedLoops<BFloat16> bfloat16;
@@ -169,9 +166,9 @@ struct InstructionSet {
   template <class Number>
   const ArithmeticLoops<Number>& arithmetic() const {
     if constexpr (std::is_same_v<Number, float>)
-      return single;
+      return fp32;
     else
-      return twice;
+      return fp64;
   }
 
   template <class Storage>

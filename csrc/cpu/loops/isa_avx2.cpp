@@ -1,6 +1,6 @@
 #if defined(__x86_64__)
 
-// Standard headers come first: their inline functions must not be compiled with these instructions.
+// Standard headers come first, so that their inline functions are not compiled for this instruction set.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

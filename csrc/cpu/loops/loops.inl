@@ -36,7 +36,7 @@ template <class Number>
 constexpr ArithmeticLoops<Number> arithmetic_loops = arithmetic_loops_of<Number>(Rules{});
 
 template <class Storage>
-constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_single<Storage>};
+constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_fp32<Storage>};
 
 template <class Storage>
 constexpr RoundedLoops<Storage> rounded_loops{storage_loops<Storage>, &displace_stochastically<Storage>,

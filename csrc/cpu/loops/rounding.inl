@@ -1,10 +1,10 @@
-// Weights in 16 bits that are not rounded to nearest: the rules of core/storage.h in lanes. A pack with a lane
-// that rounds to nearest although the others do not goes through the core, as do the last elements. Where the
-// processor truncates to float16, pairs of packs of its normal numbers need neither long patterns nor a branch:
-// what else they hold is done again afterwards. The loops are functions of their own, without calls, so that they
-// keep their constants in registers.
+// Stochastic rounding and residuals of weights in 16 bits: the formulas of core/storage.h in lanes. A pack of
+// which only some lanes round to nearest is left to the core, as are the last elements. Where the processor can
+// truncate to float16, pairs of packs of normal numbers need neither long patterns nor a branch; pairs with other
+// numbers are computed again afterwards. The loops are functions without calls, so that their constants stay in
+// registers.
 
-// f(displace_pack) with code of its own for no decay, which is most frequent.
+// f(displace_pack), specialised for no decay, which is most frequent.
 template <class F>
 inline __attribute__((always_inline)) auto with_displacement(float decay, F f) {
   return contributes(decay) ? f(displacement(decay)) : f(displacement(0.0f));
@@ -46,7 +46,7 @@ constexpr bool truncates = std::is_same_v<Storage, Half> && truncates_to_half;
 
 constexpr int pair = 2 * lanes;
 
-// Weights as they were before a loop over pairs of packs, which may spoil some of them.
+// Weights before a loop over pairs of packs, which may leave some of them wrong.
 template <class Storage>
 struct Before {
   alignas(64) Storage theta[tile_elements];

@@ -34,7 +34,7 @@ void write(Storage* out, const typename Arithmetic<Storage>::type* sum, int64_t 
 }
 
 template <class Storage>
-void to_single(const Storage* from, int64_t count, float* out) {
+void to_fp32(const Storage* from, int64_t count, float* out) {
   int64_t i = 0;
   if constexpr (can_round<Storage>)
     for (; i + lanes <= count; i += lanes) store(out + i, load(from + i));

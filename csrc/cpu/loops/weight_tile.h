@@ -1,4 +1,4 @@
-// A tile of weights and what every step does with it: its change, joined to theta and rounded.
+// A tile of weights, to which every step adds its change before it rounds.
 #pragma once
 
 #include <optional>
@@ -14,7 +14,7 @@ struct Ending {
   std::optional<uint64_t> rounding_seed;
 };
 
-// It takes steps one after the other, while it lies in the first-level cache.
+// Steps follow one another while the tile is in the first-level cache.
 template <class Storage>
 class WeightTile {
  public:

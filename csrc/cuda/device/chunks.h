@@ -1,4 +1,4 @@
-// The work of a launch: a list of tensors, cut into chunks of one thread block each.
+// The work of a launch: a list of tensors, divided into chunks of one thread block each.
 #pragma once
 
 #include "../../core/divisor.h"
@@ -54,19 +54,19 @@ struct Slot {
   }
 };
 
-// A tensor that is moved where it lies, and the bytes beside its weights, if there are any. Only launches of
-// such tensors have room for fewer of them.
+// A tensor that is updated in place, and the residuals of its weights, or null. Only launches of such tensors have
+// smaller tables.
 template <class TensorSlot>
 struct InPlace : TensorSlot {
   int8_t* residuals;
 };
 
-// How many tensors a kernel has room for among its parameters. All of these are sent with every launch, so
-// that the few of one module should not take as long as the many of a model.
+// How many tensors fit into the parameters of a kernel. Every launch sends all of them, so that the few tensors of
+// a module should not cost as much as the many of a model.
 enum class Room { few, many };
 
-// Passed by value, so that a launch neither allocates nor copies. Parameters may have 32,764 bytes; more
-// than 4,096 need a driver for CUDA 12.1 and a GPU from sm_70 on.
+// Passed by value, so that a launch neither allocates nor copies. Parameters may take 32,764 bytes; more than
+// 4,096 need a driver for CUDA 12.1 and sm_70 or newer.
 template <class TensorSlot, Room room>
 struct Table {
   static constexpr int bytes = room == Room::few ? 1024 : 30 * 1024;
@@ -183,7 +183,7 @@ struct WholeShare {
            is_aligned(slot.out);
   }
 
-  // Each is kept: an address made of the index for every share would take more instructions.
+  // Each is kept, since computing an address from the index of every share would take more instructions.
   ZOEXT_HD void advance() { index += Tiling::stride, from += Tiling::stride, to += Tiling::stride; }
 
   ZOEXT_HD const Storage* theta(const Slot&) const { return from; }

@@ -1,5 +1,5 @@
-// Numbers on their way from storage and back, a group at a time. In 16 bits two share a word and a few
-// instructions, which give the bits of csrc/core/storage.h for ordinary numbers; what is rare is mended
+// Conversion of numbers from and to storage, a group at a time. Two numbers of 16 bits share a word and a few
+// instructions, which give the bits of csrc/core/storage.h for ordinary numbers; rare ones are corrected
 // afterwards.
 #pragma once
 
@@ -24,7 +24,7 @@ struct RoundingWords {
     }
   }
 
-  // Before whatever follows: nvcc would else make them where they are used.
+  // Here and not where they are used, where nvcc would place it otherwise.
   __device__ void make_here() {
 #pragma unroll
     for (auto& block : of)
@@ -32,7 +32,7 @@ struct RoundingWords {
   }
 };
 
-// What other roundings have in their place.
+// The same for other roundings, which need no words.
 struct NoWords {
   __device__ void make_here() {}
 };
@@ -51,7 +51,7 @@ __device__ __forceinline__ uint32_t second_bytes(const uint32_t* words) {
   return __byte_perm(__byte_perm(words[0], words[1], 0x0051), __byte_perm(words[2], words[3], 0x0051), 0x5410);
 }
 
-// False for what is no number, too.
+// Also false for a NaN.
 __device__ __forceinline__ bool is_below(float limit, float a) { return fabsf(a) < limit; }
 
 template <int vector>
@@ -207,7 +207,7 @@ struct PairRounder {
   }
 
  private:
-  // Rounds to nearest what is not below the limit.
+  // Rounds numbers that are not below the limit to nearest.
   static __device__ void mend(const float (&exact)[vector], float limit, Weights& group) {
     const Weights nearest = round_to_nearest(exact);
 #pragma unroll

@@ -10,12 +10,12 @@
 
 namespace zoext::cuda {
 
-// Seeds stay on the device: no launch waits for the host to know them.
+// Seeds stay on the device, so that no launch waits for the host.
 __device__ __forceinline__ uint64_t seed_at(const int64_t* seeds, int64_t k) {
   return static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(seeds) + k));
 }
 
-// cuRAND's own rounds, and those of csrc/core where the toolkit has no cuRAND; the words are equal.
+// cuRAND's rounds, or those of csrc/core where the toolkit has no cuRAND; the words are equal.
 __device__ __forceinline__ Words<uint32_t> words_of(const Field& field, uint64_t block) {
 #if defined(ZOEXT_CURAND_ROUNDS)
   const Words<uint32_t> counter = field.counter(block);

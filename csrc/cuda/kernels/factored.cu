@@ -26,7 +26,6 @@ void copy(const ops::Copied& copied, const ops::Terms& terms, const ops::FactorP
 }  // namespace zoext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(zoext, CUDA, m) {
-  using namespace zoext;
-  m.impl("factored_axpy_", TORCH_BOX(&ops::factored_axpy_<&cuda::axpy>));
-  m.impl("factored_copy_", TORCH_BOX(&ops::factored_copy_<&cuda::copy>));
+  m.impl("factored_axpy_", TORCH_BOX(&zoext::ops::factored_axpy_<&zoext::cuda::axpy>));
+  m.impl("factored_copy_", TORCH_BOX(&zoext::ops::factored_copy_<&zoext::cuda::copy>));
 }

@@ -59,8 +59,7 @@ void write_noise(const ops::Noise& noise) {
 }  // namespace zoext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(zoext, CUDA, m) {
-  using namespace zoext;
-  m.impl("normal_", TORCH_BOX(&ops::normal_<&cuda::write_noise>));
-  m.impl("noise_axpy_", TORCH_BOX(&ops::noise_axpy_<&cuda::axpy>));
-  m.impl("noise_copy_", TORCH_BOX(&ops::noise_copy_<&cuda::copy>));
+  m.impl("normal_", TORCH_BOX(&zoext::ops::normal_<&zoext::cuda::write_noise>));
+  m.impl("noise_axpy_", TORCH_BOX(&zoext::ops::noise_axpy_<&zoext::cuda::axpy>));
+  m.impl("noise_copy_", TORCH_BOX(&zoext::ops::noise_copy_<&zoext::cuda::copy>));
 }

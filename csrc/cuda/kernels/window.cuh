@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(threads_per_chunk, resident_blocks<Direction>(
     Moments<Rule, Number, Tiling> moments;
     const bool moves = contributes(lr) && window.add(Direction::on(slot, share), moments);
     if (moves) moments.make_moves(minus_lr, eps);
-    // Read last: the moments need the registers, and a window takes longer than memory.
+    // Read last: the moments need the registers, and computing a window takes longer than the read.
     Weights<Storage, Tiling> weights(slot, share);
     const uint64_t seed = rounding == Rounding::stochastic ? seed_at(window.newest(), 0) : 0;
     weights.template move<rounding>(moments.first, decay, rounding_words_of<rounding, Tiling>(slot, share, seed));
@@ -152,7 +152,7 @@ inline Windows windows_of(const ops::Windows& windows) {
       static_cast<int>(windows.count)};
 }
 
-// Steps with residuals have one kernel, however many there are: their rounding is little beside a window.
+// Steps with residuals share one kernel, however many there are: rounding costs little compared with a window.
 template <class Rule, class Direction>
 void launch_windows_of(const std::vector<InPlace<typename Direction::TensorSlot>>& slots, const Windows& windows,
                        const StepSizes& sizes, Rounding rounding, cudaStream_t stream) {
