@@ -80,14 +80,18 @@ def problem() -> tuple[Model, Any]:
 OPTIONS = {"mu": 0.02, "weight_decay": 0.3, "seed": 2**63 + 5}
 
 
+def is_defined(direction: Any, estimator: Any, update: tuple[Any, float]) -> bool:
+    """Not where rounding decides: the coefficients of a guiding vector sum to zero. So do the projected
+    gradients that ``ScalarAdam`` divides by, and the sums of signs whose sign ``SignReplay`` takes."""
+    if not isinstance(estimator, zoext.GuidingVector):
+        return True
+    is_sign_of_signs = isinstance(direction, zoext.Rademacher) and isinstance(update[0], zoext.SignReplay)
+    return not is_sign_of_signs and not isinstance(update[0], zoext.ScalarAdam)
+
+
 @pytest.mark.parametrize(
     ("direction", "estimator", "update"),
-    [
-        triple
-        for triple in itertools.product(DIRECTIONS, ESTIMATORS, UPDATES)
-        # Its coefficients sum to zero, and so does the projected gradient.
-        if not (isinstance(triple[1], zoext.GuidingVector) and isinstance(triple[2][0], zoext.ScalarAdam))
-    ],
+    [triple for triple in itertools.product(DIRECTIONS, ESTIMATORS, UPDATES) if is_defined(*triple)],
     ids=lambda member: repr(member).replace(" ", ""),
 )
 def test_triple(direction: Any, estimator: Any, update: tuple[Any, float]) -> None:
