@@ -41,6 +41,21 @@ class Axes(NamedTuple):
         return cls(*(_member(axis, base, recipe[axis]) for axis, base in _BASES.items()))
 
 
+#: Balances of ``ActivationSubspace`` in files of earlier versions, and their present names.
+_RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
+
+
+def with_present_names(recipe: Any) -> Any:
+    """A recipe from a file, with the present names of options that were renamed since it was written."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    present = dict(recipe)
+    direction = present.get("direction")
+    if isinstance(direction, Mapping) and isinstance(balance := direction.get("balance"), str):
+        present["direction"] = {**direction, "balance": _RENAMED_BALANCES.get(balance, balance)}
+    return present
+
+
 _BASES: dict[str, type] = {"direction": Direction, "estimator": Estimator, "update": Update}
 _MODULES = {"direction": directions, "estimator": estimators, "update": updates}
 

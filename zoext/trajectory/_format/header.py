@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from zoext._engine import Axes
+from zoext._engine import Axes, with_present_names
 from zoext._parameters import shards
 from zoext._parameters.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
@@ -146,7 +146,7 @@ class Header:
             raise fields.error("groups must have parameters with the keys 0, 1, 2, ...")
         axes = Fields(fields.mapping("recipe"), f"{where}: recipe")
         return cls(
-            recipe={axis: axes.mapping(axis) for axis in Axes._fields},
+            recipe=with_present_names({axis: axes.mapping(axis) for axis in Axes._fields}),
             precision=fields.text("precision"),
             seed=fields.hexadecimal("seed"),
             step=fields.integer("step", 0),
