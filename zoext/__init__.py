@@ -14,8 +14,7 @@ from zoext.estimators import (
 )
 from zoext.graphs import GraphedStep
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
-from zoext.probes import InplaceProbe, Probe, StreamedProbe
-from zoext.probes._swap import StreamedProbeError
+from zoext.probes import InplaceProbe, Probe, StreamedProbe, StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
 from zoext.trajectory import Trajectory, TrajectoryError, replay
 from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update

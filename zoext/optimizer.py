@@ -19,7 +19,7 @@ from zoext._engine import (
     Recorder,
     StepEngine,
     StepExecutor,
-    with_present_names,
+    with_current_names,
 )
 from zoext._parameters import group_options, parameters
 from zoext._parameters.precision import checked_state, own_state, rounding_of
@@ -175,13 +175,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         recipe, precision = self.engine.axes.recipe(), self._own_defaults["precision"]
-        groups = []
-        for group in state_dict["param_groups"]:
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
             if missing := self._own_defaults.keys() - group.keys():
                 raise ValueError(
                     f"state_dict has no {', '.join(sorted(missing))}: it is not that of a zoext optimizer"
                 )
-            group = {**group, "recipe": with_present_names(group["recipe"])}
+            group["recipe"] = with_current_names(group["recipe"])
             if group["recipe"] != recipe:
                 raise ValueError(
                     f"state_dict comes from the recipe {group['recipe']}, this optimizer has {recipe}; "
@@ -192,13 +192,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     f"state_dict comes from precision={group['precision']!r}, this optimizer has "
                     f"{precision!r}; build it with the same"
                 )
-            groups.append(group)
         state = dict(state_dict["state"])
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+        for group, saved in zip(self.param_groups, groups, strict=False):
             for tensor, name in zip(group["params"], saved["params"], strict=False):  # torch compares lengths
                 if own := state.pop(name, None):
                     state[name] = checked_state(tensor, own)
-        return {**state_dict, "param_groups": groups, "state": state}
+        return {**state_dict, "state": state, "param_groups": groups}
 
     def _settle(self) -> None:
         """Makes loaded data this optimizer's own."""

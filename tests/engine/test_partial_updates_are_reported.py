@@ -130,7 +130,9 @@ def test_within_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count:
     with pytest.raises(torch.OutOfMemoryError) as raised:
         zoext.replay(base, tmp_path / "run.jsonl")
     (note,) = raised.value.__notes__
-    assert note.endswith("the weights are between step 0 and a later one now; load the base again")
+    assert note.endswith(
+        "the weights are now between step 0 and a later one; load the weights that the run began with"
+    )
 
 
 def test_before_a_replay_moved_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,4 +145,4 @@ def test_before_a_replay_moved_anything(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(torch.OutOfMemoryError) as raised:
         zoext.replay(base, tmp_path / "run.jsonl")
     (note,) = raised.value.__notes__
-    assert note.endswith("the weights are those of step 0 now, between base and end")
+    assert note.endswith("the weights are now those of step 0, before the end of the replay")

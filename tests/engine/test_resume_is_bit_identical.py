@@ -94,6 +94,18 @@ def test_another_recipe_is_refused() -> None:
     assert other.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize(("former", "balance"), [("printed", "paper"), ("still", "freeze")])
+def test_names_of_earlier_versions_are_read(former: str, balance: str) -> None:
+    """Values of options that have been renamed since the state was saved."""
+    _, optimizer, _ = setup(torch.float32, direction=zoext.ActivationSubspace(balance=balance))
+    recipe = copy.deepcopy(optimizer.param_groups[0]["recipe"])
+    state = optimizer.state_dict()
+    state["param_groups"][0]["recipe"]["direction"]["balance"] = former
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["recipe"] == recipe
+    assert state["param_groups"][0]["recipe"]["direction"]["balance"] == former
+
+
 PROGRAM = """
 import hashlib, torch, zoext
 torch.manual_seed(1)

@@ -15,7 +15,7 @@ from torch import nn
 import zoext
 from support.faulty_runs import BAD_LOSSES, NAMED, FaultyRun
 from support.graphed_runs import RECIPES, Run, same
-from support.trajectory_files import record, records
+from support.trajectory_files import forge, record, records
 from zoext import _C
 from zoext._engine import StepEngine
 from zoext.trajectory._replay import part_replay
@@ -198,6 +198,21 @@ def test_recording_goes_on_from_any_step(
             assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(("former", "balance"), [("printed", "paper"), ("still", "freeze")])
+def test_names_of_earlier_versions_are_read(former: str, balance: str, tmp_path: Path) -> None:
+    """Values of options that have been renamed since."""
+    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
+    base = copy.deepcopy(run.model)
+    run.optimizer = zoext.AGZO(run.model, lr=1e-2, balance=balance)
+    with zoext.Trajectory(path, run.optimizer, frames=True):
+        run.healthy(3)
+    forge(path, 1, lambda row: row["recipe"]["direction"].update(balance=former))
+    zoext.Trajectory(path, run.optimizer, resume=True).close()
+    assert records(path)[0]["recipe"]["direction"]["balance"] == former
+    assert zoext.replay(base, path).param_groups[0]["recipe"]["direction"]["balance"] == balance
+    assert same(parameters(base), parameters(run.model))
+
+
 def test_recording_goes_on_many_times(tmp_path: Path) -> None:
     run, path = FaultyRun("adamezo"), tmp_path / "run.jsonl"
     base = copy.deepcopy(run.model)
@@ -339,6 +354,17 @@ def test_estimates_of_before_a_replay_are_dropped(tmp_path: Path) -> None:
     zoext.replay(run.optimizer, path)
     with pytest.raises(RuntimeError, match="nothing to apply"):
         run.optimizer.step()
+
+
+def test_a_round_of_before_a_replay_is_cancelled(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    record(path)
+    run = FaultyRun("mezo")
+    losses = [1.0] * len(run.optimizer.ask())
+    zoext.replay(run.optimizer, path)
+    with pytest.raises(RuntimeError, match="without an open round"):
+        run.optimizer.tell(losses)
+    run.step()
 
 
 def test_the_generators_of_torch_are_not_touched(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The step engine: all of a step that is not the contract of torch.optim."""
 
-from zoext._engine.applied_step import AppliedStep, GroupOptions, Recorder
-from zoext._engine.axes import Axes, with_present_names
+from zoext._engine.applying import AppliedStep, GroupOptions, Recorder
+from zoext._engine.axes import Axes, with_current_names
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.engine import StepEngine, StepExecutor
 from zoext._engine.estimation import Closure
@@ -21,5 +21,5 @@ __all__ = [
     "StepEngine",
     "StepExecutor",
     "StepSeeds",
-    "with_present_names",
+    "with_current_names",
 ]

@@ -41,19 +41,19 @@ class Axes(NamedTuple):
         return cls(*(_member(axis, base, recipe[axis]) for axis, base in _BASES.items()))
 
 
-#: Balances of ``ActivationSubspace`` in files of earlier versions, and their present names.
-_RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
+#: Options whose values have had other names; files of earlier versions still hold these.
+_FORMER_VALUES = {("ActivationSubspace", "balance"): {"printed": "paper", "still": "freeze"}}
 
 
-def with_present_names(recipe: Any) -> Any:
-    """A recipe from a file, with the present names of options that were renamed since it was written."""
-    if not isinstance(recipe, Mapping):
-        return recipe
-    present = dict(recipe)
-    direction = present.get("direction")
-    if isinstance(direction, Mapping) and isinstance(balance := direction.get("balance"), str):
-        present["direction"] = {**direction, "balance": _RENAMED_BALANCES.get(balance, balance)}
-    return present
+def with_current_names(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe from a file, in the names that this version of zoext uses."""
+    found = {axis: dict(member) for axis, member in recipe.items()}
+    for (name, option), former in _FORMER_VALUES.items():
+        for member in found.values():
+            value = member.get(option)
+            if member.get("name") == name and isinstance(value, str):
+                member[option] = former.get(value, value)
+    return found
 
 
 _BASES: dict[str, type] = {"direction": Direction, "estimator": Estimator, "update": Update}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext._engine import applying
-from zoext._engine.applied_step import AppliedStep, GroupOptions
+from zoext._engine.applying import AppliedStep, GroupOptions
 from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.estimation import Closure, Estimation
@@ -234,7 +234,9 @@ class StepEngine:
             step = AppliedStep(estimate, self.run.frame.frame, options)
             states = [group["update_state"] for group in self.param_groups]
             with self._updating():
-                self.commit(step, applying.apply(self._target, states, [step]))
+                with self._tearing():
+                    moved = applying.apply(self._target, states, [step])
+                self.commit(step, moved)
         return step
 
     def compute(
@@ -266,11 +268,16 @@ class StepEngine:
                 if session.is_displaced and applying.can_restore(self._target):
                     phase.close()
                     with self._updating():
-                        moved = applying.restore_and_apply(self._target, states, step, session, estimation)
+                        with self._tearing():
+                            moved = applying.restore_and_apply(
+                                self._target, states, step, session, estimation
+                            )
                         commit(step, moved)
                     return step
         with self._updating():
-            commit(step, applying.apply(self._target, states, [step]))
+            with self._tearing():
+                moved = applying.apply(self._target, states, [step])
+            commit(step, moved)
         return step
 
     def apply(self, steps: Sequence[AppliedStep]) -> None:
@@ -280,8 +287,9 @@ class StepEngine:
         """
         self.check_whole()
         states = [group["update_state"] for group in self.param_groups]
-        with interrupts.deferred(), self._tearing():
-            states = applying.apply(self._target, states, steps)
+        with interrupts.deferred():
+            with self._tearing():
+                states = applying.apply(self._target, states, steps)
             self._count(steps, states)
 
     def commit(self, step: AppliedStep, states: Sequence[State]) -> None:
@@ -303,7 +311,7 @@ class StepEngine:
 
     @contextmanager
     def _updating(self) -> Iterator[None]:
-        with interrupts.deferred(), record(Phase.UPDATE), self._tearing():
+        with interrupts.deferred(), record(Phase.UPDATE):
             yield
 
     @contextmanager

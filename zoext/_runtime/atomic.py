@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, also after a power cut."""
+"""Writes files and folders atomically and durably: after a power cut each is complete or absent."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_DIGITS = 7  # of the number of a process; Linux has at most 2^22
+_DIGITS = 7  # of a process ID; on Linux they are below 2^22
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file ``path`` in one step."""
+    """Writes the file ``path`` atomically, replacing an existing one."""
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def copy_tail(source: Path, start: int, path: Path) -> None:
-    """Replaces the file ``path`` in one step by what ``source`` has from byte ``start`` on."""
+    """Copies ``source`` from byte ``start`` to the file ``path``, atomically, replacing an existing one."""
     with _replacing(path) as temporary, source.open("rb") as read, temporary.open("wb") as written:
         read.seek(start)
         shutil.copyfileobj(read, written)
@@ -28,7 +28,7 @@ def copy_tail(source: Path, start: int, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of ``path`` at the end of the block, unless that raises."""
+    """A temporary file, which replaces ``path`` at the end of the block unless the block raises."""
     temporary = _temporary(path)
     try:
         yield temporary
@@ -41,16 +41,17 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def create_text(path: Path, text: str) -> None:
-    """Makes the file ``path``, there whole or not at all.
+    """Creates the file ``path`` atomically.
 
-    On a file system without hard links it is made first and then written: a process that is killed in
-    between, or a power cut, leaves a part of it.
+    On a file system without hard links it is created first and then written, so a killed process or a power
+    cut may leave an incomplete file.
 
     Raises:
-        FileExistsError: if it is there, also if another process makes it at the same moment.
+        FileExistsError: if it exists, or another process creates it at the same time.
     """
     temporary = _temporary(path)
-    temporary.unlink(missing_ok=True)  # of a process that was killed; it may be a second name of its file
+    # Left by a killed process with the same ID. It may be a hard link to that process's file: not truncated.
+    temporary.unlink(missing_ok=True)
     try:
         _create(temporary, text)
         _link(temporary, path, text)
@@ -61,11 +62,11 @@ def create_text(path: Path, text: str) -> None:
 
 def _link(temporary: Path, path: Path, text: str) -> None:
     try:
-        os.link(temporary, path)  # unlike a rename it replaces nothing
+        os.link(temporary, path)  # unlike a rename, fails if path exists
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        _create(path, text)  # a file system without links: a rename might replace another's file
+        _create(path, text)  # no hard links here, and a rename might replace the file of another process
 
 
 def _create(path: Path, text: str) -> None:
@@ -80,7 +81,7 @@ def _create(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder ``path`` and those above it, as far as they are missing, with durable names."""
+    """Creates the folder ``path`` and its missing parents, and makes their names durable."""
     missing = [folder for folder in (path.absolute(), *path.absolute().parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -91,16 +92,21 @@ def make_folder(path: Path) -> None:
 def new_folder(
     path: Path, *, replace: bool = False, check: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """A temporary folder beside ``path`` to fill, which becomes ``path`` at the end of the block.
+    """A temporary folder beside ``path``, which is renamed to ``path`` at the end of the block.
 
-    If the block raises, or ``check`` just before the move, nothing has happened. ``path`` must not exist,
-    unless it is a folder to ``replace``: one of the two is there then at any moment, the old one for an
-    instant ``where`` a killed process leaves it.
+    Args:
+        path: the folder to create.
+        replace: replace an existing folder. At every moment the old or the new folder exists: if the process
+            is killed between the two renames, ``where`` finds the old one.
+        check: called just before the rename. If it or the block raises, ``path`` is unchanged.
+
+    Raises:
+        FileExistsError: if ``path`` exists, except a folder with ``replace``.
     """
     if os.path.lexists(path) and not (replace and path.is_dir()):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same ID
     make_folder(temporary.parent)
     temporary.mkdir()
     try:
@@ -114,20 +120,20 @@ def new_folder(
 
 
 def _finish(folder: Path) -> None:
-    """Files get the usual mode, which the folder has from the umask, and all goes to the disk."""
-    usual = folder.stat().st_mode & 0o666
+    """Gives all files the mode that the umask allows, and writes everything to the disk."""
+    mode = folder.stat().st_mode & 0o666
     for inside in [*folder.rglob("*"), folder]:
         if inside.is_file():
-            inside.chmod(usual)  # safetensors lets nobody but their owner read them
+            inside.chmod(mode)  # safetensors makes them readable only by their owner
         sync(inside)
 
 
 def _move(temporary: Path, path: Path) -> None:
     aside = _aside(path)
-    if path.is_symlink():  # what it leads to is not ours
+    if path.is_symlink():  # only the link is replaced, not its target
         path.unlink()
     if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed when it had moved
+        shutil.rmtree(aside, ignore_errors=True)  # left by a process killed after its renames
         path.replace(aside)
     try:
         temporary.replace(path)
@@ -141,15 +147,15 @@ def _move(temporary: Path, path: Path) -> None:
 
 
 def where(path: Path) -> Path:
-    """Where the folder ``path`` is, if anywhere: aside, if a process was killed as it replaced it."""
+    """The folder ``path``, or the place of the old one if a process was killed while replacing it."""
     aside = _aside(path)
     return aside if aside.is_dir() and not path.exists() else path
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what a killed process was in the middle of writing as ``path``.
+    """Removes the temporary files that killed processes left while writing ``path``.
 
-    A folder that it was about to replace is put back, if nothing has taken its place.
+    Restores a folder that one of them was about to replace, if the new one is missing.
     """
     aside = _aside(path)
     if where(path) == aside:
@@ -160,7 +166,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def remove_leftovers_of(folder: Path, names: str) -> None:
-    """Removes what killed processes were in the middle of writing in ``folder``; ``names`` is a pattern."""
+    """Removes the temporary files of killed processes in ``folder``, for files that match ``names``."""
     temporary = re.compile(rf"\.(?:{names})\.(\d{{1,{_DIGITS}}})\.tmp")
     for path in folder.iterdir() if folder.is_dir() else ():
         found = temporary.fullmatch(path.name)
@@ -173,7 +179,7 @@ def remove_leftovers_of(folder: Path, names: str) -> None:
 
 
 def _is_another_alive(process: int) -> bool:
-    if process == os.getpid():  # and is in the middle of nothing; so it was one that had the same number
+    if process == os.getpid():  # this process writes nothing now, so a killed one had the same ID
         return False
     try:
         os.kill(process, 0)
@@ -185,7 +191,7 @@ def _is_another_alive(process: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
+    """Waits until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,7 +200,7 @@ def sync(path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    # In the same folder: a rename is atomic only within a file system.
+    # In the same folder, because a rename is atomic only within one file system.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
