@@ -43,7 +43,7 @@ RECIPES: dict[str, Callable[..., Optimizer]] = {
         model,
         direction=zoext.LowRank(rank=2, refresh_interval=2),
         estimator=zoext.ForwardDifference(samples=2),
-        update=zoext.ScalarAdam(betas=(0.0, 0.8), horizon=4),
+        update=zoext.ScalarAdam(betas=(0.0, 0.8), horizon=3),
         **options,
     ),
     "fzoo": lambda model, **options: Optimizer(
