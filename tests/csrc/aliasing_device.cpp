@@ -7,8 +7,8 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
-#include <c10/core/impl/alloc_cpu.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -138,9 +138,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fall_back>()); }
 
 TORCH_LIBRARY(aliasing_device, m) {
-  m.def("begin_counting(bool has_float64) -> ()", [](bool has_float64) {
-    counts = Counts{0, 0, has_float64};
-  });
+  m.def("begin_counting(bool has_float64) -> ()", [](bool has_float64) { counts = Counts{0, 0, has_float64}; });
   m.def("largest_allocation() -> int", [] { return counts.largest_allocation; });
   m.def("reads_by_host() -> int", [] { return counts.reads_by_host; });
 }

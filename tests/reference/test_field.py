@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import oracle
 
+from support import oracle
 from zoext import _C, _reference, noise
 from zoext._reference import field
 from zoext._reference.places import Places, chunks

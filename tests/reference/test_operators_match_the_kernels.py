@@ -1,8 +1,8 @@
 """The reference gives what the kernels give, to the rounding that normals within 1e-6 imply.
 
-The same words are drawn, so all that differs is float32 rounding. A weight in 16 bits is equal unless its value
-lies next to the border between two numbers: at most one in a thousand is its neighbour (measured: one in fifty
-thousand). With residuals the same holds for floats of 24 bits to a few units in their last place.
+The same words are drawn, so all that differs is float32 rounding. A weight in 16 bits is equal unless its
+value lies next to the border between two numbers: at most one in a thousand is its neighbour (measured: one
+in fifty thousand). With residuals the same holds for floats of 24 bits to a few units in their last place.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from support import oracle
 from zoext import _reference
 from zoext.ops import Distribution, Rounding, Rule
 
@@ -54,11 +54,13 @@ def values(theta: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def compare(run: Run, theta: Tensor, rounding: Rounding, bound: float) -> None:
-    """``run(operators, theta, residuals)`` by the kernels and by the reference; ``bound`` on what moves theta."""
+    """``run(operators, theta, residuals)`` by kernels and reference; ``bound`` on what moves theta."""
     results = []
     for operators in (torch.ops.zoext, _reference):
         moved = theta.clone()
-        residuals = [oracle.some_residuals(theta.cpu()).to(theta.device)] if rounding == Rounding.RESIDUAL else []
+        residuals = (
+            [oracle.some_residuals(theta.cpu()).to(theta.device)] if rounding == Rounding.RESIDUAL else []
+        )
         run(operators, moved, residuals)
         results.append((moved, residuals[0] if residuals else None))
     (kernels, _), (reference, _) = results
@@ -66,7 +68,7 @@ def compare(run: Run, theta: Tensor, rounding: Rounding, bound: float) -> None:
     a, b = (values(*result) for result in results)
     size = a.abs() + bound
     rounded = theta.element_size() == 2
-    # Of a float32, and of a float of 24 bits in two parts, which has 16 mantissa bits of bfloat16, 19 of float16.
+    # A float of 24 bits in two parts has 16 bits of mantissa for bfloat16, and 19 for float16.
     held = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-19}.get(theta.dtype, 0.0)
     error = bound * 2.0**-19 + size * LOST_ULPS * 2.0**-24 + size * held * (rounding == Rounding.RESIDUAL)
     if rounded and rounding != Rounding.RESIDUAL:
@@ -176,7 +178,9 @@ def test_copies(device: str, dtype: torch.dtype, rounding: Rounding) -> None:
     steps = SEEDS[0].to(device), COEFFICIENTS[0].to(device)
     factors = [torch.linspace(-1, 1, 2 * 173, device=device).reshape(1, 2, 173)]
     copies: list[Run] = [
-        lambda operators, out, _: operators.noise_copy_([out], [theta], *steps, *place_of(theta), 0, rounding),
+        lambda operators, out, _: operators.noise_copy_(
+            [out], [theta], *steps, *place_of(theta), 0, rounding
+        ),
         lambda operators, out, _: operators.factored_copy_(
             [out], [theta], factors, factors, *steps, *place_of(theta), rounding
         ),
@@ -210,7 +214,9 @@ def test_narrower_weights_need_no_float64(dtype: torch.dtype) -> None:
     steps = SEEDS[0], COEFFICIENTS[0]
     numbers = window_of(3, "cpu")
     for rounding in Rounding:
-        residuals = [torch.zeros(7, 9, dtype=torch.int8)] if dtype != torch.float32 else [torch.empty(0).char()]
+        residuals = (
+            [torch.zeros(7, 9, dtype=torch.int8)] if dtype != torch.float32 else [torch.empty(0).char()]
+        )
         own = residuals if rounding == Rounding.RESIDUAL else []
         decay = torch.tensor(0.1)
         for distribution in Distribution:

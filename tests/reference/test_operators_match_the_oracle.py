@@ -1,4 +1,4 @@
-"""Signs and powers of two leave nothing to round but what is stored: there the reference gives the oracle's bits."""
+"""With signs and powers of two only the stored result is rounded: the reference gives the oracle's bits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
-from support.extreme_values import weights, with_payloads
 from torch import Tensor
 
+from support import oracle
+from support.extreme_values import weights, with_payloads
 from zoext import ops
 from zoext.ops import Distribution, Rounding, Rule
 
@@ -118,7 +118,9 @@ def test_a_step_without_coefficients_moves_no_bit(dtype: torch.dtype, rounding: 
     numbers = torch.tensor(0.1), torch.tensor(1e-8), decay
     calls: list[Any] = [
         lambda moved, how: ops.noise_axpy_([moved], seeds, none, decay, *place, **how),
-        lambda moved, how: ops.factored_axpy_([moved], *([f] for f in bad), seeds, none, decay, *place, **how),
+        lambda moved, how: ops.factored_axpy_(
+            [moved], *([f] for f in bad), seeds, none, decay, *place, **how
+        ),
     ]
     for rule in Rule:
         calls += [

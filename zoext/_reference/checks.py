@@ -1,4 +1,4 @@
-"""What the operators check before they change anything: the same as ``csrc/arguments.h``, in the same words."""
+"""What the operators check before they change anything: what the kernels check, in the same words."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def places(given: Sequence[Tensor], keys: Sequence[int], spans: Sequence[int]) -
         last = base + (count - 1) // run * stride + min(run, count) - 1
         _check(
             count == 0 or last < 2**63,
-            f"spans[{t}] must end below 2^63, but starts at {base} with stride {stride} over {count} elements",
+            f"spans[{t}] must end below 2^63, but starts at {base} with stride {stride} over {count} "
+            "elements",
         )
         checked.append(span)
     return checked
@@ -91,7 +92,8 @@ def rounding(number: int, theta: Sequence[Tensor], residuals: Sequence[Tensor]) 
             and residual.is_contiguous()
             and residual.numel() == count
             and residual.device == theta[t].device,
-            f"residuals[{t}] must be a contiguous int8 tensor on the device of theta[{t}] with {count} elements",
+            f"residuals[{t}] must be a contiguous int8 tensor on the device of theta[{t}] with {count} "
+            "elements",
         )
     return Rounding(number)
 
@@ -143,8 +145,9 @@ def windows(
     for weights in (first_weights, second_weights):
         _check(
             weights.dtype == torch.float32 and weights.shape == shape and weights.is_contiguous(),
-            "first_weights and second_weights must be contiguous float32 tensors with one element per step of a "
-            f"window, {'' if is_one else 'a row for each window, '}which has {horizon} of {len(seeds)} steps",
+            "first_weights and second_weights must be contiguous float32 tensors with one element per step "
+            f"of a window, {'' if is_one else 'a row for each window, '}which has {horizon} of "
+            f"{len(seeds)} steps",
         )
         _on_device("seeds, coefficients and weights", weights, like)
     _per_step("lr", lr, count, like)
@@ -155,8 +158,8 @@ def windows(
 def factors(theta: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor], count: int) -> None:
     _check(
         len(left) == len(theta) and len(right) == len(theta),
-        f"left and right must have one tensor per matrix; there are {len(theta)} matrices, {len(left)} left and "
-        f"{len(right)} right factors",
+        f"left and right must have one tensor per matrix; there are {len(theta)} matrices, {len(left)} "
+        f"left and {len(right)} right factors",
     )
     for t, (matrix, *sides) in enumerate(zip(theta, left, right, strict=True)):
         for name, factor in zip(("left", "right"), sides, strict=True):
@@ -166,7 +169,8 @@ def factors(theta: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Ten
             )
             _check(
                 len(factor) in (count, 1),
-                f"{name}[{t}] must have a factor for each of {count} terms, or one for all, not {len(factor)}",
+                f"{name}[{t}] must have a factor for each of {count} terms, or one for all, not "
+                f"{len(factor)}",
             )
             _on_device(f"{name}[{t}]", factor, theta[0])
         (_, rank, rows), (_, other_rank, columns) = (side.shape for side in sides)
@@ -210,9 +214,7 @@ def _on_device(name: str, tensor: Tensor, like: Tensor) -> None:
     _check(tensor.device == like.device, f"{name} must be on the device of the parameters")
 
 
-def power_iteration(
-    input: Tensor, mask: Tensor | None, seed: Tensor, rank: int, iterations: int
-) -> int:
+def power_iteration(input: Tensor, mask: Tensor | None, seed: Tensor, rank: int, iterations: int) -> int:
     """The number of features."""
     _check(input.is_contiguous(), "input is not contiguous; pass input.contiguous()")
     _check(input.dtype in _STORED, "input must be float32, float64, bfloat16 or float16")

@@ -10,13 +10,18 @@ from torch import Tensor
 from zoext._reference import checks, steps, windows
 from zoext._reference.field import NoiseTerm, round_keys
 from zoext._reference.places import chunks
-from zoext._reference.steps import Target
+from zoext._reference.steps import Target, own_residuals
 from zoext._reference.windows import Window
 from zoext.ops import Distribution, Span
 
 
 def normal_(
-    out: Sequence[Tensor], seed: Tensor, keys: Sequence[int], spans: Sequence[int], stream: int, distribution: int
+    out: Sequence[Tensor],
+    seed: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[int],
+    stream: int,
+    distribution: int,
 ) -> None:
     checks.tensors("out", out)
     places_of = checks.places(out, keys, spans)
@@ -120,6 +125,6 @@ def _targets(
     return [
         Target(tensor.detach(), residual, key, span, [NoiseTerm(own, key, distribution) for own in of_terms])
         for tensor, residual, key, span in zip(
-            theta, residuals or [None] * len(theta), keys, spans, strict=True
+            theta, own_residuals(residuals, theta), keys, spans, strict=True
         )
     ]

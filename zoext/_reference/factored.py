@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoext._reference import checks, steps, windows
 from zoext._reference.places import Places
-from zoext._reference.steps import Target
+from zoext._reference.steps import Target, own_residuals
 from zoext._reference.windows import Window
 from zoext.ops import Span
 
@@ -123,7 +123,7 @@ def _targets(
     spans: Sequence[Span],
 ) -> list[Target]:
     """Factors with one entry serve all terms."""
-    rows = zip(theta, residuals or [None] * len(theta), left, right, keys, spans, strict=True)
+    rows = zip(theta, own_residuals(residuals, theta), left, right, keys, spans, strict=True)
     return [
         Target(
             tensor.detach(),

@@ -1,9 +1,9 @@
 """The noise field in plain torch operators: Philox words, standard normals, signs and rounding bits.
 
 The formulas and their constants are those of ``csrc/core`` (``philox.h``, ``normal.h``, ``sign.h`` and
-``storage.h``). Words are int64 tensors with values in 0 .. 2**32 - 1, since few backends have all operators for
-unsigned integers; the product of two of them wraps modulo 2**64, which keeps all of its bits. Nothing here needs
-float64, copies from the host, or waits for the device.
+``storage.h``). Words are int64 tensors with values in 0 .. 2**32 - 1, since few backends have all operators
+for unsigned integers; the product of two of them wraps modulo 2**64, which keeps all of its bits. Nothing
+here needs float64, copies from the host, or waits for the device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOG_HIGH, _LOG_LOW = _hex("-0x1.62ep+0", "-0x1.0cp-14")
 
 
 def _pair(first: int, second: int, device: torch.device) -> Tensor:
-    """Two integers as [2, 1], made on the device: a tensor of Python numbers would be copied from the host."""
+    """Two integers as [2, 1], made on the device: ``torch.tensor`` would copy them from the host."""
     return (torch.arange(2, device=device) * (second - first) + first).unsqueeze(1)
 
 
@@ -109,7 +109,7 @@ def _signed(word: Tensor) -> Tensor:
 
 
 def _fused_polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
-    """``_polynomial`` by fused multiply-adds, for coefficients that are larger than all that is added to them.
+    """``_polynomial`` by fused multiply-adds, for coefficients larger than all that is added to them.
 
     Few backends have an operator that surely rounds once, and in the polynomials of sine and cosine a second
     rounding would cost more than 1e-6 of a normal. So the errors of both operations are found and added:
@@ -176,5 +176,5 @@ class RoundingBits:
 
 
 def rounding_keys(seeds: Tensor) -> Tensor:
-    """The keys for ``RoundingBits``, [K, 2, rounds], of seeds, int64 [K]: fewer rounds, as in ``csrc/core``."""
+    """The keys for ``RoundingBits``, [K, 2, rounds], of seeds, int64 [K]; they are fewer."""
     return round_keys(seeds, _ROUNDS_OF_ROUNDING)

@@ -1,9 +1,9 @@
-"""The leading right singular vectors of activations, by the block Krylov method of ``csrc/core/power_iteration.h``.
+"""The leading right singular vectors of activations, by ``csrc/core/power_iteration.h``'s method.
 
-It finds the same subspace as the kernels, not the same bits. The small problem at the end is solved by one-sided
-Jacobi rotations in float32 (Hestenes, SIAM 6, 1958; Demmel and Veselic, SIMAX 13, 1992), where the kernels take
-eigenvectors of the Gram matrix in float64: few devices other than CPUs and CUDA have an eigensolver that does not
-wait for the host, and some have no float64.
+It finds the same subspace as the kernels, not the same bits; vectors may have the other sign. The small
+problem at the end is solved by one-sided Jacobi rotations in float32 (Demmel and Veselic, SIMAX 13, 1992),
+where the kernels take eigenvectors of the Gram matrix in float64: few devices have an eigensolver that does
+not wait for the host, and some have no float64.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def power_iteration(
 
 
 class _Rows:
-    """The rows that count, scaled by a power of two such that no sum of products overflows; others are zero."""
+    """The rows that count, scaled by a power of two so that no sum overflows; the others are zero."""
 
     def __init__(self, rows: Tensor, mask: Tensor | None) -> None:
         self._rows = rows
         self._mask = mask
-        self.count, self._features = rows.shape
+        self.count, self.features = rows.shape
         self.scale = torch.ones((), dtype=torch.float32, device=rows.device)
         largest = torch.zeros((), dtype=torch.float32, device=rows.device)
         finite = torch.ones((), dtype=torch.bool, device=rows.device)
@@ -66,7 +66,7 @@ class _Rows:
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """The number of the first row of a chunk, and its rows."""
-        size = max(CHUNK // self._features, 1)
+        size = max(CHUNK // self.features, 1)
         for begin in range(0, self.count, size):
             rows = self._rows[begin : begin + size].to(torch.float32)
             if self._mask is not None:
@@ -76,7 +76,7 @@ class _Rows:
 
 def _krylov(rows: _Rows, seed: Tensor, rank: int, blocks: int) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of the Krylov space, one vector a row, and its products with the rows."""
-    start = torch.zeros((rank, rows._features), dtype=torch.float32, device=seed.device)
+    start = torch.zeros((rank, rows.features), dtype=torch.float32, device=seed.device)
     term = NoiseTerm(round_keys(seed)[0], 0, Distribution.NORMAL, Stream.POWER_ITERATION)
     for begin, some in rows.chunks():
         places = Places(begin * rank, len(some) * rank, (0, max(rows.count * rank, 1), 0), seed.device)

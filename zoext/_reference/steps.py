@@ -72,3 +72,8 @@ def copy_(
             change = combination(target.terms, coefficients, tile.places, tile.arithmetic)
             tile.move(change, bits=random.bits(0, target.key))
             tile.write(to)
+
+
+def own_residuals(residuals: Sequence[Tensor], theta: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The residual of each tensor of theta, None where there are none."""
+    return residuals if residuals else [None] * len(theta)
