@@ -1,5 +1,6 @@
 """Forward-only (zeroth-order) fine-tuning for PyTorch."""
 
+from zoext import _reference as _reference  # registers the operators for devices without kernels
 from zoext import noise
 from zoext._engine import LoRAFactors, OpenRound
 from zoext.directions import ActivationSubspace, Direction, Gaussian, LowRank, Rademacher

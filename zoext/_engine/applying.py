@@ -13,6 +13,7 @@ from zoext._engine.axes import Axes
 from zoext._engine.estimation import Estimation
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import rounded
+from zoext._runtime.devices import widest
 from zoext.directions import Frame, Terms
 from zoext.estimators import Estimate
 from zoext.ops import Rounding
@@ -112,5 +113,5 @@ def _move(axes: Axes, step: AppliedStep, position: int) -> Move:
     coefficients = step.estimate.coefficients
     terms = Terms(step.estimate.seeds, coefficients if relative == 1 else coefficients * relative, step.frame)
     # A tensor counts as the float that it holds: products with it are rounded alike.
-    lr = lr.double() if isinstance(lr, Tensor) else lr
+    lr = lr.to(widest(lr.device)) if isinstance(lr, Tensor) else lr
     return Move(axes.direction.gradient(terms), step.estimate, lr, weight_decay)
