@@ -54,15 +54,18 @@ struct FactoredMove {
 
   template <bool whole, int packs>
   inline __attribute__((always_inline)) void evaluate(const Columns& at, Pack<Number> (&change)[packs]) const {
-    PackMoments<Rule, Number, packs> moments(scale);
+    Pack<Number> m[packs], v[packs];
+    for (auto& pack : m) pack = fill(Number{empty_sum});
+    for (auto& pack : v) pack = fill(scale.shared_v);
     for (const Step* step = steps; step != steps + count; ++step) {
       if (!enters_moments(Rule::second_moment, *step)) continue;
       Pack<Number> g[packs];
       FactoredCombination<Number>{factors, step->terms, step->count}.template evaluate<whole>(at, g);
       const auto first = fill(Number{step->first_weight}), second = fill(Number{step->second_weight});
-      for (int j = 0; j < packs; ++j) moments.add(j, first, second, g[j]);
+      for (int j = 0; j < packs; ++j) add_estimate_to<Rule>(m[j], v[j], first, second, g[j]);
     }
-    for (int j = 0; j < packs; ++j) change[j] = moments.move(j, scale);
+    const auto minus_lr = fill(scale.minus_lr), eps = fill(scale.eps);
+    for (int j = 0; j < packs; ++j) change[j] = Rule::move(minus_lr, eps, m[j], v[j]);
   }
 };
 

@@ -51,39 +51,30 @@ void move_moments(Scale<Number> scale, const Number* m, const Number* v, int64_t
   }
 }
 
-// The moments of a few packs, from their estimates: add(first_weight, second_weight, g) for every step that
-// counts, and then the move.
-template <class Rule, class Number, int packs>
-struct PackMoments {
-  Pack<Number> m[packs], v[packs];
-
-  inline __attribute__((always_inline)) explicit PackMoments(Scale<Number> scale) {
-    for (auto& pack : m) pack = fill(Number{empty_sum});
-    for (auto& pack : v) pack = fill(scale.shared_v);
-  }
-
-  inline __attribute__((always_inline)) void add(int j, const Pack<Number>& first_weight,
-                                                 const Pack<Number>& second_weight, const Pack<Number>& g) {
-    m[j] = add_first_moment(first_weight, g, m[j]);
-    if constexpr (has_moments_of_elements<Rule>) v[j] = add_second_moment(second_weight, g, v[j]);
-  }
-
-  inline __attribute__((always_inline)) Pack<Number> move(int j, Scale<Number> scale) const {
-    return Rule::move(fill(scale.minus_lr), fill(scale.eps), m[j], v[j]);
-  }
-};
+// Moments in registers take in the estimate g. Callers keep them in arrays of their own: GCC does not take members
+// of a class apart into registers.
+template <class Rule, class AnyPack>
+inline __attribute__((always_inline)) void add_estimate_to(AnyPack& m, AnyPack& v, const AnyPack& first_weight,
+                                                           const AnyPack& second_weight, const AnyPack& g) {
+  m = add_first_moment(first_weight, g, m);
+  if constexpr (has_moments_of_elements<Rule>) v = add_second_moment(second_weight, g, v);
+}
 
 template <class Rule, class Number>
 void move_estimates(const Estimate<Number>* estimates, int64_t estimates_count, Scale<Number> scale, int64_t count,
                     Number* change) {
   constexpr int packs = 4;  // whose chains of additions overlap
   static_assert(tile_alignment % (packs * lanes) == 0);
+  const auto minus_lr = fill(scale.minus_lr), eps = fill(scale.eps), shared_v = fill(scale.shared_v);
   for (int64_t i = 0; i < count; i += packs * lanes) {
-    PackMoments<Rule, Number, packs> moments(scale);
+    Pack<Number> m[packs], v[packs];
+    for (auto& pack : m) pack = fill(Number{empty_sum});
+    for (auto& pack : v) pack = shared_v;
     for (const Estimate<Number>* one = estimates; one != estimates + estimates_count; ++one) {
       const auto first = fill(one->first_weight), second = fill(one->second_weight);
-      for (int j = 0; j < packs; ++j) moments.add(j, first, second, load(one->g + i + j * lanes));
+      for (int j = 0; j < packs; ++j)
+        add_estimate_to<Rule>(m[j], v[j], first, second, load(one->g + i + j * lanes));
     }
-    for (int j = 0; j < packs; ++j) store(change + i + j * lanes, moments.move(j, scale));
+    for (int j = 0; j < packs; ++j) store(change + i + j * lanes, Rule::move(minus_lr, eps, m[j], v[j]));
   }
 }
