@@ -20,7 +20,7 @@ from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.estimation import Closure, Estimation
 from zoext._engine.nonfinite import NonfiniteWatch
-from zoext._engine.open_round import OpenRound
+from zoext._engine.open_round import Asking, OpenRound
 from zoext._engine.run_state import Owner, RunState
 from zoext._parameters import group_options, parameters
 from zoext._parameters.parameters import Parameters
@@ -80,8 +80,7 @@ class StepEngine:
 
     def reset(self) -> None:
         """Forgets what belongs to the weights before a state was loaded."""
-        self.run.pending.clear()
-        self.run.open_round = None
+        self.run.cancel()
         self.run.is_torn = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,31 +121,30 @@ class StepEngine:
     def ask(self) -> OpenRound:
         """See ``ZerothOrderOptimizer.ask``."""
         with torch.inference_mode(False), torch.no_grad():
-            estimation = self._estimation(self._begin())
-            self.run.open_round = OpenRound.first(
-                estimation, self.probe, self.closures, self._cancel, self.owner
-            )
-        return self.run.open_round
+            asking = Asking(self._estimation(self._begin()), self.probe, self.closures, self.owner)
+        self.run.asking = asking
+        assert asking.round is not None
+        return asking.round
 
     def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | None:
         """See ``ZerothOrderOptimizer.tell``."""
-        current = self.run.open_round
-        if current is None:
+        asking = self.run.asking
+        if asking is None or asking.round is None:
             raise RuntimeError("tell() was called without an open round; call ask() first")
         self._check_unchanged("ask(); the round is cancelled, so call ask() again")
         with torch.inference_mode(False), torch.no_grad():
-            following = current.tell(losses)
-            if isinstance(following, OpenRound):
-                self.run.open_round = following
-                return following
-            self.run.open_round = None
-            self.run.frame = current.estimation.found
-            self.watch.note(following.finite)
-        self.run.pending.append(following)
+            estimate = asking.tell(losses)
+            if estimate is None:
+                return asking.round
+            self.run.asking = None
+            self.run.frame = asking.estimation.found
+            try:
+                self.watch.note(estimate.finite)
+            except BaseException:
+                self.run.pending.clear()
+                raise
+        self.run.pending.append(estimate)
         return None
-
-    def _cancel(self) -> None:
-        self.run.open_round = None
 
     def check_no_round(self) -> None:
         """Raises a RuntimeError while ``ask`` waits for losses."""
@@ -207,6 +205,7 @@ class StepEngine:
 
     def step(self, closure: Closure) -> AppliedStep:
         """An estimate with ``closure`` and its update; pending estimates are discarded."""
+        self.check_no_round()
         self.run.pending.clear()
 
         def finish(estimate: Estimate) -> tuple[GroupOptions, ...]:
@@ -361,8 +360,7 @@ class StepEngine:
     def _check_unchanged(self, since: str) -> None:
         known = self.groups
         if self.look() is not known or self._mus != tuple(group["mu"] for group in self.param_groups):
-            self.run.pending.clear()
-            self.run.open_round = None
+            self.run.cancel()
             raise RuntimeError(
                 "the optimizer's parameters (their list, their memory or requires_grad) or a group's mu "
                 f"changed since {since}"

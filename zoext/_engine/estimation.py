@@ -51,10 +51,14 @@ class Estimation:
         self._probes: list[tuple[Tensor, Tensor]] = []
         self._last = 0
 
-    @property
-    def is_frame_known(self) -> bool:
-        """Whether the frame was made; else the next probe, which is at theta, makes it."""
-        return self._found is not None
+    def check_frame(self, what: str) -> None:
+        """Raises a RuntimeError unless the frame was found: the next probe, at theta, finds it."""
+        if self._found is None:
+            direction = type(self.context.axes.direction).__name__
+            raise RuntimeError(
+                f"{what}: {direction} finds its basis in a forward at theta; run the model within "
+                "displaced(0) of the first round before"
+            )
 
     @property
     def found(self) -> FoundFrame:

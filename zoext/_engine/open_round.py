@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoext._engine.estimation import Estimation, as_loss
 from zoext._parameters import wrappers
 from zoext._runtime.profiling import Phase, record
-from zoext.estimators import Estimate, Round, Rounds, stacked
+from zoext.estimators import Estimate, Round, stacked
 from zoext.probes import Probe
 
 
@@ -39,44 +39,15 @@ class OpenRound:
             ``theta + mu * sum_k coefficients[p, k] D(seeds[k])``.
     """
 
-    def __init__(
-        self,
-        estimation: Estimation,
-        rounds: Rounds,
-        pending: Round,
-        probe: Probe,
-        closures: Callable[[], AbstractContextManager[None]],
-        cancel: Callable[[], None],
-        owner: object,
-    ) -> None:
-        self.estimation = estimation
+    def __init__(self, asking: Asking, pending: Round) -> None:
         self.seeds = pending.seeds
         self.coefficients = pending.coefficients
-        self._rounds = rounds
-        self._round = pending
-        self._probe = probe
-        self._closures = closures
-        self.cancel = cancel
-        self._owner = owner  # kept alive as long as the round is
-        self._is_told = False
-        estimation.begin(pending)
-
-    @classmethod
-    def first(
-        cls,
-        estimation: Estimation,
-        probe: Probe,
-        closures: Callable[[], AbstractContextManager[None]],
-        cancel: Callable[[], None],
-        owner: object,
-    ) -> OpenRound:
-        """The first round of an estimate."""
-        rounds = estimation.rounds()
-        return cls(estimation, rounds, next(rounds), probe, closures, cancel, owner)
+        self._asking = asking
+        asking.estimation.begin(pending)
 
     def __len__(self) -> int:
         """The number of probes, P."""
-        return len(self._round)
+        return len(self.coefficients)
 
     @contextmanager
     def displaced(self, index: int) -> Iterator[None]:
@@ -87,18 +58,23 @@ class OpenRound:
 
         Raises:
             IndexError: for an index out of range.
-            RuntimeError: for a round whose losses were told, within another such block, and for parameters
-                that the block changed.
+            RuntimeError: for a round that is over, within another such block, and for parameters that the
+                block changed.
         """
         self._check_index(index)
+        asking = self._asking
         with (
-            self._closures(),
+            asking.closures(),
             record(Phase.ESTIMATE),
-            self._probe.session() as session,
-            self.estimation.displaced(session, index),
+            asking.probe.session() as session,
+            asking.estimation.displaced(session, index),
             session.interruptible(),
         ):
             yield
+
+    def cancel(self) -> None:
+        """Drops the round and its estimate, so that another one can begin."""
+        self._asking.cancel()
 
     def adapter(self, index: int) -> dict[str, LoRAFactors]:
         """Probe ``index`` as low-rank factors, by the names of the parameters that move.
@@ -114,9 +90,10 @@ class OpenRound:
                 that has run, in ``displaced(0)`` of the first round.
         """
         self._check_index(index)
-        self._check_frame("adapter")
-        context, frame = self.estimation.context, self.estimation.found.frame
-        seeds, coefficients = self.estimation.probe(index)
+        estimation = self._asking.estimation
+        estimation.check_frame("adapter")
+        context, frame = estimation.context, estimation.found.frame
+        seeds, coefficients = estimation.probe(index)
         found: dict[str, LoRAFactors] = {}
         if not len(seeds):
             return found
@@ -132,40 +109,64 @@ class OpenRound:
                     found[name] = _adapter(terms.coefficients, rows, across, owner, id(owner) in transposed)
         return found
 
-    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | Estimate:
-        """Receives the losses of the round, and returns the next one, or the estimate after the last."""
+    def _check_index(self, index: int) -> None:
+        if self._asking.round is not self:
+            raise RuntimeError(
+                "this round is over: use the round that tell() returned, or call ask() for another estimate"
+            )
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self):
+            raise IndexError(f"index must be in 0 .. {len(self) - 1}, not {index!r}")
+
+
+class Asking:
+    """An estimate whose losses the caller computes.
+
+    Args:
+        estimation: evaluates the probes.
+        probe: of the optimizer.
+        closures: the block in which the caller runs the model.
+        owner: kept alive as long as a round is.
+
+    Attributes:
+        round: the round whose losses are missing; None once the estimate is complete or was cancelled.
+    """
+
+    def __init__(
+        self,
+        estimation: Estimation,
+        probe: Probe,
+        closures: Callable[[], AbstractContextManager[None]],
+        owner: object,
+    ) -> None:
+        self.estimation = estimation
+        self.probe = probe
+        self.closures = closures
+        self._owner = owner
+        self._rounds = estimation.rounds()
+        self.round: OpenRound | None = OpenRound(self, next(self._rounds))
+
+    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> Estimate | None:
+        """Takes the losses of ``round``; returns the estimate, or None if another round is open now."""
         told = self._checked(losses)
-        self._check_frame("tell")
-        self._is_told = True
+        self.estimation.check_frame("tell")
+        self.round = None
         try:
-            following = self._rounds.send(told)
+            self.round = OpenRound(self, self._rounds.send(told))
         except StopIteration as done:
             return self.estimation.complete(done.value)
-        return OpenRound(
-            self.estimation, self._rounds, following, self._probe, self._closures, self.cancel, self._owner
-        )
+        return None
+
+    def cancel(self) -> None:
+        self.round = None
 
     def _checked(self, losses: Tensor | Sequence[float | Tensor]) -> Tensor:
-        count = len(self)
+        assert self.round is not None
+        count = len(self.round)
         given = losses.unbind() if isinstance(losses, Tensor) and losses.dim() == 1 else losses
         if isinstance(given, Tensor) or len(given) != count:
             kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{len(given)}"
             raise ValueError(f"losses must be one for each of the {count} probes of the round, not {kind}")
         return stacked([as_loss(loss, self.estimation.context.device, "losses: each") for loss in given])
-
-    def _check_index(self, index: int) -> None:
-        if self._is_told:
-            raise RuntimeError("the losses of this round were told; use the round that tell() returned")
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self):
-            raise IndexError(f"index must be in 0 .. {len(self) - 1}, not {index!r}")
-
-    def _check_frame(self, what: str) -> None:
-        if not self.estimation.is_frame_known:
-            direction = type(self.estimation.context.axes.direction).__name__
-            raise RuntimeError(
-                f"{what}: {direction} finds its basis in a forward at theta; run the model within "
-                "displaced(0) of the first round before"
-            )
 
 
 def _transposed(module: nn.Module | None) -> set[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoext._engine.applying import Recorder
 from zoext._engine.estimation import FoundFrame
-from zoext._engine.open_round import OpenRound
+from zoext._engine.open_round import Asking, OpenRound
 from zoext.estimators import Estimate
 
 
@@ -30,7 +30,7 @@ class RunState:
     Attributes:
         pending: estimates since the last step.
         frame: of the step that they belong to.
-        open_round: the round that ``ask`` returned and whose losses ``tell`` has not received yet.
+        asking: the last estimate by ``ask`` and ``tell``, whose round may be open.
         last_estimate: the estimate that the last step applied.
         recorder: receives every step.
         is_estimating: whether a closure runs.
@@ -39,8 +39,20 @@ class RunState:
 
     pending: list[Estimate] = field(default_factory=list)
     frame: FoundFrame | None = None
-    open_round: OpenRound | None = None
+    asking: Asking | None = None
     last_estimate: Estimate | None = None
     recorder: Recorder | None = None
     is_estimating: bool = False
     is_torn: bool = False
+
+    @property
+    def open_round(self) -> OpenRound | None:
+        """The round that ``ask`` or ``tell`` returned and whose losses are missing."""
+        return self.asking.round if self.asking is not None else None
+
+    def cancel(self) -> None:
+        """Drops the open round and the pending estimates."""
+        self.pending.clear()
+        if self.asking is not None:
+            self.asking.cancel()
+            self.asking = None

@@ -76,8 +76,7 @@ class PartReplay:
     def run(self) -> None:
         """Applies the steps."""
         engine, groups = self.optimizer.engine, self._groups
-        engine.run.pending.clear()  # estimates at the weights before the replay
-        engine.run.open_round = None
+        engine.run.cancel()  # estimates at the weights before the replay
         at_once = AT_ONCE_FACTORED if isinstance(self._direction, Factored) else AT_ONCE
         with torch.inference_mode(False), torch.no_grad():
             for moves, steps in groupby(self._steps, key=lambda step: step.setting.moves):
