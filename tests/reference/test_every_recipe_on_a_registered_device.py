@@ -57,5 +57,5 @@ def test_closures_of_every_kind(seen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_allocation_is_proportional_to_a_parameter(seen: dict[str, Any], precision: str) -> None:
-    """The parameter has 2**22 elements. A chunk of 2**18 takes 2 MiB in int64."""
+    """The parameter takes 4 MiB in 16 bits; a chunk of 2**18 elements takes 2 MiB in int64."""
     assert seen["allocations"][precision] <= 2 * MEBIBYTE

@@ -30,7 +30,7 @@ RECIPES: dict[str, Callable[..., zoext.ZerothOrderOptimizer]] = {
     ),
 }
 PRECISIONS = {"nearest": torch.float32, "stochastic": torch.bfloat16, "residual": torch.float16}
-PROBES = {"streamed": tuple(RECIPES), "inplace": ("MeZO", "LOZO")}
+PROBES = {"streamed": tuple(RECIPES), "inplace": ("MeZO",)}
 STEPS = 2
 
 
@@ -126,12 +126,18 @@ def other_closures(device: torch.device) -> dict[str, Any]:
 
 
 def largest_allocation(precision: str, device: torch.device) -> int:
-    """Of a step in place on a parameter of 2**22 elements."""
-    weight = nn.Parameter(torch.zeros(2048, 2048, dtype=PRECISIONS[precision]).to(device))
-    optimizer = zoext.AdaMeZO([weight], horizon=2, precision=precision)
-    optimizer.step(lambda: weight[0, 0])
+    """Of updates of a parameter of 2**21 elements."""
+    theta = torch.zeros(2**10, 2**11, dtype=PRECISIONS[precision]).to(device)
+    rounding = ops.Rounding[precision.upper()]
+    residuals = [torch.zeros_like(theta, dtype=torch.int8)] if rounding == ops.Rounding.RESIDUAL else []
+    options: dict[str, Any] = {"rounding": rounding, "residuals": residuals}
+    seeds, coefficients = torch.ones(1, 1, dtype=torch.int64).to(device), torch.ones(1, 1).to(device)
+    one, place = torch.ones(1).to(device), ([0], [ops.span_of(theta)])
+    left, right = torch.ones(1, 1, 2**10).to(device), torch.ones(1, 1, 2**11).to(device)
     aliasing_device.begin_counting()
-    optimizer.step(lambda: weight[0, 0])
+    ops.noise_axpy_([theta], seeds, coefficients, one, *place, **options)
+    ops.noise_window_([theta], seeds, coefficients, *[one] * 5, *place, **options)
+    ops.factored_axpy_([theta], [left], [right], seeds, coefficients, one, *place, **options)
     return aliasing_device.largest_allocation()
 
 
