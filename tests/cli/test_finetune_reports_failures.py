@@ -68,7 +68,7 @@ def test_a_full_disk(command: Command, size: int, name: str, options: list[str])
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("replaced", "was moved, removed or replaced while it was written"),
+        ("replaced", "was moved, removed or replaced during the recording"),
         ("written", "another program writes"),
     ],
 )
