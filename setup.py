@@ -75,7 +75,7 @@ def default_architectures() -> str:
 def extensions() -> list:
     cpu = cpp_extension.CppExtension(
         "zoext._C",
-        sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp"),
+        sources("csrc/*.cpp") + sources("csrc/ops/*.cpp") + sources("csrc/cpu/*/*.cpp"),
         extra_compile_args={"cxx": [*HOST, *WARNINGS, SHORT_PATHS, TARGET]},
         depends=headers(),
     )
@@ -87,7 +87,7 @@ def extensions() -> list:
     nvcc += [f"-Xcompiler=-idirafter{folder}" for folder in cuda_include_dirs()]
     cuda = cpp_extension.CUDAExtension(
         "zoext._cuda",
-        sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu"),
+        sources("csrc/cuda/kernels/*.cu"),
         extra_compile_args={
             "cxx": [*HOST, *WARNINGS, SHORT_PATHS, TARGET, "-DUSE_CUDA"],
             "nvcc": [*nvcc, f"-Xcompiler={SHORT_PATHS}", "-DUSE_CUDA"],

@@ -23,7 +23,7 @@ from machine_code import Kernel, Loop, ToolMissing, kernels
 from zoext._benchmarking import arguments as options
 
 PACKAGE = Path(__file__).parents[1] / "zoext"
-THREADS = 256  # csrc/cuda/chunks.h, threads_per_chunk
+THREADS = 256  # csrc/cuda/device/chunks.h, threads_per_chunk
 SIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
 #: Instructions that tell what a loop does: a root for two normals, a quotient for an element of Adam's step.
 ROOT, QUOTIENT = "MUFU.RSQ", "MUFU.RCP"
@@ -178,8 +178,8 @@ def _noise_loop(kernel: Kernel, whole: Loop) -> Loop | None:
 
 
 def _stops(kernel: Kernel, whole: Loop, noise: Loop | None) -> list[int]:
-    """What a round of the whole loop must pass: in an Adam step its noise, if of normals, and the step."""
-    if not kernel.name.startswith("adam<"):
+    """What a round of the whole loop must pass: in an Adam step its noise, if of normals, and the move."""
+    if not kernel.name.startswith("move_window<Adam"):
         return []
     after = Loop(noise.latch, whole.latch) if noise else whole
     found = [kernel.find(noise, ROOT) if noise else None, kernel.find(after, QUOTIENT)]
@@ -237,7 +237,7 @@ PASSES = {
     "noise_axpy_, signs": ("displace<Dense<Signs, {}>, nearest, many>", 0),
     "noise_axpy_, signs, stochastic rounding": ("displace<Dense<Signs, {}>, stochastic, many>", 0),
     "noise_axpy_, signs, residuals": ("displace<Dense<Signs, {}>, residual, many>", 0),
-    "noise_window_, ten steps": ("adam<Dense<Normals, {}>, nearest>", 9),
+    "noise_window_, ten steps": ("move_window<Adam, Dense<Normals, {}>, nearest>", 9),
 }
 
 

@@ -187,7 +187,7 @@ def _readable(mangled: str) -> str:
     if shutil.which("c++filt") is None:
         raise ToolMissing("there is no c++filt: install the compiler's binutils")
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|zoext::cuda::|zoext::|^void ", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|zoext::cuda::|zoext::rules::|zoext::|^void ", "", name)
     for printed, meant in ENUMERATORS.items():
         name = name.replace(printed, meant)
     depth = 0

@@ -19,7 +19,7 @@
 #include "core/rules.h"
 #include "core/sign.h"
 #include "core/storage.h"
-#include "cpu/instruction_set.h"
+#include "cpu/loops/instruction_set.h"
 
 namespace py = pybind11;
 
@@ -131,5 +131,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "rules", [] { return std::vector<std::string>(std::begin(Rules::names), std::end(Rules::names)); },
       "The names of the update rules, in the order of their numbers.");
+  m.def(
+      "rounded_dtypes",
+      [] {
+        std::vector<std::string> names;
+        Storages::for_each([&](auto storage) {
+          using Traits = StorageTraits<decltype(storage)>;
+          if (Traits::can_round) names.emplace_back(Traits::name);
+        });
+        return names;
+      },
+      "The dtypes of weights that hold less than the arithmetic they are moved in.");
   m.def("compiler", &compiler, "The compiler of this build.");
 }

@@ -10,13 +10,14 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from zoext import _C
+from zoext import _C, _reference
 
 # A shell that starts the tests in the background ignores Ctrl-C for them; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,3 +58,17 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with the CPU's kernels, and with the reference backend in their place."""
+    name: str = request.param
+    library = torch.library.Library("zoext", "IMPL")
+    if name == "reference":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of an operator that has a kernel already
+            for operator in _reference.OPERATORS:
+                library.impl(operator.__name__, operator, "CPU", allow_override=True)
+    yield name
+    library._destroy()

@@ -1,5 +1,6 @@
 """Forward-only (zeroth-order) fine-tuning for PyTorch."""
 
+from zoext import _reference as _reference  # registers the operators for devices without kernels
 from zoext import noise
 from zoext._engine import LoRAFactors, OpenRound
 from zoext.directions import ActivationSubspace, Direction, Gaussian, LowRank, Rademacher
@@ -14,8 +15,7 @@ from zoext.estimators import (
 )
 from zoext.graphs import GraphedStep
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
-from zoext.probes import InplaceProbe, Probe, StreamedProbe
-from zoext.probes._swap import StreamedProbeError
+from zoext.probes import InplaceProbe, Probe, StreamedProbe, StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
 from zoext.trajectory import Trajectory, TrajectoryError, replay
 from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update

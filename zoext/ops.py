@@ -1,4 +1,4 @@
-"""The typed face of ``torch.ops.zoext``: the only file that calls it.
+"""Typed functions over ``torch.ops.zoext``, which no other module calls.
 
 All tensors of a call are on one device. ``keys`` holds one parameter key per tensor, ``spans`` one
 ``(base, run, stride)`` per tensor: local element ``i`` has index
@@ -21,7 +21,7 @@ Span = tuple[int, int, int]
 
 
 class Stream(IntEnum):
-    """Who uses which random words (``csrc/core/stream.h``); no two uses share any."""
+    """The uses of random words (``csrc/core/stream.h``); no two of them share a word."""
 
     DENSE = 0
     LEFT_FACTOR = 1
@@ -60,7 +60,7 @@ class Rule(IntEnum):
 
 
 def _load_cuda() -> str | None:
-    """Registers the CUDA kernels, if they were built; returns why they are missing, if they are."""
+    """Registers the CUDA kernels; returns why they are missing, or None if they are there."""
     candidates = [Path(__file__).parent / f"_cuda{suffix}" for suffix in EXTENSION_SUFFIXES]
     library = next((path for path in candidates if path.exists()), None)
     if library is None:
@@ -78,14 +78,25 @@ def _load_cuda() -> str | None:
 cuda_missing = _load_cuda()
 
 
+_ROUNDED = frozenset(getattr(torch, name) for name in _C.rounded_dtypes())
+
+
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether weights of ``dtype`` hold less than the arithmetic they are moved in (float32).
+
+    Only moves of such weights are rounded in one of the ways of ``Rounding``, and only these have residuals.
+    """
+    return dtype in _ROUNDED
+
+
 def span_of(tensor: Tensor) -> Span:
     """The span of a tensor that is a whole parameter."""
     return (0, max(tensor.numel(), 1), 0)
 
 
 def _written(tensors: Sequence[Tensor]) -> None:
-    # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error. What moves
-    # theta tells before it does: should a launch fail after others, that must not go unseen.
+    # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error. Operators
+    # that move theta call this first, so that a call that fails between two launches is seen as well.
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
 
@@ -349,7 +360,7 @@ def power_iteration(
         the basis is zero and the values are NaN.
 
     The method is a block Krylov iteration with Rayleigh-Ritz (Musco and Musco, NeurIPS 2015, algorithm 2)
-    on ``H^T H`` for the rows ``H``: as many products with ``H`` as the usual power iteration, and far
+    on ``H^T H`` for the rows ``H``: it takes as many products with ``H`` as power iteration and is far
     more accurate.
     """
     basis, values = torch.ops.zoext.power_iteration(input, mask, seed, rank, iterations)

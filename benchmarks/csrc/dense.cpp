@@ -1,5 +1,5 @@
 // theta += sum_k c_k z_k for dense directions.
-#include "cpu/direction.h"
+#include "cpu/loops/direction.h"
 #include "passes.h"
 
 namespace zoext::benchmarks {

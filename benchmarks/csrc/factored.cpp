@@ -18,7 +18,7 @@ class SomeFactors {
   static std::vector<float> normals(const cpu::InstructionSet& set, Stream stream, int64_t count) {
     const int64_t whole = (count + cpu::tile_alignment - 1) / cpu::tile_alignment * cpu::tile_alignment;
     std::vector<float> z(static_cast<size_t>(whole));
-    set.single.normals.start({1, key, static_cast<uint32_t>(stream)}, 1.0f, 0, whole, z.data(), cpu::nothing);
+    set.fp32.normals.start({1, key, static_cast<uint32_t>(stream)}, 1.0f, 0, whole, z.data(), cpu::nothing);
     return z;
   }
 

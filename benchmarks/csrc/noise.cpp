@@ -36,10 +36,10 @@ void time_direction(benchmark::State& state, const cpu::DirectionLoops<float>& d
 void register_noise() {
   for_each_set("noise/rounding_bits", rounding_bits);
   for_each_set("noise/normals", [](benchmark::State& state, const cpu::InstructionSet& set) {
-    time_direction(state, set.single.normals);
+    time_direction(state, set.fp32.normals);
   });
   for_each_set("noise/signs", [](benchmark::State& state, const cpu::InstructionSet& set) {
-    time_direction(state, set.single.signs);
+    time_direction(state, set.fp32.signs);
   });
 }
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/weight_tile.h"
+#include "cpu/loops/weight_tile.h"
 #include "weights.h"
 
 namespace zoext::benchmarks {

@@ -2,7 +2,7 @@
 // small eigenproblem. What the operator adds to them is the division of tokens among threads.
 #include <algorithm>
 
-#include "cpu/vectors.h"
+#include "cpu/loops/vectors.h"
 #include "passes.h"
 
 namespace zoext::benchmarks {
@@ -10,8 +10,8 @@ namespace {
 
 std::vector<float> normals(const cpu::InstructionSet& set, int64_t count) {
   std::vector<float> z(static_cast<size_t>(count));
-  set.single.normals.start({1, key, static_cast<uint32_t>(Stream::power_iteration)}, 1.0f, 0, count, z.data(),
-                           cpu::nothing);
+  set.fp32.normals.start({1, key, static_cast<uint32_t>(Stream::power_iteration)}, 1.0f, 0, count, z.data(),
+                         cpu::nothing);
   return z;
 }
 
@@ -28,7 +28,7 @@ void add_products(const cpu::InstructionSet& set, const Storage* piece, const fl
       if constexpr (std::is_same_v<Storage, float>) {
         row[i] = stored;
       } else {
-        set.storage<Storage>().to_single(stored, columns, converted + i * columns);
+        set.storage<Storage>().to_fp32(stored, columns, converted + i * columns);
         row[i] = converted + i * columns;
       }
     }

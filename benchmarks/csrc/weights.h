@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/instruction_set.h"
+#include "cpu/loops/instruction_set.h"
 
 namespace zoext::benchmarks {
 

@@ -1,5 +1,5 @@
 // AdaMeZO's step of a window of dense estimates.
-#include "cpu/window.h"
+#include "cpu/loops/window.h"
 
 #include "passes.h"
 

@@ -5,11 +5,11 @@
 
 namespace zoext {
 
-// Minus zero, because x + (-0) is x for every x, signed zeros included: an empty sum moves no bit.
+// Minus zero, because x + (-0) is x for every x, including signed zeros: an empty sum changes no bit.
 constexpr float empty_sum = -0.0f;
 
-// Terms are added in the order of k, each by one fused multiply-add. A term whose coefficient is
-// zero is left out, so that an estimate zeroed for a loss that was not finite leaves theta alone.
+// Terms are added in the order of k, each by one fused multiply-add. A term whose coefficient is zero is left out,
+// so that an estimate that was zeroed because its loss was not finite moves nothing.
 ZOEXT_HD bool contributes(float coefficient) { return coefficient != 0.0f; }
 
 template <class Number>

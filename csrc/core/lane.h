@@ -1,6 +1,6 @@
-// The arithmetic of one lane. The vector types of csrc/cpu overload the same names, so that the
-// formulas of this folder are written once for both. Every operation is exact or rounded once, to
-// nearest: that is what makes results equal on every processor.
+// The arithmetic of one lane. The vector types of csrc/cpu/simd overload the same names, so that each formula of
+// this folder is written once for both. Every operation is exact or rounded once, to nearest, which makes results
+// equal on every processor.
 #pragma once
 
 #include <cmath>
@@ -60,9 +60,9 @@ ZOEXT_HD float square_root(float a) {
 // The same for a between 2^-100 and 2^127.
 ZOEXT_HD float square_root_of_normal(float a) {
 #if defined(__CUDA_ARCH__)
-  // What ptxas makes of sqrt.rn.f32, less its branch for other numbers. One correction gives the correctly
-  // rounded root for all estimates within 3/4 of the error that PTX allows them (the C++ tests try all);
-  // that those of the hardware are that good, is what ptxas relies on too.
+  // The code that ptxas generates for sqrt.rn.f32, without its branch for other numbers. One correction gives
+  // the correctly rounded root for every estimate whose error is at most 3/4 of what PTX allows (the C++ tests
+  // try all of them). ptxas relies on the same accuracy of the hardware.
   float estimate;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(a));
   return corrected_square_root(a, estimate);

@@ -19,19 +19,56 @@ struct Half {
   uint16_t bits;
 };
 
-// What becomes of the fraction of a unit in the last place: it is lost, it is the probability of the next
-// number, or a byte beside each weight keeps it.
+// What happens to the fraction of a unit in the last place: rounding to nearest loses it, stochastic rounding
+// makes it the probability of rounding up, and a residual keeps it in a byte beside the weight.
 enum class Rounding : int64_t { nearest = 0, stochastic = 1, residual = 2 };
 
-// Arithmetic is float32, and float64 for float64 weights.
+// What each type of weights is called in torch, what it is moved in, and whether it holds less than that: then a
+// move is rounded, in one of the ways above, and a residual may keep what is lost.
 template <class Storage>
-struct Arithmetic {
-  using type = float;
+struct StorageTraits;
+template <>
+struct StorageTraits<float> {
+  static constexpr const char* name = "float32";
+  using Arithmetic = float;
+  static constexpr bool can_round = false;
 };
 template <>
-struct Arithmetic<double> {
-  using type = double;
+struct StorageTraits<double> {
+  static constexpr const char* name = "float64";
+  using Arithmetic = double;
+  static constexpr bool can_round = false;
 };
+template <>
+struct StorageTraits<BFloat16> {
+  static constexpr const char* name = "bfloat16";
+  using Arithmetic = float;
+  static constexpr bool can_round = true;
+};
+template <>
+struct StorageTraits<Half> {
+  static constexpr const char* name = "float16";
+  using Arithmetic = float;
+  static constexpr bool can_round = true;
+};
+
+template <class Storage>
+struct Arithmetic {
+  using type = typename StorageTraits<Storage>::Arithmetic;
+};
+
+template <class Storage>
+constexpr bool can_round = StorageTraits<Storage>::can_round;
+
+template <class... Types>
+struct StorageList {
+  // f(Storage{}) for each type.
+  template <class F>
+  static void for_each(F f) {
+    (f(Types{}), ...);
+  }
+};
+using Storages = StorageList<float, double, BFloat16, Half>;
 
 ZOEXT_HD float widen(float a) { return a; }
 ZOEXT_HD double widen(double a) { return a; }
@@ -90,9 +127,9 @@ ZOEXT_HD Half round_to_nearest<Half>(float a) {
 #endif
 }
 
-// The magnitude of a number as a pattern of float16 with 13 more bits behind it, also where float16 is
-// subnormal: with this factor float32 is subnormal there too, in the same steps. Nothing is lost but, in
-// float16's subnormal range, what lies beyond those 13 bits; that is rounded to nearest.
+// The magnitude of a number as a float16 pattern followed by 13 more bits, also where float16 is subnormal: scaled
+// by this factor, float32 is subnormal there too, in the same steps. Only bits beyond those 13 are lost, in
+// float16's subnormal range, and these are rounded to nearest.
 ZOEXT_HD uint32_t half_pattern(float magnitude) { return bits_of(multiply(magnitude, 0x1p-112f)); }
 
 // Stochastic rounding: up with probability equal to the fraction that lies above the lower
@@ -116,9 +153,10 @@ ZOEXT_HD Half round_stochastically<Half>(float a, uint32_t random) {
   return {static_cast<uint16_t>((bits & 0x80000000u) >> 16 | pattern >> 13)};
 }
 
-// 16 random bits an element. The second eight elements of a block read its words again, a byte farther: uniform
-// bits for each, and any two of them share at most the lower byte of one, which is the upper byte of the other.
-// So they both go up with the product of their probabilities to 1/1000.
+// 16 random bits per element. The second eight elements of a block reuse its words, rotated by a byte. The bits of
+// each element are uniform, and two elements share at most one byte: the lower one of the first and the upper one
+// of the second. The probability that both round up is therefore within 1/1000 of the product of their
+// probabilities.
 constexpr int roundings_per_block = 16;
 
 // The bits of the element that is number `i` of its block.
@@ -127,8 +165,8 @@ ZOEXT_HD uint32_t rounding_bits(const Words<uint32_t>& block, int i) {
   return turned >> 16 * (i % 2) & 0xffffu;
 }
 
-// A block of them. One bit is decided by each, and no statistic of directions depends on it, so that as few
-// rounds will do as are known to be enough.
+// A block of random words for rounding. Each element's bits decide one rounding and no statistic of the directions
+// depends on them, so that the smallest number of rounds known to be enough is used.
 ZOEXT_HD Words<uint32_t> rounding_words(const Field& field, uint64_t block) {
   return philox4x32<least_rounds>(field.counter(block), RoundKeys{field.seed});
 }
@@ -138,17 +176,17 @@ ZOEXT_HD uint32_t rounding_bits(const Field& field, uint64_t index) {
                        static_cast<int>(index % roundings_per_block));
 }
 
-// A float of 24 bits in two parts: the nearest number of 16 bits, and in 1/256 of its unit in the last place
-// how much farther from zero the whole number lies. Patterns of floats count on over powers of two and into
-// the subnormal range, so that the two parts together are the upper 24 bits of a longer pattern.
+// A float of 24 bits in two parts: the nearest number of 16 bits, and how much farther from zero the whole number
+// lies, in 1/256 of a unit in the last place. Consecutive bit patterns are consecutive numbers, also across powers
+// of two and into the subnormal range, so that the two parts together are the upper 24 bits of a longer pattern.
 template <class Storage>
 struct Split {
   Storage nearest;
   int8_t residual;
 };
 
-// The whole number, exactly. Zero has no residual below it; one that is there, since somebody else has set the
-// weight to zero, counts from above. Beside what is infinite or no number, it counts for nothing.
+// The whole number, exactly. A residual beside zero is not negative; one that is, because other code has set the
+// weight to zero, counts modulo 128. A residual beside an infinity or a NaN is ignored.
 template <class Storage>
 ZOEXT_HD float join(Split<Storage> a);
 
@@ -156,8 +194,8 @@ ZOEXT_HD uint32_t residual_of(uint16_t nearest, int8_t residual) {
   return static_cast<uint32_t>((nearest & 0x7fffu) == 0 ? residual & 0x7f : static_cast<int32_t>(residual));
 }
 
-// Rounds to 24 bits, to nearest, ties away from zero. What is half a unit of 16 bits or less below infinity, or
-// more, or no number, is rounded to 16 bits, with the residual 0.
+// Rounds to 24 bits, to nearest, ties away from zero. Values within half a unit of 16 bits of infinity or beyond,
+// and NaNs, are rounded to 16 bits with the residual 0.
 template <class Storage>
 ZOEXT_HD Split<Storage> split(float a);
 
@@ -192,8 +230,5 @@ ZOEXT_HD Split<Half> split<Half>(float a) {
   return {{static_cast<uint16_t>((bits & 0x80000000u) >> 16 | (rounded + 0x1000u) >> 13)},
           static_cast<int8_t>(rounded >> 5)};
 }
-
-template <class Storage>
-constexpr bool can_round = sizeof(Storage) == 2;  // float32 and float64 keep their arithmetic's value
 
 }  // namespace zoext

@@ -1,4 +1,4 @@
-// Who uses which random words: the last word of the counter keeps the uses apart.
+// The uses of random words, which the last word of the counter separates.
 #pragma once
 
 #include "philox.h"
@@ -16,7 +16,7 @@ enum class Stream : uint32_t {
   sign = 6,             // signs of a dense Rademacher direction
 };
 
-// What a dense direction is made of.
+// The distribution of the entries of a dense direction.
 enum class Distribution : int64_t { normal = 0, sign = 1 };
 
 // The field of one direction on one parameter: a function of the block number alone.
@@ -34,8 +34,8 @@ struct Field {
   }
 };
 
-// The seed of draw `draw` of step `step`: 64 bits that depend on nothing but the arguments, so
-// that a run keeps no generator state.
+// The seed of draw `draw` of step `step`: 64 bits that depend only on the arguments, so that a run has no
+// generator state.
 ZOEXT_HD uint64_t step_seed(uint64_t seed, uint64_t step, uint32_t draw) {
   const Words<uint32_t> words = Field{seed, draw, static_cast<uint32_t>(Stream::seed)}.words(step);
   return static_cast<uint64_t>(words.w[1]) << 32 | words.w[0];

@@ -7,7 +7,7 @@
 #include "core/normal.h"
 #include "core/sign.h"
 #include "core/stream.h"
-#include "cpu/instruction_set.h"
+#include "cpu/loops/instruction_set.h"
 
 namespace zoext {
 

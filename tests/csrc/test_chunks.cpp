@@ -7,7 +7,7 @@
 #include "check.h"
 #include "core/divisor.h"
 #include "core/storage.h"
-#include "cuda/chunks.h"
+#include "cuda/device/chunks.h"
 
 using namespace zoext;
 using namespace zoext::cuda;

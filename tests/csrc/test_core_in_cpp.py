@@ -19,7 +19,7 @@ PROGRAMS_IN = Path(__file__).parent
 CSRC = PROGRAMS_IN.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX", "c++")
 OPTIONS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", f"-I{CSRC}", "-w"]
-#: For each program the sources it is built with beside its own, and the end of what it prints.
+# : For each program the sources it is built with beside its own, and the end of what it prints.
 PROGRAMS: dict[str, tuple[list[Path], str]] = {
     "test_words": ([], "words"),
     "test_normals": ([], "normals"),

@@ -39,16 +39,16 @@ MOST = [
     (r"displace_steps<Dense<Normals, double>", 4, 44, 3),
     (r"displace_steps<Dense<Normals", 5, 46, 4),
     (r"displace_steps<", 12, None, 2),
-    (r"adam<Dense<Normals, double>", 98, 49, 3),
-    (r"adam<Dense<Normals, \w+>, nearest>", 78, 46, 4),
-    (r"adam<Dense<Normals, \w+>, stochastic>", 91, 46, 4),
-    (r"adam<.*double", 61, None, 2),
-    (r"adam<.*, nearest>", 43, None, 2),
-    (r"adam<.*, stochastic>", 49, None, 2),
-    (r"adam_steps<Dense<Normals, double>", 4, 96, 2),
-    (r"adam_steps<Dense<Normals", 5, 77, 2),
-    (r"adam_steps<.*double", 11, 54, 2),
-    (r"adam_steps<", 11, 38, 2),
+    (r"move_window<\w+, Dense<Normals, double>", 98, 49, 3),
+    (r"move_window<\w+, Dense<Normals, \w+>, nearest>", 78, 46, 4),
+    (r"move_window<\w+, Dense<Normals, \w+>, stochastic>", 91, 46, 4),
+    (r"move_window<.*double", 61, None, 2),
+    (r"move_window<.*, nearest>", 43, None, 2),
+    (r"move_window<.*, stochastic>", 49, None, 2),
+    (r"move_windows<\w+, Dense<Normals, double>", 4, 96, 2),
+    (r"move_windows<\w+, Dense<Normals", 5, 77, 2),
+    (r"move_windows<.*double", 11, 54, 2),
+    (r"move_windows<", 11, 38, 2),
 ]
 #: What a pass may take with one of the roundings that lose nothing, with that to the nearest as 1.
 MOST_OF_NEAREST = {
@@ -90,10 +90,14 @@ def test_kernels_keep_to_their_budget(kernels: list, architecture: str) -> None:
     spilled = [kernel.name for kernel in chosen if kernel.stack]
     assert not spilled, f"these kernels use local memory: {spilled}"
     budgets = [budget for budget in map(kernel_budget.budget, chosen) if budget]
-    assert len(budgets) == 92, "write, displace (for few and many), adam, and steps of these"
+    assert len(budgets) == 152, (
+        "write, displace (for few and many), windows by three rules, and steps of these"
+    )
     for budget in budgets:
         first, further, blocks = next(most for name, *most in MOST if re.match(name, budget.kernel))
-        has_residuals = "residual" in budget.kernel or ("steps" in budget.kernel and budget.storage == 2)
+        has_residuals = "residual" in budget.kernel or (
+            re.match("displace_steps|move_windows", budget.kernel) and budget.storage == 2
+        )
         narrowest = 8 if has_residuals else 16
         assert budget.narrowest == narrowest, f"{budget}: accesses of {budget.narrowest} bytes"
         assert budget.first <= first, f"{budget}: more than {first} instructions"
@@ -122,9 +126,9 @@ def test_the_counted_path_makes_noise(kernels: list) -> None:
     """One root for two normals, ten rounds of two products for four: else something else was counted."""
     seen = 0
     for budget in filter(None, map(kernel_budget.budget, kernels)):
-        if "Normals" not in budget.kernel or "adam_steps" in budget.kernel:  # whose steps have roots, too
+        if "Normals" not in budget.kernel or "move_windows" in budget.kernel:  # whose steps have roots, too
             continue
-        is_in_the_loop = "adam" in budget.kernel or "steps" in budget.kernel
+        is_in_the_loop = "window" in budget.kernel or "steps" in budget.kernel
         counts = budget.further_units if is_in_the_loop else budget.units
         seen += 1
         conversions = 1.5 if budget.architecture == "sm_80" else 0  # three for two normals, in that unit

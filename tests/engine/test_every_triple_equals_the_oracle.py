@@ -42,6 +42,8 @@ UPDATES = [
     (zoext.AdamReplay(betas=(0.6, 0.8), horizon=3, eps=1e-3), 3e-3),
     (zoext.AdamReplay(betas=(0.9, 0.95), horizon=2, eps=1e-4, bias_correction=False), 3e-3),
     (zoext.AdamReplay(betas=(0.8, 0.0), horizon=4), 1e-3),
+    (zoext.SignReplay(beta=0.7, horizon=3), 1e-4),
+    (zoext.ScalarAdam(betas=(0.3, 0.8), horizon=3, eps=1e-3), 1e-4),
 ]
 STEPS = 5
 
@@ -78,9 +80,18 @@ def problem() -> tuple[Model, Any]:
 OPTIONS = {"mu": 0.02, "weight_decay": 0.3, "seed": 2**63 + 5}
 
 
+def is_defined(direction: Any, estimator: Any, update: tuple[Any, float]) -> bool:
+    """Not where rounding decides: the coefficients of a guiding vector sum to zero. So do the projected
+    gradients that ``ScalarAdam`` divides by, and the sums of signs whose sign ``SignReplay`` takes."""
+    if not isinstance(estimator, zoext.GuidingVector):
+        return True
+    is_sign_of_signs = isinstance(direction, zoext.Rademacher) and isinstance(update[0], zoext.SignReplay)
+    return not is_sign_of_signs and not isinstance(update[0], zoext.ScalarAdam)
+
+
 @pytest.mark.parametrize(
     ("direction", "estimator", "update"),
-    list(itertools.product(DIRECTIONS, ESTIMATORS, UPDATES)),
+    [triple for triple in itertools.product(DIRECTIONS, ESTIMATORS, UPDATES) if is_defined(*triple)],
     ids=lambda member: repr(member).replace(" ", ""),
 )
 def test_triple(direction: Any, estimator: Any, update: tuple[Any, float]) -> None:

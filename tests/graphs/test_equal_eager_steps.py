@@ -11,7 +11,7 @@ from torch import nn
 import zoext
 from support.graphed_runs import RECIPES, Run, same
 from support.recorded_graph import RecordedGraph
-from zoext._engine.applied_step import AppliedStep
+from zoext._engine import AppliedStep
 from zoext.graphs import graphed_step as graphs
 
 STEPS = 12

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from zoext import _C, noise, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 GUARD = 7.0
 
 

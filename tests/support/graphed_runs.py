@@ -36,6 +36,16 @@ RECIPES: dict[str, Callable[..., Optimizer]] = {
         update=zoext.AdamReplay(horizon=3),
         **options,
     ),
+    "sign": lambda model, **options: Optimizer(
+        model, update=zoext.SignReplay(beta=0.8, horizon=3), **options
+    ),
+    "scalar adam": lambda model, **options: Optimizer(
+        model,
+        direction=zoext.LowRank(rank=2, refresh_interval=2),
+        estimator=zoext.ForwardDifference(samples=2),
+        update=zoext.ScalarAdam(betas=(0.0, 0.8), horizon=3),
+        **options,
+    ),
     "fzoo": lambda model, **options: Optimizer(
         model,
         direction=zoext.Rademacher(),

@@ -49,6 +49,7 @@ class PlainOptimizer:
         self.lr, self.mu, self.weight_decay, self.seed = lr, mu, weight_decay, seed
         self.number = 0
         self.past: list[Tensors] = []
+        self.projections: list[float] = []
 
     @torch.no_grad()
     def step(self, loss: Loss) -> int:
@@ -61,7 +62,7 @@ class PlainOptimizer:
         gradient = zeros(self.model)
         for direction, weight in zip(self.directions, weights, strict=True):
             gradient = plus(gradient, self._unbiased(direction), slope * weight)
-        self._move(gradient, spread)
+        self._move(gradient, slope * sum(weights), spread)
         self.number += 1
         return self.forwards
 
@@ -178,13 +179,19 @@ class PlainOptimizer:
 
     # Updates
 
-    def _move(self, gradient: Tensors, spread: float) -> None:
+    def _move(self, gradient: Tensors, projection: float, spread: float) -> None:
         if isinstance(self.update, zoext.SGD):
             scale = 1 / spread if self.update.normalized else 1.0
             change = [-self.lr * scale * g for g in gradient]
         else:
             self.past = [*self.past, gradient][-self.update.horizon :]
-            change = [-self.lr * step for step in self._adam_step()]
+            self.projections = [*self.projections, projection][-self.update.horizon :]
+            rules = {
+                zoext.AdamReplay: self._adam_step,
+                zoext.SignReplay: self._sign_step,
+                zoext.ScalarAdam: self._scalar_adam_step,
+            }
+            change = [-self.lr * step for step in rules[type(self.update)]()]
         for key, (parameter, moved) in enumerate(zip(self.model.parameters(), change, strict=True)):
             if not self.leaves_still(key):
                 parameter += moved - self.lr * self.weight_decay * parameter
@@ -205,6 +212,23 @@ class PlainOptimizer:
         if b2 == 0:
             return m
         return [a / torch.sqrt(b + self.update.eps) for a, b in zip(m, v, strict=True)]
+
+    def _sign_step(self) -> Tensors:
+        m = zeros(self.model)
+        for lag, g in enumerate(reversed(self.past)):
+            m = plus(m, g, self.update.beta**lag)
+        return [torch.sign(entries) for entries in m]
+
+    def _scalar_adam_step(self) -> Tensors:
+        b1, b2 = self.update.betas
+        n = len(self.past)
+        m, v = zeros(self.model), 0.0
+        for lag, (g, p) in enumerate(zip(reversed(self.past), reversed(self.projections), strict=True)):
+            m = plus(m, g, (1 - b1) * b1**lag)
+            v += (1 - b2) * b2**lag * p**2
+        if self.update.bias_correction:
+            m, v = [x / (1 - b1**n) for x in m], v / (1 - b2**n)
+        return [entries / (math.sqrt(v) + self.update.eps) for entries in m]
 
 
 def guiding_weights(losses: list[float], elite_ratio: float, weighting: str) -> list[float]:

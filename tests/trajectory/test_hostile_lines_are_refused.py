@@ -16,9 +16,9 @@ from torch import nn
 import zoext
 from support.faulty_runs import FaultyRun
 from support.trajectory_files import forge, forge_text, record, record_mezo, records, refused, write_bodies
-from zoext._parameters.digest import digest
 from zoext.trajectory import TrajectoryError
 from zoext.trajectory._format import lines
+from zoext.trajectory._format.header import digest
 
 
 @pytest.fixture

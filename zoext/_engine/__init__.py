@@ -1,6 +1,6 @@
 """The step engine: all of a step that is not the contract of torch.optim."""
 
-from zoext._engine.applied_step import AppliedStep, GroupOptions, Recorder
+from zoext._engine.applying import AppliedStep, GroupOptions, Recorder
 from zoext._engine.axes import Axes, with_current_names
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.engine import StepEngine, StepExecutor

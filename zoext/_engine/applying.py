@@ -1,22 +1,51 @@
-"""Updates: from a step's estimate to moved parameters."""
+"""Updates: a step that is applied, and how it moves the parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from zoext._engine.applied_step import AppliedStep
 from zoext._engine.axes import Axes
 from zoext._engine.estimation import Estimation
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import rounded
-from zoext.directions import Terms
+from zoext._runtime.devices import widest
+from zoext.directions import Frame, Terms
+from zoext.estimators import Estimate
 from zoext.ops import Rounding
 from zoext.probes import Session
 from zoext.updates import LinearUpdate, Move, State
+
+
+class GroupOptions(NamedTuple):
+    """The numbers of a parameter group during a step."""
+
+    lr: float | Tensor
+    mu: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedStep:
+    """An estimate, the frame of its directions, and the options of each parameter group."""
+
+    estimate: Estimate
+    frame: Frame
+    options: tuple[GroupOptions, ...]
+
+
+class Recorder(Protocol):
+    """Receives every step; see ``ZerothOrderOptimizer.recorder``."""
+
+    def check(self) -> None:
+        """Called before a step moves anything. Raises if the step could not be recorded."""
+
+    def record(self, step: AppliedStep) -> None:
+        """Called after a step. Does not wait for the device."""
 
 
 class Target(NamedTuple):
@@ -84,5 +113,5 @@ def _move(axes: Axes, step: AppliedStep, position: int) -> Move:
     coefficients = step.estimate.coefficients
     terms = Terms(step.estimate.seeds, coefficients if relative == 1 else coefficients * relative, step.frame)
     # A tensor counts as the float that it holds: products with it are rounded alike.
-    lr = lr.double() if isinstance(lr, Tensor) else lr
+    lr = lr.to(widest(lr.device)) if isinstance(lr, Tensor) else lr
     return Move(axes.direction.gradient(terms), step.estimate, lr, weight_decay)

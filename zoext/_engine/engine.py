@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext._engine import applying
-from zoext._engine.applied_step import AppliedStep, GroupOptions
+from zoext._engine.applying import AppliedStep, GroupOptions
 from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.estimation import Closure, Estimation

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoext._engine.context import StepContext
+from zoext._runtime.devices import widest
 from zoext.directions import Frame, Observer, Step, Terms
 from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate, stacked
 from zoext.probes import Session
@@ -137,9 +138,10 @@ def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor
         if loss.is_complex():
             raise TypeError(f"{what} {must} a real number, not {loss.dtype}")
         loss = loss.detach().reshape(())
-        return loss.to(device, torch.promote_types(loss.dtype, torch.float32), non_blocking=True)
+        dtype = widest(device) if loss.dtype == torch.float64 else torch.float32
+        return loss.to(device, dtype, non_blocking=True)
     if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
         hint = "; did it forget to return the loss?" if loss is None and what == "closure" else ""
         article = "the loss as " if what == "closure" else ""
         raise TypeError(f"{what} {must} {article}a tensor of one element or a float, not {loss!r}{hint}")
-    return torch.full((), float(loss), dtype=torch.float64, device=device)
+    return torch.full((), float(loss), dtype=widest(device), device=device)

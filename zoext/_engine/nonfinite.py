@@ -11,7 +11,8 @@ class NonfiniteWatch:
 
     On the CPU an estimate is judged at once. On CUDA its flag travels to pinned memory behind the
     forwards and is looked at when the next estimate begins: by then the host has waited for nothing
-    that the device had not finished anyway, but at most one step is in flight.
+    that the device had not finished anyway, but at most one step is in flight. On other devices the flag
+    is read there and then.
     """
 
     def __init__(self, policy: str) -> None:
@@ -19,7 +20,7 @@ class NonfiniteWatch:
             raise ValueError(f"nonfinite must be 'raise' or 'skip', not {policy!r}")
         self._raises = policy == "raise"
         self._counter: Tensor | None = None
-        self._travelling: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._travelling: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def note(self, finite: Tensor) -> None:
         """Takes the flag (bool []) of an estimate."""
@@ -28,20 +29,24 @@ class NonfiniteWatch:
         self._counter += ~finite
         if not self._raises:
             return
-        if finite.is_cuda:
+        if finite.device.type == "cpu":
+            if not finite:
+                self._raise("this")
+        elif finite.is_cuda:
             flag = torch.empty((), dtype=torch.bool, pin_memory=True)
             flag.copy_(finite, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(finite.device))
             self._travelling.append((flag, event))
-        elif not finite:
-            self._raise("this")
+        else:
+            self._travelling.append((finite, None))
 
     def check(self) -> None:
         """Raises if an earlier estimate was not finite."""
         travelling, self._travelling = self._travelling, []
         for flag, event in travelling:
-            event.synchronize()
+            if event is not None:
+                event.synchronize()
             if not flag:
                 self._raise("the previous")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from zoext._engine.applied_step import Recorder
+from zoext._engine.applying import Recorder
 from zoext._engine.estimation import FoundFrame
 from zoext._engine.open_round import OpenRound
 from zoext.estimators import Estimate

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from zoext._runtime import devices
+
 
 class RandomState:
-    """A snapshot of the generators of torch (CPU, and ``device`` if it is CUDA), Python and NumPy.
+    """A snapshot of the generators of torch (CPU, and that of ``device``), Python and NumPy.
 
     Restored before every probe of a step but the first, it shows all of them the same dropout; and
     after the last one the generators stand where the closure alone would have left them.
@@ -19,8 +21,8 @@ class RandomState:
 
     def __init__(self, device: torch.device) -> None:
         self._cpu = torch.get_rng_state()
-        self._device = device if device.type == "cuda" else None
-        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
+        self._device = device if device.type != "cpu" else None
+        self._on_device = devices.get_rng_state(device) if self._device else None
         self._python = random.getstate()
         numpy: Any = sys.modules.get("numpy")
         self._numpy_random = numpy.random if numpy else None
@@ -30,8 +32,8 @@ class RandomState:
         """The modules whose generators were read since."""
         now = RandomState(self._device or torch.device("cpu"))
         moved = {"torch": not torch.equal(self._cpu, now._cpu), "random": self._python != now._python}
-        if self._cuda is not None and now._cuda is not None:
-            moved["torch.cuda"] = not torch.equal(self._cuda, now._cuda)
+        if self._device and self._on_device is not None and now._on_device is not None:
+            moved[f"torch.{self._device.type}"] = not torch.equal(self._on_device, now._on_device)
         if self._numpy is not None and now._numpy is not None:
             moved["numpy.random"] = any(map(operator.ne, self._numpy[2:], now._numpy[2:])) or bool(
                 (self._numpy[1] != now._numpy[1]).any()
@@ -40,8 +42,8 @@ class RandomState:
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
-        if self._device and self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+        if self._device and self._on_device is not None:
+            devices.set_rng_state(self._on_device, self._device)
         random.setstate(self._python)
         if self._numpy_random is not None:
             self._numpy_random.set_state(self._numpy)

@@ -59,6 +59,11 @@ class Settings(CommonSettings):
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)
 
 
+#: Names in settings of earlier versions, and their present names.
+_RENAMED_METHODS = {"agzo-still": "agzo-freeze"}
+_RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
+
+
 class OtherVersionError(ValueError):
     """The stored settings have fields that this version does not write, or lack some; says which."""
 
@@ -76,6 +81,7 @@ def parse(record: Any, kind: type[SettingsT], add_arguments: AddArguments) -> Se
     for what, names in (("lacks", wanted.keys() - record.keys()), ("has", record.keys() - wanted.keys())):
         if names:
             raise OtherVersionError(f"{what} {', '.join(sorted(names))}")
+    record = _with_present_names(record)
     for name, value in record.items():
         if type(value) not in _types_in_json(wanted[name]):
             raise ValueError(f"{name} is {value!r}")
@@ -90,6 +96,15 @@ def parse(record: Any, kind: type[SettingsT], add_arguments: AddArguments) -> Se
         return kind(**vars(parser.parse_args(given)))
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
+
+
+def _with_present_names(record: dict[str, Any]) -> dict[str, Any]:
+    present, options = dict(record), record.get("options")
+    if isinstance(method := record.get("optimizer"), str):
+        present["optimizer"] = _RENAMED_METHODS.get(method, method)
+    if isinstance(options, dict) and isinstance(balance := options.get("balance"), str):
+        present["options"] = {**options, "balance": _RENAMED_BALANCES.get(balance, balance)}
+    return present
 
 
 def _types_in_json(hint: Any) -> set[type]:

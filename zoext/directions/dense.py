@@ -9,8 +9,7 @@ from torch import Tensor
 
 from zoext import ops
 from zoext._parameters.parameters import Parameters
-from zoext.directions.base import Direction, Terms, Window
-from zoext.directions.rectangle import decay_of, rectangle, terms_of
+from zoext.directions.base import Direction, Terms, Window, decay_of, rectangle, terms_of
 
 
 class _Dense(Direction):

@@ -13,9 +13,8 @@ from torch import Tensor
 from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block
-from zoext.directions.base import Direction, Frame, Terms, Window
+from zoext.directions.base import Direction, Frame, Terms, Window, decay_of, rectangle, terms_of
 from zoext.directions.dense import Gaussian
-from zoext.directions.rectangle import decay_of, rectangle, terms_of
 
 _DENSE = Gaussian()
 

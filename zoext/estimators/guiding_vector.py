@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zoext._runtime.devices import widest
 from zoext.estimators.base import Estimator, Round, Rounds, assemble, check_count, without_gaps
 
 WEIGHTINGS = ("ranked", "centered")
@@ -87,7 +88,8 @@ class GuidingVector(Estimator):
         order = torch.argsort(torch.where(known, losses, torch.inf), stable=True)
         on_top = torch.arange(self.pool_size, device=losses.device) < self._top
         top, bottom = on_top & known[order], ~on_top & known[order]
-        ordered = top.double() / top.sum() - bottom.double() / bottom.sum()
+        wide = widest(losses.device)
+        ordered = top.to(wide) / top.sum() - bottom.to(wide) / bottom.sum()
         usable = top.any() & bottom.any()
         weights = torch.zeros_like(ordered).scatter(0, order, ordered)
         return torch.where(usable, weights, 0.0), usable
@@ -96,9 +98,9 @@ class GuidingVector(Estimator):
 def _centered(losses: Tensor, ranked: Tensor) -> Tensor:
     """Minus the centred losses, with the sum of squares of ``ranked``; ``ranked`` where all are equal."""
     known = torch.isfinite(losses)
-    finite = torch.where(known, losses.double(), 0.0)
+    finite = torch.where(known, losses.to(ranked.dtype), 0.0)
     # Divided by the largest, so that neither the mean nor the squares of any finite losses overflow.
-    finite = finite / finite.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    finite = finite / finite.abs().max().clamp_min(torch.finfo(ranked.dtype).tiny)
     below = torch.where(known, finite.sum() / known.sum() - finite, 0.0)
     length = below.norm()
     return torch.where(length > 0, below * (ranked.norm() / length), ranked)

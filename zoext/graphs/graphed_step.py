@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoext._engine import AppliedStep, GroupOptions, StepEngine, StepExecutor, StepSeeds
+from zoext._engine import AppliedStep, GroupOptions, StepEngine, StepExecutor
 from zoext._runtime import interrupts
-from zoext.directions import Frame
 from zoext.estimators import Estimate
 from zoext.graphs._capturable import HostWaits, NotedHostWaits, capturable
+from zoext.graphs._captured import CapturedStep, Inputs, lr_dtype, map_tensors
 from zoext.graphs._cuda_graph import CaptureError, CudaGraph
 from zoext.graphs._static_inputs import StaticInputs, place_of
-from zoext.graphs._tensors import map_tensors, tensors_of
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.probes import is_compiled
 from zoext.updates import State
@@ -83,7 +81,7 @@ class GraphedStep(StepExecutor):
         self._fixed: Any = None
         self._alike = 0
         self._obstacle: str | None = None
-        self._captured: _Captured | None = None
+        self._captured: CapturedStep | None = None
 
     def __call__(self) -> Tensor:
         """Moves theta by one step.
@@ -134,7 +132,7 @@ class GraphedStep(StepExecutor):
         self._alike = WARM_UP if is_last else min(self._alike + 1, WARM_UP - 1)
         return step.estimate.loss
 
-    def _capture(self, engine: StepEngine) -> _Captured:
+    def _capture(self, engine: StepEngine) -> CapturedStep:
         if self._obstacle is not None:
             raise _uncapturable(self._obstacle)
         watching = nullcontext() if self._is_compiled else HostWaits()  # type: ignore[no-untyped-call]
@@ -154,7 +152,7 @@ class GraphedStep(StepExecutor):
 
         engine.run.pending.clear()
         with interrupts.deferred(), engine.closures(), engine.probe.captured() as memory:
-            graph, inputs = CudaGraph(self._device), _Inputs.of(engine)
+            graph, inputs = CudaGraph(self._device), Inputs.of(engine)
             try:
                 graph.capture(step)
             except CaptureError:
@@ -164,9 +162,9 @@ class GraphedStep(StepExecutor):
             finally:
                 engine.run.is_torn = False  # a capture launches nothing
         self._inputs = StaticInputs(self._closure)
-        return _Captured(graph, inputs, *taken[0], memory)
+        return CapturedStep(graph, inputs, *taken[0], memory)
 
-    def _replay(self, engine: StepEngine, captured: _Captured) -> Tensor:
+    def _replay(self, engine: StepEngine, captured: CapturedStep) -> Tensor:
         engine.check_ready()
         if rebound := self._inputs.rebound():
             raise RuntimeError(
@@ -196,60 +194,6 @@ def _uncapturable(reason: object) -> RuntimeError:
     )
 
 
-class _Inputs(NamedTuple):
-    """Where a graph reads what the host decides anew for every step."""
-
-    seeds: StepSeeds
-    lrs: list[Tensor]
-    states: list[State]
-
-    @classmethod
-    def of(cls, engine: StepEngine) -> _Inputs:
-        groups = engine.param_groups
-        device = next(group.device for group in engine.groups if len(group))
-        return cls(
-            engine.empty_seeds(device),
-            # A float is a float64, or its product with the weight decay would be rounded otherwise.
-            [torch.empty((), dtype=_lr_dtype(group), device=device) for group in groups],
-            [map_tensors(torch.empty_like, group["update_state"]) for group in groups],
-        )
-
-    def fill(self, engine: StepEngine) -> None:
-        engine.fill_seeds(self.seeds)
-        for lr, group in zip(self.lrs, engine.param_groups, strict=True):
-            lr.fill_(group["lr"])
-        states = [group["update_state"] for group in engine.param_groups]
-        if tensors := tensors_of(self.states):
-            torch._foreach_copy_(tensors, tensors_of(states))
-
-
-class _Captured(NamedTuple):
-    graph: CudaGraph
-    inputs: _Inputs
-    step: AppliedStep
-    states: list[State]
-    memory: list[Tensor]  # not ours, but read and written by the graph
-
-    def results(self, engine: StepEngine) -> tuple[AppliedStep, list[State]]:
-        """The step and the new states of a replay, in memory that the next one does not overwrite."""
-        before = tensors_of([group["update_state"] for group in engine.param_groups])
-        kept = {id(place): value for place, value in zip(tensors_of(self.inputs.states), before, strict=True)}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if id(tensor) not in kept:
-                kept[id(tensor)] = tensor.clone()
-            return kept[id(tensor)]
-
-        estimate = self.step.estimate
-        fields = {field.name: getattr(estimate, field.name) for field in dataclasses.fields(Estimate)}
-        # A frame is large, and read by nobody but a recorder: if it cannot be drawn from seeds.
-        is_read = engine.run.recorder is not None and engine.axes.direction.watches
-        known = self.step.frame if is_read else Frame()
-        frame = Frame(*map_tensors(keep, (dict(known.left), dict(known.right))))
-        step = AppliedStep(Estimate(**map_tensors(keep, fields)), frame, engine.options())
-        return step, map_tensors(keep, self.states)
-
-
 def _fixed_by_a_graph(engine: StepEngine, modules: list[nn.Module]) -> Any:
     """What a graph holds as it was at the capture, as plain data."""
     state = engine.owner.state
@@ -257,13 +201,8 @@ def _fixed_by_a_graph(engine: StepEngine, modules: list[nn.Module]) -> Any:
         (
             [(id(tensor), tensor.requires_grad, *place_of(tensor)) for tensor in group["params"]],
             [id(value) for tensor in group["params"] for value in state.get(tensor, {}).values()],
-            (group["mu"], group["weight_decay"], _lr_dtype(group)),
+            (group["mu"], group["weight_decay"], lr_dtype(group)),
             map_tensors(lambda tensor: (tensor.shape, tensor.dtype), group["update_state"]),
         )
         for group in engine.param_groups
     ]
-
-
-def _lr_dtype(group: dict[str, Any]) -> torch.dtype:
-    lr = group["lr"]
-    return lr.dtype if isinstance(lr, Tensor) else torch.float64

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from zoext import Trajectory, ZerothOrderOptimizer
-from zoext._engine.axes import Axes
 from zoext.cli._errors import UserError
 from zoext.cli._runs.checkpoint import Position
 from zoext.cli._runs.folder import RunFolder
@@ -21,8 +20,7 @@ def obstacle(settings: Settings, optimizer: ZerothOrderOptimizer) -> str | None:
     """Why a trajectory cannot be replayed bit for bit, and the remedy; None if it can."""
     if not optimizer.engine.probe.is_exact:
         return "in-place probes restore weights only to rounding; --probe streamed restores them bit for bit"
-    needs_frames = Axes.from_recipe(optimizer.param_groups[0]["recipe"]).direction.watches
-    if needs_frames and not settings.record_frames:
+    if optimizer.engine.axes.direction.watches and not settings.record_frames:
         return "the bases of AGZO depend on data, not only on seeds; --record-frames records them"
     return None
 

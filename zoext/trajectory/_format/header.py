@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +14,6 @@ from torch.nn.parameter import is_lazy
 
 from zoext._engine import Axes, with_current_names
 from zoext._parameters import shards
-from zoext._parameters.digest import digest
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.trajectory import _optimizers
 from zoext.trajectory._format.fields import Fields, VersionError, is_hexadecimal, is_integer, shown
@@ -22,6 +22,8 @@ FORMAT = "zoext trajectory"
 VERSION = 1
 #: Raised whenever a bit of the noise field, of rounding or of an update changes.
 NOISE_FIELD = 2
+
+_PIECE = 2**26  # bytes of a digest that are copied from a device at a time
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class RecordedParameter:
         shape: its shape; of the whole parameter if it is sharded.
         dtype: its dtype, such as ``"torch.float32"``.
         digest: of its weights when recording began; empty for a frozen parameter without plain bits, see
-            ``zoext._parameters.digest``.
+            ``digest``.
     """
 
     name: str
@@ -201,3 +203,24 @@ def _dtype(fields: Fields) -> str:
     if module != "torch" or not isinstance(vars(torch).get(dtype), torch.dtype):
         raise fields.error(f"dtype must be a torch dtype, not {shown(name)}")
     return name
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> str:
+    """A hash of the dtype, the shape and the bits of a tensor: 32 hexadecimal digits.
+
+    Empty for one of which there are no plain bits to read: on the meta device, sparse, quantized, or of a
+    class of its own.
+    """
+    if not _has_plain_bits(tensor):
+        return ""
+    sha256 = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    for piece in flat.split(_PIECE):
+        sha256.update(piece.cpu().numpy().data)
+    return sha256.hexdigest()[:32]
+
+
+def _has_plain_bits(tensor: Tensor) -> bool:
+    is_plain = type(tensor.detach()) is Tensor and tensor.layout == torch.strided
+    return is_plain and not (tensor.is_meta or tensor.is_quantized)

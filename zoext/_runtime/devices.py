@@ -1,0 +1,40 @@
+"""What devices other than CPUs and CUDA lack or call otherwise."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64, such as Apple's GPUs."""
+    return torch.float64 if _has_float64(device.type) else torch.float32
+
+
+@cache
+def _has_float64(device_type: str) -> bool:
+    if device_type in ("cpu", "cuda"):
+        return True
+    try:
+        torch.zeros((), dtype=torch.float64, device=device_type)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def get_rng_state(device: torch.device) -> Tensor | None:
+    """The state of the device's generator, or None if torch has no access to one."""
+    read: Any = getattr(torch.get_device_module(device), "get_rng_state", None)
+    if read is None:
+        return None
+    state: Tensor = read() if device.type == "mps" else read(device)
+    return state
+
+
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Restores a state of ``get_rng_state``."""
+    write: Any = torch.get_device_module(device).set_rng_state
+    write(state) if device.type == "mps" else write(state, device)
