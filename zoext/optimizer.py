@@ -93,7 +93,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         precision: str = "stochastic",
     ) -> None:
         axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
-        axes.check_kinds()
+        axes.check()
         watch, rounding = NonfiniteWatch(nonfinite), rounding_of(precision)
         noise.signed(seed)
         whole = params if isinstance(params, nn.Module) else None

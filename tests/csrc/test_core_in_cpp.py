@@ -29,8 +29,7 @@ PROGRAMS: dict[str, tuple[list[Path], str]] = {
     "test_loops": (
         [
             *sorted(PROGRAMS_IN.glob("loops_*.cpp")),
-            CSRC / "cpu" / "instruction_set.cpp",
-            *sorted(CSRC.glob("cpu/isa_*.cpp")),
+            *sorted(CSRC.glob("cpu/loops/*.cpp")),
         ],
         " ".join(_C.available_instruction_sets()),
     ),

@@ -220,3 +220,13 @@ def test_options_that_were_changed_between_steps(name: str, value: object, error
     with pytest.raises(error, match=f"{name} must be"):
         optimizer.step(lambda: model(torch.ones(3)).sum())
     assert all(map(torch.equal, parameters, before))
+
+
+@pytest.mark.parametrize("update", [zoext.AdamReplay(), zoext.ScalarAdam(), zoext.SignReplay()])
+def test_updates_that_divide_by_coefficients_that_cancel(update: zoext.Update) -> None:
+    pool = zoext.GuidingVector(pool_size=2)
+    if not isinstance(update, zoext.ScalarAdam):
+        zoext.ZerothOrderOptimizer(nn.Linear(2, 1), estimator=pool, update=update)
+        return
+    with pytest.raises(ValueError, match=r"update: ScalarAdam divides by .* zero for GuidingVector; use"):
+        zoext.ZerothOrderOptimizer(nn.Linear(2, 1), estimator=pool, update=update)

@@ -17,12 +17,18 @@ class Axes(NamedTuple):
     estimator: Estimator
     update: Update
 
-    def check_kinds(self) -> None:
-        """Raises a TypeError for a member of another axis."""
+    def check(self) -> None:
+        """Raises a TypeError for a member of another axis, a ValueError for members that do not go together."""
         for axis, kind in _BASES.items():
             member = getattr(self, axis)
             if not isinstance(member, kind):
                 raise TypeError(f"{axis} must be a {kind.__name__}, not {member!r}")
+        if self.update.sums_coefficients and self.estimator.coefficients_cancel:
+            update, estimator = type(self.update).__name__, type(self.estimator).__name__
+            raise ValueError(
+                f"update: {update} divides by the sum of an estimate's coefficients, which is zero for "
+                f"{estimator}; use AdamReplay or SGD, or another estimator"
+            )
 
     def recipe(self) -> dict[str, dict[str, Any]]:
         """The axes by name and fields: plain data, for checkpoints."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import part_of
-from zoext.ops import Rounding
+from zoext.ops import Rounding, rounds
 
 #: The name under which ``optimizer.state`` has the residual of a parameter.
 RESIDUAL = "residual"
@@ -78,7 +78,7 @@ def own_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
 def _residual_of(
     tensor: Tensor, owner: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]
 ) -> Tensor:
-    if tensor.element_size() != 2:
+    if not rounds(tensor.dtype):
         state.get(owner, {}).pop(RESIDUAL, None)  # of before it was made wider
         empty = torch.empty(0, dtype=torch.int8, device=tensor.device)
         return _NO_RESIDUAL.setdefault(tensor.device, empty)

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -113,6 +114,9 @@ class Estimator(ABC):
                 centre, loss = yield Round.along_each(seeds, centre=True)
                 return assemble(seeds, ((loss - centre) / mu).unsqueeze(0), [loss], centre)
     """
+
+    #: Whether the coefficients of an estimate sum to zero whatever the losses are.
+    coefficients_cancel: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -39,6 +39,8 @@ class GuidingVector(Estimator):
         ValueError: for arguments out of range.
     """
 
+    coefficients_cancel = True
+
     pool_size: int = 4
     elite_ratio: float = 0.5
     weighting: str = "ranked"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ def of_each(values: Sequence[Tensor]) -> Tensor:
 
 class Update(ABC):
     """From estimates to changes of theta."""
+
+    #: Whether it divides by the sum of an estimate's coefficients, which then must not cancel.
+    sums_coefficients: ClassVar[bool] = False
 
     @abstractmethod
     def apply(

@@ -26,7 +26,7 @@ class ScalarAdam(WindowUpdate):
     ``1 - b2^n``. Terms whose loss was not finite enter the window as zero; a step without any other term
     moves nothing.
 
-    Coefficients that cancel make p vanish, and the step arbitrarily long: do not combine this update with
+    Coefficients that cancel make p vanish and the step arbitrarily long: optimizers refuse this update with
     ``GuidingVector``, whose coefficients always sum to zero.
 
     Args:
@@ -47,6 +47,7 @@ class ScalarAdam(WindowUpdate):
     """
 
     rule: ClassVar[Rule] = Rule.SCALAR_ADAM
+    sums_coefficients = True
 
     betas: tuple[float, float] = (0.0, 0.9)
     horizon: int = 10
