@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -40,8 +41,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         optimizer = zoext.ZerothOrderOptimizer(model, estimator=zoext.ForwardDifference(samples=4), lr=1e-5)
         loss = optimizer.step(lambda: model(x).square().mean())
 
-    Three ways to take a step leave the same bits: ``step(closure)``; ``estimate(closure)``, once or for each
-    micro-batch, and ``step()``; or ``ask`` and ``tell``, with losses that are computed elsewhere.
+    With streamed probes, three ways to take a step leave the same bits: ``step(closure)``;
+    ``estimate(closure)``, once or for each micro-batch, and ``step()``; or ``ask`` and ``tell``, with losses
+    that are computed elsewhere.
 
     Args:
         params: an ``nn.Module``, or what torch.optim takes (tensors, dicts, ``named_parameters()``).
@@ -221,8 +223,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.engine.bind(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy, together with the model; checkpoints are made of ``state_dict``."""
-        return {**super().__getstate__(), "engine": self.engine, "_own_defaults": self._own_defaults}
+        """For copies, made together with the model; checkpoints are made of ``state_dict``."""
+        own = {"engine": copy.copy(self.engine), "_own_defaults": self._own_defaults}
+        return {**super().__getstate__(), **own}
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Moves theta by the estimate with ``closure``, or without one by the mean of the pending estimates.

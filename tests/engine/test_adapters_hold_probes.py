@@ -117,6 +117,12 @@ def test_dense_directions_are_refused(optimizer: Callable[..., zoext.ZerothOrder
         round.adapter(0)
 
 
+def test_parameters_without_their_module_are_refused() -> None:
+    round = zoext.LOZO([nn.Linear(4, 3).weight]).ask()
+    with pytest.raises(ValueError, match="adapter: whether a weight is stored transposed depends"):
+        round.adapter(0)
+
+
 def test_agzo_before_its_forward() -> None:
     round = zoext.AGZO(nn.Linear(4, 3, bias=False)).ask()
     with pytest.raises(RuntimeError, match=r"adapter: ActivationSubspace.*displaced\(0\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import zoext
 from support.graphed_runs import RECIPES, same
+from zoext.estimators import assemble
 
 both_probes = pytest.mark.parametrize("probe", ["streamed", "inplace"])
 
@@ -114,6 +116,55 @@ def test_what_a_round_says_is_what_it_does(probe: str) -> None:
         assert torch.allclose(parameter, base, rtol=0, atol=0 if probe == "streamed" else 1e-14)
 
 
+def test_numbers_that_are_drawn_between_ask_and_the_first_probe() -> None:
+    """Such as those of a shuffled batch: all probes still see the same dropout."""
+    torch.manual_seed(1)
+    model = model_of()
+    round = zoext.MeZO(model, samples=2, mu=1e-30).ask()
+    torch.rand(3)
+    losses = losses_of(round, model, 0)
+    assert losses == losses[:1] * 4
+
+
+def test_a_forward_of_agzo_that_raised_leaves_nothing_of_its_basis() -> None:
+    ends = []
+    for fails in (True, False):
+        torch.manual_seed(1)
+        model = model_of().eval()
+        optimizer = zoext.AGZO(model, lr=0.1, mu=0.1)
+        round: zoext.OpenRound | None = optimizer.ask()
+        assert round is not None
+        if fails:
+            with pytest.raises(ZeroDivisionError), round.displaced(0):
+                loss_of(model, 7)
+                raise ZeroDivisionError
+        while round is not None:
+            round = optimizer.tell(losses_of(round, model, 0))
+        optimizer.step()
+        ends.append(list(model.parameters()))
+    assert all(map(torch.equal, *ends))
+
+
+def test_an_estimator_whose_first_round_is_at_theta() -> None:
+    class OneSided(zoext.Estimator):
+        draws = 1
+
+        def rounds(self, seeds: Tensor, mu: float) -> Any:
+            (centre,) = yield zoext.Round.at_centre(seeds)
+            (loss,) = yield zoext.Round.along_each(seeds)
+            return assemble(seeds, ((loss - centre) / mu).unsqueeze(0), [loss], centre)
+
+    frozen = dataclass(frozen=True)(OneSided)
+    ends = []
+    for estimator in (frozen(), zoext.ForwardDifference()):
+        model = model_of().eval()
+        direction = zoext.ActivationSubspace()
+        optimizer = zoext.ZerothOrderOptimizer(model, direction=direction, estimator=estimator, lr=0.1)
+        optimizer.step(lambda model=model: loss_of(model, 0))
+        ends.append(list(model.parameters()))
+    assert all(map(torch.equal, *ends))
+
+
 @both_probes
 def test_theta_is_back_after_a_block_that_raises(probe: str) -> None:
     model = model_of(torch.float64)
@@ -144,6 +195,12 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match="losses must be one for each of the 2 probes"):
             self.optimizer.tell(losses)
         assert len(self.optimizer.tell([1.0, 2.0])) == 1  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("losses", [0.5, None, "ab"])
+    def test_no_losses_at_all(self, losses: Any) -> None:
+        self.optimizer.ask()
+        with pytest.raises(TypeError, match=r"losses must be a tensor \[2\] or a list of numbers"):
+            self.optimizer.tell(losses)
 
     @pytest.mark.parametrize("losses", [[1.0, None], ["a", 1.0], [1.0, 1j]])
     def test_losses_that_are_no_numbers(self, losses: Any) -> None:
@@ -180,8 +237,13 @@ class TestWhatIsRefused:
         assert self.optimizer.estimate(lambda: loss_of(self.model, 0)).finite
 
     def test_a_round_that_is_over(self) -> None:
-        round = self.optimizer.ask()
+        round, other = self.optimizer.ask(), zoext.MeZO(self.model).ask()
         self.optimizer.tell([1.0, 2.0])
+        round.cancel()  # not the one that is open now
+        self.optimizer.tell([1.0])
+        other.cancel()
+        with pytest.raises(RuntimeError, match="this round is over"):
+            other.displaced(0).__enter__()
         for call in (lambda: round.displaced(0).__enter__(), lambda: round.adapter(0)):
             with pytest.raises(RuntimeError, match=r"use the round that tell\(\) returned"):
                 call()
@@ -200,10 +262,13 @@ class TestWhatIsRefused:
             pass
 
     def test_losses_that_are_not_finite(self) -> None:
+        self.optimizer.estimate(lambda: loss_of(self.model, 0))
         self.optimizer.ask()
         self.optimizer.tell([1.0, 2.0])
         with pytest.raises(FloatingPointError, match="was not finite"):
             self.optimizer.tell([float("nan")])
+        with pytest.raises(RuntimeError, match="nothing to apply"):  # as after an estimate that raised
+            self.optimizer.step()
         assert len(self.optimizer.ask()) == 2
 
     def test_agzo_without_its_forward(self) -> None:

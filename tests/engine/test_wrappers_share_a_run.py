@@ -171,9 +171,13 @@ def test_copies_have_runs_of_their_own() -> None:
     assert other.engine.owner is other
     with pytest.raises(RuntimeError, match="nothing to apply"):
         other.step()
+    shallow = copy.copy(optimizer)
+    shallow.step(lambda: loss_of(model))
+    del shallow
+    assert optimizer.engine.owner is optimizer
     other.step(lambda: loss_of(other_model))
     assert other.param_groups[0]["step"] == 2
-    assert optimizer.param_groups[0]["step"] == 1
+    assert optimizer.param_groups[0]["step"] == 2  # of the shallow copy, which shares the groups
 
 
 def test_an_optimizer_is_freed_at_once() -> None:

@@ -155,6 +155,23 @@ def test_a_torn_update(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(run.result()[:2], Run().steps(range(7)).result()[:2])
 
 
+def test_a_torn_update_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run().steps(range(3))
+    move = torch.ops.zoext.noise_axpy_
+
+    def raises_at_its_end(*arguments: object) -> None:
+        move(*arguments)
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.zoext, "noise_axpy_", raises_at_its_end)
+        with pytest.raises(torch.OutOfMemoryError):
+            run.optimizer.step(run.closure)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="only partly applied"):
+            run.step(3)
+
+
 class TestReplacedTensors:
     """Where the closure's own variables tell: the graph would go on with the old batch."""
 
@@ -250,7 +267,7 @@ class TestReplacedTensors:
         run = Run(graphed=False)
         step = zoext.GraphedStep(run.optimizer, lambda: run.model(x).square().sum() / x.shape[0])
         for size in range(6):
-            shape = size
+            shape = torch.tensor(size)
             step()
         assert shape == 5
 

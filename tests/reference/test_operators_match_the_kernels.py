@@ -1,8 +1,8 @@
 """The reference gives what the kernels give, to the rounding that normals within 1e-6 imply.
 
 The same words are drawn, so all that differs is float32 rounding. A weight in 16 bits is equal unless its
-value lies next to the border between two numbers: at most one in a thousand is its neighbour (measured: one
-in fifty thousand). With residuals the same holds for floats of 24 bits to a few units in their last place.
+value lies next to the border between two numbers: at most one in a thousand is its neighbour. With residuals
+the same holds for floats of 24 bits to a few units in their last place.
 """
 
 from __future__ import annotations

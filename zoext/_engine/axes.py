@@ -18,7 +18,7 @@ class Axes(NamedTuple):
     update: Update
 
     def check(self) -> None:
-        """Raises a TypeError for a member of another axis, a ValueError for members that do not go together."""
+        """Raises a TypeError for a member of another axis, a ValueError for two that do not go together."""
         for axis, kind in _BASES.items():
             member = getattr(self, axis)
             if not isinstance(member, kind):

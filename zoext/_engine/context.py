@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from zoext import noise
 from zoext._engine.axes import Axes
 from zoext._parameters.parameters import Parameters
-from zoext._runtime.randomness import RandomState
 from zoext.directions import Combination, Frame, Terms
 
 
@@ -42,8 +41,8 @@ class StepContext:
         groups: the tensors that move, by parameter group; some groups may be empty.
         mus: scale of the displacement, by parameter group.
         seeds: of the step.
-        random: the state of the global generators that every probe begins with; None where the closure must
-            not read them.
+        shares_random: whether every probe begins with the same state of the global generators; False where
+            the closure must not read them.
     """
 
     axes: Axes
@@ -51,7 +50,7 @@ class StepContext:
     groups: tuple[Parameters, ...]
     mus: tuple[float, ...]
     seeds: StepSeeds
-    random: RandomState | None
+    shares_random: bool = True
 
     @property
     def device(self) -> torch.device:

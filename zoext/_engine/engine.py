@@ -27,7 +27,6 @@ from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
 from zoext._runtime.profiling import Phase, record
-from zoext._runtime.randomness import RandomState
 from zoext.estimators import Estimate, average
 from zoext.ops import Rounding
 from zoext.probes import Probe
@@ -120,8 +119,12 @@ class StepEngine:
 
     def ask(self) -> OpenRound:
         """See ``ZerothOrderOptimizer.ask``."""
-        with torch.inference_mode(False), torch.no_grad():
-            asking = Asking(self._estimation(self._begin()), self.probe, self.closures, self.owner)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                asking = Asking(self._estimation(self._begin()), self.probe, self.closures, self.owner)
+        except FloatingPointError:  # of an earlier estimate of this step
+            self.run.pending.clear()
+            raise
         self.run.asking = asking
         assert asking.round is not None
         return asking.round
@@ -183,7 +186,7 @@ class StepEngine:
             group_options.check_on_host(options)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
         device = movable[0].device
-        return self.context(self._step_seeds(device), RandomState(device))
+        return self.context(self._step_seeds(device))
 
     def check_ready(self) -> None:
         """Raises if no step may begin: after a torn update, in a round, or where it could not be recorded."""
@@ -193,9 +196,9 @@ class StepEngine:
             self.run.recorder.check()
         self.watch.check()  # last: it may wait for the step before
 
-    def context(self, seeds: StepSeeds, random: RandomState | None) -> StepContext:
+    def context(self, seeds: StepSeeds, *, shares_random: bool = True) -> StepContext:
         """The context of a step with the parameters and scales that were last looked at."""
-        return StepContext(self.axes, self.module, self.groups, self._mus, seeds, random)
+        return StepContext(self.axes, self.module, self.groups, self._mus, seeds, shares_random)
 
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None

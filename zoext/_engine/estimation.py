@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoext._engine.context import StepContext
 from zoext._runtime.devices import widest
+from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
 from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate, stacked
 from zoext.probes import Session
@@ -46,7 +47,7 @@ class Estimation:
             if self._observer is None:
                 found = FoundFrame(context.axes.direction.frame(step), None)
         self._found = found
-        self._forwards = 0
+        self._random: RandomState | None = None  # before the first probe
         self._round: Round | None = None
         self._probes: list[tuple[Tensor, Tensor]] = []
         self._last = 0
@@ -97,9 +98,11 @@ class Estimation:
         frame = self._found.frame if self._found is not None else Frame()
         combination = self.context.combination(*self._probes[index], frame)
         self._last = index
-        if self._forwards and self.context.random is not None:
-            self.context.random.restore()  # all probes of a step see the same random numbers
-        self._forwards += 1
+        if self.context.shares_random:
+            if self._random is None:
+                self._random = RandomState(self.context.device)
+            else:
+                self._random.restore()
         with observer.watching() if observer is not None else nullcontext(), session.displaced(combination):
             yield
         self._check()

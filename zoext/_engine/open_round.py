@@ -73,8 +73,9 @@ class OpenRound:
             yield
 
     def cancel(self) -> None:
-        """Drops the round and its estimate, so that another one can begin."""
-        self._asking.cancel()
+        """Drops the round and its estimate, so that another one can begin; nothing if it is over."""
+        if self._asking.round is self:
+            self._asking.cancel()
 
     def adapter(self, index: int) -> dict[str, LoRAFactors]:
         """Probe ``index`` as low-rank factors, by the names of the parameters that move.
@@ -85,7 +86,7 @@ class OpenRound:
 
         Raises:
             IndexError: for an index out of range.
-            ValueError: for dense directions, which no adapter can hold.
+            ValueError: for dense directions, which no adapter can hold, and without a module.
             RuntimeError: for directions that a forward at theta determines (``ActivationSubspace``), before
                 that has run, in ``displaced(0)`` of the first round.
         """
@@ -97,6 +98,11 @@ class OpenRound:
         found: dict[str, LoRAFactors] = {}
         if not len(seeds):
             return found
+        if context.module is None:
+            raise ValueError(
+                "adapter: whether a weight is stored transposed depends on its module; build the optimizer "
+                "with the module as params, or with probe=zoext.StreamedProbe(module)"
+            )
         transposed = _transposed(context.module)
         with torch.no_grad():
             for position, group in enumerate(context.groups):
@@ -162,6 +168,8 @@ class Asking:
     def _checked(self, losses: Tensor | Sequence[float | Tensor]) -> Tensor:
         assert self.round is not None
         count = len(self.round)
+        if not hasattr(losses, "__len__") or isinstance(losses, str):
+            raise TypeError(f"losses must be a tensor [{count}] or a list of numbers, not {losses!r}")
         given = losses.unbind() if isinstance(losses, Tensor) and losses.dim() == 1 else losses
         if isinstance(given, Tensor) or len(given) != count:
             kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{len(given)}"

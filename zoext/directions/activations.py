@@ -93,6 +93,7 @@ class ActivationObserver:
     def watching(self) -> Iterator[None]:
         """Within the block there are hooks on the layers."""
         handles: list[RemovableHandle] = []
+        self._found.clear()  # of a forward that raised
         try:
             if self._mask_name is not None:
                 handles.append(self._root.register_forward_pre_hook(self._see_mask, with_kwargs=True))

@@ -172,6 +172,8 @@ def centre_first(rounds: Rounds) -> Rounds:
     loss = yield Round.at_centre(first.seeds)
     if centre is None:
         losses = yield first
+    elif len(first) == 1:
+        losses = loss
     else:
         others = [p for p in range(len(first)) if p != centre]
         rows = torch.cat((first.coefficients[:centre], first.coefficients[centre + 1 :]))

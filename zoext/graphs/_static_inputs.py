@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import CellType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ class StaticInputs:
 
     def __init__(self, closure: Callable[[], Any]) -> None:
         self._closure = closure
-        variables = dict(_variables(closure))
+        self._globals = _global_names(closure)
+        variables = dict(_variables(closure, self._globals))
         self.modules = [value for value in variables.values() if isinstance(value, nn.Module)]
         self._known = _places(variables)
 
     def rebound(self) -> list[str]:
         """The names of variables that hold other tensors than when this was made."""
-        now = _places(dict(_variables(self._closure)))
+        now = _places(dict(_variables(self._closure, self._globals)))
         return [name for name in self._known.keys() | now.keys() if self._known.get(name) != now.get(name)]
 
 
@@ -43,16 +45,33 @@ def place_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _variables(closure: Any) -> Iterator[tuple[str, Any]]:
+def _function_of(closure: Any) -> FunctionType | None:
+    while isinstance(closure, partial):
+        closure = closure.func
+    function = inspect.unwrap(getattr(closure, "__func__", closure))
+    return function if isinstance(function, FunctionType) else None
+
+
+def _global_names(closure: Any) -> list[str]:
+    """The globals that a closure reads. Not ``co_names``, which does not tell them from attributes."""
+    function = _function_of(closure)
+    codes, names = [function.__code__] if function is not None else [], set()
+    while codes:
+        code = codes.pop()
+        names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return sorted(names)
+
+
+def _variables(closure: Any, globals_read: list[str]) -> Iterator[tuple[str, Any]]:
+    function = _function_of(closure)
     while isinstance(closure, partial):
         yield "args of the partial", closure.args
         yield "keywords of the partial", closure.keywords
         closure = closure.func
-    function = inspect.unwrap(getattr(closure, "__func__", closure))
-    if not inspect.isfunction(function):
+    if function is None:
         return
-    names = function.__code__.co_names
-    yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
+    yield from ((name, function.__globals__[name]) for name in globals_read if name in function.__globals__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if cell != _EMPTY:
             yield name, cell.cell_contents

@@ -133,6 +133,7 @@ class GraphedStep(StepExecutor):
         return step.estimate.loss
 
     def _capture(self, engine: StepEngine) -> CapturedStep:
+        engine.check_ready()
         if self._obstacle is not None:
             raise _uncapturable(self._obstacle)
         watching = nullcontext() if self._is_compiled else HostWaits()  # type: ignore[no-untyped-call]
@@ -144,7 +145,7 @@ class GraphedStep(StepExecutor):
             )
 
         def step() -> None:
-            context = engine.context(inputs.seeds, random=None)
+            context = engine.context(inputs.seeds, shares_random=False)
             with watching:
                 engine.compute(
                     context, self._closure, inputs.states, options, lambda *results: taken.append(results)

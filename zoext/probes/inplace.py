@@ -20,7 +20,8 @@ class InplaceProbe(Probe):
 
     From one probe to the next along the same direction theta moves at once, from ``+mu`` to ``-mu``. From the
     last probe of ``step(closure)`` a linear update (``SGD``) of float32 weights moves it at once to where the
-    step ends: three passes over theta for a central difference, two for a one-sided one.
+    step ends: three passes over theta for a central difference, two for a one-sided one. The coefficient of
+    that pass is the float32 nearest to ``mu - lr g``, an error of up to ``2**-24 mu`` along the direction.
 
     Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the error
     grows with every step, so prefer ``StreamedProbe`` where there is a module.
