@@ -233,7 +233,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Args:
             closure: takes nothing, evaluates the model on the step's batch and returns the loss, a
                 tensor of one element or a float. Runs several times, without gradients. Or a
-                ``GraphedStep`` of this optimizer.
+                ``GraphedStep`` of this optimizer. One that returns None, as wrappers pass for ``step()``,
+                applies the pending estimates.
 
         Returns:
             The mean of the losses evaluated, float32 [], on the device of the parameters.
@@ -282,9 +283,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 round = optimizer.tell(losses)
             optimizer.step()
 
-        leaves the bits of ``optimizer.step(lambda: loss_of(model))`` with streamed probes. Instead of
-        ``displaced(i)``, hand ``round.seeds`` and ``round.coefficients`` to another process that has the
-        weights, or ``round.adapter(i)`` to an inference engine.
+        leaves the bits of ``optimizer.step(lambda: loss_of(model))`` with streamed probes, if the losses are
+        told in the dtype that the closure returns. Probes may be evaluated elsewhere: hand
+        ``round.adapter(i)`` to an inference engine, or have each of several processes with the same
+        optimizer ask, evaluate some of the probes, and tell all losses.
 
         Raises:
             RuntimeError: while a round is open, and as ``estimate``.
@@ -295,19 +297,24 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Takes the losses of the open round, and returns the next one.
 
         Args:
-            losses: one for each probe of the round, in its order: a tensor [P], or P numbers.
+            losses: one for each probe of the round, in its order: a tensor [P], or P numbers. Python floats
+                count as float64; pass ``torch.tensor(losses)`` for the bits of float32 losses.
 
         Returns:
             The next round, or None once the estimate is complete: ``step()`` applies it, alone or with
             others that were made before.
 
         Raises:
-            RuntimeError: before ``ask``, and if the parameters or a group's ``mu`` changed since; that
-                cancels the round.
+            RuntimeError: before ``ask``, and if the list of parameters, their memory, ``requires_grad`` or a
+                group's ``mu`` changed since; that cancels the round.
             ValueError: for another number of losses. The round stays open.
             FloatingPointError: for losses that are not finite, with ``nonfinite="raise"``.
         """
         return self.engine.tell(losses)
+
+    def cancel(self) -> None:
+        """Drops the open round, if there is one; estimates that are complete stay pending."""
+        self.engine.run.cancel_round()
 
     # What a run changes is in the engine, which wrappers of the optimizer share.
 

@@ -116,6 +116,28 @@ def test_what_a_round_says_is_what_it_does(probe: str) -> None:
         assert torch.allclose(parameter, base, rtol=0, atol=0 if probe == "streamed" else 1e-14)
 
 
+@pytest.mark.parametrize("kind", ["floats", "tensor"])
+def test_losses_in_the_dtype_of_the_closure(kind: str) -> None:
+    """Floats are as those of a closure that returns floats, a float32 tensor as those of float32 losses."""
+    ends = []
+    for ask in (True, False):
+        model = model_of().eval()
+        optimizer = zoext.MeZO(model, lr=1e-2, mu=1e-3)
+        for number in range(8):
+            if ask:
+                losses = [float(loss) for loss in losses_of(optimizer.ask(), model, number)]
+                optimizer.tell(losses if kind == "floats" else torch.tensor(losses))
+                optimizer.step()
+            else:
+                optimizer.step(
+                    lambda model=model, number=number: (
+                        loss_of(model, number).item() if kind == "floats" else loss_of(model, number)
+                    )
+                )
+        ends.append(list(model.parameters()))
+    assert all(map(torch.equal, *ends))
+
+
 def test_numbers_that_are_drawn_between_ask_and_the_first_probe() -> None:
     """Such as those of a shuffled batch: all probes still see the same dropout."""
     torch.manual_seed(1)
@@ -136,8 +158,7 @@ def test_a_forward_of_agzo_that_raised_leaves_nothing_of_its_basis() -> None:
         assert round is not None
         if fails:
             with pytest.raises(ZeroDivisionError), round.displaced(0):
-                loss_of(model, 7)
-                raise ZeroDivisionError
+                raise ZeroDivisionError(loss_of(model, 7))
         while round is not None:
             round = optimizer.tell(losses_of(round, model, 0))
         optimizer.step()
@@ -196,7 +217,7 @@ class TestWhatIsRefused:
             self.optimizer.tell(losses)
         assert len(self.optimizer.tell([1.0, 2.0])) == 1  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("losses", [0.5, None, "ab"])
+    @pytest.mark.parametrize("losses", [0.5, None, "ab", {0: 1.0, 1: 2.0}])
     def test_no_losses_at_all(self, losses: Any) -> None:
         self.optimizer.ask()
         with pytest.raises(TypeError, match=r"losses must be a tensor \[2\] or a list of numbers"):
@@ -223,7 +244,7 @@ class TestWhatIsRefused:
 
     def test_a_step_while_a_round_is_open(self) -> None:
         before = [parameter.clone() for parameter in self.model.parameters()]
-        round = self.optimizer.ask()
+        self.optimizer.ask()
         for call in (
             self.optimizer.step,
             self.optimizer.ask,
@@ -233,17 +254,16 @@ class TestWhatIsRefused:
             with pytest.raises(RuntimeError, match=r"a round is open: pass its losses to tell\(\)"):
                 call()
         assert all(map(torch.equal, self.model.parameters(), before))
-        round.cancel()
+        self.optimizer.cancel()
         assert self.optimizer.estimate(lambda: loss_of(self.model, 0)).finite
 
     def test_a_round_that_is_over(self) -> None:
-        round, other = self.optimizer.ask(), zoext.MeZO(self.model).ask()
-        self.optimizer.tell([1.0, 2.0])
-        round.cancel()  # not the one that is open now
-        self.optimizer.tell([1.0])
-        other.cancel()
+        other = self.optimizer.ask()
+        self.optimizer.cancel()
         with pytest.raises(RuntimeError, match="this round is over"):
             other.displaced(0).__enter__()
+        round = self.optimizer.ask()
+        self.optimizer.tell([1.0, 2.0])
         for call in (lambda: round.displaced(0).__enter__(), lambda: round.adapter(0)):
             with pytest.raises(RuntimeError, match=r"use the round that tell\(\) returned"):
                 call()
@@ -256,9 +276,26 @@ class TestWhatIsRefused:
         ):
             pass
 
+    def test_calls_of_the_optimizer_within_a_block(self) -> None:
+        self.optimizer.estimate(lambda: loss_of(self.model, 0))
+        round = self.optimizer.ask()
+        for call in (lambda: self.optimizer.tell([1.0, 2.0]), self.optimizer.step):
+            with pytest.raises(RuntimeError, match="within displaced"), round.displaced(0):
+                call()
+        assert len(self.optimizer.tell([1.0, 2.0])) == 1  # type: ignore[arg-type]
+
+    def test_ask_within_a_closure(self) -> None:
+        with pytest.raises(RuntimeError, match="by its own closure"):
+            self.optimizer.step(lambda: self.optimizer.ask())  # type: ignore[arg-type, return-value]
+        assert len(self.optimizer.ask()) == 2
+
     def test_blocks_in_one_another(self) -> None:
         round = self.optimizer.ask()
-        with pytest.raises(RuntimeError, match="own closure"), round.displaced(0), round.displaced(1):
+        with (
+            pytest.raises(RuntimeError, match="own closure, or within displaced"),
+            round.displaced(0),
+            round.displaced(1),
+        ):
             pass
 
     def test_losses_that_are_not_finite(self) -> None:

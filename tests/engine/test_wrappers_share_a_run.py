@@ -154,6 +154,21 @@ def test_after_a_state_was_loaded(wrapper: str) -> None:
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("recipe", [zoext.MeZO, zoext.AGZO])
+def test_a_closure_that_returns_nothing_applies_what_is_pending(recipe: Any) -> None:
+    """As the one that Lightning passes for ``step()``."""
+    ends = []
+    for closure in (lambda: None, None):
+        model = model_of()
+        optimizer = recipe(model, lr=0.1, mu=0.1)
+        optimizer.estimate(lambda model=model: loss_of(model))
+        optimizer.step(closure)
+        with pytest.raises(TypeError, match="not None; did it forget to return the loss"):
+            optimizer.step(lambda: None)
+        ends.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*ends)
+
+
 def test_a_recorder_that_is_set_through_a_wrapper() -> None:
     optimizer = zoext.MeZO(model_of())
     wrapped = Copying(optimizer)

@@ -18,7 +18,7 @@ from zoext._engine import applying
 from zoext._engine.applying import AppliedStep, GroupOptions
 from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
-from zoext._engine.estimation import Closure, Estimation
+from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.nonfinite import NonfiniteWatch
 from zoext._engine.open_round import Asking, OpenRound
 from zoext._engine.run_state import Owner, RunState
@@ -26,6 +26,7 @@ from zoext._parameters import group_options, parameters
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
+from zoext._runtime.devices import check_not_captured
 from zoext._runtime.profiling import Phase, record
 from zoext.estimators import Estimate, average
 from zoext.ops import Rounding
@@ -103,6 +104,7 @@ class StepEngine:
 
     def estimate(self, closure: Closure) -> Estimate:
         """See ``ZerothOrderOptimizer.estimate``."""
+        self.check_no_round()
         try:
             with self.closures(), record(Phase.ESTIMATE):
                 context = self._begin()
@@ -120,7 +122,7 @@ class StepEngine:
     def ask(self) -> OpenRound:
         """See ``ZerothOrderOptimizer.ask``."""
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with self.closures():
                 asking = Asking(self._estimation(self._begin()), self.probe, self.closures, self.owner)
         except FloatingPointError:  # of an earlier estimate of this step
             self.run.pending.clear()
@@ -134,6 +136,7 @@ class StepEngine:
         asking = self.run.asking
         if asking is None or asking.round is None:
             raise RuntimeError("tell() was called without an open round; call ask() first")
+        self._check_between_closures()
         self._check_unchanged("ask(); the round is cancelled, so call ask() again")
         with torch.inference_mode(False), torch.no_grad():
             estimate = asking.tell(losses)
@@ -153,15 +156,13 @@ class StepEngine:
         """Raises a RuntimeError while ``ask`` waits for losses."""
         if self.run.open_round is not None:
             raise RuntimeError(
-                "a round is open: pass its losses to tell() until that returns None, or call the round's "
-                "cancel() first"
+                "a round is open: pass its losses to tell() until that returns None, or call cancel() first"
             )
 
     @contextmanager
     def closures(self) -> Iterator[None]:
         """The block in which closures run: not inside one another, without gradients."""
-        if self.run.is_estimating:
-            raise RuntimeError("estimate() was called by its own closure; call it between steps")
+        self._check_between_closures()
         self.run.is_estimating = True
         try:
             # Outside of inference mode: what is kept here must be usable by later steps.
@@ -170,9 +171,15 @@ class StepEngine:
         finally:
             self.run.is_estimating = False
 
+    def _check_between_closures(self) -> None:
+        if self.run.is_estimating:
+            raise RuntimeError(
+                "the optimizer was called by its own closure, or within displaced(); call it between steps"
+            )
+
     def _begin(self) -> StepContext:
         """Checks all that can be checked before a probe, and returns the context of the step."""
-        _check_not_captured()
+        check_not_captured()
         self.check_ready()
         if self.run.pending:
             self._check_unchanged("the first estimate of this step was made")
@@ -207,9 +214,21 @@ class StepEngine:
     # Steps
 
     def step(self, closure: Closure) -> AppliedStep:
-        """An estimate with ``closure`` and its update; pending estimates are discarded."""
+        """An estimate with ``closure`` and its update; pending estimates are discarded.
+
+        Unless the closure returns nothing: wrappers (Lightning) pass such a one for ``step()``.
+        """
         self.check_no_round()
-        self.run.pending.clear()
+        pending, self.run.pending = self.run.pending, []
+        try:
+            return self._step(closure)
+        except MissingLossError:
+            if not pending:
+                raise
+            self.run.pending = pending
+            return self.step_pending()
+
+    def _step(self, closure: Closure) -> AppliedStep:
 
         def finish(estimate: Estimate) -> tuple[GroupOptions, ...]:
             self.watch.note(estimate.finite)
@@ -222,7 +241,8 @@ class StepEngine:
 
     def step_pending(self) -> AppliedStep:
         """The update with the mean of the pending estimates."""
-        _check_not_captured()
+        check_not_captured()
+        self._check_between_closures()
         self.check_no_round()
         pending = self.run.pending
         if not pending:
@@ -251,15 +271,9 @@ class StepEngine:
     ) -> AppliedStep:
         """The part of a step that happens on the device, and that a graph captures.
 
-        An update that is linear in the step's directions starts from where the last probe in place left
-        theta, which saves the pass that would restore it.
-
-        Args:
-            context: of the step.
-            closure: returns the loss.
-            states: of the update, by parameter group.
-            finish: called between the estimate and the update; returns the options of the step.
-            commit: called with the step and the new states once theta has moved, before signals take effect.
+        ``states`` are those of the update, by parameter group. ``finish(estimate)`` is called before the
+        update and returns the options of the step; ``commit(step, states)`` afterwards, before signals take
+        effect. A linear update starts from where the last probe in place left theta, if that is as exact.
         """
         with ExitStack() as phase:
             phase.enter_context(record(Phase.ESTIMATE))
@@ -384,13 +398,3 @@ class StepEngine:
         """Writes the seeds of the current step."""
         first = self.param_groups[0]
         seeds.fill(first["seed"], first["step"], self.axes.direction.origin(first["step"]))
-
-
-def _check_not_captured() -> None:
-    # Asked only where CUDA is in use: it must not begin to be.
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a step cannot be captured in a CUDA graph from outside: its seeds come from the host, so every "
-            "replay would use the same directions. Use zoext.GraphedStep(optimizer, closure), which "
-            "captures the step and gives each replay its own seeds"
-        )

@@ -21,6 +21,16 @@ from zoext.probes import Session
 Closure = Callable[[], Tensor | float]
 
 
+class MissingLossError(TypeError):
+    """A closure returned nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "closure must return the loss as a tensor of one element or a float, not None; did it forget to "
+            "return the loss?"
+        )
+
+
 class FoundFrame(NamedTuple):
     """The frame of a step, and whether its activations were finite (bool []); None for one from seeds."""
 
@@ -82,6 +92,8 @@ class Estimation:
             for index in range(len(pending)):
                 with self.displaced(session, index), session.interruptible():
                     loss = closure()
+                    if loss is None:
+                        raise MissingLossError
                 losses.append(as_loss(loss, self.context.device))
             return stacked(losses)
 
@@ -148,7 +160,6 @@ def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor
         dtype = widest(device) if loss.dtype == torch.float64 else torch.float32
         return loss.to(device, dtype, non_blocking=True)
     if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
-        hint = "; did it forget to return the loss?" if loss is None and what == "closure" else ""
         article = "the loss as " if what == "closure" else ""
-        raise TypeError(f"{what} {must} {article}a tensor of one element or a float, not {loss!r}{hint}")
+        raise TypeError(f"{what} {must} {article}a tensor of one element or a float, not {loss!r}")
     return torch.full((), float(loss), dtype=widest(device), device=device)

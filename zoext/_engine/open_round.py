@@ -72,17 +72,13 @@ class OpenRound:
         ):
             yield
 
-    def cancel(self) -> None:
-        """Drops the round and its estimate, so that another one can begin; nothing if it is over."""
-        if self._asking.round is self:
-            self._asking.cancel()
-
     def adapter(self, index: int) -> dict[str, LoRAFactors]:
-        """Probe ``index`` as low-rank factors, by the names of the parameters that move.
+        """Probe ``index`` as low-rank factors, by the names of the parameters in the module.
 
-        ``W + B @ A`` is the displaced weight of a linear layer: a LoRA adapter with ``lora_alpha = r``. Of a
-        layer that stores its weight transposed (``Conv1D`` of transformers, ``nn.Embedding``),
-        ``W + (B @ A).T`` is. Empty for a probe at theta.
+        ``W + B @ A`` is the displaced weight of a linear layer: a LoRA adapter with ``lora_alpha = r``, where
+        r is the rank of the direction times the number of its terms. Of a layer that stores its weight
+        transposed (``Conv1D`` of transformers, ``nn.Embedding``), ``W + (B @ A).T`` is. Empty for a probe at
+        theta.
 
         Raises:
             IndexError: for an index out of range.
@@ -104,6 +100,7 @@ class OpenRound:
                 "with the module as params, or with probe=zoext.StreamedProbe(module)"
             )
         transposed = _transposed(context.module)
+        names = {id(parameter): name for name, parameter in wrappers.named_parameters(context.module)}
         with torch.no_grad():
             for position, group in enumerate(context.groups):
                 if not len(group):
@@ -112,7 +109,9 @@ class OpenRound:
                 left, right = context.axes.direction.factors(group, terms)
                 columns = zip(group.names, group.owners, left, right, strict=True)
                 for name, owner, rows, across in columns:
-                    found[name] = _adapter(terms.coefficients, rows, across, owner, id(owner) in transposed)
+                    found[names.get(id(owner), name)] = _adapter(
+                        terms.coefficients, rows, across, owner, id(owner) in transposed
+                    )
         return found
 
     def _check_index(self, index: int) -> None:
@@ -120,7 +119,7 @@ class OpenRound:
             raise RuntimeError(
                 "this round is over: use the round that tell() returned, or call ask() for another estimate"
             )
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self):
+        if isinstance(index, bool) or not hasattr(index, "__index__") or not 0 <= index < len(self):
             raise IndexError(f"index must be in 0 .. {len(self) - 1}, not {index!r}")
 
 
@@ -168,10 +167,11 @@ class Asking:
     def _checked(self, losses: Tensor | Sequence[float | Tensor]) -> Tensor:
         assert self.round is not None
         count = len(self.round)
-        if not hasattr(losses, "__len__") or isinstance(losses, str):
+        is_array = isinstance(losses, Tensor) or hasattr(losses, "__array__")
+        if isinstance(losses, str) or not (is_array or isinstance(losses, Sequence)):
             raise TypeError(f"losses must be a tensor [{count}] or a list of numbers, not {losses!r}")
         given = losses.unbind() if isinstance(losses, Tensor) and losses.dim() == 1 else losses
-        if isinstance(given, Tensor) or len(given) != count:
+        if isinstance(given, Tensor) or not getattr(given, "shape", (1,)) or len(given) != count:
             kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{len(given)}"
             raise ValueError(f"losses must be one for each of the {count} probes of the round, not {kind}")
         return stacked([as_loss(loss, self.estimation.context.device, "losses: each") for loss in given])

@@ -50,9 +50,13 @@ class RunState:
         """The round that ``ask`` or ``tell`` returned and whose losses are missing."""
         return self.asking.round if self.asking is not None else None
 
-    def cancel(self) -> None:
-        """Drops the open round and the pending estimates."""
-        self.pending.clear()
+    def cancel_round(self) -> None:
+        """Drops the open round."""
         if self.asking is not None:
             self.asking.cancel()
             self.asking = None
+
+    def cancel(self) -> None:
+        """Drops the open round and the pending estimates."""
+        self.pending.clear()
+        self.cancel_round()

@@ -38,3 +38,14 @@ def set_rng_state(state: Tensor, device: torch.device) -> None:
     """Restores a state of ``get_rng_state``."""
     write: Any = torch.get_device_module(device).set_rng_state
     write(state) if device.type == "mps" else write(state, device)
+
+
+def check_not_captured() -> None:
+    """Raises a RuntimeError while a CUDA graph is captured."""
+    # Asked only where CUDA is in use: it must not begin to be.
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step cannot be captured in a CUDA graph from outside: its seeds come from the host, so every "
+            "replay would use the same directions. Use zoext.GraphedStep(optimizer, closure), which "
+            "captures the step and gives each replay its own seeds"
+        )
