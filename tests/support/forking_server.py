@@ -25,7 +25,7 @@ from support import environment
 MOMENTS = {
     "forward": ("torch.nn:Linear.forward",),
     "update": tuple(
-        f"zoext.ops:{kind}_{verb}_" for kind in ("noise", "factored") for verb in ("axpy", "adam")
+        f"zoext.ops:{kind}_{verb}_" for kind in ("noise", "factored") for verb in ("axpy", "window")
     ),
     "fsync": ("os:fsync",),
     "rename": ("pathlib:Path.replace",),
