@@ -52,9 +52,9 @@ class AdaMeZO(ZerothOrderOptimizer):
         theta <- theta - lr m / sqrt(v + eps) - lr weight_decay theta
 
     over the last ``horizon`` steps; ``bias_correction`` divides the moments by the mass of the window.
-    Two forwards a step and no memory for moments; an update draws ``horizon`` normals an element. lr is
-    that of Adam: the length of a step hardly depends on the slope. The published code's lr 1e-7 has an
-    unexplained factor of 100, so that it is 1e-5 here. ``betas=(b, 0)`` means momentum only.
+    Two forwards per step and no memory for moments; each update generates ``horizon`` normals per element. lr
+    is that of Adam: the length of a step hardly depends on the slope. The published code's lr 1e-7 has an
+    unexplained factor of 100, hence the default of 1e-5. ``betas=(b, 0)`` means momentum only.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class AGZO(ZerothOrderOptimizer):
         g = (L(theta + mu Delta) - L(theta)) / mu,   theta <- theta - lr (g Delta + weight_decay theta)
 
     for the weights of linear layers, dense normals for all else; see ``ActivationSubspace`` for ``mask`` and
-    ``balance``. Two forwards a step, since A is made during the one at theta. The paper's mu of 1e-7 is
-    a few units in the last place of a float32 loss; 1e-4 to 1e-3 is better.
+    ``balance``. Two forwards per step, because A is computed during the forward at theta. The paper's mu of
+    1e-7 is a few units in the last place of a float32 loss; 1e-4 to 1e-3 is better.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from torch import nn
 import zoext
 from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction
-from zoext.updates import Move, State
+from zoext.updates import GroupStep, State
 
 Closure = Callable[[], torch.Tensor]
 
@@ -28,7 +28,7 @@ class Failing(zoext.SGD):
     size: int = 1
 
     def apply(
-        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
+        self, direction: Direction, parameters: Parameters, moves: Sequence[GroupStep], state: State
     ) -> State:
         count = state.get("count", 0) + 1
         if count == self.step and len(parameters) == self.size:

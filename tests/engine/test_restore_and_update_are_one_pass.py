@@ -14,7 +14,7 @@ import zoext
 from support.graphed_runs import Run
 from support.recorded_graph import RecordedGraph
 from zoext.graphs import graphed_step
-from zoext.updates import Move
+from zoext.updates import GroupStep
 
 Optimizer = Callable[..., zoext.ZerothOrderOptimizer]
 
@@ -23,8 +23,8 @@ Optimizer = Callable[..., zoext.ZerothOrderOptimizer]
 class Scaled(zoext.LinearUpdate):
     """A linear update of one's own."""
 
-    def terms(self, move: Move) -> Any:
-        return zoext.SGD(normalized=True).terms(move)
+    def terms(self, step: GroupStep) -> Any:
+        return zoext.SGD(normalized=True).terms(step)
 
 
 RECIPES: dict[str, Optimizer] = {

@@ -36,27 +36,9 @@ WIDE = (torch.float32, torch.float64)
 Digests = Iterator[tuple[str, str]]
 
 
-# Names that are about to change: both are understood, so that this file runs before and after.
-
-
 def window_(kind: str, *tensors: Any, **options: Any) -> None:
     """``noise_window_`` or ``factored_window_`` with the rule of Adam."""
-    if hasattr(ops, f"{kind}_window_"):
-        getattr(ops, f"{kind}_window_")(*tensors, rule=0, **options)
-    else:
-        getattr(ops, f"{kind}_adam_")(*tensors, **options)
-
-
-def frozen_dense() -> zoext.ActivationSubspace:
-    """``ActivationSubspace`` that leaves all other parameters where they are."""
-    try:
-        return zoext.ActivationSubspace(rank=2, balance="freeze")
-    except ValueError:
-        return zoext.ActivationSubspace(rank=2, balance="freeze")
-
-
-def loss_std(estimate: zoext.Estimate) -> Tensor:
-    return estimate.loss_std
+    getattr(ops, f"{kind}_window_")(*tensors, rule=ops.Rule.ADAM, **options)
 
 
 # Data and digests
@@ -377,7 +359,10 @@ RECIPES: dict[str, Callable[..., Optimizer]] = {
     "agzo": lambda params, **options: zoext.AGZO(params, rank=2, **options),
     "agzo matched": lambda params, **options: zoext.AGZO(params, balance="matched", mask=None, **options),
     "agzo frozen": lambda params, **options: Optimizer(
-        params, direction=frozen_dense(), estimator=zoext.ForwardDifference(), **options
+        params,
+        direction=zoext.ActivationSubspace(rank=2, balance="freeze"),
+        estimator=zoext.ForwardDifference(),
+        **options,
     ),
     "adam over agzo": lambda params, **options: Optimizer(
         params,
@@ -535,7 +520,7 @@ class Run:
         assert estimate is not None
         self.trail += self.model.seen
         self.model.seen.clear()
-        self.trail += [estimate.seeds, estimate.coefficients, estimate.loss, loss_std(estimate)]
+        self.trail += [estimate.seeds, estimate.coefficients, estimate.loss, estimate.loss_std]
         self.trail += [estimate.forwards, estimate.finite, self.optimizer.nonfinite_steps]
         self.trail += self.state()
         return self

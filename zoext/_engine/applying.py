@@ -18,7 +18,7 @@ from zoext.directions import Frame, Terms
 from zoext.estimators import Estimate
 from zoext.ops import Rounding
 from zoext.probes import Session
-from zoext.updates import LinearUpdate, Move, State
+from zoext.updates import GroupStep, LinearUpdate, State
 
 
 class GroupOptions(NamedTuple):
@@ -96,17 +96,17 @@ def _apply_to_group(
     movable = target.groups[position]
     if target.rounding is Rounding.STOCHASTIC:
         movable = rounded(movable, target.rounding)
-    moves = [_move(axes, step, position) for step in steps]
+    group_steps = [_group_step(axes, step, position) for step in steps]
     if displaced is None:
-        new = axes.update.apply(axes.direction, movable, moves, state)
+        new = axes.update.apply(axes.direction, movable, group_steps, state)
     else:
         assert isinstance(axes.update, LinearUpdate)
-        new = axes.update.restore_and_apply(axes.direction, movable, moves[0], displaced, state)
+        new = axes.update.restore_and_apply(axes.direction, movable, group_steps[0], displaced, state)
     movable.tell_autograd()
     return new
 
 
-def _move(axes: Axes, step: AppliedStep, position: int) -> Move:
+def _group_step(axes: Axes, step: AppliedStep, position: int) -> GroupStep:
     lr, mu, weight_decay = step.options[position]
     # Coefficients are per mu of the first group; a direction of another length scales them.
     relative = step.options[0].mu / mu
@@ -114,4 +114,4 @@ def _move(axes: Axes, step: AppliedStep, position: int) -> Move:
     terms = Terms(step.estimate.seeds, coefficients if relative == 1 else coefficients * relative, step.frame)
     # A tensor counts as the float that it holds: products with it are rounded alike.
     lr = lr.to(widest(lr.device)) if isinstance(lr, Tensor) else lr
-    return Move(axes.direction.gradient(terms), step.estimate, lr, weight_decay)
+    return GroupStep(axes.direction.gradient(terms), step.estimate, lr, weight_decay)

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction, Frame, Terms, Window
 from zoext.ops import Rule
-from zoext.updates.base import Move, State, Update, of_each
+from zoext.updates.base import GroupStep, State, Update, of_each
 
 _SMALLEST_EPS = torch.finfo(torch.float32).tiny  # the smallest normal float32
 _LARGEST_EPS = torch.finfo(torch.float32).max
@@ -47,24 +47,24 @@ class WindowUpdate(Update):
         return 0.0
 
     def apply(
-        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
+        self, direction: Direction, parameters: Parameters, steps: Sequence[GroupStep], state: State
     ) -> State:
         past = list(state.get("window", ()))
-        history = past + [_plain(move.terms, parameters) for move in moves]
-        counts = [min(len(past) + number, self.horizon) for number in range(1, len(moves) + 1)]
+        history = past + [_plain(step.terms, parameters) for step in steps]
+        counts = [min(len(past) + number, self.horizon) for number in range(1, len(steps) + 1)]
         # Where windows are shorter at the beginning, steps that contribute nothing precede the first one.
-        rows = len(moves) - 1 + counts[-1]
+        rows = len(steps) - 1 + counts[-1]
         window, missing = history[-rows:], max(rows - len(history), 0)
-        device = moves[0].terms.seeds.device
+        device = steps[0].terms.seeds.device
         eps = torch.full((), self.kernel_eps, dtype=torch.float32, device=device)
         weights = [self.weights(count) for count in counts]
         first, second = (_right_aligned(rows, device) for rows in zip(*weights, strict=True))
-        lr, decay = of_each([_lr(move) for move in moves]), of_each([move.decay for move in moves])
+        lr, decay = of_each([_lr(step) for step in steps]), of_each([step.decay for step in steps])
         for positions, took_part in _by_history(parameters, window):
-            steps = [_terms(step, took) for step, took in zip(window, took_part, strict=True)]
-            steps = [_terms(window[0], False)] * missing + steps
+            terms = [_terms(step, took) for step, took in zip(window, took_part, strict=True)]
+            terms = [_terms(window[0], False)] * missing + terms
             these = parameters if len(positions) == len(parameters) else parameters.take(positions)
-            direction.window_(these, Window(steps, first, second), self.rule, lr, eps, decay)
+            direction.window_(these, Window(terms, first, second), self.rule, lr, eps, decay)
         return {"window": history[-self.horizon :]}
 
 
@@ -107,10 +107,10 @@ def _right_aligned(rows: Sequence[Sequence[float]], device: torch.device) -> Ten
     return weights[0] if len(rows) == 1 else weights
 
 
-def _lr(move: Move) -> Tensor:
-    # Where some samples of a step were finite they count; where none was, momentum is not to move theta.
-    moves = move.estimate.finite | (move.terms.coefficients != 0).any()
-    return moves * torch.as_tensor(move.lr, dtype=torch.float32)
+def _lr(step: GroupStep) -> Tensor:
+    # If some samples of a step were finite, they count; if none was, momentum must not move theta.
+    moves = step.estimate.finite | (step.terms.coefficients != 0).any()
+    return moves * torch.as_tensor(step.lr, dtype=torch.float32)
 
 
 def _by_history(

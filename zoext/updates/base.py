@@ -19,12 +19,12 @@ State = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """What one step asks of an update, for one group of parameters.
+class GroupStep:
+    """One step, for one group of parameters: the input of an update.
 
     Attributes:
         terms: the gradient estimate of this group.
-        estimate: where the terms come from; where nothing of it was finite nothing may move.
+        estimate: where the terms come from; if none of its losses was finite, theta must not change.
         lr: learning rate, a float or a tensor [].
         weight_decay: decoupled, per unit of lr.
     """
@@ -36,7 +36,7 @@ class Move:
 
     @property
     def decay(self) -> Tensor:
-        """The share of theta that this step takes away, float32 []."""
+        """The fraction of theta that weight decay removes in this step, float32 []."""
         return self.estimate.finite * torch.as_tensor(self.lr * self.weight_decay, dtype=torch.float32)
 
 
@@ -53,7 +53,7 @@ class Update(ABC):
 
     @abstractmethod
     def apply(
-        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
+        self, direction: Direction, parameters: Parameters, steps: Sequence[GroupStep], state: State
     ) -> State:
         """Moves one group, by one step after the other, and returns its new state; the old one stays.
 
@@ -63,7 +63,7 @@ class Update(ABC):
         Args:
             direction: what the terms are terms of.
             parameters: the tensors of the group that move.
-            moves: the steps, at least one, oldest first.
+            steps: at least one, oldest first.
             state: what the last call returned, empty at first.
         """
 
@@ -75,26 +75,26 @@ class LinearUpdate(Update):
     """
 
     @abstractmethod
-    def terms(self, move: Move) -> Terms:
-        """What a step adds to theta beside its decay: mostly ``move.terms`` with other coefficients."""
+    def terms(self, step: GroupStep) -> Terms:
+        """What a step adds to theta beside its decay: mostly ``step.terms`` with other coefficients."""
 
     def apply(
-        self, direction: Direction, parameters: Parameters, moves: Sequence[Move], state: State
+        self, direction: Direction, parameters: Parameters, steps: Sequence[GroupStep], state: State
     ) -> State:
-        decays = any(move.weight_decay for move in moves)
-        decay = of_each([move.decay for move in moves]) if decays else None
-        direction.axpy_(parameters, [self.terms(move) for move in moves], decay)
+        decays = any(step.weight_decay for step in steps)
+        decay = of_each([step.decay for step in steps]) if decays else None
+        direction.axpy_(parameters, [self.terms(step) for step in steps], decay)
         return state
 
     def restore_and_apply(
-        self, direction: Direction, parameters: Parameters, move: Move, displaced: Terms, state: State
+        self, direction: Direction, parameters: Parameters, step: GroupStep, displaced: Terms, state: State
     ) -> State:
         """``apply``, from parameters that are at ``theta + displaced``, in one pass over them.
 
         theta + displaced + (terms - (1 - decay) displaced - decay (theta + displaced))
         """
-        decay = move.decay if move.weight_decay else None
+        decay = step.decay if step.weight_decay else None
         kept = displaced.coefficients if decay is None else displaced.coefficients * (1 - decay)
         back = Terms(displaced.seeds, -kept, displaced.frame)
-        direction.axpy_(parameters, [self.terms(move).plus(back)], decay)
+        direction.axpy_(parameters, [self.terms(step).plus(back)], decay)
         return state

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zoext.directions import Terms
-from zoext.updates.base import LinearUpdate, Move
+from zoext.updates.base import GroupStep, LinearUpdate
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class SGD(LinearUpdate):
 
     normalized: bool = False
 
-    def terms(self, move: Move) -> Terms:
-        coefficients = move.terms.coefficients * -move.lr
+    def terms(self, step: GroupStep) -> Terms:
+        coefficients = step.terms.coefficients * -step.lr
         if self.normalized:
-            loss_std = move.estimate.loss_std
+            loss_std = step.estimate.loss_std
             coefficients = torch.where(loss_std > 0, coefficients / loss_std, 0.0)
-        return dataclasses.replace(move.terms, coefficients=coefficients)
+        return dataclasses.replace(step.terms, coefficients=coefficients)
