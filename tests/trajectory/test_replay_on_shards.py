@@ -19,6 +19,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+pytest.importorskip("safetensors", reason="the frames of trajectories are written with it")
+
 from support import environment
 from support.graphed_runs import same
 from support.sharded_replays import CASES, OFTEN, RANKS, SOME_RUNS
