@@ -1,4 +1,4 @@
-"""The optimizer: the contract of torch.optim over the step engine."""
+"""The optimizer: the interface of torch.optim.Optimizer on top of the step engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zoext.updates import SGD, Update
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Fine-tunes with forward passes only: any direction with any estimator and any update.
+    """Fine-tunes with forward passes only, combining a direction, an estimator and an update.
 
     A step evaluates the closure at displaced weights, turns the losses into a gradient estimate
     ``sum_k c_k D(s_k)`` and moves theta along it. It is a drop-in torch.optim.Optimizer: parameter
@@ -41,38 +41,41 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         optimizer = zoext.ZerothOrderOptimizer(model, estimator=zoext.ForwardDifference(samples=4), lr=1e-5)
         loss = optimizer.step(lambda: model(x).square().mean())
 
-    With streamed probes, three ways to take a step leave the same bits: ``step(closure)``;
-    ``estimate(closure)``, once or for each micro-batch, and ``step()``; or ``ask`` and ``tell``, with losses
-    that are computed elsewhere.
+    A step can be taken in three ways, which give the same bits with streamed probes: ``step(closure)``;
+    ``estimate(closure)``, once or for each micro-batch, followed by ``step()``; or ``ask`` and ``tell``, with
+    losses that are computed elsewhere, followed by ``step()``.
 
     Args:
-        params: an ``nn.Module``, or what torch.optim takes (tensors, dicts, ``named_parameters()``).
-            Only parameters that require grad move; all of them count for the keys of the noise.
-        direction: what ``D(s)`` looks like. Default: ``Gaussian()``.
-        estimator: which probes, and which coefficients they give. Default: ``CentralDifference()``.
+        params: an ``nn.Module``, or what torch.optim accepts (tensors, dicts, ``named_parameters()``).
+            Only parameters that require grad move, but frozen ones also count in the numbering of the
+            noise keys.
+        direction: the distribution of ``D(s)``. Default: ``Gaussian()``.
+        estimator: which probes are evaluated, and how losses become coefficients. Default:
+            ``CentralDifference()``.
         update: how theta moves. Default: ``SGD()``.
         lr: learning rate. Default 1e-6.
-        mu: scale of the displacement at which losses are evaluated. Default 1e-3. In a group with
-            another ``mu`` the direction is longer or shorter there and the estimate is divided by the
-            same factor, so that it stays an estimate of the same gradient.
-        weight_decay: decoupled; theta loses ``lr * weight_decay * theta`` a step. Default 0.
-        seed: 64-bit seed of the run. With the step number it determines every direction.
-        probe: "streamed" restores theta bit for bit and needs an ``nn.Module``; "inplace" restores it to
-            rounding; "auto" (default) is "streamed" where ``params`` is a module that is not compiled,
-            else "inplace". Or a ``Probe``.
-        nonfinite: what to do about a loss that is not finite. It never moves theta. "raise" (default)
+        mu: scale of the displacement at which losses are evaluated. Default 1e-3. A group with
+            another ``mu`` scales the direction by the ratio and divides the estimate by it, so that it
+            remains an estimate of the same gradient.
+        weight_decay: decoupled weight decay; each step subtracts ``lr * weight_decay * theta``. Default 0.
+        seed: 64-bit seed of the run. Together with the step number it determines every direction.
+        probe: "streamed" restores theta bit for bit and needs an ``nn.Module``; "inplace" restores it up
+            to rounding; "auto" (default) is "streamed" if ``params`` is a module that is not compiled, and
+            "inplace" otherwise. A ``Probe`` is also accepted.
+        nonfinite: how to handle a loss that is not finite. Such a loss never moves theta. "raise" (default)
             raises a FloatingPointError, on CUDA at the latest at the start of the next step, so that no
-            step waits for the host; "skip" counts the step in ``nonfinite_steps`` and goes on.
+            step waits for the host; "skip" counts the estimate in ``nonfinite_steps`` and continues.
         precision: rounding of updates to 16-bit weights. "nearest" loses every update of less than half a
             unit in the last place. "stochastic" (default) rounds up with the probability that makes the
-            expectation exact; the random bits come from the noise field. "residual" keeps what rounding
-            loses in an int8 beside each weight (``state[parameter]["residual"]``): theta moves like a 24-bit
-            float, and the closure sees the nearest 16-bit one. Has no effect on 32- and 64-bit weights.
+            expectation exact; the random bits come from the noise field. "residual" stores the rounding
+            error in an int8 for each weight (``state[parameter]["residual"]``): theta is updated like a
+            24-bit float, and the closure uses the nearest 16-bit value. Has no effect on 32- and 64-bit
+            weights.
 
     Attributes:
         last_estimate: the estimate that the last step applied; None before the first.
         recorder: receives every step, such as a ``Trajectory``; None if there is none.
-        nonfinite_steps: how many estimates had a loss that was not finite.
+        nonfinite_steps: the number of estimates with a loss that was not finite.
         engine: the step engine, which wrappers of the optimizer share. Internal.
 
     Raises:
@@ -118,7 +121,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     # torch.optim.Optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its parameters take the next keys, those of the others do not change.
+        """Adds a group. Its parameters get the next noise keys; the keys of other groups do not change.
 
         Raises:
             RuntimeError: while the steps are recorded.
@@ -157,7 +160,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: while the steps are recorded.
         """
         self._check_not_recorded("load_state_dict")
-        # After the hooks of the user, who may change what is loaded, and before those that see what was.
+        # The check runs after the user's pre-hooks, which may change the state; _settle runs before the
+        # user's post-hooks, which see the result.
         before = self.register_load_state_dict_pre_hook(lambda _, state: self._checked(state))
         after = self.register_load_state_dict_post_hook(lambda _: self._settle(), prepend=True)
         try:
@@ -167,10 +171,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             after.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.
+        """See ``torch.optim.Optimizer.state_dict``.
 
         Raises:
-            RuntimeError: after an update that raised halfway: loading the state would hide that.
+            RuntimeError: after an update that was only partly applied; loading such a state would hide that.
         """
         self.engine.check_whole()
         return super().state_dict()
@@ -202,7 +206,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return {**state_dict, "state": state, "param_groups": groups}
 
     def _settle(self) -> None:
-        """Makes loaded data this optimizer's own."""
+        """Moves loaded data to the devices of this optimizer's parameters, and resets the engine."""
         for tensor, own in self.state.items():
             self.state[tensor] = own_state(tensor, own)
         for group in self.param_groups:
@@ -219,29 +223,29 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "engine" in state:  # a copy; torch also loads a state_dict by this method
+        if "engine" in state:  # a copy; torch also calls this method to load a state_dict
             self.engine.bind(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, made together with the model; checkpoints are made of ``state_dict``."""
+        """Supports copies made together with the model; checkpoints use ``state_dict``."""
         own = {"engine": copy.copy(self.engine), "_own_defaults": self._own_defaults}
         return {**super().__getstate__(), **own}
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
-        """Moves theta by the estimate with ``closure``, or without one by the mean of the pending estimates.
+        """Takes a step with ``closure``; without one, applies the mean of the pending estimates.
 
         Args:
-            closure: takes nothing, evaluates the model on the step's batch and returns the loss, a
-                tensor of one element or a float. Runs several times, without gradients. Or a
-                ``GraphedStep`` of this optimizer. One that returns None, as wrappers pass for ``step()``,
-                applies the pending estimates.
+            closure: a callable without arguments that evaluates the model on the step's batch and returns
+                the loss, a tensor of one element or a float. It runs several times, with gradients
+                disabled. If it returns None, as the closures that wrappers pass for ``step()`` do, the
+                pending estimates are applied. Alternatively a ``GraphedStep`` of this optimizer.
 
         Returns:
             The mean of the losses evaluated, float32 [], on the device of the parameters.
 
         Raises:
             RuntimeError: without a closure and without a preceding ``estimate``, while a round is open, and
-                while a CUDA graph is captured: use ``GraphedStep``. Also what ``estimate`` raises.
+                while a CUDA graph is captured: use ``GraphedStep``. Exceptions of ``estimate`` also apply.
         """
         if isinstance(closure, StepExecutor):
             return closure.advance(self.engine)
@@ -253,10 +257,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         ``step()`` applies the mean of all estimates since the last step.
 
-        Several calls before a ``step()`` see the same directions, so with finite differences equal
-        micro-batches give the estimate of the whole batch: do not divide their losses. Pools choose for
-        each micro-batch on its own, and the step takes the mean of what was chosen. A call that raises
-        discards all pending estimates; ``step(closure)`` does too.
+        Several calls before a ``step()`` use the same directions, so with finite differences micro-batches
+        of equal size give the estimate of the whole batch: do not divide their losses. Pools select
+        separately for each micro-batch, and the step applies the mean of the selections. A call that raises
+        discards all pending estimates, and so does ``step(closure)``.
 
         Args:
             closure: as for ``step``.
@@ -264,7 +268,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: for a closure that does not return one number.
             FloatingPointError: for a loss that is not finite, with ``nonfinite="raise"``.
-            RuntimeError: for a closure that changes the parameters of the optimizer, while a round is open,
+            RuntimeError: if the closure changes the parameters of the optimizer, while a round is open,
                 and while a CUDA graph is captured: use ``GraphedStep``.
         """
         return self.engine.estimate(closure)
@@ -283,40 +287,42 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 round = optimizer.tell(losses)
             optimizer.step()
 
-        leaves the bits of ``optimizer.step(lambda: loss_of(model))`` with streamed probes, if the losses are
-        told in the dtype that the closure returns. Probes may be evaluated elsewhere: hand
-        ``round.adapter(i)`` to an inference engine, or have each of several processes with the same
-        optimizer ask, evaluate some of the probes, and tell all losses.
+        With streamed probes this gives the same bits as ``optimizer.step(lambda: loss_of(model))``, provided
+        the losses passed to ``tell`` have the dtype that the closure returns. Probes may be evaluated
+        elsewhere: pass ``round.adapter(i)`` to an inference engine, or run the same optimizer in several
+        processes, each of which calls ``ask``, evaluates some of the probes, and passes all losses to
+        ``tell``.
 
         Raises:
-            RuntimeError: while a round is open, and as ``estimate``.
+            RuntimeError: while a round is open, and in the cases listed for ``estimate``.
         """
         return self.engine.ask()
 
     def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | None:
-        """Takes the losses of the open round, and returns the next one.
+        """Accepts the losses of the open round, and returns the next round.
 
         Args:
-            losses: one for each probe of the round, in its order: a tensor [P], or P numbers. Python floats
-                count as float64; pass ``torch.tensor(losses)`` for the bits of float32 losses.
+            losses: one loss for each probe, in the order of the probes: a tensor [P], or P numbers. Python
+                floats are treated as float64; pass ``torch.tensor(losses)`` to get the bits of float32
+                losses.
 
         Returns:
-            The next round, or None once the estimate is complete: ``step()`` applies it, alone or with
-            others that were made before.
+            The next round, or None once the estimate is complete. ``step()`` then applies the mean of all
+            pending estimates.
 
         Raises:
-            RuntimeError: before ``ask``, and if the list of parameters, their memory, ``requires_grad`` or a
-                group's ``mu`` changed since; that cancels the round.
-            ValueError: for another number of losses. The round stays open.
+            RuntimeError: if no round is open, or if the list of parameters, their memory, ``requires_grad``
+                or a group's ``mu`` has changed since ``ask``, which cancels the round.
+            ValueError: for a wrong number of losses. The round stays open.
             FloatingPointError: for losses that are not finite, with ``nonfinite="raise"``.
         """
         return self.engine.tell(losses)
 
     def cancel(self) -> None:
-        """Drops the open round, if there is one; estimates that are complete stay pending."""
+        """Drops the open round, if there is one; completed estimates stay pending."""
         self.engine.run.cancel_round()
 
-    # What a run changes is in the engine, which wrappers of the optimizer share.
+    # The state of a run belongs to the engine, because wrappers of the optimizer share the engine.
 
     @property
     def last_estimate(self) -> Estimate | None:
@@ -332,18 +338,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def nonfinite_steps(self) -> int:
-        """How many estimates had a loss that was not finite, since this object was made. Waits for them."""
+        """The number of estimates with a loss that was not finite. Waits for the device."""
         return self.engine.watch.count
 
 
 def unwrap(optimizer: object) -> ZerothOrderOptimizer:
-    """The optimizer of zoext inside those of Accelerate, Lightning and Fabric, or itself.
+    """Returns the zoext optimizer inside a wrapper (Accelerate, Lightning, Fabric), or the optimizer itself.
 
     Raises:
         TypeError: if there is none.
     """
     inner = optimizer
-    for _ in range(16):  # wrappers may be nested, but not without end
+    for _ in range(16):  # wrappers may be nested; the bound guards against cycles
         engine = getattr(inner, "engine", None)
         if isinstance(engine, StepEngine) and isinstance(engine.owner, ZerothOrderOptimizer):
             return engine.owner

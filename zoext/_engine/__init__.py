@@ -1,4 +1,4 @@
-"""The step engine: all of a step that is not the contract of torch.optim."""
+"""The step engine: everything in a step that torch.optim.Optimizer does not define."""
 
 from zoext._engine.applying import AppliedStep, GroupOptions, Recorder
 from zoext._engine.axes import Axes, with_current_names

@@ -1,4 +1,4 @@
-"""Updates: a step that is applied, and how it moves the parameters."""
+"""Applies steps: an estimate, its frame and its options become an update of the parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoext.updates import GroupStep, LinearUpdate, State
 
 
 class GroupOptions(NamedTuple):
-    """The numbers of a parameter group during a step."""
+    """The hyperparameters of a parameter group in one step."""
 
     lr: float | Tensor
     mu: float
@@ -42,10 +42,10 @@ class Recorder(Protocol):
     """Receives every step; see ``ZerothOrderOptimizer.recorder``."""
 
     def check(self) -> None:
-        """Called before a step moves anything. Raises if the step could not be recorded."""
+        """Called before a step moves any parameter. Raises if the step could not be recorded."""
 
     def record(self, step: AppliedStep) -> None:
-        """Called after a step. Does not wait for the device."""
+        """Called after a step. Must not wait for the device."""
 
 
 class Target(NamedTuple):
@@ -57,16 +57,16 @@ class Target(NamedTuple):
 
 
 def apply(target: Target, states: Sequence[State], steps: Sequence[AppliedStep]) -> list[State]:
-    """Moves all groups by one step after the other, and returns their new states."""
+    """Applies the steps to all groups in order, and returns the new states of the groups."""
     return [_apply_to_group(target, position, state, steps, None) for position, state in enumerate(states)]
 
 
 def can_restore(target: Target) -> bool:
-    """Whether one pass may restore theta and update it.
+    """Whether a single pass may both restore theta and update it.
 
-    Only weights of float32. Restoring 16-bit weights rounds to nearest, which undoes the rounding of the
-    displacement; stochastic rounding in one pass would turn it into a random walk. The coefficient of the one
-    pass is a float32, which weights of float64 would see.
+    Requires float32 weights. Restoring 16-bit weights rounds to nearest, which undoes the rounding of the
+    displacement; stochastic rounding in a single pass would turn that rounding into a random walk. The
+    coefficient of the single pass is a float32, which is too coarse for float64 weights.
     """
     update = target.axes.update
     is_linear = isinstance(update, LinearUpdate) and type(update).apply is LinearUpdate.apply
@@ -78,7 +78,7 @@ def can_restore(target: Target) -> bool:
 def restore_and_apply(
     target: Target, states: Sequence[State], step: AppliedStep, session: Session, estimation: Estimation
 ) -> list[State]:
-    """``apply`` from where the last probe in place left theta, in one pass over it."""
+    """``apply``, starting from where the last in-place probe left theta, in one pass over theta."""
     moved = []
     for position, state in enumerate(states):
         is_empty = not len(target.groups[position])
@@ -108,10 +108,10 @@ def _apply_to_group(
 
 def _group_step(axes: Axes, step: AppliedStep, position: int) -> GroupStep:
     lr, mu, weight_decay = step.options[position]
-    # Coefficients are per mu of the first group; a direction of another length scales them.
+    # Coefficients refer to the mu of the first group; a group with another mu scales them.
     relative = step.options[0].mu / mu
     coefficients = step.estimate.coefficients
     terms = Terms(step.estimate.seeds, coefficients if relative == 1 else coefficients * relative, step.frame)
-    # A tensor counts as the float that it holds: products with it are rounded alike.
+    # Treat a tensor as the float that it holds, so that products with it are rounded in the same way.
     lr = lr.to(widest(lr.device)) if isinstance(lr, Tensor) else lr
     return GroupStep(axes.direction.gradient(terms), step.estimate, lr, weight_decay)

@@ -18,7 +18,7 @@ class Axes(NamedTuple):
     update: Update
 
     def check(self) -> None:
-        """Raises a TypeError for a member of another axis, a ValueError for two that do not go together."""
+        """Raises a TypeError for a member of the wrong axis, and a ValueError for an incompatible pair."""
         for axis, kind in _BASES.items():
             member = getattr(self, axis)
             if not isinstance(member, kind):
@@ -31,7 +31,7 @@ class Axes(NamedTuple):
             )
 
     def recipe(self) -> dict[str, dict[str, Any]]:
-        """The axes by name and fields: plain data, for checkpoints."""
+        """The name and the fields of each axis, as plain data for checkpoints."""
         return {
             axis: {"name": type(member).__name__, **dataclasses.asdict(member, dict_factory=_plain_dict)}
             for axis, member in self._asdict().items()
@@ -39,20 +39,20 @@ class Axes(NamedTuple):
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Mapping[str, Any]]) -> Axes:
-        """The axes of a recipe, for members of zoext.
+        """Builds the axes from a recipe whose members are classes of zoext.
 
         Raises:
-            ValueError: for a member that zoext does not have, or with fields that it does not take.
+            ValueError: for a member that zoext does not define, or for fields that it does not accept.
         """
         return cls(*(_member(axis, base, recipe[axis]) for axis, base in _BASES.items()))
 
 
-#: Options whose values have had other names; files of earlier versions still hold these.
+#: Option values that were renamed; files written by earlier versions contain the old names.
 _FORMER_VALUES = {("ActivationSubspace", "balance"): {"printed": "paper", "still": "freeze"}}
 
 
 def with_current_names(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A recipe from a file, in the names that this version of zoext uses."""
+    """A recipe from a file, with old option values replaced by their current names."""
     found = {axis: dict(member) for axis, member in recipe.items()}
     for (name, option), former in _FORMER_VALUES.items():
         for member in found.values():
@@ -82,5 +82,5 @@ def _member(axis: str, base: type, recipe: Mapping[str, Any]) -> Any:
 
 
 def _plain_dict(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """With lists for tuples: what a file of JSON gives back."""
+    """Converts tuples to lists, as a round trip through JSON does."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}

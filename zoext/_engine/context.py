@@ -1,4 +1,4 @@
-"""The frozen context of a step: everything that its probes and its update are made of."""
+"""The frozen context of a step: the inputs of its probes and its update."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class StepSeeds(NamedTuple):
         return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (draws, 1)))
 
     def fill(self, seed: int, step: int, origin: int) -> None:
-        """Writes the seeds of ``step``, and that of draw 0 of the step that its frame is drawn from."""
-        for draw in range(self.draws.numel()):  # fill_ passes the value with the launch: no copy to wait for
+        """Writes the seeds of ``step``, and the seed of its frame: that of draw 0 of step ``origin``."""
+        for draw in range(self.draws.numel()):  # fill_ passes the value as a kernel argument: no copy
             self.draws[draw].fill_(noise.signed(noise.step_seed(seed, step, draw)))
         self.frame.fill_(noise.signed(noise.step_seed(seed, origin)))
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What the estimates of one step have in common.
+    """What all estimates of one step share.
 
     Attributes:
         axes: direction, estimator and update.
-        module: the module whose forward some directions watch, if it is known.
-        groups: the tensors that move, by parameter group; some groups may be empty.
-        mus: scale of the displacement, by parameter group.
-        seeds: of the step.
-        shares_random: whether every probe begins with the same state of the global generators; False where
+        module: the module whose forward some directions observe; None if unknown.
+        groups: the trainable tensors of each parameter group; some groups may be empty.
+        mus: the scale of the displacement in each parameter group.
+        seeds: the seeds of the step.
+        shares_random: whether every probe starts from the same state of the global generators; False if
             the closure must not read them.
     """
 
@@ -61,7 +61,7 @@ class StepContext:
         return Terms(seeds, coefficients * self.mus[position], frame)
 
     def combination(self, seeds: Tensor, coefficients: Tensor, frame: Frame) -> Combination:
-        """The displacement of all groups; at theta, where there are no seeds, any frame will do."""
+        """The displacement of all groups. At theta there are no seeds, and the frame is ignored."""
         terms = tuple(
             (group, self.terms(position, seeds, coefficients, frame))
             for position, group in enumerate(self.groups)

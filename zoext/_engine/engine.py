@@ -1,6 +1,6 @@
-"""The step engine: all of a step that is not the contract of torch.optim.
+"""The step engine: everything in a step that torch.optim.Optimizer does not define.
 
-Its clients are the optimizer, ``GraphedStep`` and the replay of trajectories.
+The optimizer, ``GraphedStep`` and the replay of trajectories use it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from zoext.updates import State
 
 
 class StepExecutor(ABC):
-    """Takes whole steps in a way of its own; ``optimizer.step(executor)`` calls it between its hooks."""
+    """An alternative way to take a whole step; ``optimizer.step(executor)`` calls it between its hooks."""
 
     @abstractmethod
     def advance(self, engine: StepEngine) -> Tensor:
@@ -43,14 +43,14 @@ class StepExecutor(ABC):
 
 
 class StepEngine:
-    """Estimates and updates of one optimizer.
+    """Computes the estimates and updates of one optimizer.
 
     Args:
-        owner: has the parameter groups and the state; not kept alive.
+        owner: the optimizer, which holds the parameter groups and the state; referenced weakly.
         axes: direction, estimator and update.
-        module: whose forward some directions watch, if known.
+        module: the module whose forward some directions observe; None if unknown.
         probe: evaluates closures at displaced weights.
-        rounding: of updates.
+        rounding: how updates are rounded.
         watch: acts on losses that are not finite.
     """
 
@@ -69,7 +69,7 @@ class StepEngine:
         self.rounding = rounding
         self.watch = watch
         self.run = RunState()
-        self.groups: tuple[Parameters, ...] = ()  # what moves, by parameter group, as last looked at
+        self.groups: tuple[Parameters, ...] = ()  # the trainable tensors of each group, as of ``look``
         self._mus: tuple[float, ...] = ()
         self._seeds: tuple[int, StepSeeds] | None = None
         self.bind(owner)
@@ -79,19 +79,19 @@ class StepEngine:
         self._owner = weakref.ref(owner)
 
     def reset(self) -> None:
-        """Forgets what belongs to the weights before a state was loaded."""
+        """Discards what refers to the weights from before a state was loaded."""
         self.run.cancel()
         self.run.is_torn = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy of an optimizer together with its model; ``bind`` completes it."""
+        """Supports copy.deepcopy of an optimizer together with its model; ``bind`` completes the copy."""
         run = RunState(last_estimate=self.run.last_estimate, is_torn=self.run.is_torn)
         kept = {name: getattr(self, name) for name in ("axes", "module", "probe", "rounding", "watch")}
         return {**kept, "run": run, "groups": (), "_mus": (), "_seeds": None}
 
     @property
     def owner(self) -> Owner:
-        """The optimizer itself, whatever wraps it."""
+        """The optimizer itself, without its wrappers."""
         owner = self._owner()
         assert owner is not None, "the optimizer of this step engine is gone"
         return owner
@@ -124,7 +124,7 @@ class StepEngine:
         try:
             with self.closures():
                 asking = Asking(self._estimation(self._begin()), self.probe, self.closures, self.owner)
-        except FloatingPointError:  # of an earlier estimate of this step
+        except FloatingPointError:  # raised for an earlier estimate of this step
             self.run.pending.clear()
             raise
         self.run.asking = asking
@@ -161,11 +161,11 @@ class StepEngine:
 
     @contextmanager
     def closures(self) -> Iterator[None]:
-        """The block in which closures run: not inside one another, without gradients."""
+        """The block in which closures run, with gradients disabled; raises if it is nested."""
         self._check_between_closures()
         self.run.is_estimating = True
         try:
-            # Outside of inference mode: what is kept here must be usable by later steps.
+            # Inference mode is off because later steps use tensors that are created here.
             with torch.inference_mode(False), torch.no_grad():
                 yield
         finally:
@@ -178,7 +178,7 @@ class StepEngine:
             )
 
     def _begin(self) -> StepContext:
-        """Checks all that can be checked before a probe, and returns the context of the step."""
+        """Runs all checks that need no probe, and returns the context of the step."""
         check_not_captured()
         self.check_ready()
         if self.run.pending:
@@ -196,15 +196,15 @@ class StepEngine:
         return self.context(self._step_seeds(device))
 
     def check_ready(self) -> None:
-        """Raises if no step may begin: after a torn update, in a round, or where it could not be recorded."""
+        """Raises if no step may begin: after a torn update, in an open round, or if recording would fail."""
         self.check_whole()
         self.check_no_round()
         if self.run.recorder is not None:
             self.run.recorder.check()
-        self.watch.check()  # last: it may wait for the step before
+        self.watch.check()  # last, because it may wait for the previous step
 
     def context(self, seeds: StepSeeds, *, shares_random: bool = True) -> StepContext:
-        """The context of a step with the parameters and scales that were last looked at."""
+        """The context of a step with the parameters and scales that the engine last read."""
         return StepContext(self.axes, self.module, self.groups, self._mus, seeds, shares_random)
 
     def _estimation(self, context: StepContext) -> Estimation:
@@ -214,9 +214,10 @@ class StepEngine:
     # Steps
 
     def step(self, closure: Closure) -> AppliedStep:
-        """An estimate with ``closure`` and its update; pending estimates are discarded.
+        """Makes an estimate with ``closure``, discards pending estimates, and applies the update.
 
-        Unless the closure returns nothing: wrappers (Lightning) pass such a one for ``step()``.
+        A closure that returns None, which wrappers such as Lightning pass for ``step()``, applies the pending
+        estimates instead.
         """
         self.check_no_round()
         pending, self.run.pending = self.run.pending, []
@@ -240,7 +241,7 @@ class StepEngine:
             return self.compute(context, closure, states, finish, self.commit)
 
     def step_pending(self) -> AppliedStep:
-        """The update with the mean of the pending estimates."""
+        """Applies the mean of the pending estimates."""
         check_not_captured()
         self._check_between_closures()
         self.check_no_round()
@@ -251,7 +252,7 @@ class StepEngine:
         options = self._checked_options()
         with torch.inference_mode(False), torch.no_grad():
             estimate = average(pending)
-            pending.clear()  # first: should an update raise, no group is to move twice
+            pending.clear()  # before the update: if that raises, a retry must not move a group twice
             assert self.run.frame is not None
             step = AppliedStep(estimate, self.run.frame.frame, options)
             states = [group["update_state"] for group in self.param_groups]
@@ -269,11 +270,12 @@ class StepEngine:
         finish: Callable[[Estimate], tuple[GroupOptions, ...]],
         commit: Callable[[AppliedStep, list[State]], None],
     ) -> AppliedStep:
-        """The part of a step that happens on the device, and that a graph captures.
+        """The part of a step that runs on the device, and that a CUDA graph captures.
 
-        ``states`` are those of the update, by parameter group. ``finish(estimate)`` is called before the
-        update and returns the options of the step; ``commit(step, states)`` afterwards, before signals take
-        effect. A linear update starts from where the last probe in place left theta, if that is as exact.
+        ``states`` holds the update's state for each parameter group. ``finish(estimate)`` is called before
+        the update and returns the options of the step. ``commit(step, states)`` is called after the update
+        and before signals take effect. A linear update starts from where the last in-place probe left theta
+        if that loses no accuracy.
         """
         with ExitStack() as phase:
             phase.enter_context(record(Phase.ESTIMATE))
@@ -297,9 +299,9 @@ class StepEngine:
         return step
 
     def apply(self, steps: Sequence[AppliedStep]) -> None:
-        """Moves theta by steps that were taken before, one after the other, as a replay does.
+        """Applies recorded steps to theta in order, as a replay does.
 
-        Several steps at once leave the same bits as one call for each, in one pass over theta.
+        One call with several steps passes over theta once and gives the same bits as one call per step.
         """
         self.check_whole()
         states = [group["update_state"] for group in self.param_groups]
@@ -309,7 +311,7 @@ class StepEngine:
             self._count(steps, states)
 
     def commit(self, step: AppliedStep, states: Sequence[State]) -> None:
-        """Takes note that ``step`` has moved theta."""
+        """Counts and records ``step``, which has moved theta."""
         self._count([step], states)
         if self.run.recorder is not None:
             self.run.recorder.record(step)
@@ -332,7 +334,7 @@ class StepEngine:
 
     @contextmanager
     def _tearing(self) -> Iterator[None]:
-        """Notes whether an update that raises had moved something."""
+        """Marks the run as torn if the block raises after it has modified a parameter."""
         before = self._versions()
         try:
             yield
@@ -354,7 +356,7 @@ class StepEngine:
     # Parameters, options and seeds
 
     def look(self) -> tuple[Parameters, ...]:
-        """What moves now, by parameter group; the same object as before, if nothing has changed since."""
+        """The trainable tensors of each parameter group; returns the previous object if nothing changed."""
         owner = self.owner
         now = parameters.trainable(owner.param_groups)
         if self.rounding is Rounding.RESIDUAL:
@@ -365,7 +367,7 @@ class StepEngine:
         return self.groups
 
     def options(self) -> tuple[GroupOptions, ...]:
-        """The options of a step that is taken now."""
+        """The current options of each parameter group."""
         groups = zip(self.param_groups, self._mus, strict=True)
         return tuple(GroupOptions(group["lr"], mu, float(group["weight_decay"])) for group, mu in groups)
 
@@ -384,7 +386,7 @@ class StepEngine:
             )
 
     def _step_seeds(self, device: torch.device) -> StepSeeds:
-        """The seeds of the current step: the same tensors for all estimates of the step."""
+        """The seeds of the current step. All estimates of the step share the same tensors."""
         step = self.param_groups[0]["step"]
         if self._seeds is None or self._seeds[0] != step or not self.run.pending:
             self._seeds = (step, self.empty_seeds(device))

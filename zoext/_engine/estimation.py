@@ -1,4 +1,4 @@
-"""One estimate in progress: the rounds of an estimator in the frame of a step."""
+"""One estimate in progress: evaluates the rounds of an estimator in the frame of a step."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class MissingLossError(TypeError):
 
 
 class FoundFrame(NamedTuple):
-    """The frame of a step, and whether its activations were finite (bool []); None for one from seeds."""
+    """The frame of a step. ``finite`` (bool []) is None if the frame is drawn from seeds."""
 
     frame: Frame
     finite: Tensor | None
 
 
 class Estimation:
-    """Evaluates probes at one theta, and makes the frame of the step if a forward is needed to know it.
+    """Evaluates probes at one theta, and determines the frame of the step if that takes a forward.
 
     Args:
-        context: of the step.
-        found: the frame of an earlier estimate of the same step; None makes it.
-        check: called after every probe; raises if the parameters changed meanwhile.
+        context: the context of the step.
+        found: the frame of an earlier estimate of the same step; None determines a new one.
+        check: called after every probe; raises if the probe changed the parameters.
     """
 
     def __init__(self, context: StepContext, found: FoundFrame | None, check: Callable[[], None]) -> None:
@@ -63,7 +63,7 @@ class Estimation:
         self._last = 0
 
     def check_frame(self, what: str) -> None:
-        """Raises a RuntimeError unless the frame was found: the next probe, at theta, finds it."""
+        """Raises a RuntimeError if the frame is unknown: the first probe, at theta, determines it."""
         if self._found is None:
             direction = type(self.context.axes.direction).__name__
             raise RuntimeError(
@@ -73,18 +73,18 @@ class Estimation:
 
     @property
     def found(self) -> FoundFrame:
-        """The frame of the step, once it is known."""
+        """The frame of the step; it must be known."""
         assert self._found is not None
         return self._found
 
     def rounds(self) -> Rounds:
-        """The rounds of the estimator, behind one with a single probe if the frame is yet to be found."""
+        """The rounds of the estimator, after a round with one probe at theta if the frame is unknown."""
         context = self.context
         rounds = context.axes.estimator.rounds(context.seeds.draws, context.mus[0])
         return rounds if self._observer is None else centre_first(rounds)
 
     def run(self, session: Session, closure: Closure) -> Estimate:
-        """The estimate from losses of ``closure``, one probe after the other."""
+        """Evaluates ``closure`` at each probe in turn, and returns the estimate."""
 
         def losses_of(pending: Round) -> Tensor:
             self.begin(pending)
@@ -105,7 +105,7 @@ class Estimation:
 
     @contextmanager
     def displaced(self, session: Session, index: int) -> Iterator[None]:
-        """The block in which theta is at probe ``index`` of the round."""
+        """Displaces theta to probe ``index`` of the round within the block."""
         observer = self._observer
         frame = self._found.frame if self._found is not None else Frame()
         combination = self.context.combination(*self._probes[index], frame)
@@ -127,14 +127,14 @@ class Estimation:
         return self._probes[index]
 
     def displacement(self, position: int) -> Terms:
-        """Where the last probe moved the group at ``position``, over all seeds of its round."""
+        """The displacement of the group at ``position`` in the last probe, over all seeds of its round."""
         assert self._round is not None
         return self.context.terms(
             position, self._round.seeds, self._round.coefficients[self._last], self.found.frame
         )
 
     def complete(self, estimate: Estimate) -> Estimate:
-        """The estimate, without effect if what its frame was made of was not finite."""
+        """The estimate, with zero coefficients if the activations behind its frame were not finite."""
         finite = self.found.finite
         if finite is None:
             return estimate
@@ -146,7 +146,7 @@ class Estimation:
 
 
 def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor:
-    """A loss as a tensor of no dimension, at least float32, on ``device``; ``what`` is its name in errors."""
+    """A loss as a tensor [] of at least float32 on ``device``; ``what`` names it in error messages."""
     must = "must return" if what == "closure" else "must be"
     if isinstance(loss, Tensor):
         if loss.numel() != 1:

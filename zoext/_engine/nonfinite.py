@@ -1,4 +1,4 @@
-"""What happens about losses that are not finite, without making a step wait for the host."""
+"""Handles losses that are not finite without synchronizing host and device in a step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from torch import Tensor
 
 
 class NonfiniteWatch:
-    """Notes whether estimates were finite, and raises if asked to.
+    """Counts estimates that were not finite, and raises if the policy is "raise".
 
-    On the CPU an estimate is judged at once. On CUDA its flag travels to pinned memory behind the
-    forwards and is looked at when the next estimate begins: by then the host has waited for nothing
-    that the device had not finished anyway, but at most one step is in flight. On other devices the flag
-    is read there and then.
+    On the CPU the flag of an estimate is checked immediately. On CUDA the flag is copied to pinned memory
+    after the forwards and checked when the next estimate begins, so no step waits for its own flag, and at
+    most one step is in flight. On other devices the next estimate reads the flag from the device.
     """
 
     def __init__(self, policy: str) -> None:
@@ -23,7 +22,7 @@ class NonfiniteWatch:
         self._travelling: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def note(self, finite: Tensor) -> None:
-        """Takes the flag (bool []) of an estimate."""
+        """Registers the flag (bool []) of an estimate."""
         if self._counter is None:
             self._counter = torch.zeros((), dtype=torch.int64, device=finite.device)
         self._counter += ~finite

@@ -21,7 +21,7 @@ class LoRAFactors(NamedTuple):
 
     Attributes:
         A: float32 [r, d_in], or [r, d_in, *kernel] of a convolution.
-        B: float32 [d_out, r], or [d_out, r, 1, ...] of a convolution; mu and the coefficients are in it.
+        B: float32 [d_out, r], or [d_out, r, 1, ...] of a convolution; includes mu and the coefficients.
     """
 
     A: Tensor
@@ -29,13 +29,13 @@ class LoRAFactors(NamedTuple):
 
 
 class OpenRound:
-    """A round of probes whose losses the optimizer waits for; see ``ZerothOrderOptimizer.ask``.
+    """A round of probes whose losses the caller computes; see ``ZerothOrderOptimizer.ask``.
 
-    Its probes do not depend on each other's losses: evaluate them in any order, wherever a model is.
+    The probes do not depend on each other's losses: evaluate them in any order, on any copy of the model.
 
     Attributes:
         seeds: int64 [K].
-        coefficients: float32 [P, K]; probe p is the loss at
+        coefficients: float32 [P, K]; probe p evaluates the loss at
             ``theta + mu * sum_k coefficients[p, k] D(seeds[k])``.
     """
 
@@ -51,15 +51,16 @@ class OpenRound:
 
     @contextmanager
     def displaced(self, index: int) -> Iterator[None]:
-        """The block in which the model is at probe ``index``, by the optimizer's probe.
+        """Displaces the model to probe ``index`` within the block.
 
-        Theta is restored when the block ends: bit for bit by a streamed probe, to rounding by one in place.
-        Gradients are disabled within it, and all probes begin with the same state of the global generators.
+        Theta is restored when the block ends: bit for bit by a streamed probe, up to rounding by an in-place
+        one. Gradients are disabled within the block, and all probes start from the same state of the global
+        generators.
 
         Raises:
             IndexError: for an index out of range.
-            RuntimeError: for a round that is over, within another such block, and for parameters that the
-                block changed.
+            RuntimeError: if the round is over, if such blocks are nested, or if the block changed the
+                parameters.
         """
         self._check_index(index)
         asking = self._asking
@@ -73,18 +74,18 @@ class OpenRound:
             yield
 
     def adapter(self, index: int) -> dict[str, LoRAFactors]:
-        """Probe ``index`` as low-rank factors, by the names of the parameters in the module.
+        """Probe ``index`` as low-rank factors, keyed by the names of the parameters in the module.
 
-        ``W + B @ A`` is the displaced weight of a linear layer: a LoRA adapter with ``lora_alpha = r``, where
-        r is the rank of the direction times the number of its terms. Of a layer that stores its weight
-        transposed (``Conv1D`` of transformers, ``nn.Embedding``), ``W + (B @ A).T`` is. Empty for a probe at
-        theta.
+        The displaced weight of a linear layer is ``W + B @ A``: a LoRA adapter with ``lora_alpha = r``, where
+        r is the rank of the direction times the number of its terms. For a layer that stores its weight
+        transposed (``Conv1D`` of transformers, ``nn.Embedding``) it is ``W + (B @ A).T``. The result is empty
+        for a probe at theta.
 
         Raises:
             IndexError: for an index out of range.
-            ValueError: for dense directions, which no adapter can hold, and without a module.
-            RuntimeError: for directions that a forward at theta determines (``ActivationSubspace``), before
-                that has run, in ``displaced(0)`` of the first round.
+            ValueError: for dense directions, which no adapter can represent, and without a module.
+            RuntimeError: for directions that a forward at theta determines (``ActivationSubspace``), if that
+                forward, in ``displaced(0)`` of the first round, has not run yet.
         """
         self._check_index(index)
         estimation = self._asking.estimation
@@ -128,9 +129,9 @@ class Asking:
 
     Args:
         estimation: evaluates the probes.
-        probe: of the optimizer.
-        closures: the block in which the caller runs the model.
-        owner: kept alive as long as a round is.
+        probe: the probe of the optimizer.
+        closures: enters the block in which the caller runs the model.
+        owner: the optimizer, which an open round keeps alive.
 
     Attributes:
         round: the round whose losses are missing; None once the estimate is complete or was cancelled.
@@ -151,7 +152,7 @@ class Asking:
         self.round: OpenRound | None = OpenRound(self, next(self._rounds))
 
     def tell(self, losses: Tensor | Sequence[float | Tensor]) -> Estimate | None:
-        """Takes the losses of ``round``; returns the estimate, or None if another round is open now."""
+        """Accepts the losses of ``round``; returns the estimate, or None if another round follows."""
         told = self._checked(losses)
         self.estimation.check_frame("tell")
         self.round = None

@@ -1,4 +1,4 @@
-"""What a run changes beside weights and parameter groups."""
+"""The state of a run besides its weights and parameter groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zoext.estimators import Estimate
 
 
 class Owner(Protocol):
-    """The optimizer, as the engine sees it."""
+    """The interface of the optimizer that the engine uses."""
 
     param_groups: list[dict[str, Any]]
 
@@ -25,15 +25,15 @@ class Owner(Protocol):
 
 @dataclass
 class RunState:
-    """What a run changes beside weights and ``param_groups``; all wrappers of an optimizer share it.
+    """The state of a run besides weights and ``param_groups``; all wrappers of an optimizer share it.
 
     Attributes:
         pending: estimates since the last step.
-        frame: of the step that they belong to.
+        frame: the frame of the step that they belong to.
         asking: the last estimate by ``ask`` and ``tell``, whose round may be open.
         last_estimate: the estimate that the last step applied.
         recorder: receives every step.
-        is_estimating: whether a closure runs.
+        is_estimating: whether a closure is running.
         is_torn: whether an update raised after it had moved some of the parameters.
     """
 
@@ -47,7 +47,7 @@ class RunState:
 
     @property
     def open_round(self) -> OpenRound | None:
-        """The round that ``ask`` or ``tell`` returned and whose losses are missing."""
+        """The round that ``ask`` or ``tell`` returned, until its losses are passed to ``tell``."""
         return self.asking.round if self.asking is not None else None
 
     def cancel_round(self) -> None:

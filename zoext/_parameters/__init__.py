@@ -1,1 +1,1 @@
-"""Which tensors move, their keys, their shards, and how they are rounded."""
+"""The tensors that an optimizer moves, with their noise keys, shards and rounding."""

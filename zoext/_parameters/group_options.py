@@ -1,4 +1,4 @@
-"""The numbers that a parameter group has."""
+"""Checks the hyperparameters of a parameter group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def check_on_host(options: Mapping[str, Any]) -> None:
-    """The same without waiting for another device, on which an lr may be."""
+    """Like ``check``, but skips an lr on another device, which it would have to wait for."""
     for name in _POSITIVE:
         value = options[name]
         if name != "lr" or not isinstance(value, Tensor):

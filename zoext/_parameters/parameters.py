@@ -1,4 +1,4 @@
-"""Which tensors move, their keys, and their place in the unsharded parameter."""
+"""The tensors that move, their noise keys, and their places in the unsharded parameters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _Row = tuple[Tensor, int, Block, str, int, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Tensors that move together: what one call of an operator takes."""
+    """Tensors that move together in one operator call."""
 
-    tensors: tuple[Tensor, ...]  # of sharded parameters the parts of this rank
+    tensors: tuple[Tensor, ...]  # for sharded parameters, this rank's parts
     keys: tuple[int, ...]
     blocks: tuple[Block, ...]  # their places in the unsharded parameters
     names: tuple[str, ...]
-    addresses: tuple[int, ...]  # where the weights lay when this was made
+    addresses: tuple[int, ...]  # of the weights when this object was created
     owners: tuple[Tensor, ...]  # the parameters, as modules and the optimizer's state know them
-    rounding: ops.Rounding = ops.Rounding.NEAREST  # of what is written to them
-    residuals: tuple[Tensor, ...] = ()  # int8, one for each tensor where that is Rounding.RESIDUAL
+    rounding: ops.Rounding = ops.Rounding.NEAREST  # of values written to them
+    residuals: tuple[Tensor, ...] = ()  # int8, one per tensor for Rounding.RESIDUAL
 
     @property
     def device(self) -> torch.device:
@@ -43,14 +43,14 @@ class Parameters:
         return len(self.tensors)
 
     def take(self, positions: Sequence[int]) -> Parameters:
-        """Those at ``positions``."""
+        """The entries at ``positions``."""
         columns = (self.tensors, self.keys, self.blocks, self.names, self.addresses, self.owners)
         taken = Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
         residuals = tuple(self.residuals[i] for i in positions) if self.residuals else ()
         return replace(taken, rounding=self.rounding, residuals=residuals)
 
     def tell_autograd(self) -> None:
-        """Has autograd see that parts of parameters were written: a DTensor counts its versions itself."""
+        """Increments the versions of DTensors, which writes to their local parts do not increment."""
         pairs = zip(self.owners, self.tensors, strict=True)
         torch.autograd.graph.increment_version([owner for owner, part in pairs if owner is not part])
 
@@ -72,8 +72,8 @@ def _from_rows(rows: Iterable[_Row]) -> Parameters:
 def trainable(param_groups: list[dict[str, Any]]) -> list[Parameters]:
     """The tensors of each group that require grad.
 
-    A key is the ordinal among all parameters, frozen ones included, so that freezing a layer does not
-    change the noise of the others.
+    The key of a tensor is its index among all parameters, including frozen ones, so that freezing a layer
+    does not change the noise of the others.
     """
     groups = []
     first_key = 0
@@ -94,7 +94,7 @@ def _trainable_rows(group: dict[str, Any], first_key: int) -> Iterator[_Row]:
 
 
 def check(tensor: object, name: str) -> None:
-    """Raises for what cannot be moved; frozen tensors may be anything."""
+    """Raises if a tensor cannot be moved; frozen tensors may be of any kind."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"params: {name} must be a Tensor, not {type(tensor).__name__}")
     if not tensor.requires_grad:
@@ -105,7 +105,7 @@ def check(tensor: object, name: str) -> None:
 
 
 def _obstacle(tensor: Tensor) -> str | None:
-    """Why a tensor that is all here cannot be moved, and what to do about it."""
+    """Why a local tensor cannot be moved, and how to fix it; None if it can."""
     if isinstance(tensor, UninitializedParameter):
         return "is lazy and has no shape yet; run the model once first"
     if type(tensor.detach()) is not Tensor:
@@ -124,7 +124,7 @@ def _obstacle(tensor: Tensor) -> str | None:
 
 
 def check_movable(groups: Sequence[Parameters]) -> None:
-    """Raises unless all tensors are whole, on one device, and of a kind that can be moved."""
+    """Raises unless all tensors are unsharded, on one device, and of a kind that can be moved."""
     check_not_sharded(groups)
     check_one_device(groups)
     for group in groups:
@@ -133,7 +133,7 @@ def check_movable(groups: Sequence[Parameters]) -> None:
 
 
 def check_not_sharded(groups: Sequence[Parameters]) -> None:
-    """Raises for parameters of which this rank may have a part only."""
+    """Raises for DTensors, of which this rank may hold only a part."""
     for group in groups:
         for tensor, name in zip(group.owners, group.names, strict=True):
             if shards.is_distributed(tensor):

@@ -1,4 +1,4 @@
-"""What becomes of the part of an update that weights of 16 bits cannot hold."""
+"""Rounding of updates to 16-bit weights, and the residuals that store the rounding error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import part_of
 from zoext.ops import Rounding, rounds
 
-#: The name under which ``optimizer.state`` has the residual of a parameter.
+#: The key of a parameter's residual in ``optimizer.state[parameter]``.
 RESIDUAL = "residual"
 
 _NO_RESIDUAL: dict[torch.device, Tensor] = {}
@@ -29,14 +29,14 @@ def rounding_of(precision: str) -> Rounding:
 
 
 def rounded(parameters: Parameters, rounding: Rounding) -> Parameters:
-    """The parameters, with updates rounded so."""
+    """The parameters, with updates rounded by ``rounding``."""
     return dataclasses.replace(parameters, rounding=rounding)
 
 
 def with_residuals(
     parameters: Parameters, state: MutableMapping[Tensor, MutableMapping[str, Any]]
 ) -> Parameters:
-    """The parameters with the residuals in ``state``, which gets zeros where it has none yet."""
+    """The parameters with their residuals from ``state``; missing residuals are created as zeros."""
     pairs = zip(parameters.tensors, parameters.owners, strict=True)
     residuals = tuple(_residual_of(tensor, owner, state) for tensor, owner in pairs)
     return dataclasses.replace(parameters, rounding=Rounding.RESIDUAL, residuals=residuals)
@@ -44,7 +44,7 @@ def with_residuals(
 
 @dataclasses.dataclass(frozen=True)
 class _Uncast:
-    """A tensor that ``torch.optim`` does not turn into the dtype of its parameter when it is loaded."""
+    """Wraps a tensor so that ``torch.optim`` does not cast it to its parameter's dtype when loading."""
 
     tensor: Tensor
 
@@ -52,7 +52,7 @@ class _Uncast:
 def checked_state(tensor: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a parameter, for torch to load. Raises a ValueError if its residual does not fit.
 
-    Of a sharded parameter each rank has the residual of its part.
+    For a sharded parameter, each rank holds the residual of its part.
     """
     residual = state.get(RESIDUAL)
     if residual is None:
@@ -79,7 +79,7 @@ def _residual_of(
     tensor: Tensor, owner: Tensor, state: MutableMapping[Tensor, MutableMapping[str, Any]]
 ) -> Tensor:
     if not rounds(tensor.dtype):
-        state.get(owner, {}).pop(RESIDUAL, None)  # of before it was made wider
+        state.get(owner, {}).pop(RESIDUAL, None)  # left from before the parameter was cast to a wider dtype
         empty = torch.empty(0, dtype=torch.int8, device=tensor.device)
         return _NO_RESIDUAL.setdefault(tensor.device, empty)
     known: Tensor | None = state[owner].get(RESIDUAL)

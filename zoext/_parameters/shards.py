@@ -1,4 +1,4 @@
-"""The part of a parameter that this rank holds, where torch has spread it over several (DTensor)."""
+"""The part of a parameter that this rank holds, if the parameter is sharded over ranks (DTensor)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 class Block(NamedTuple):
-    """The place of a tensor in the parameter that it is a block of, or all of."""
+    """The place of a tensor within a parameter, of which it is a block or the whole."""
 
     shape: tuple[int, ...]  # of the whole parameter
-    offsets: tuple[int, ...]  # of the block in it, by dimension
+    offsets: tuple[int, ...]  # of the block in the parameter, by dimension
     sizes: tuple[int, ...]  # of the block
     span: ops.Span
 
     @classmethod
     def of_whole(cls, tensor: Tensor) -> Block:
-        shape = tensor.shape  # once: this is done for every parameter at every step
+        shape = tensor.shape  # read once: this runs for every parameter at every step
         return cls(shape, (0,) * len(shape), shape, ops.span_of(tensor))
 
     @classmethod
     def of_shard(cls, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Block:
-        """A block that is cut along one dimension at most, or along the first and one other."""
+        """A block that is cut along at most one dimension, or along the first and one other."""
         strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
         base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
         cut = [dim for dim, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
@@ -48,13 +48,13 @@ class Block(NamedTuple):
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor, of which ``to_local()`` is the part of this rank."""
-    # Not imported: that takes seconds. There is no DTensor as long as nobody has.
+    # Not imported, because that takes seconds. While the module is not loaded, no DTensor can exist.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def part_of(tensor: Tensor) -> Tensor:
-    """What this rank has of a parameter, in the memory of the parameter; all of it, if it is no DTensor."""
+    """The part of a DTensor on this rank, sharing its memory; other tensors are returned unchanged."""
     if is_distributed(tensor):
         with torch.no_grad():
             return tensor.to_local()
@@ -62,7 +62,7 @@ def part_of(tensor: Tensor) -> Tensor:
 
 
 def block_of(tensor: Tensor) -> Block:
-    """Where ``part_of(tensor)`` lies in the whole parameter; there must be no ``obstacle``."""
+    """The place of ``part_of(tensor)`` in the whole parameter; requires that ``obstacle`` is None."""
     if is_distributed(tensor):
         sizes, offsets = _local_shape_and_offset(tensor)
         return Block.of_shard(tensor.shape, offsets, sizes)
@@ -70,7 +70,7 @@ def block_of(tensor: Tensor) -> Block:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a parameter, to be read. All ranks must ask for DTensors, and in the same order."""
+    """The whole parameter, for reading only. For DTensors all ranks must call this, in the same order."""
     if is_distributed(tensor):
         with torch.no_grad():
             return tensor.full_tensor()
@@ -78,7 +78,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def reshard(module: nn.Module) -> None:
-    """Has FSDP2 give up what it gathered for a forward: copies, which would not follow the parameters."""
+    """Makes FSDP2 free the weights it gathered for a forward: updates do not reach these copies."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for part in module.modules() if fsdp is not None else ():
         if isinstance(part, fsdp.FSDPModule):  # type: ignore[union-attr]
@@ -86,10 +86,10 @@ def reshard(module: nn.Module) -> None:
 
 
 def obstacle(tensor: DTensor) -> str | None:
-    """Why the part of this rank has no place that a span can describe, and what to do about it.
+    """Why a span cannot describe the place of this rank's part, and how to fix it; None if it can.
 
-    Apart from a rank that is outside of the mesh, and from parts of sizes of their own, it is the same on all
-    ranks.
+    The result is the same on all ranks, except for a rank outside the mesh and for parts of nonstandard
+    sizes.
     """
     from torch.distributed.tensor import Replicate
 
@@ -131,15 +131,16 @@ def _local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int
 
 
 def _is_consecutive(tensor: DTensor, dim: int) -> bool:
-    """Whether what each rank has along ``dim`` is consecutive: strided shards (FSDP2 over TP) may not be."""
+    """Whether each rank's part is consecutive along ``dim``; strided shards (FSDP2 over TP) may not be."""
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
     from torch.distributed.tensor.placement_types import _StridedShard
 
     placements, mesh = tensor.placements, tensor.device_mesh.shape
     if not any(isinstance(placement, _StridedShard) for placement in placements):
         return True
-    # Parts are told by where they begin and how long they are. Were one not consecutive, another one would
-    # begin within that range: so they all are, if and only if the ranges cover the dimension without overlap.
+    # torch gives the first offset and the size of each part. If a part is not consecutive, another part
+    # begins within the range of that offset and size. So all parts are consecutive if and only if these
+    # ranges cover the dimension without overlap.
     ranges = []
     axes = [
         range(size if _is_shard(placement) and _dim(placement) == dim else 1)

@@ -9,21 +9,21 @@ from torch import nn
 
 
 def compiled() -> tuple[type[nn.Module], ...]:
-    """The class of what torch.compile makes of a module; none as long as nothing was compiled."""
+    """The class of modules that torch.compile returns; empty if dynamo was not imported."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
     found: tuple[type[nn.Module], ...] = (dynamo.OptimizedModule,) if dynamo else ()
     return found
 
 
 def conv1d() -> tuple[type[nn.Module], ...]:
-    """The linear layer of GPT-2, which stores its weight as [d_in, d_out]; none unless it was imported."""
+    """The linear layer of GPT-2, which stores its weight as [d_in, d_out]; empty if it was not imported."""
     transformers = sys.modules.get("transformers.pytorch_utils")  # importing it takes seconds
     found: tuple[type[nn.Module], ...] = (transformers.Conv1D,) if transformers else ()
     return found
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Those of ``module``, by the names they have without torch.compile and DistributedDataParallel."""
+    """The parameters of ``module``; names omit prefixes of torch.compile and DistributedDataParallel."""
     kinds = dict.fromkeys(compiled(), "_orig_mod") | {nn.parallel.DistributedDataParallel: "module"}
     for name, parameter in module.named_parameters():
         yield ".".join(_own_parts(name.split("."), module, kinds)), parameter

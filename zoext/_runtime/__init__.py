@@ -1,1 +1,1 @@
-"""What every part uses: signals, profiler events, generators, atomic files."""
+"""Shared utilities: signals, profiler events, random number generators, atomic files."""

@@ -1,4 +1,4 @@
-"""What devices other than CPUs and CUDA lack or call otherwise."""
+"""Features that devices other than CPUs and CUDA lack or name differently."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def get_rng_state(device: torch.device) -> Tensor | None:
 
 
 def set_rng_state(state: Tensor, device: torch.device) -> None:
-    """Restores a state of ``get_rng_state``."""
+    """Restores a state that ``get_rng_state`` returned."""
     write: Any = torch.get_device_module(device).set_rng_state
     write(state) if device.type == "mps" else write(state, device)
 
 
 def check_not_captured() -> None:
     """Raises a RuntimeError while a CUDA graph is captured."""
-    # Asked only where CUDA is in use: it must not begin to be.
+    # Query only if CUDA is already initialized: the query must not initialize it.
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a step cannot be captured in a CUDA graph from outside: its seeds come from the host, so every "

@@ -1,4 +1,4 @@
-"""Keeps signals out of the moments in which theta is between two states."""
+"""Defers signals while theta is partly modified."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Received = tuple[int, FrameType | None]
 
 
 class Signals:
-    """Holds signals back except within ``allowed``; see ``deferred``."""
+    """Defers signals except within ``allowed``; see ``deferred``."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -22,7 +22,7 @@ class Signals:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Within the block signals take effect as ever, those that were held back first of all."""
+        """Delivers deferred signals, and lets new ones take effect immediately within the block."""
         self._allowed = True
         try:
             self._deliver()
@@ -32,7 +32,7 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within the block, inside of ``allowed``, signals are held back again."""
+        """Defers signals again within the block, inside ``allowed``."""
         before, self._allowed = self._allowed, False
         try:
             yield
@@ -65,10 +65,11 @@ class Signals:
 
 @contextmanager
 def deferred() -> Iterator[Signals]:
-    """Holds signals with Python handlers (Ctrl-C, SIGTERM, ...) back until the block is done.
+    """Defers signals with Python handlers (Ctrl-C, SIGTERM, ...) until the block ends.
 
-    Python runs signal handlers between any two bytecodes, so also between a kernel that moves theta
-    and the note that it did. Only the main thread receives signals; elsewhere nothing is held.
+    Python may run signal handlers between any two bytecodes, and therefore between a kernel that moves theta
+    and the bookkeeping of that move. Only the main thread receives signals; in other threads this does
+    nothing.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():

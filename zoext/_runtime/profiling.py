@@ -1,4 +1,4 @@
-"""The phases of a step as events that profilers see (docs/profiling.md)."""
+"""Marks the phases of a step as profiler events (docs/profiling.md)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.autograd import profiler
 
 
 class Phase(StrEnum):
-    """What an optimizer is doing; the value is the name of the event."""
+    """A phase of a step; the value is the name of the event."""
 
-    ESTIMATE = "zoext.estimate"  # all the probes of an estimate, and the loss's way to coefficients
+    ESTIMATE = "zoext.estimate"  # all probes of an estimate, and the computation of its coefficients
     PERTURB = "zoext.perturb"
     FORWARD = "zoext.forward"  # the closure; streamed probes perturb and restore within it
     RESTORE = "zoext.restore"
@@ -21,18 +21,18 @@ class Phase(StrEnum):
 
 
 _UNSEEN = nullcontext()
-_AS_USER_SCOPE = {"scope": "user_scope"}  # heeded by profilers that record shapes
+_AS_USER_SCOPE = {"scope": "user_scope"}  # used by profilers that record shapes
 
 
 def record(phase: Phase) -> AbstractContextManager[None]:
-    """The block is an event of ``torch.profiler``, and a range of NVTX under ``emit_nvtx``.
+    """Makes the block an event of ``torch.profiler``, and an NVTX range under ``emit_nvtx``.
 
-    A profiler that starts within the block does not see it, nor is it seen in code that torch.compile
-    makes of a hook. While no profiler looks, nothing is made.
+    The event is missing from a profiler that starts within the block, and from code that torch.compile
+    generates for a hook. Without an active profiler, no event is created.
     """
-    # Not torch.profiler.record_function: it takes microseconds, also while nobody looks, and goes through
-    # the dispatcher, where a mode that watches operators makes a range of NVTX that would overlap this one.
-    # The flag comes first since _RecordFunctionFast fails at the end of a block in which a profiler started.
+    # Not torch.profiler.record_function: it takes microseconds even without a profiler, and it goes through
+    # the dispatcher, where a mode that watches operators creates an NVTX range that would overlap this one.
+    # The flag is checked first because _RecordFunctionFast fails on exit if a profiler started in the block.
     if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
         return _UNSEEN
     return _RecordFunctionFast(phase, keyword_values=_AS_USER_SCOPE)

@@ -13,10 +13,10 @@ from zoext._runtime import devices
 
 
 class RandomState:
-    """A snapshot of the generators of torch (CPU, and that of ``device``), Python and NumPy.
+    """A snapshot of the generators of torch (the CPU's and that of ``device``), Python and NumPy.
 
-    Restored before every probe of a step but the first, it shows all of them the same dropout; and
-    after the last one the generators stand where the closure alone would have left them.
+    The engine restores it before every probe of a step except the first, so that all probes use the same
+    dropout masks. After the last probe the generators are in the state that a single closure call leaves.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class RandomState:
         self._numpy = numpy.random.get_state() if numpy else None
 
     def read_since(self) -> list[str]:
-        """The modules whose generators were read since."""
+        """The modules whose generators were used since the snapshot."""
         now = RandomState(self._device or torch.device("cpu"))
         moved = {"torch": not torch.equal(self._cpu, now._cpu), "random": self._python != now._python}
         if self._device and self._on_device is not None and now._on_device is not None:

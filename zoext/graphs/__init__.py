@@ -1,4 +1,4 @@
-"""A whole step in a CUDA graph."""
+"""Captures a whole step in a CUDA graph."""
 
 from zoext.graphs._cuda_graph import CaptureError, CudaGraph
 from zoext.graphs.graphed_step import GraphedStep

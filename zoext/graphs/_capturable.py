@@ -1,4 +1,4 @@
-"""What a CUDA graph cannot hold: waits of the host for the device, and random numbers."""
+"""Detects what a CUDA graph cannot capture: host synchronization and random numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zoext._runtime.randomness import RandomState
 def capturable(
     closure: Callable[[], Any], device: torch.device, watching: Callable[[], AbstractContextManager[Any]]
 ) -> Callable[[], Tensor]:
-    """The closure in ``watching()``, which raises if its value or its randomness could not be replayed."""
+    """Wraps the closure in ``watching()``; raises if its value or its random numbers cannot be replayed."""
 
     def run() -> Tensor:
         before = RandomState(device)
@@ -40,14 +40,14 @@ def capturable(
 
 
 class HostWaits(TorchDispatchMode):
-    """Raises a RuntimeError, before it runs, at an operator that a CUDA graph cannot hold, and names it.
+    """Raises a RuntimeError that names an operator that a CUDA graph cannot capture, before it runs.
 
-    That is one whose result the host must know, to branch on it or to allocate memory of its size, and
-    one that copies between the host's ordinary memory and a device.
+    These are operators whose result the host must know, to branch on it or to allocate memory of that size,
+    and operators that copy between pageable host memory and a device.
     """
 
     def found(self, wait: str) -> None:
-        """Called with what makes the host wait, before it does."""
+        """Called before the host would wait, with a description of the operator."""
         raise RuntimeError(wait)
 
     def __torch_dispatch__(
@@ -67,7 +67,7 @@ class HostWaits(TorchDispatchMode):
 
 
 class NotedHostWaits(HostWaits):
-    """Notes the first such operator, and lets all of them run."""
+    """Records the first such operator instead of raising, and lets all operators run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,7 +79,7 @@ class NotedHostWaits(HostWaits):
 
 def _reads_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     name = func.overloadpacket.__name__
-    if name in {"index", "index_put", "index_put_"}:  # a boolean index is turned into positions first
+    if name in {"index", "index_put", "index_put_"}:  # a boolean index is first converted to positions
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     if torch.Tag.data_dependent_output in func.tags:
         return True
@@ -87,7 +87,7 @@ def _reads_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
 
 def _crosses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ordinary memory of the host is copied to or from a device; pinned memory may travel."""
+    """Whether pageable host memory is copied to or from a device; pinned memory may be copied."""
     name = func.overloadpacket.__name__
     if name == "lift_fresh":  # torch.tensor(...), which has copied already
         return bool(args[0].device.type != "cpu" and args[0].numel())

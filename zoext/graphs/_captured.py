@@ -1,4 +1,4 @@
-"""What a captured step reads and writes, and the host fills in before each replay."""
+"""The inputs and outputs of a captured step; the host fills the inputs before each replay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN = {int, float, bool, str, type(None)}
 
 
 class Inputs(NamedTuple):
-    """Where a graph reads what the host decides anew for every step."""
+    """The memory from which a graph reads the values that the host sets before every step."""
 
     seeds: StepSeeds
     lrs: list[Tensor]
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
         device = next(group.device for group in engine.groups if len(group))
         return cls(
             engine.empty_seeds(device),
-            # A float is a float64, or its product with the weight decay would be rounded otherwise.
+            # A float becomes a float64, so that its product with the weight decay is rounded in the same way.
             [torch.empty((), dtype=lr_dtype(group), device=device) for group in groups],
             [map_tensors(torch.empty_like, group["update_state"]) for group in groups],
         )
@@ -50,10 +50,10 @@ class CapturedStep(NamedTuple):
     inputs: Inputs
     step: AppliedStep
     states: list[State]
-    memory: list[Tensor]  # not ours, but read and written by the graph
+    memory: list[Tensor]  # owned by the probe, but read and written by the graph
 
     def results(self, engine: StepEngine) -> tuple[AppliedStep, list[State]]:
-        """The step and the new states of a replay, in memory that the next one does not overwrite."""
+        """The step and the new states of a replay, in memory that the next replay does not overwrite."""
         before = tensors_of([group["update_state"] for group in engine.param_groups])
         kept = {id(place): value for place, value in zip(tensors_of(self.inputs.states), before, strict=True)}
 
@@ -64,7 +64,7 @@ class CapturedStep(NamedTuple):
 
         estimate = self.step.estimate
         fields = {field.name: getattr(estimate, field.name) for field in dataclasses.fields(Estimate)}
-        # A frame is large, and read by nobody but a recorder: if it cannot be drawn from seeds.
+        # A frame is large. Only a recorder reads it, and only if it cannot be drawn from seeds.
         is_read = engine.run.recorder is not None and engine.axes.direction.watches
         known = self.step.frame if is_read else Frame()
         frame = Frame(*map_tensors(keep, (dict(known.left), dict(known.right))))
@@ -79,9 +79,9 @@ def lr_dtype(group: dict[str, Any]) -> torch.dtype:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Plain data with ``function`` of every tensor in its place.
+    """Applies ``function`` to every tensor in plain data.
 
-    Not ``tree_map``: it would look at each of the hundreds of keys in the state of an update.
+    Not ``tree_map``, which would visit each of the hundreds of keys in the state of an update.
     """
     if isinstance(value, Tensor):
         return function(value)

@@ -1,4 +1,4 @@
-"""A CUDA graph, and what becomes of a capture that fails."""
+"""A CUDA graph, and the handling of failed captures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 class CaptureError(RuntimeError):
-    """The driver refused to begin or to end a capture, and torch may not have left it."""
+    """The driver refused to begin or end a capture, and torch may still be in capture mode."""
 
 
 class CudaGraph:
-    """Launches with their addresses, numbers and memory, captured once and replayed."""
+    """Kernel launches with fixed addresses, scalars and memory, captured once and replayed."""
 
-    failure: ClassVar[str | None] = None  # of the process: what the driver once refused
+    failure: ClassVar[str | None] = None  # process-wide: the driver's first refusal
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -30,18 +30,18 @@ class CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, work: Callable[[], T]) -> T:
-        """Captures what ``work`` launches, and launches none of it.
+        """Captures the launches of ``work`` without executing them.
 
         Raises:
-            CaptureError: where the driver refused, now or earlier in this process. Where ending a capture
-                fails, torch's allocator and generator stay in it.
-            Exception: what ``work`` raises, if the capture could be ended.
+            CaptureError: if the driver refuses, or has refused earlier in this process. If ending a capture
+                fails, torch's allocator and generator remain in capture mode.
+            Exception: the exception of ``work``, if the capture could be ended.
         """
         if CudaGraph.failure is not None:
             raise CaptureError(_refused(CudaGraph.failure))
         raised: Exception | None = None
         self._graph = torch.cuda.CUDAGraph()
-        # The outer context brings the stream back where ending a failed capture raises.
+        # The outer context restores the current stream if ending a failed capture raises.
         outer = torch.cuda.stream(torch.cuda.current_stream(self._device))
         try:
             with outer, self._capturing(self._graph):
@@ -53,7 +53,7 @@ class CudaGraph:
         except Exception as error:
             if error is raised:
                 raise
-            first = raised or error  # the failure of the end does not say what went wrong
+            first = raised or error  # the error from ending the capture hides the cause
             CudaGraph.failure = str(first)
             raise CaptureError(_refused(CudaGraph.failure)) from first
 
@@ -61,7 +61,7 @@ class CudaGraph:
         return torch.cuda.graph(
             graph,
             stream=torch.cuda.Stream(self._device),
-            capture_error_mode="thread_local",  # other threads may go on loading batches
+            capture_error_mode="thread_local",  # other threads may keep loading batches
         )
 
     def replay(self) -> None:

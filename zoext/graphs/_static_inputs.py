@@ -1,4 +1,4 @@
-"""The tensors that a closure reads, which a graph goes on reading where they were at the capture."""
+"""The tensors that a closure reads; a graph keeps reading them at their addresses from the capture."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Larger lists and dictionaries are data sets, not batches.
+#: Larger lists and dictionaries are treated as data sets, not batches.
 _LARGEST_BATCH = 64
 
-_EMPTY = CellType()  # of a variable that is not bound yet
+_EMPTY = CellType()  # the cell of a variable that is not bound yet
 
 
 class StaticInputs:
-    """Tensors and modules that the variables of a closure are bound to.
+    """The tensors and modules to which the variables of a closure are bound.
 
-    These are the globals that it names, the variables around it, its defaults and the arguments of a
-    ``functools.partial``, with the entries of lists and dictionaries, but no attributes of objects.
+    The variables are the globals that the closure reads, its free variables, its defaults, and the arguments
+    of a ``functools.partial``. Entries of lists and dictionaries are included, attributes of objects are not.
     """
 
     def __init__(self, closure: Callable[[], Any]) -> None:
@@ -33,13 +33,13 @@ class StaticInputs:
         self._known = _places(variables)
 
     def rebound(self) -> list[str]:
-        """The names of variables that hold other tensors than when this was made."""
+        """The names of variables that hold different tensors than when this object was created."""
         now = _places(dict(_variables(self._closure, self._globals)))
         return [name for name in self._known.keys() | now.keys() if self._known.get(name) != now.get(name)]
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What a kernel that was launched with ``tensor`` goes on reading."""
+    """The address and layout at which a captured kernel keeps reading ``tensor``."""
     if tensor.layout != torch.strided:
         return id(tensor), tensor.shape, tensor.dtype
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -53,7 +53,7 @@ def _function_of(closure: Any) -> FunctionType | None:
 
 
 def _global_names(closure: Any) -> list[str]:
-    """The globals that a closure reads. Not ``co_names``, which does not tell them from attributes."""
+    """The globals that a closure reads. ``co_names`` does not distinguish them from attributes."""
     function = _function_of(closure)
     codes, names = [function.__code__] if function is not None else [], set()
     while codes:
@@ -85,7 +85,7 @@ def _places(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(value: object) -> Any:
-    """What kernels that were launched with the tensors in ``value`` go on reading; None without any."""
+    """The places (see ``place_of``) of the tensors in ``value``; None if there are none."""
     if isinstance(value, Tensor):
         return place_of(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A whole step in a CUDA graph."""
+"""Runs a whole step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.probes import is_compiled
 from zoext.updates import State
 
-#: Steps without a graph before one is captured, as torch does: what is initialised late is then in place.
+#: Steps without a graph before the capture, as in torch, so that lazy initialization is complete.
 WARM_UP = 3
 
 
 class GraphedStep(StepExecutor):
-    """``optimizer.step(closure)`` from a CUDA graph: the host launches once instead of kernel by kernel.
+    """Runs ``optimizer.step(closure)`` as a CUDA graph: one launch per step instead of one per kernel.
 
-    The bits are the same. The first steps run without a graph, until nothing but numbers differs from one to
-    the next (three steps, and for AdaMeZO as many more as its window has). Then a step is captured, with its
-    forwards, its estimate and its update, and replayed from there on. What the host decides anew for every
-    step (seeds, learning rates, the window of AdaMeZO) is written to the graph's memory before each replay.
+    The results have the same bits. The first steps run without a graph, until consecutive steps differ only
+    in numbers (three steps, plus the length of the window for AdaMeZO). Then one step is captured, with its
+    forwards, its estimate and its update, and replayed from then on. The values that the host sets for every
+    step (seeds, learning rates, the window of AdaMeZO) are written to the graph's memory before each replay.
 
     Inputs are static, as for ``torch.cuda.make_graphed_callables``: overwrite the batch in place.
 
@@ -43,25 +43,25 @@ class GraphedStep(StepExecutor):
             loss = step()
             scheduler.step()
 
-    Steps with and without it can be mixed, checkpoints are the same, and the hooks of the optimizer run at
-    every step.
+    Steps with and without a graph can be mixed, checkpoints are the same, and the hooks of the optimizer run
+    at every step.
 
-    A replay runs no Python code of the closure or the model. Three changes are detected:
+    A replay runs no Python code of the closure or the model. These changes are detected:
 
-    - A variable of the closure that is bound to another tensor (a global, one around it, a default, an
-      argument of a ``functools.partial``, an entry of a list or dictionary among them) raises.
-    - Other parameters, another ``mu`` or ``weight_decay``, and train or eval mode of the optimizer's module
-      and of modules among those variables lead to another capture, after some steps without a graph.
+    - Binding a variable of the closure to another tensor raises an error. Variables are globals, free
+      variables, defaults, arguments of a ``functools.partial``, and entries of lists and dictionaries among
+      these.
+    - Changing the parameters, ``mu`` or ``weight_decay``, or the train or eval mode of the optimizer's module
+      or of modules in those variables, leads to a new capture after some steps without a graph.
 
-    Everything else is frozen at capture and not checked: attributes of objects and modules, numbers, modules
-    that were replaced, hooks, and modes of torch such as autocast. Make another ``GraphedStep`` after
-    changing them.
+    Everything else is frozen at capture and not checked: attributes of objects and modules, numbers, replaced
+    modules, hooks, and modes of torch such as autocast. Create a new ``GraphedStep`` after changing them.
 
-    The graph keeps memory of its own: the activations of a forward at their peak. Each capture first empties
-    torch's cache.
+    The graph has its own memory pool, as large as the peak of a forward's activations. Each capture first
+    empties the cache of torch's allocator.
 
     Args:
-        optimizer: any of zoext, or a wrapper of one, with its parameters on a CUDA device.
+        optimizer: a zoext optimizer, or a wrapper of one, with its parameters on a CUDA device.
         closure: as for ``optimizer.step``, but it must return a tensor on the device of the parameters,
             never wait for the device, and draw no random numbers (dropout).
 
@@ -84,21 +84,21 @@ class GraphedStep(StepExecutor):
         self._captured: CapturedStep | None = None
 
     def __call__(self) -> Tensor:
-        """Moves theta by one step.
+        """Takes one step.
 
         Returns:
             The mean of the losses evaluated, float32 [], on the device of the parameters.
 
         Raises:
-            RuntimeError: for a closure that cannot be captured, or whose tensors were replaced instead of
-                overwritten. Theta was not moved.
-            TypeError: for a closure that returns anything but a tensor on the device.
-            FloatingPointError: as ``optimizer.step``.
+            RuntimeError: if the closure cannot be captured, or if its tensors were replaced instead of
+                overwritten. Theta is not moved.
+            TypeError: if the closure does not return a tensor on the device.
+            FloatingPointError: as for ``optimizer.step``.
         """
         return self._optimizer.step(self)
 
     def advance(self, engine: StepEngine) -> Tensor:
-        """The step itself; ``optimizer.step`` calls it between its hooks."""
+        """Takes the step; ``optimizer.step`` calls this between its hooks."""
         if engine is not self._optimizer.engine:
             raise ValueError("closure must be a GraphedStep of this optimizer, not of another one")
         if self._fixed is None or self._fixed != _fixed_by_a_graph(engine, self._modules):
@@ -110,17 +110,17 @@ class GraphedStep(StepExecutor):
         return self._replay(engine, self._captured)
 
     def _begin_anew(self, engine: StepEngine) -> None:
-        """Drops the graph, and takes what there is now as fixed."""
+        """Drops the graph, and takes the current state as the fixed one."""
         self._inputs = StaticInputs(self._closure)
         roots = self._inputs.modules + ([engine.module] if engine.module is not None else [])
         self._modules = list(dict.fromkeys(part for root in roots for part in root.modules()))
-        # Where operators are watched, a compiled model would not run compiled.
+        # A compiled model would run uncompiled while operators are watched.
         self._is_compiled = any(map(is_compiled, roots))
         self._fixed = _fixed_by_a_graph(engine, self._modules)
         self._alike, self._captured = 0, None
 
     def _warm_up(self, engine: StepEngine) -> Tensor:
-        """A step without a graph. The last one before a capture tells what would be in its way."""
+        """A step without a graph. The last one before a capture records what would make the capture fail."""
         waits = NotedHostWaits()
         is_last = self._alike >= WARM_UP - 1 and not engine.probe.is_to_watch
         if is_last and not self._is_compiled:
@@ -177,7 +177,7 @@ class GraphedStep(StepExecutor):
         with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
             captured.inputs.fill(engine)
             captured.graph.replay()
-            # Autograd must see the change, or a stale saved tensor gives wrong gradients without an error.
+            # Without a new version, autograd would silently use stale saved tensors in later gradients.
             moved = chain.from_iterable(group.tensors for group in engine.groups)
             torch.autograd.graph.increment_version(tuple(moved))
             step, states = captured.results(engine)
@@ -196,7 +196,7 @@ def _uncapturable(reason: object) -> RuntimeError:
 
 
 def _fixed_by_a_graph(engine: StepEngine, modules: list[nn.Module]) -> Any:
-    """What a graph holds as it was at the capture, as plain data."""
+    """The state that a graph fixes at capture, as plain data."""
     state = engine.owner.state
     return [part.training for part in modules], [
         (

@@ -1,4 +1,4 @@
-"""Probes: the loss at ``theta + combination``, with theta exactly as it was afterwards."""
+"""Probes evaluate the loss at ``theta + combination`` and restore theta afterwards."""
 
 from zoext.probes._choice import choose, is_compiled
 from zoext.probes._swap import StreamedProbeError

@@ -1,4 +1,4 @@
-"""The probe that ``probe=`` names."""
+"""Chooses the probe for the ``probe=`` argument."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoext.probes.streamed import StreamedProbe
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether any part is compiled or scripted, so that its code may not see swapped weights."""
+    """Whether any submodule is compiled or scripted, so that its code may not use swapped weights."""
     kinds: tuple[type, ...] = (torch.jit.ScriptModule, *wrappers.compiled())
     return any(
         isinstance(part, kinds) or getattr(part, "_compiled_call_impl", None) is not None

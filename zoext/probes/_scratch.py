@@ -1,4 +1,4 @@
-"""Memory for displaced weights: a stack, since modules nest."""
+"""A stack of memory for displaced weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def aligned_bytes(tensor: Tensor) -> int:
 
 
 class _Views(NamedTuple):
-    like: Parameters  # kept, so that its id stays its own
+    like: Parameters  # kept alive, so that its id is not reused
     views: list[Tensor]
     size: int
 
 
 class Scratch:
-    """Memory for the weights of the modules that are running: a stack, since modules nest."""
+    """Memory for the displaced weights of running modules: a stack, because modules nest."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -35,12 +35,12 @@ class Scratch:
         self._kept = 0
 
     def prepare(self, device: torch.device, size: int) -> None:
-        """Makes room for ``size`` bytes, and for what was needed before."""
+        """Ensures that there are at least ``size`` bytes, and as many as were needed before."""
         if self._top:
             raise RuntimeError("a streamed probe cannot run inside another one of the same optimizer")
         size = max(size, self._wanted)
         if self._buffer.device != device or self._buffer.numel() < size:
-            self.forget_views()  # or they would keep the old buffer
+            self.forget_views()  # otherwise they would keep the old buffer alive
             self._buffer = torch.empty(0, dtype=torch.uint8)
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
 
@@ -57,7 +57,7 @@ class Scratch:
         offset = self._top
         self._top += sum(aligned_bytes(tensor) for tensor in tensors)
         self._wanted = max(self._wanted, self._top)
-        if self._top > self._buffer.numel():  # deeper nesting than before: the next probe has the room
+        if self._top > self._buffer.numel():  # deeper nesting than before; ``prepare`` grows the buffer
             return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
         views = []
         for tensor in tensors:
@@ -67,9 +67,9 @@ class Scratch:
         return views
 
     def take_again(self, parameters: Parameters) -> list[Tensor]:
-        """Like ``take`` for parameters that come back at every probe: they get the same views again.
+        """Like ``take``, but returns the same views at every probe for the same parameters.
 
-        Making views anew would cost more than filling small ones.
+        Creating views costs more than filling small ones.
         """
         start = self._top
         known = self._views.get((id(parameters), start))
@@ -88,7 +88,7 @@ class Scratch:
         self._kept = 0
 
     def users(self) -> int:
-        """How many references to this memory there are, beside those of the views that are kept."""
+        """The number of references to this memory, not counting those of the cached views."""
         return int(torch._C._storage_Use_Count(self._buffer.untyped_storage()._cdata)) - self._kept
 
     def release(self, top: int) -> None:

@@ -1,4 +1,4 @@
-"""Replaces the weights of a module while it runs, and puts them back."""
+"""Replaces the weights of a module while it runs, and restores them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from zoext.probes._scratch import Scratch, aligned_bytes
 
 
 class StreamedProbeError(RuntimeError):
-    """A model that cannot be streamed: it uses weights where its modules do not run."""
+    """The model cannot be streamed: it uses weights while the modules that own them are not running."""
 
 
-#: How many rows of a table are displaced in the time that it takes to handle one alone.
+#: How many rows of a whole table are displaced in the time that handling a single row separately takes.
 ROW_OVERHEAD = 8
 
 
 class _Running:
-    """A module that is running: what it had, and how the scratch memory stood before it."""
+    """A running module: its original tensors, and the state of the scratch memory before it ran."""
 
     def __init__(self, top: int, users: int) -> None:
         self.depth = 1
@@ -40,7 +40,7 @@ class _Running:
 
 
 class ModuleSwap:
-    """Hooks on the modules below ``root`` that own parameters or buffers."""
+    """Swaps weights with hooks on ``root`` and the modules below it that own parameters or buffers."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
@@ -61,18 +61,18 @@ class ModuleSwap:
 
     @property
     def memory(self) -> Tensor:
-        """Where displaced weights are, uint8 [bytes]; other memory when more is needed."""
+        """The memory of displaced weights, uint8 [bytes]; reallocated when more is needed."""
         return self._scratch.buffer
 
     def modes(self) -> tuple[tuple[int, bool], ...]:
-        """Which modules there are, and which of them are in training."""
+        """The id and the training mode of each module."""
         return tuple((id(module), module.training) for module in self._root.modules())
 
     @contextmanager
     def hooked(self, signals: Signals) -> Iterator[None]:
-        """Within the block there are hooks on every module that owns parameters or buffers.
+        """Installs hooks on every module that owns parameters or buffers, within the block.
 
-        They hold ``signals`` back: a module is either swapped or not.
+        The hooks defer ``signals``, so that no module is left partly swapped.
         """
         handles: list[RemovableHandle] = []
         self._signals = signals
@@ -91,10 +91,10 @@ class ModuleSwap:
 
     @contextmanager
     def displaced(self, combination: Combination, find_written_buffers: bool) -> Iterator[set[int]]:
-        """Within the block, modules run with displaced weights; yields the ids of those that ran.
+        """Runs modules with displaced weights within the block; yields the ids of the modules that ran.
 
-        With ``find_written_buffers`` every buffer is replaced, and those that are written to are noted
-        for later probes.
+        With ``find_written_buffers`` every buffer is replaced, and those that a module writes to are
+        remembered for later probes.
         """
         self._combination = combination
         self._device = combination.seeds.device
@@ -102,7 +102,7 @@ class ModuleSwap:
         self._visited = set()
         try:
             self._terms = self._terms_of_modules(combination)
-            # Taken here, not in the hooks: whoever watches operators would see the hooks read weights.
+            # Read here, not in the hooks: a dispatch mode that watches operators would see those reads.
             self._originals = {
                 id(tensor): tensor.data
                 for parameters, _ in combination.terms
@@ -114,7 +114,7 @@ class ModuleSwap:
             self._end(combination)
 
     def _end(self, combination: Combination) -> None:
-        if self._combination is not combination:  # ended already, by the end of ``hooked``
+        if self._combination is not combination:  # already ended by the exit of ``hooked``
             return
         for module in reversed(list(self._running)):
             with record(Phase.RESTORE):
@@ -138,7 +138,7 @@ class ModuleSwap:
         }
 
     def _forget_other_owners(self) -> None:
-        """Looks for the owners again if modules or their parameters were replaced."""
+        """Invalidates the cached owners if modules or their parameters were replaced."""
         outline = [
             (id(module), list(map(id, module._parameters.values()))) for module in self._root.modules()
         ]
@@ -146,7 +146,7 @@ class ModuleSwap:
             self._outline, self._groups = outline, []
 
     def _owners(self, groups: list[Parameters]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
-        """The parameters that each module owns itself, by the group they belong to."""
+        """The parameters that each module owns directly, with the index of their group."""
         places = {
             id(tensor): (group, position)
             for group, parameters in enumerate(groups)
@@ -193,7 +193,7 @@ class ModuleSwap:
         if self._combination is None:  # between two probes
             return
         with self._signals.held():
-            if module in self._running:  # calls itself: its weights are displaced already
+            if module in self._running:  # a recursive call: its weights are already displaced
                 self._running[module].depth += 1
             else:
                 self._before(module, args)
@@ -214,7 +214,7 @@ class ModuleSwap:
     def _displace(self, module: nn.Module, running: _Running) -> None:
         assert self._combination is not None
         for parameters, terms in self._terms.get(module, ()):
-            # A weight that a running parent shares with this module is displaced already.
+            # A weight that this module shares with a running parent is already displaced.
             fresh = parameters
             if any(id(tensor) in self._swapped for tensor in parameters.tensors):
                 fresh = parameters.take(
@@ -237,7 +237,7 @@ class ModuleSwap:
 
     def _after(self, module: nn.Module, output: Any) -> Any:
         running = self._running.get(module)
-        if running is None:  # its forward raised before it began to run
+        if running is None:  # an error was raised before its forward began
             return None
         running.depth -= 1
         if running.depth:
@@ -245,7 +245,7 @@ class ModuleSwap:
         if running.rows is not None and output is not None:
             with record(Phase.PERTURB):
                 self._displace_rows(module, running.rows, output)
-        # What a module returns may be a view of its weights, whose memory the next module will use.
+        # The output may be a view of the displaced weights, whose memory the next module will reuse.
         borrowed = _distinct(output, self._scratch.holds)
         if borrowed:
             output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
@@ -265,15 +265,15 @@ class ModuleSwap:
     def _rows_to_read(self, module: nn.Module, args: Any) -> list[int] | None:
         """The rows that an embedding is about to read, if displacing only those is cheaper.
 
-        A table of a vocabulary is often the largest module, and a batch reads a small part of it. On
-        CUDA the indices would have to come to the host, so there the whole table is displaced; and
-        while operators are watched, since the watch would see the rows read from the original.
+        The vocabulary table is often the largest module, and a batch reads a small part of it. The whole
+        table is displaced on CUDA, where the indices would have to be copied to the host, and while
+        operators are watched, because the watch would report the reads from the original table.
         """
         if type(module) is not nn.Embedding or module.max_norm is not None or self._find_written:
             return None
         others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
         if others_hook or module.weight.device.type != "cpu" or id(module.weight) in self._swapped:
-            return None  # a hook of the user may read the table itself
+            return None  # a user's hook may read the table itself
         index = args[0] if args and isinstance(args[0], Tensor) else None
         if index is None or not 0 < index.numel() * ROW_OVERHEAD <= module.num_embeddings:
             return None
@@ -286,7 +286,7 @@ class ModuleSwap:
         return rows
 
     def _displace_rows(self, module: nn.Module, rows: list[int], output: Tensor) -> None:
-        """Adds the combination to rows that were read from the original table: the same bits."""
+        """Adds the combination to rows read from the original table, with the same bits as a full pass."""
         assert self._combination is not None
         ((parameters, terms),) = self._terms[module]
         width = output.shape[-1]
@@ -304,7 +304,7 @@ class ModuleSwap:
         self._combination.direction.axpy_(read, [terms])
 
     def _restore(self, module: nn.Module) -> None:
-        """Puts everything back; may be called again where an interrupt cut it short."""
+        """Restores weights and buffers; may be called again if an interrupt cut it short."""
         running = self._running[module]
         written = []
         for tensor, original in running.parameters:
@@ -316,7 +316,7 @@ class ModuleSwap:
             module._buffers[name] = buffer
         del self._running[module]
         if self._find_written:
-            # Not by version counters: batch_norm moves its statistics behind autograd's back.
+            # Version counters do not suffice: batch_norm updates its statistics without changing them.
             self._written_buffers |= {
                 (id(module), name)
                 for name, now, original, replaced in written
@@ -334,5 +334,5 @@ def _same(now: Tensor, original: Tensor) -> bool:
 
 
 def _distinct(output: Any, wanted: Callable[[Any], bool]) -> list[Any]:
-    """The values of a nest that are wanted, each object once."""
+    """The values in a nested structure that ``wanted`` selects, each object once."""
     return list({id(value): value for value in tree_iter(output) if wanted(value)}.values())

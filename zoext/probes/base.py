@@ -1,4 +1,4 @@
-"""What all probes share."""
+"""Base classes of probes."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from zoext.directions import Combination
 
 
 class Session(ABC):
-    """The probes of one estimate, during which signals are held back."""
+    """The probes of one estimate, during which signals are deferred."""
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
 
     @abstractmethod
     def displaced(self, combination: Combination) -> AbstractContextManager[None]:
-        """The block in which the model runs at ``theta + combination``."""
+        """Displaces the model to ``theta + combination`` within the block."""
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """The block within ``displaced`` in which signals take effect: that of the closure."""
+        """Lets signals take effect within the block, which runs the closure inside ``displaced``."""
         return self._signals.allowed()
 
     @property
     def is_displaced(self) -> bool:
-        """Whether theta still is where the last probe moved it; the end of the session restores it."""
+        """Whether theta is still at the last probe. The end of the session restores it."""
         return False
 
     def settle(self) -> None:
-        """Takes note that the caller has moved the first group that is still displaced: it stays there."""
+        """Marks the first displaced group as moved by the caller, so that it is not restored."""
         raise RuntimeError("this session never leaves theta displaced")
 
 
 class Probe(ABC):
     """Runs a model at displaced weights.
 
-    All probes clear autocast's cache, which keeps casts of weights and sees neither kind of change.
+    All probes clear autocast's cache, because its casts of weights do not follow changes of the weights.
     """
 
     #: Whether theta is restored bit for bit, so that a run can be replayed without its probes.
@@ -48,7 +48,7 @@ class Probe(ABC):
 
     @abstractmethod
     def session(self) -> AbstractContextManager[Session]:
-        """The probes of one estimate. Theta is restored when the block ends, however it ends."""
+        """The probes of one estimate. Theta is restored when the block ends, even if it raises."""
 
     @property
     def is_to_watch(self) -> bool:
@@ -57,13 +57,13 @@ class Probe(ABC):
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
-        """Within the block sessions read nothing on the host, as watching does."""
+        """Disables watching within the block, so that sessions read nothing on the host."""
         yield
 
     @contextmanager
     def captured(self) -> Iterator[list[Tensor]]:
-        """The block in which a session is captured in a graph, so that nothing is read on the host.
+        """The block in which a graph captures a session, so that nothing may be read on the host.
 
-        Yields the memory that replays will use, filled when the block ends.
+        Yields a list that holds the memory used by replays once the block has ended.
         """
         yield []

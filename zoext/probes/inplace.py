@@ -16,15 +16,16 @@ from zoext.probes.base import Probe, Session
 
 
 class InplaceProbe(Probe):
-    """Adds the combination to theta, runs the closure, and at the end subtracts it again.
+    """Adds the combination to theta, runs the closure, and finally subtracts the combination.
 
-    From one probe to the next along the same direction theta moves at once, from ``+mu`` to ``-mu``. From the
-    last probe of ``step(closure)`` a linear update (``SGD``) of float32 weights moves it at once to where the
-    step ends: three passes over theta for a central difference, two for a one-sided one. The coefficient of
-    that pass is the float32 nearest to ``mu - lr g``, an error of up to ``2**-24 mu`` along the direction.
+    Between probes along the same direction, theta moves in a single pass, from ``+mu`` to ``-mu``. After the
+    last probe of ``step(closure)``, a linear update (``SGD``) of float32 weights moves theta to the end of
+    the step in a single pass. A step then takes three passes over theta for a central difference and two for
+    a one-sided one. The coefficient of the last pass is the float32 nearest to ``mu - lr g``, an error of up
+    to ``2**-24 mu`` along the direction.
 
-    Needs no memory and nothing but the parameters. Restores theta to rounding only: in 16 bits the error
-    grows with every step, so prefer ``StreamedProbe`` where there is a module.
+    Needs only the parameters and no extra memory. Restores theta only up to rounding: in 16 bits the error
+    grows with every step, so prefer ``StreamedProbe`` if the model is an ``nn.Module``.
     """
 
     @contextmanager
@@ -39,7 +40,7 @@ class InplaceProbe(Probe):
 
 
 class _Displaced(NamedTuple):
-    """One group of parameters away from theta."""
+    """A parameter group that is displaced from theta."""
 
     direction: Direction
     parameters: Parameters
@@ -66,7 +67,7 @@ class _InplaceSession(Session):
         del self._displaced[0]
 
     def _move(self, combination: Combination) -> None:
-        """Moves theta from where it is to the combination; ``_displaced`` is true after each kernel."""
+        """Moves theta from its current place to the combination; updates ``_displaced`` after each kernel."""
         displaced = self._displaced
         if displaced and displaced[0].terms.seeds is not combination.seeds:
             self.restore()

@@ -18,20 +18,20 @@ from zoext.directions import Combination
 from zoext.probes._swap import ModuleSwap, StreamedProbeError
 from zoext.probes.base import Probe, Session
 
-#: What ``tensor.data = ...`` asks first, in inference mode through the dispatcher: no one reads there.
+#: Assigning ``tensor.data`` calls this, through the dispatcher in inference mode; it reads no values.
 _ASSIGNS_DATA = torch.ops.aten._has_compatible_shallow_copy_type.default
 
 
 class StreamedProbe(Probe):
     """Swaps each module's own weights for displaced ones while that module runs.
 
-    Theta is only ever read, so it is restored bit for bit whatever the closure does. Buffers that a
-    module writes to (running statistics) are put back as well. The displaced weights live in a
-    scratch buffer as large as the largest module's weights.
+    Theta is never written to, so it keeps every bit. Buffers that a module writes to, such as running
+    statistics, are restored as well. The displaced weights are stored in a scratch buffer as large as the
+    largest module's weights.
 
-    A module must read its weights inside its own ``forward``. Whether that is so is watched, operator
-    by operator, at the first probe and again whenever other modules run than before; a weight that is
-    read elsewhere raises a RuntimeError that names it, before anything was moved.
+    A module must read its weights inside its own ``forward``. The first probe checks this for every operator,
+    and the check is repeated whenever a different set of modules runs. A weight that is read elsewhere raises
+    a RuntimeError that names the weight, before theta is moved.
     """
 
     is_exact = True
@@ -45,7 +45,7 @@ class StreamedProbe(Probe):
         self._unwatched = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """The module alone: all else is found again."""
+        """Only the module; everything else is recomputed."""
         return {"module": self.module}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class StreamedProbe(Probe):
             route = (frozenset(visited), modes)
             if watch:
                 self._watched.add(route)
-            # A route not seen before ran unwatched: watch it at the next probe.
+            # A new route that ran unwatched is watched at the next probe.
             unwatched = route not in self._watched
             self._watch_next = unwatched or (self._unwatched and self._watch_next)
 
@@ -137,11 +137,11 @@ def _watching(combination: Combination) -> Iterator[None]:
 
 
 class _UnperturbedReads(TorchDispatchMode):
-    """Watches every operator for arguments that lie in the memory of the original weights.
+    """Checks whether an argument of any operator lies in the memory of the original weights.
 
-    While a module runs, its parameters point at the scratch buffer, so whatever still reads the
-    original memory reads an unperturbed weight. zoext's own operators are exempt: they are what fills
-    the scratch buffer.
+    While a module runs, its parameters point to the scratch buffer, so an operator that reads the original
+    memory reads an unperturbed weight. zoext's own operators are exempt, because they fill the scratch
+    buffer.
     """
 
     def __init__(self, groups: Iterable[Parameters]) -> None:
