@@ -216,8 +216,7 @@ class StepEngine:
     def step(self, closure: Closure) -> AppliedStep:
         """Makes an estimate with ``closure``, discards pending estimates, and applies the update.
 
-        A closure that returns None, which wrappers such as Lightning pass for ``step()``, applies the pending
-        estimates instead.
+        A closure that returns None, as Lightning passes for ``step()``, applies the pending ones instead.
         """
         self.check_no_round()
         pending, self.run.pending = self.run.pending, []
@@ -274,8 +273,7 @@ class StepEngine:
 
         ``states`` holds the update's state for each parameter group. ``finish(estimate)`` is called before
         the update and returns the options of the step. ``commit(step, states)`` is called after the update
-        and before signals take effect. A linear update starts from where the last in-place probe left theta
-        if that loses no accuracy.
+        and before signals take effect. A linear update of float32 weights also restores theta.
         """
         with ExitStack() as phase:
             phase.enter_context(record(Phase.ESTIMATE))
