@@ -178,11 +178,12 @@ def _noise_loop(kernel: Kernel, whole: Loop) -> Loop | None:
 
 
 def _stops(kernel: Kernel, whole: Loop, noise: Loop | None) -> list[int]:
-    """What a round of the whole loop must pass: in an Adam step its noise, if of normals, and the move."""
-    if not kernel.name.startswith("move_window<Adam"):
+    """What a round of the whole loop must pass: for a window its normals, and the move of Adam."""
+    if not kernel.name.startswith("move_window<"):
         return []
     after = Loop(noise.latch, whole.latch) if noise else whole
-    found = [kernel.find(noise, ROOT) if noise else None, kernel.find(after, QUOTIENT)]
+    moves = kernel.name.startswith("move_window<Adam")
+    found = [kernel.find(noise, ROOT) if noise else None, kernel.find(after, QUOTIENT) if moves else None]
     return [stop for stop in found if stop is not None]
 
 

@@ -18,6 +18,7 @@ from support.cuda_comparison import MARKS, fakegpu
 from support.recorded_graph import RecordedGraph
 from zoext import ops
 from zoext._benchmarking.memory import cuda_peaks
+from zoext._benchmarking.report import Report
 from zoext._benchmarking.timing import interleaved
 from zoext.graphs import graphed_step as graphs
 from zoext.probes import streamed
@@ -366,7 +367,7 @@ def test_what_the_memory_is_too_small_for_is_left_out(modules: Callable[[str], M
     )
     assert timings.left_out == ["large"]
     assert len(timings.seconds["small"].rounds) == len(timings.launching["small"].rounds) == 3
-    report = modules("zoext._benchmarking.report").benchmarking.report.Report("a title", {})
+    report = Report("a title", {})
     modules("gpu_kernels").measure(report, too_large, "bfloat16", repeats=2, device=device)
     assert str(report).endswith("left out, since the free memory is too small: no room")
 
@@ -401,7 +402,7 @@ def test_a_time_that_is_the_hosts_is_noted(
     monkeypatch.setattr(modules("gpu_timing"), "time", clock)
     monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda begin, end: 50 * 1.0)  # of 50 runs
     monkeypatch.setattr(torch.cuda, "synchronize", clock.synchronize)
-    report = modules("zoext._benchmarking.report").benchmarking.report.Report("a title", {})
+    report = Report("a title", {})
     gpu_kernels = modules("gpu_kernels")
     monkeypatch.setattr(modules("gpu_timing"), "_runs", lambda case: 50)
     group = gpu_kernels.Group("a group", {"a case": clock.launch_one})
