@@ -1,7 +1,7 @@
 """The noise field: random numbers that are a pure function of (seed, key, index).
 
 Philox4x32-10 with the seed as key and (block, parameter key, stream) as counter, Box-Muller on word
-pairs (``csrc/core``). Any element can be had alone, on any device, in any order, with the same bits.
+pairs (``csrc/core``). Any element can be generated alone, on any device, in any order, with the same bits.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def normal(
 
     Computed in float32 and rounded once to ``dtype`` (float32, float64, bfloat16 or float16). The bits
     do not depend on the device. ``key`` and ``stream`` are in 0 .. 2**32 - 1; ``seed`` has 64 bits.
-    torch's generators are neither read nor moved.
+    torch's generators are neither read nor advanced.
     """
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")

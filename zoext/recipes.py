@@ -1,4 +1,4 @@
-"""Named optimizers: each fills the axes in which it differs from MeZO, the default of all three."""
+"""Named optimizers. Each sets the axes in which it differs from MeZO, the default of all three."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zoext.updates import AdamReplay
 
 
 class Options(TypedDict, total=False):
-    """What every recipe passes on to ``ZerothOrderOptimizer``, which has the defaults."""
+    """Options that every recipe passes to ``ZerothOrderOptimizer``, which defines their defaults."""
 
     mu: float
     weight_decay: float
@@ -30,8 +30,8 @@ class MeZO(ZerothOrderOptimizer):
 
         p = (L(theta + mu z) - L(theta - mu z)) / (2 mu),   theta <- theta - lr (p z + weight_decay theta)
 
-    with z ~ N(0, I) from the step's seed. Two forwards a step; with ``samples=n`` the mean over n
-    directions, 2n forwards. The paper's grid for full fine-tuning: lr 1e-6 and 1e-7, mu 1e-3.
+    with z ~ N(0, I) from the step's seed. Two forwards per step; ``samples=n`` averages over n
+    directions, with 2n forwards. The paper's grid for full fine-tuning is lr 1e-6 and 1e-7 with mu 1e-3.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AdaMeZO(ZerothOrderOptimizer):
 
     over the last ``horizon`` steps; ``bias_correction`` divides the moments by the mass of the window.
     Two forwards per step and no memory for moments; each update generates ``horizon`` normals per element. lr
-    is that of Adam: the length of a step hardly depends on the slope. The published code's lr 1e-7 has an
+    acts as in Adam: the length of a step hardly depends on the slope. The published code's lr 1e-7 has an
     unexplained factor of 100, hence the default of 1e-5. ``betas=(b, 0)`` means momentum only.
     """
 
@@ -112,8 +112,8 @@ class AGZO(ZerothOrderOptimizer):
 class MeZOGV(ZerothOrderOptimizer):
     """MeZO along a guiding vector (arXiv 2601.04710, algorithms 1 and 2); see ``GuidingVector``.
 
-    ``pool_size + 2`` forwards a step. At equal lr it moves like MeZO at 2 to 2.5 times the lr: compare it
-    with that.
+    ``pool_size + 2`` forwards per step. At equal lr it moves like MeZO with 2 to 2.5 times the lr: compare it
+    with MeZO at that lr.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class MeZOGV(ZerothOrderOptimizer):
 class MeZOGreedy(ZerothOrderOptimizer):
     """MeZO along the best direction of a pool (arXiv 2601.04710, algorithms 3 and 4); see ``GreedyPool``.
 
-    ``pool_size + 1`` forwards a step, or ``pool_size + 2`` as printed with ``reuse=False``.
+    ``pool_size + 1`` forwards per step, or ``pool_size + 2`` with ``reuse=False``, as in the paper.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class LOZO(ZerothOrderOptimizer):
 
         c = (L(theta + mu U V^T) - L(theta - mu U V^T)) / (2 mu),   theta <- theta - lr c U V^T / rank
 
-    for matrices, dense normals for vectors. Two forwards a step.
+    for matrices, dense normals for vectors. Two forwards per step.
     """
 
     def __init__(

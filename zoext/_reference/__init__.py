@@ -1,8 +1,8 @@
 """The operators in plain torch operators, for devices that have no kernels of their own.
 
-Registered for the dispatch keys below. CPU and CUDA keep their kernels: on CUDA without them the operators
-raise, since this backend leaves other bits and is many times slower there. What it computes is what the
-kernels compute, with the same random words, and to the rounding of float32.
+They are registered for the dispatch keys below. CPU and CUDA keep their kernels: on CUDA without them the
+operators raise, since the bits of this backend differ and it is many times slower there. It uses the same
+random words as the kernels and computes the same results up to float32 rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the operators check before they change anything: what the kernels check, in the same words."""
+"""The checks that operators make before they change anything, with the same messages as the kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tensors(name: str, given: Sequence[Tensor]) -> None:
 
 
 def places(given: Sequence[Tensor], keys: Sequence[int], spans: Sequence[int]) -> list[Span]:
-    """The span of each tensor."""
+    """Checks keys and spans, and returns the span of each tensor."""
     _check(
         len(keys) == len(given) and len(spans) == 3 * len(given),
         "keys must have one and spans three numbers per tensor; there are "
@@ -99,13 +99,13 @@ def rounding(number: int, theta: Sequence[Tensor], residuals: Sequence[Tensor]) 
 
 
 def number(name: str, scalar: Tensor, dtype: torch.dtype, like: Tensor) -> None:
-    """Of one element."""
+    """Checks a tensor of one element."""
     _check(scalar.numel() == 1 and scalar.dtype == dtype, f"{name} must hold one {_NAMES[dtype]} number")
     _on_device(name, scalar, like)
 
 
 def terms(seeds: Tensor, coefficients: Tensor, like: Tensor, dimensions: int) -> None:
-    """Of a step, [K], or of several, [S, K]."""
+    """Checks the terms of a step, [K], or of several, [S, K]."""
     of = "one dimension" if dimensions == 1 else "two dimensions: steps and terms of a step"
     _check(
         seeds.dim() == dimensions and seeds.dtype == torch.int64 and seeds.is_contiguous(),
@@ -215,7 +215,7 @@ def _on_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def power_iteration(input: Tensor, mask: Tensor | None, seed: Tensor, rank: int, iterations: int) -> int:
-    """The number of features."""
+    """Checks the arguments, and returns the number of features."""
     _check(input.is_contiguous(), "input is not contiguous; pass input.contiguous()")
     _check(input.dtype in _STORED, "input must be float32, float64, bfloat16 or float16")
     _check(

@@ -1,4 +1,4 @@
-"""The operators on dense directions, straight from the noise field."""
+"""The operators on dense directions, drawn from the noise field."""
 
 from __future__ import annotations
 

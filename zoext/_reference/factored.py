@@ -1,4 +1,4 @@
-"""The operators on directions of matrices that are given by their factors."""
+"""The operators on low-rank directions of matrices, given by their factors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _FactoredTerm:
         rows, width = max(places.count // columns, 1), min(places.count, columns)
         left = self._left.narrow(1, first_row, rows).to(dtype).unsqueeze(2)
         right = self._right.narrow(1, first_column, width).to(dtype).unsqueeze(1)
-        # A chain of sums over the rank, whose order no device changes, as it may in a matrix product.
+        # Summed over the rank one by one: the order is fixed on all devices, unlike that of a matrix product.
         total = torch.full((rows, width), -0.0, dtype=dtype, device=left.device)
         for column, row in zip(left.unbind(), right.unbind(), strict=True):
             total = total + column * row
@@ -122,7 +122,7 @@ def _targets(
     keys: Sequence[int],
     spans: Sequence[Span],
 ) -> list[Target]:
-    """Factors with one entry serve all terms."""
+    """A factor with one entry is used for all terms."""
     rows = zip(theta, own_residuals(residuals, theta), left, right, keys, spans, strict=True)
     return [
         Target(

@@ -3,7 +3,7 @@
 The formulas and their constants are those of ``csrc/core`` (``philox.h``, ``normal.h``, ``sign.h`` and
 ``storage.h``). Words are int64 tensors with values in 0 .. 2**32 - 1, since few backends have all operators
 for unsigned integers; the product of two of them wraps modulo 2**64, which keeps all of its bits. Nothing
-here needs float64, copies from the host, or waits for the device.
+here needs float64, copies from the host, or synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOG = _hex(
 )
 _SINE = _hex("0x1.921fb4p+2", "-0x1.4abbb6p+5", "0x1.46676ep+6", "-0x1.3232fap+6", "0x1.3c4b2cp+5")
 _COSINE = _hex("0x1.fffffep-1", "-0x1.3bd3a6p+4", "0x1.03bd06p+6", "-0x1.54f61cp+6", "0x1.c1f080p+5")
-# -2 log(2) in two parts, of which the first one has so few bits that its product with an exponent is exact.
+# -2 log(2) in two parts; the first has few enough bits that its product with an exponent is exact.
 _LOG_HIGH, _LOG_LOW = _hex("-0x1.62ep+0", "-0x1.0cp-14")
 
 
@@ -77,7 +77,7 @@ def words(keys: Tensor, key: int, stream: int, blocks: Tensor) -> Tensor:
 
 
 def normals_of_words(block_words: Tensor) -> Tensor:
-    """Box and Muller's normals of words [..., 2 n], the sine of each pair first: float32 of that shape."""
+    """Box-Muller normals of words [..., 2 n], the sine of each pair first: float32 of the same shape."""
     radius = _radius(block_words[..., 0::2])
     second = block_words[..., 1::2]
     # Dropping the top bit folds the turn onto half a turn; sine and cosine then change sign together.
@@ -92,7 +92,7 @@ def normals_of_words(block_words: Tensor) -> Tensor:
 
 def _radius(word: Tensor) -> Tensor:
     """``sqrt(-2 log((word + 1/2) / 2**32))``."""
-    # The uniform where it is at most 1/2, else the uniform less 1, which keeps the low bits of the word.
+    # The uniform if it is at most 1/2, else the uniform minus 1, which keeps the low bits of the word.
     nearest = _signed(word) * 2.0**-32 + 2.0**-33
     bits = nearest.view(torch.int32)
     exponent = (((bits >> 23) & 0x1FF) - 126).clamp(max=0)
@@ -109,11 +109,11 @@ def _signed(word: Tensor) -> Tensor:
 
 
 def _fused_polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
-    """``_polynomial`` by fused multiply-adds, for coefficients larger than all that is added to them.
+    """``_polynomial`` with fused multiply-adds, for coefficients larger than the terms added to them.
 
-    Few backends have an operator that surely rounds once, and in the polynomials of sine and cosine a second
-    rounding would cost more than 1e-6 of a normal. So the errors of both operations are found and added:
-    that of the product by Dekker's algorithm, that of the sum by Fast2Sum.
+    Few backends have an operator that is guaranteed to round once, and in the polynomials of sine and cosine
+    a second rounding would cost more than 1e-6 of a normal. The rounding errors of both operations are
+    therefore computed and added: that of the product by Dekker's algorithm, that of the sum by Fast2Sum.
     """
     x_high, x_low = _halves(x)
     total = torch.full_like(x, coefficients[-1])
@@ -167,14 +167,15 @@ class RoundingBits:
         self._key = key
 
     def at(self, places: Places) -> Tensor:
-        """16 bits for each of some places, int32 [count]."""
+        """16 random bits for each place, int32 [count]."""
         drawn = words(self._keys, self._key, int(Stream.ROUNDING), places.blocks(_BLOCK_OF_ROUNDING))
-        # A block serves 16 elements: the words in halves, low half first, and again, rotated by a byte.
+        # A block serves 16 elements: the halves of its words, low half first, then those of the words
+        # rotated by a byte.
         rotated = ((drawn << 8) | (drawn >> 24)) & MASK
         word = places.pick(torch.cat((drawn, rotated), dim=1), _BLOCK_OF_ROUNDING)
         return ((word >> ((places.indices & 1) * 16)) & 0xFFFF).to(torch.int32)
 
 
 def rounding_keys(seeds: Tensor) -> Tensor:
-    """The keys for ``RoundingBits``, [K, 2, rounds], of seeds, int64 [K]; they are fewer."""
+    """The keys for ``RoundingBits``, [K, 2, rounds], of seeds, int64 [K]; rounding uses fewer rounds."""
     return round_keys(seeds, _ROUNDS_OF_ROUNDING)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from zoext.ops import Span
 
-#: Elements that are handled at once. It bounds the memory of temporary tensors, some tens of MiB, and is
-#: large enough that launches do not take most of the time.
+#: Elements that are processed at once. This bounds the memory of temporary tensors to some tens of MiB, and
+#: is large enough that launches do not dominate the run time.
 CHUNK = 2**18
 
 
@@ -46,7 +46,7 @@ class Places:
         return self.indices >> (size.bit_length() - 1)
 
     def pick(self, drawn: Tensor, size: int) -> Tensor:
-        """What belongs to each element, [count], of ``drawn`` [n, m] for ``blocks(size)``.
+        """The value of each element, [count], in ``drawn`` [n, m], which was drawn for ``blocks(size)``.
 
         A block has m values, each of which serves ``size / m`` consecutive elements.
         """
@@ -59,7 +59,7 @@ class Places:
 
 
 def chunks(count: int, span: Span, device: torch.device, columns: int = 1) -> Iterator[Places]:
-    """Covers ``count`` elements by chunks: whole rows of ``columns`` elements, or parts of one long row."""
+    """Covers ``count`` elements with chunks: whole rows of ``columns`` elements, or parts of one long row."""
     rows = max(CHUNK // max(columns, 1), 1)
     stretch = rows * max(columns, 1)
     for begin in range(0, count, stretch):

@@ -1,9 +1,9 @@
-"""The leading right singular vectors of activations, by ``csrc/core/power_iteration.h``'s method.
+"""The leading right singular vectors of activations, by the method of ``csrc/core/power_iteration.h``.
 
-It finds the same subspace as the kernels, not the same bits; vectors may have the other sign. The small
-problem at the end is solved by one-sided Jacobi rotations in float32 (Demmel and Veselic, SIMAX 13, 1992),
-where the kernels take eigenvectors of the Gram matrix in float64: few devices have an eigensolver that does
-not wait for the host, and some have no float64.
+It finds the same subspace as the kernels, but the bits differ and vectors may have the opposite sign. The
+small problem at the end is solved by one-sided Jacobi rotations in float32 (Demmel and Veselic, SIMAX 13,
+1992), while the kernels compute eigenvectors of the Gram matrix in float64: few devices have an eigensolver
+that does not synchronize with the host, and some have no float64.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from zoext._reference.field import NoiseTerm, round_keys
 from zoext._reference.places import CHUNK, Places
 from zoext.ops import Distribution, Stream
 
-_LARGEST = 1e36  # a row with more than that is not finite
-_SMALLEST_REMAINDER, _LEAST_KEPT = 1e-12, 0.25  # of squares, as in the kernels
+_LARGEST = 1e36  # rows with a larger magnitude count as nonfinite
+_SMALLEST_REMAINDER, _LEAST_KEPT = 1e-12, 0.25  # ratios of squared norms, as in the kernels
 _SMALLEST_RATIO = 1e-12
 _SWEEPS = 10  # Jacobi's method converges quadratically; 6 to 8 are enough for a thousand rows
 
@@ -31,7 +31,7 @@ def power_iteration(
     features = checks.power_iteration(input, mask, seed, rank, iterations)
     with torch.no_grad():
         rows = _Rows(input.detach().reshape(-1, features), None if mask is None else mask.reshape(-1))
-        enough = -(-min(rows.count, features) // rank)  # more blocks would fill more than the whole space
+        enough = -(-min(rows.count, features) // rank)  # more blocks would exceed the dimension of the space
         blocks = min(iterations, enough) + 1
         basis, products = _krylov(rows, seed.reshape(1), rank, blocks)
         rotations = _orthogonal_rows(products)
@@ -48,7 +48,7 @@ def power_iteration(
 
 
 class _Rows:
-    """The rows that count, scaled by a power of two so that no sum overflows; the others are zero."""
+    """The rows, scaled by a power of two so that no sum overflows; masked rows are zero."""
 
     def __init__(self, rows: Tensor, mask: Tensor | None) -> None:
         self._rows = rows
@@ -75,7 +75,7 @@ class _Rows:
 
 
 def _krylov(rows: _Rows, seed: Tensor, rank: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the Krylov space, one vector a row, and its products with the rows."""
+    """An orthonormal basis of the Krylov space, one vector per row, and its products with the rows."""
     start = torch.zeros((rank, rows.features), dtype=torch.float32, device=seed.device)
     term = NoiseTerm(round_keys(seed)[0], 0, Distribution.NORMAL, Stream.POWER_ITERATION)
     for begin, some in rows.chunks():
@@ -99,7 +99,7 @@ def _krylov(rows: _Rows, seed: Tensor, rank: int, blocks: int) -> tuple[Tensor, 
 
 
 def _orthonormal(vector: Tensor, basis: Tensor | None) -> Tensor:
-    """``vector`` made orthonormal to the rows of ``basis``, or zero where it depends on them."""
+    """``vector`` made orthonormal to the rows of ``basis``, or zero if it depends on them linearly."""
     vector = vector * _scale_to_one(vector.abs().max())
     before = once = twice = vector.square().sum()
     for _ in range(2 if basis is not None else 0):
@@ -119,7 +119,7 @@ def _orthogonal_rows(rows: Tensor) -> Tensor:
         both = torch.cat((both, torch.zeros_like(both[:1])))
     half = len(both) // 2
     if count > 1:
-        # All pairs in rounds of pairs that do not touch each other, as players meet in a tournament.
+        # All pairs, in rounds of disjoint pairs, as in a round-robin tournament.
         upper, lower = both[:half], both[half:]
         for _ in range(_SWEEPS * (2 * half - 1)):
             upper, lower = _rotated(upper, lower, rows.shape[1])
@@ -129,7 +129,7 @@ def _orthogonal_rows(rows: Tensor) -> Tensor:
             )
         both = torch.cat((upper, lower))
     rotations = both[:, rows.shape[1] :]
-    # Hundreds of roundings lengthened them; a row that was added to make pairs is zero.
+    # Renormalized after hundreds of roundings; the clamp is for the zero row that pads an odd count.
     return rotations / rotations.square().sum(1, keepdim=True).sqrt().clamp(min=0.5)
 
 
@@ -148,6 +148,6 @@ def _rotated(a: Tensor, b: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _scale_to_one(magnitude: Tensor) -> Tensor:
-    """The power of two that brings a magnitude to 1 .. 2, as far as there is one."""
+    """The power of two that scales a magnitude to 1 .. 2, or the nearest one in range."""
     exponent = (magnitude.view(torch.int32) >> 23) & 0xFF
     return ((254 - exponent).clamp(min=1, max=253) * 2**23).view(torch.float32)

@@ -1,7 +1,7 @@
-"""How weights are stored: rounding to nearest, stochastic rounding, and floats of 24 bits in two parts.
+"""How weights are stored: rounding to nearest, stochastic rounding, and 24-bit floats in two parts.
 
-The rules are those of ``csrc/core/storage.h``, in integer operations on the patterns of floats. No pattern of
-float16 is made of a subnormal float32, which many devices flush to zero.
+The rules are those of ``csrc/core/storage.h``, as integer operations on the bit patterns of floats. float16
+patterns are never computed from subnormal float32 numbers, which many devices flush to zero.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ _HALVES = (torch.bfloat16, torch.float16)
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
-#: Patterns of float32 from which on values are rounded to nearest, since no neighbour bounds them.
+#: float32 patterns from which values are rounded to nearest, since there is no finite neighbour above them.
 _UNBOUNDED = {torch.bfloat16: 0x7F7F0000, torch.float16: 0x477FE000}
 _UNSPLIT = {torch.bfloat16: 0x7F7F7F80, torch.float16: 0x477FEFF0}
 
-#: What the exponents of float16, counted as those of float32, are too large by.
+#: Difference between the exponent biases of float32 and float16, in the exponent bits of float32.
 _HALF_BIAS = 0x38000000
 
 
 def is_rounded(dtype: torch.dtype) -> bool:
-    """Whether weights of this type hold less than their arithmetic."""
+    """Whether weights of this type have less precision than their arithmetic."""
     return dtype in _HALVES
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in for weights of this type."""
+    """The dtype of computations on weights of this type."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """Rounds float32 up with the probability of the fraction that is lost; ``random`` is int32, 16 bits."""
+    """Rounds float32 up with the discarded fraction as probability; ``random`` is int32, 16 bits."""
     bits = value.view(torch.int32)
     magnitude = bits & _MAGNITUDE
     if dtype == torch.bfloat16:
@@ -45,7 +45,7 @@ def stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
 
 
 def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Float32 as the nearest number of 16 bits and in 1/256 of its last place what that lacks, int8."""
+    """Splits float32 into the nearest 16-bit number and an int8 residual in 1/256 of its last place."""
     bits = value.view(torch.int32)
     if dtype == torch.bfloat16:
         rounded = bits + 0x80
@@ -60,7 +60,7 @@ def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join(upper: Tensor, residual: Tensor) -> Tensor:
-    """The float32 that two parts stand for, exactly."""
+    """The float32 that the two parts represent, exactly."""
     pattern = upper.view(torch.int16).to(torch.int32)
     magnitude = pattern & 0x7FFF
     rest = residual.to(torch.int32)
@@ -76,7 +76,7 @@ def join(upper: Tensor, residual: Tensor) -> Tensor:
 
 def _half_pattern(magnitude: Tensor) -> Tensor:
     """Magnitudes as patterns of float16 with 13 more bits behind them, int32."""
-    # (a + 2**-14) / 2 counts float16's subnormal numbers, and is the larger pattern just for these.
+    # (a + 2**-14) / 2 has the spacing of float16's subnormals, and the larger pattern only for these.
     counted = (0.5 * magnitude + 2.0**-15).view(torch.int32)
     return torch.maximum(magnitude.view(torch.int32), counted) - _HALF_BIAS
 

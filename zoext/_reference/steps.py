@@ -1,4 +1,4 @@
-"""Combinations of any directions: what ``axpy_`` and ``copy_`` of dense and factored ones share."""
+"""Combinations of directions: what dense and factored ``axpy_`` and ``copy_`` have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Target(NamedTuple):
     key: int
     span: Span
     terms: Sequence[Term]
-    columns: int = 1  # a chunk has whole rows of so many elements, or parts of one row
+    columns: int = 1  # a chunk has whole rows of this many elements, or part of one row
 
     def tiles(self) -> Iterator[Tile]:
         for places in chunks(self.theta.numel(), self.span, self.theta.device, self.columns):
@@ -32,7 +32,7 @@ class RoundingSeeds:
     """The bits of stochastic rounding of each step of a call."""
 
     def __init__(self, rounding: Rounding, seeds: Tensor) -> None:
-        """``seeds`` is int64 [S], the first of each step; with none of them, steps round to nearest."""
+        """``seeds`` is int64 [S], the first of each step; if empty, steps round to nearest."""
         self._keys = rounding_keys(seeds) if rounding == Rounding.STOCHASTIC and len(seeds) else None
 
     def bits(self, step: int, key: int) -> RoundingBits | None:
@@ -75,5 +75,5 @@ def copy_(
 
 
 def own_residuals(residuals: Sequence[Tensor], theta: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The residual of each tensor of theta, None where there are none."""
+    """The residual of each tensor of theta; None for each if there are none."""
     return residuals if residuals else [None] * len(theta)

@@ -1,4 +1,4 @@
-"""A chunk of weights that takes steps one after the other, and the sums that move it."""
+"""A chunk of weights to which steps are applied one after another, and the sums that move it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def empty_sum(places: Places, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def combination(terms: Sequence[Term], coefficients: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
-    """``sum_k coefficients[k] terms[k]`` in the order of k. A coefficient of zero leaves its term out."""
+    """``sum_k coefficients[k] terms[k]`` in the order of k. Terms with a coefficient of zero are skipped."""
     total = empty_sum(places, dtype, coefficients.device)
     for term, coefficient in zip(terms, coefficients.to(dtype).unbind(), strict=True):
         total = torch.where(coefficient != 0, total + coefficient * term.at(places, dtype), total)
@@ -55,7 +55,7 @@ class Tile:
         Args:
             change: in the arithmetic of the weights, [count].
             decay: float32 []; None for none.
-            moves: bool [], whether the step moves anything; None for yes. Else nothing changes by a bit.
+            moves: bool [], whether the step moves anything; None for yes. If not, no bit changes.
             bits: of stochastic rounding; None rounds to nearest, with a residual to 24 bits.
         """
         before, residual = self.weights, self._residual

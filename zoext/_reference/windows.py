@@ -1,6 +1,6 @@
-"""Update rules over windows of estimates: what ``window_`` of dense and factored directions share.
+"""Update rules over windows of estimates: what dense and factored ``window_`` have in common.
 
-The rules are those of ``csrc/core/rules.h``. To add one there, add its move here.
+The rules are those of ``csrc/core/rules.h``. A rule that is added there needs its move here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Window(NamedTuple):
         eps: Tensor,
         decay: Tensor,
     ) -> Window:
-        """The weights may be those of a single window, [H]."""
+        """Also takes the weights of a single window, [H]."""
         if first_weights.dim() == 1:
             first_weights, second_weights = first_weights.unsqueeze(0), second_weights.unsqueeze(0)
         lr, decay = lr.reshape(-1), decay.reshape(-1)
@@ -48,13 +48,13 @@ class Window(NamedTuple):
 
 
 def window_(targets: Sequence[Target], window: Window, rounding: Rounding, rule: Rule) -> None:
-    """``theta = theta + (move - decay theta)`` for one window after the other."""
+    """``theta = theta + (move - decay theta)``, one window after another."""
     steps, horizon = window.first_weights.shape
     terms = window.seeds.shape[1]
     contributes = (window.coefficients != 0).any(1)
     moves = [
         contributes[s : s + horizon].any() & (window.lr[s] != 0) for s in range(steps)
-    ]  # what the rule moves; decay moves without it
+    ]  # whether the rule moves theta; decay does so regardless
     newest = window.seeds[horizon - 1 :, 0] if horizon and terms else window.seeds.flatten()[:0]
     random = RoundingSeeds(rounding, newest)
     for target in targets:
@@ -76,7 +76,7 @@ def window_(targets: Sequence[Target], window: Window, rounding: Rounding, rule:
 def _move(
     window: Window, step: int, contributes: Tensor, estimates: Sequence[Tensor], rule: Rule, places: Places
 ) -> Tensor:
-    """What the rule makes of the window that ends with the newest of ``estimates``."""
+    """The move that the rule computes from the window that ends with the newest of ``estimates``."""
     horizon = len(estimates)
     dtype = estimates[0].dtype
     m = empty_sum(places, dtype, window.lr.device)
@@ -85,7 +85,7 @@ def _move(
     for h, g in enumerate(estimates):
         first = window.first_weights[step, h].to(dtype)
         second = window.second_weights[step, h].to(dtype)
-        # An estimate that a rule does not square does not enter with a weight of zero, finite or not.
+        # Unless the rule squares it, an estimate with a weight of zero is left out, even if it is not finite.
         enters = contributes[h] if rule == Rule.ADAM else contributes[h] & (first != 0)
         m = torch.where(enters, m + first * g, m)
         if rule != Rule.SIGN:

@@ -1,8 +1,8 @@
-"""The axis Direction: what does ``D(s)`` look like?
+"""The direction axis: how ``D(s)`` is drawn.
 
-A direction knows how to add a combination ``sum_k c_k D(s_k)`` to parameters, how to write parameters
-displaced by it somewhere else, and how to move them by the moments of a window of combinations. It
-knows nothing of losses or of learning rates.
+A direction adds a combination ``sum_k c_k D(s_k)`` to parameters, writes displaced parameters to other
+tensors, and moves parameters by the moments of a window of combinations. It does not depend on losses or
+learning rates.
 """
 
 from zoext.directions.activation_subspace import ActivationSubspace

@@ -18,29 +18,29 @@ BALANCES = ("paper", "matched", "freeze")
 
 @dataclass(frozen=True)
 class ActivationSubspace(Factored):
-    """``D(s) = R(s) A^T`` for the weights of linear layers (AGZO, arXiv 2601.17261), else dense normals.
+    """``D(s) = R(s) A^T`` for the weights of linear layers (AGZO, arXiv 2601.17261); dense normals elsewhere.
 
     The gradient of a linear layer's weight is ``Q H^T`` with H (d_in x tokens) the layer's input, so its
     rows lie in the span of H. A (d_in x rank) is an orthonormal basis of the leading part of that span,
     found by power iteration during a forward at theta; R (d_out x rank) has standard normal entries. H is
-    dropped at once. That forward is the centre of a one-sided difference; an estimator that asks for no
-    centre pays for one more. Layers are ``nn.Linear`` and the ``Conv1D`` of transformers; a weight that
-    another kind of module uses too (a head tied to an embedding) has dense directions. Estimates of
-    one step, as from micro-batches, share the basis of the first.
+    not kept. A one-sided difference uses that forward as its centre; an estimator without a centre needs
+    one more forward. Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers. A weight that
+    another kind of module also uses (a head tied to an embedding) has dense directions. All estimates of
+    a step, such as those of its micro-batches, share the basis of the first.
 
     Args:
         rank: columns of A, at most d_in of the narrowest layer.
         power_iterations: products with the Gram matrix H H^T.
-        mask: the argument of the model's forward that tells with 0 which positions are padding, shape
-            [batch, positions]; these do not count for the basis. None lets all of them count.
-        balance: "paper" (default) is the paper's rule. There the dense directions of the other
-            parameters carry nearly all of the squared norm. "matched" scales ``R A^T`` by
-            ``sqrt(d_in / rank)``, so that every parameter's direction has the norm that MeZO gives it.
-            "freeze" leaves the other parameters where they are; they do not decay either.
+        mask: name of the argument of the model's forward that is 0 at padding, shape [batch, positions].
+            The basis leaves padding out. None includes all positions.
+        balance: "paper" (default) is the paper's rule, with which the dense directions of the other
+            parameters make up nearly all of the squared norm. "matched" scales ``R A^T`` by
+            ``sqrt(d_in / rank)``, so that every parameter's direction has the same norm as in MeZO.
+            "freeze" leaves the other parameters unchanged; they do not decay either.
 
     Raises:
-        ValueError: for arguments out of range, without a module, for a module without linear layers that
-            move, for a layer narrower than ``rank``, and for a layer that the forward does not call.
+        ValueError: for arguments out of range, if no module is given, for a module without trainable
+            linear layers, for a layer narrower than ``rank``, and for a layer that the forward does not call.
     """
 
     rank: int = 1

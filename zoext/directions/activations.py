@@ -1,4 +1,4 @@
-"""Watches what goes into linear layers, and keeps no more of it than an orthonormal basis."""
+"""Observes the inputs of linear layers, and keeps only an orthonormal basis of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoext.directions.base import Frame
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear layer whose weight moves."""
+    """A linear layer with a trainable weight."""
 
     module: nn.Module
     name: str  # of its weight
@@ -38,7 +38,7 @@ class Layer:
 
 
 def linear_layers(module: nn.Module, groups: Sequence[Parameters]) -> list[Layer]:
-    """The linear layers below ``module`` whose weights are in ``groups`` and belong to nothing else."""
+    """The linear layers in ``module`` whose weights are in ``groups`` and only used by linear layers."""
     names = {
         id(tensor): (key, name)
         for group in groups
@@ -65,7 +65,7 @@ def _is_linear(module: nn.Module) -> str | None:
 
 
 class ActivationObserver:
-    """Runs a power iteration on each layer's input as soon as it is there."""
+    """Runs a power iteration on the input of each layer when the layer is called."""
 
     def __init__(
         self,
@@ -91,9 +91,9 @@ class ActivationObserver:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the block there are hooks on the layers."""
+        """Context manager that keeps hooks on the layers."""
         handles: list[RemovableHandle] = []
-        self._found.clear()  # of a forward that raised
+        self._found.clear()  # left by a forward that raised
         try:
             if self._mask_name is not None:
                 handles.append(self._root.register_forward_pre_hook(self._see_mask, with_kwargs=True))
@@ -132,7 +132,7 @@ class ActivationObserver:
     def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(module.forward).parameters if args else ()
         given = {**dict(zip(names, args, strict=False)), **kwargs}.get(str(self._mask_name))
-        # The two halves of an encoder-decoder have positions of their own: the mask fits one of them only.
+        # An encoder and its decoder have different positions: the mask applies to only one of them.
         both = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         self._mask = given != 0 if isinstance(given, Tensor) and not both else None
 
@@ -148,10 +148,10 @@ class ActivationObserver:
         return before
 
     def _subspace_of(self, activations: Tensor) -> _Subspace:
-        if activations.is_inference():  # has no version, so a change in between would go unseen
+        if activations.is_inference():  # has no version counter to detect changes by
             return self._iterate(activations, self._mask_of(activations))
-        # Queries, keys and values are made of the same tensor: one power iteration serves them all. A
-        # weak reference, since the activations are not to live longer than the model lets them.
+        # Query, key and value projections have the same input: one power iteration serves them all. The
+        # reference is weak, so that it does not keep the activations alive.
         version = activations._version
         if self._last is not None and self._last[0]() is activations and self._last[1] == version:
             return self._last[2]
@@ -174,7 +174,7 @@ class ActivationObserver:
         return _Subspace(basis, values)
 
     def _merged(self, *parts: _Subspace) -> _Subspace:
-        """The leading subspace of several inputs together, as far as their own leading parts tell it."""
+        """The leading subspace of several inputs combined, approximated from that of each input."""
         rows = torch.cat([part.values.unsqueeze(1) * part.basis for part in parts])
         return self._iterate(rows, None)
 

@@ -1,4 +1,4 @@
-"""What all directions share: their operations, and the frame that the directions of a step are in."""
+"""The base class of directions, and the frame that the directions of a step share."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from zoext.ops import Rule
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """What the directions of a step have in common beside their seeds.
+    """The factors that the directions of a step have in common.
 
-    For each matrix (m x n) whose directions are of low rank, by the key of its parameter, the factor
-    that is not drawn from a seed: float32 [rank, n] in ``right``, or [rank, m] in ``left``. All other
-    parameters have dense directions.
+    For each matrix (m x n) with low-rank directions, the frame maps the key of its parameter to the factor
+    that is not drawn from the seed of a term: float32 [rank, n] in ``right``, or [rank, m] in ``left``. All
+    other parameters have dense directions.
     """
 
     left: Mapping[int, Tensor] = field(default_factory=dict)
     right: Mapping[int, Tensor] = field(default_factory=dict)
 
     def holds(self, key: int) -> bool:
-        """Whether directions of the parameter ``key`` are of low rank."""
+        """Whether the directions of the parameter ``key`` have low rank."""
         return key in self.left or key in self.right
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """``sum_k coefficients[k] D(seeds[k])``: int64 [K], float32 [K], in one frame or, by ``plus``, in two."""
+    """``sum_k coefficients[k] D(seeds[k])``: int64 [K], float32 [K], in one frame, or two by ``plus``."""
 
     seeds: Tensor
     coefficients: Tensor
@@ -51,7 +51,7 @@ class Terms:
         return self.joined or (self.frame,) * len(self)
 
     def plus(self, other: Terms) -> Terms:
-        """The sum, of as few terms as can be told from the host."""
+        """The sum; terms are merged if the host can tell that they have the same directions."""
         if self.seeds is other.seeds and self.frames == other.frames:
             return replace(self, coefficients=self.coefficients + other.coefficients)
         seeds = torch.cat((self.seeds, other.seeds))
@@ -63,11 +63,11 @@ class Terms:
 class Window:
     """The gradient estimates of some steps, oldest first, and their weights in the moments m and v.
 
-    With ``g_h`` the sum of ``steps[h]``, ``m = sum_h first_weights[h] g_h``; the rule says what the second
-    weights are weights of. The weights are float32 [H].
+    With ``g_h`` the sum of ``steps[h]``, ``m = sum_h first_weights[h] g_h``; the rule defines how the
+    second weights enter v. The weights are float32 [H].
 
-    Or S windows, each of which ends one step later than the one before: then there are S + H - 1 steps, and
-    the weights are float32 [S, H].
+    There can also be S windows, each of which ends one step later than the previous one, over S + H - 1
+    steps. The weights are then float32 [S, H].
     """
 
     steps: Sequence[Terms]
@@ -77,9 +77,9 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The step that a frame is for: the parameters that move, and the seed of the frame.
+    """The step for which a frame is made: the parameters that move, and the seed of the frame.
 
-    ``seed`` is int64 [1] on their device: that of draw 0 of the step that ``Direction.origin`` names.
+    ``seed`` is int64 [1] on their device: that of draw 0 of the step that ``Direction.origin`` returns.
     """
 
     seed: Tensor
@@ -87,24 +87,24 @@ class Step:
 
 
 class Observer(Protocol):
-    """Makes the frame of a step out of a forward at theta."""
+    """Makes the frame of a step from a forward at theta."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """The block in which that forward runs."""
+        """Context manager to run that forward in."""
 
     def frame(self) -> tuple[Frame, Tensor]:
-        """The frame, and whether what it is made of was finite (bool [])."""
+        """The frame, and whether the values that it was computed from were finite (bool [])."""
 
 
 class Direction(ABC):
     """How the entries of ``D(s)`` are drawn from seed ``s``."""
 
-    #: Whether the frame of a step is made out of a forward by ``observer``, and cannot be known without data.
+    #: Whether ``observer`` makes the frame of a step from a forward, so that the frame depends on data.
     watches: ClassVar[bool] = False
 
     @abstractmethod
     def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
-        """``theta += sum_k c_k D(s_k) - decay * theta``, in place, for one step after the other.
+        """``theta += sum_k c_k D(s_k) - decay * theta``, in place, one step after another.
 
         ``decay`` is float32 [S], or [] for a single step.
         """
@@ -117,25 +117,25 @@ class Direction(ABC):
     def window_(
         self, parameters: Parameters, window: Window, rule: Rule, lr: Tensor, eps: Tensor, decay: Tensor
     ) -> None:
-        """``theta += move - decay * theta``, in place, with the move that ``rule`` makes of a window.
+        """``theta += move - decay * theta``, in place, where ``rule`` computes the move from a window.
 
-        ``lr``, ``eps`` and ``decay`` are float32 []; ``lr`` and ``decay`` are [S] for S windows, which make
-        one step after the other.
+        ``lr``, ``eps`` and ``decay`` are float32 []; ``lr`` and ``decay`` are [S] for S windows, which
+        are applied one after another.
         """
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:  # noqa: B027
-        """Raises a ValueError for a model that there are no such directions for."""
+        """Raises a ValueError for a model that these directions do not support."""
 
     def origin(self, number: int) -> int:
-        """The number of the step whose seed the frame of step ``number`` is drawn from."""
+        """The number of the step from whose seed the frame of step ``number`` is drawn."""
         return number
 
     def frame(self, step: Step) -> Frame:
-        """The frame of a step, where no forward is needed to know it."""
+        """The frame of a step, for directions that need no forward to make it."""
         return Frame()
 
     def observer(self, module: nn.Module | None, step: Step) -> Observer | None:
-        """What watches a forward at theta to make the frame; None where ``frame`` makes it."""
+        """An observer that makes the frame from a forward at theta; None if ``frame`` makes it."""
         return None
 
     def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
@@ -155,7 +155,7 @@ class Direction(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """``sum_k c_k D(s_k)``, with coefficients of its own for each group of parameters."""
+    """``sum_k c_k D(s_k)``, with separate coefficients for each group of parameters."""
 
     direction: Direction
     seeds: Tensor
@@ -166,9 +166,9 @@ class Combination:
 
 
 def rectangle(steps: Sequence[Terms]) -> tuple[Tensor, Tensor]:
-    """Seeds (int64 [S, K]) and coefficients (float32 [S, K]), K terms for the step that has most.
+    """Seeds (int64 [S, K]) and coefficients (float32 [S, K]), with K the largest number of terms.
 
-    Shorter steps are filled up with coefficients of zero, whose terms the operators leave out.
+    Shorter steps are padded with coefficients of zero, whose terms the operators skip.
     """
     longest = max(map(len, steps))
     seeds = [_filled_up(step.seeds, longest) for step in steps]
@@ -181,12 +181,12 @@ def _filled_up(terms: Tensor, count: int) -> Tensor:
 
 
 def terms_of(steps: Sequence[Terms]) -> tuple[Tensor, Tensor]:
-    """Seeds and coefficients of an axpy_: [K] for a single step, else [S, K]."""
+    """Seeds and coefficients for ``axpy_``: [K] for a single step, else [S, K]."""
     return (steps[0].seeds, steps[0].coefficients) if len(steps) == 1 else rectangle(steps)
 
 
 def decay_of(steps: Sequence[Terms], decay: Tensor | None) -> Tensor:
-    """The decay of each step, none if there is none."""
+    """The decay of each step; zeros for None."""
     if decay is not None:
         return decay
     return torch.zeros(len(steps), dtype=torch.float32, device=steps[0].seeds.device)

@@ -1,4 +1,4 @@
-"""Directions with independent entries, straight from the noise field."""
+"""Directions with independent entries, drawn from the noise field."""
 
 from __future__ import annotations
 

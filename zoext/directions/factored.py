@@ -1,4 +1,4 @@
-"""Directions of low rank for matrices: one factor from the seed, the other one from the frame."""
+"""Low-rank directions for matrices: one factor from the seed, the other from the frame."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Factored(Direction):
     dense_scale: float = 1.0
 
     def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
-        # Without terms all there is to do is the decay, which knows of no factors.
+        # A step without terms only decays theta, which needs no factors.
         dense, matrices = _split(parameters, [step.frame for step in steps if len(step)])
         if dense and self.dense_scale:
             _DENSE.axpy_(parameters.take(dense), [self._of_dense(step) for step in steps], decay)
@@ -118,23 +118,23 @@ class Factored(Direction):
     def _window_of_dense(self, window: Window, rule: ops.Rule) -> Window:
         if self.dense_scale == 1:
             return window
-        if rule is ops.Rule.SCALAR_ADAM:  # whose v is of projected gradients, which have no scale
+        if rule is ops.Rule.SCALAR_ADAM:  # its v is of projected gradients, which dense_scale does not affect
             return replace(window, first_weights=window.first_weights * self.dense_scale)
         return replace(window, steps=[self._of_dense(step) for step in window.steps])
 
 
 def _filled_up(step: Terms, count: int) -> tuple[Frame, ...]:
-    """The frame of each term of a step, filled up to ``count`` terms."""
+    """The frame of each term of a step, padded to ``count`` terms."""
     return step.frames + (step.frame,) * (count - len(step))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """A parameter of two dimensions or more as a matrix: rows, and all else as columns."""
+    """Rows and columns of a parameter as a matrix: its first dimension, and the product of the others."""
     return shape[0], prod(shape[1:])
 
 
 def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
-    """The positions of dense parameters, and of matrices that a frame holds."""
+    """The positions of parameters with dense directions, and of matrices that a frame holds."""
     parts: tuple[list[int], list[int]] = ([], [])
     for position, key in enumerate(parameters.keys):
         parts[any(frame.holds(key) for frame in frames)].append(position)
@@ -142,15 +142,15 @@ def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], 
 
 
 def _factors(matrices: Parameters, seeds: Tensor, frames: Sequence[Frame]) -> _Factors:
-    """Left (float32 [T or 1, rank, m]) and right factors ([T or 1, rank, n]) of T terms, by matrix.
+    """Left (float32 [T or 1, rank, m]) and right factors ([T or 1, rank, n]) of T terms, per matrix.
 
-    ``seeds`` is int64 [T]; ``frames`` has an entry for each of them. Those of a sharded matrix are drawn for
-    all of it, and m and n are those of the block that is here.
+    ``seeds`` is int64 [T]; ``frames`` has an entry for each of them. For a sharded matrix, factors are drawn
+    for the whole matrix and narrowed to the local block, which is m x n.
     """
     device = seeds.device
     pairs = zip(matrices.keys, matrices.blocks, strict=True)
     drawn = [_empty_drawn(key, block.shape, frames, device) for key, block in pairs]
-    # The same stream whichever side it is: a layer that stores its weight transposed draws the same.
+    # Both sides use one stream, so that a layer that stores its weight transposed draws the same numbers.
     stream = ops.Stream.LEFT_FACTOR
     spans = [ops.span_of(factor[0]) for factor in drawn]
     for k in range(seeds.numel()):
@@ -185,10 +185,10 @@ def _empty_drawn(key: int, shape: Sequence[int], frames: Sequence[Frame], device
 
 
 def _given(key: int, frames: Sequence[Frame]) -> Tensor:
-    """What the frames hold for a matrix: once where it is the same for all terms."""
+    """The factors that the frames hold for a matrix; a single one if all terms share it."""
     held = [frame.right.get(key, frame.left.get(key)) for frame in frames]
     known = next(factor for factor in held if factor is not None)
     if all(factor is known for factor in held):
         return known.unsqueeze(0)
-    # A matrix that was frozen when a frame was made has no direction in it.
+    # A matrix that was frozen when a frame was made has no factor in that frame.
     return torch.stack([torch.zeros_like(known) if factor is None else factor for factor in held])

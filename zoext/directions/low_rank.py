@@ -20,16 +20,16 @@ SCALES = ("paper", "code")
 class LowRank(Factored):
     """``D(s) = U(s) V^T`` for matrices (LOZO, arXiv 2410.07698, algorithm 1), dense normals for vectors.
 
-    U (m x rank) is drawn anew for every seed, V (n x rank) once in ``refresh_interval`` steps, both with
-    standard normal entries. A parameter of more than two dimensions is the matrix of its first against
-    all others. The probe and the update see the same U and V on every step.
+    U (m x rank) is redrawn for every seed and V (n x rank) every ``refresh_interval`` steps, both with
+    standard normal entries. A parameter with more than two dimensions is viewed as a matrix of its first
+    dimension by all others. The probe and the update of a step use the same U and V.
 
     Args:
         rank: columns of U and V.
         refresh_interval: steps between two draws of V, the paper's nu.
         scale: "paper" (default) divides the gradient estimate by the rank, ``c U V^T / rank``, which
-            makes it unbiased; "code" leaves the division out, as the authors' published code does.
-            Either way the probe is at ``mu U V^T``.
+            makes it unbiased; "code" omits the division, as the authors' published code does.
+            Either way the probe is displaced by ``mu U V^T``.
 
     Raises:
         ValueError: for arguments out of range, and for a matrix with fewer columns than ``rank``.
@@ -64,7 +64,7 @@ class LowRank(Factored):
 
     def frame(self, step: Step) -> Frame:
         """V of every matrix, from the seed of the step at which it was last drawn."""
-        self.check(None, step.groups)  # parameters may have been thawed or added since
+        self.check(None, step.groups)  # parameters may have been unfrozen or added since
         right: dict[int, Tensor] = {}
         for group in step.groups:
             for key, block in zip(group.keys, group.blocks, strict=True):
@@ -79,7 +79,7 @@ class LowRank(Factored):
     def gradient(self, terms: Terms) -> Terms:
         if self.scale == "code" or self.rank == 1:
             return terms
-        scale = 1 / self.rank  # a product, whose bits are the same on every device; a quotient's may differ
+        scale = 1 / self.rank  # products have the same bits on every device; quotients may not
         scaled = {key: factor * scale for key, factor in terms.frame.right.items()}
         return Terms(terms.seeds, terms.coefficients, Frame(right=scaled))
 

@@ -1,9 +1,9 @@
-"""The axis Estimator: which probes, and which coefficients do their losses give?
+"""The estimator axis: which probes to evaluate, and how their losses become coefficients.
 
 An estimator is a generator of rounds: it yields probes that may be evaluated in any order, receives their
-losses, and returns an estimate. It does not know how probes are evaluated, what a direction looks like or how
-theta moves. Losses become coefficients by tensor expressions on the device of the losses; nothing here waits
-for the host.
+losses, and returns an estimate. It is independent of how probes are evaluated, directions are drawn and theta
+is updated. Coefficients are computed by tensor expressions on the device of the losses; nothing here
+synchronizes with the host.
 """
 
 from zoext.estimators.base import (

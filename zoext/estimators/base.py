@@ -1,4 +1,4 @@
-"""What all estimators share: rounds of probes, the estimate, and how losses become one."""
+"""The base class of estimators, rounds of probes, and the estimates computed from their losses."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Round:
         seeds: int64 [K].
         coefficients: float32 [P, K]; probe p is the loss at
             ``theta + mu * sum_k coefficients[p, k] D(seeds[k])``.
-        supports: for each probe, the consecutive range of k whose coefficients may be nonzero: what the
-            host knows without reading ``coefficients``. An empty range is a probe at theta.
+        supports: for each probe, the consecutive range of k whose coefficients may be nonzero, known
+            on the host without reading ``coefficients``. An empty range is a probe at theta.
     """
 
     seeds: Tensor
@@ -35,7 +35,7 @@ class Round:
     def along_each(cls, seeds: Tensor, *, two_sided: bool = False, centre: bool = False) -> Round:
         """One probe along each seed's direction, or two: first ``+mu``, then ``-mu``.
 
-        ``centre`` puts a probe at theta before them.
+        ``centre=True`` puts a probe at theta before them.
         """
         count = len(seeds)
         rows = torch.eye(count, dtype=torch.float32, device=seeds.device)
@@ -63,7 +63,7 @@ class Round:
         return len(self.supports)
 
     def probes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Seeds [k] and coefficients [k] of each probe, without those that are zero.
+        """Seeds [k] and coefficients [k] of each probe, restricted to its support.
 
         Consecutive probes along the same directions get the same tensor of seeds.
         """
@@ -87,8 +87,8 @@ class Estimate:
         coefficients: float32 [K], in units of the loss per unit of theta; for a central difference
             these are the projected gradients. Zero where a loss was not finite.
         loss: float32 [], the mean of the losses that were evaluated.
-        loss_std: float32 [], the sample standard deviation of the losses at displaced weights; where there
-            is only one of these, of all losses.
+        loss_std: float32 [], the sample standard deviation of the losses at displaced weights, or of
+            all losses if there is only one of these.
         forwards: how many times the closure ran.
         finite: bool [], whether all losses that the coefficients depend on were finite.
     """
@@ -102,7 +102,7 @@ class Estimate:
 
 
 class Estimator(ABC):
-    """From rounds of probes to an estimate of the gradient.
+    """Estimates the gradient from the losses of rounds of probes.
 
     A subclass is a frozen dataclass with ``draws`` and ``rounds``:
 
@@ -115,7 +115,7 @@ class Estimator(ABC):
                 return assemble(seeds, ((loss - centre) / mu).unsqueeze(0), [loss], centre)
     """
 
-    #: Whether the coefficients of an estimate sum to zero whatever the losses are.
+    #: Whether the coefficients of an estimate sum to zero for all losses.
     coefficients_cancel: ClassVar[bool] = False
 
     @property
@@ -127,7 +127,7 @@ class Estimator(ABC):
     def rounds(self, seeds: Tensor, mu: float) -> Rounds:
         """Yields rounds, receives the losses [P] of each, and returns the estimate.
 
-        Tensor expressions only: nothing here waits for the host.
+        It may use tensor expressions only, and must not synchronize with the host.
 
         Args:
             seeds: int64 [draws].
@@ -135,7 +135,7 @@ class Estimator(ABC):
         """
 
     def estimate(self, probe: ProbeFn, seeds: Tensor, mu: float) -> Estimate:
-        """Evaluates the rounds with ``probe``, one probe after the other."""
+        """Evaluates the rounds with ``probe``, one probe after another."""
         return evaluate(
             self.rounds(seeds, mu), lambda pending: stacked([probe(*terms) for terms in pending.probes()])
         )
@@ -148,14 +148,14 @@ def evaluate(rounds: Rounds, losses_of: Callable[[Round], Tensor]) -> Estimate:
         try:
             # A generator is started by sending None.
             pending = rounds.send(losses)  # type: ignore[arg-type]
-        except StopIteration as done:  # not around losses_of: a closure may raise it too
+        except StopIteration as done:  # losses_of stays outside: a closure may raise it too
             estimate: Estimate = done.value
             return estimate
         losses = losses_of(pending)
 
 
 def stacked(losses: Sequence[Tensor]) -> Tensor:
-    """The losses of a round, [P], in the widest of their dtypes."""
+    """The losses of a round, [P], in their common promoted dtype."""
     dtype = losses[0].dtype
     for loss in losses[1:]:
         dtype = torch.promote_types(dtype, loss.dtype)
@@ -163,9 +163,10 @@ def stacked(losses: Sequence[Tensor]) -> Tensor:
 
 
 def centre_first(rounds: Rounds) -> Rounds:
-    """The rounds of an estimator behind one that has a single probe, at theta.
+    """Prepends a round with a single probe, at theta, to the rounds of an estimator.
 
-    The first round's own probe at theta is not evaluated twice. Where it has none, the extra forward counts.
+    If the first round has a probe at theta, it is not evaluated twice. Otherwise the estimate counts one more
+    forward.
     """
     first = next(rounds)
     centre = next((p for p, support in enumerate(first.supports) if not support), None)
@@ -203,9 +204,9 @@ def assemble(
     centre: Tensor | None = None,
     usable: Tensor | None = None,
 ) -> Estimate:
-    """An estimate from its coefficients ([K], any precision) and the losses behind them.
+    """An estimate from its coefficients ([K], any precision) and the losses they were computed from.
 
-    ``usable`` (bool []) is given where finite losses alone do not make the estimate usable.
+    ``usable`` (bool []) is for estimators whose estimate can be unusable even if all losses are finite.
     """
     coefficients = coefficients.to(torch.float32)
     finite = torch.isfinite(coefficients)
@@ -230,7 +231,7 @@ def without_gaps(losses: Tensor) -> tuple[Tensor, ...]:
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of several estimates at the same theta, as from the micro-batches of one step.
+    """The mean of several estimates at the same theta, such as those of the micro-batches of one step.
 
     Its ``loss_std`` is the mean of theirs.
     """

@@ -16,7 +16,7 @@ class CentralDifference(Estimator):
 
         g = 1/n sum_k (L(theta + mu D_k) - L(theta - mu D_k)) / (2 mu) D_k
 
-    ``2 * samples`` forwards a step; the loss is the mean over all of them.
+    ``2 * samples`` forwards per step; the loss is the mean over all of them.
     """
 
     samples: int = 1
@@ -40,8 +40,8 @@ class ForwardDifference(Estimator):
 
         g = 1/n sum_k (L(theta + mu D_k) - L(theta)) / mu D_k
 
-    ``samples + 1`` forwards a step. Half the price of a central difference, with an error of order mu
-    from the curvature along the direction. The loss is the mean over all forwards.
+    ``samples + 1`` forwards per step. For many samples this is about half the cost of a central difference,
+    with an error of order mu from the curvature along the direction. The loss is the mean over all forwards.
     """
 
     samples: int = 1

@@ -16,15 +16,15 @@ class GreedyPool(Estimator):
 
         i = argmin_i L(theta + mu z_i),   g = (L(theta + mu z_i) - L(theta - mu z_i)) / (2 mu) z_i
 
-    The first of equals wins, and a candidate whose loss is not finite never does.
+    Ties go to the first candidate. A finite loss always wins over one that is not finite.
 
     Args:
         pool_size: candidates, M >= 2.
-        reuse: take L(theta + mu z_i) from the pool: M + 1 forwards a step. False evaluates it again, as
-            printed, M + 2; the same estimate where the closure is deterministic.
+        reuse: take L(theta + mu z_i) from the pool, for M + 1 forwards per step. False evaluates it again, as
+            in the paper, for M + 2; the estimate is the same if the closure is deterministic.
 
     Raises:
-        ValueError: for a pool of less than two.
+        ValueError: for a pool of fewer than two candidates.
     """
 
     pool_size: int = 4

@@ -1,4 +1,4 @@
-"""A direction made of the better minus the worse of a pool of candidates."""
+"""A direction from the worse to the better candidates of a pool."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class GuidingVector(Estimator):
         v = mean of z_i over the top - mean of z_i over the bottom
         g = (L(theta + mu v) - L(theta - mu v)) / (2 mu) v
 
-    with M = ``pool_size`` and alpha = ``elite_ratio``. v is never made: it is a combination of M seeds.
-    ``pool_size + 2`` forwards a step. At M = 2, alpha = 1/2 this is MeZO along (z_1 - z_2) / sqrt(2) with
-    twice the lr and sqrt(2) mu, whatever the candidates' losses. Candidates with equal losses keep their
-    order; one whose loss is not finite ranks last and is left out. Without a finite candidate on either
-    side the step does nothing and counts as not finite.
+    with M = ``pool_size`` and alpha = ``elite_ratio``. v is never materialized: it is a combination of M
+    seeds. ``pool_size + 2`` forwards per step. At M = 2, alpha = 1/2 this is MeZO along (z_1 - z_2) / sqrt(2)
+    with twice the lr and sqrt(2) mu, whatever the candidates' losses. Candidates with equal losses keep their
+    order; one whose loss is not finite ranks last and is left out. If either side has no finite candidate,
+    the step does nothing and counts as not finite.
 
     Args:
         pool_size: candidates, M >= 2.
-        elite_ratio: alpha, in (0, 1), such that both groups have a member.
-        weighting: "ranked" (default) is the paper's rule; "centered" weighs candidates by their losses
-            less the mean loss, with the same sum of squares, which lets every loss count and not only
-            on which side it lies.
+        elite_ratio: alpha, in (0, 1), such that both sides have at least one candidate.
+        weighting: "ranked" (default) is the paper's rule; "centered" weights candidates by how far their
+            losses lie below the mean loss, with the same sum of squares, so that the value of every loss
+            counts and not only its side.
 
     Raises:
         ValueError: for arguments out of range.
@@ -64,7 +64,7 @@ class GuidingVector(Estimator):
 
     @property
     def _top(self) -> int:
-        # Or 0.29 of 100 would be 28: the product of the floats is 28.999999999999996.
+        # Without the last factor, 0.29 of 100 would be 28: the product of the floats is 28.999999999999996.
         return math.floor(self.elite_ratio * self.pool_size * (1 + 1e-12))
 
     @property
@@ -77,7 +77,7 @@ class GuidingVector(Estimator):
         if self.weighting == "centered":
             weights = _centered(candidates, weights)
         weights = weights.to(torch.float32)
-        # Weights that are not finite must not reach a probe: one in place could not take them back.
+        # Weights that are not finite must not reach a probe: an in-place probe could not undo them.
         sound = torch.isfinite(weights).all()
         weights, usable = torch.where(sound, weights, 0.0), usable & sound
         plus, minus = yield Round.along_sums(seeds, torch.stack((weights, -weights)))
@@ -85,7 +85,7 @@ class GuidingVector(Estimator):
         return assemble(seeds, slope * weights, [*without_gaps(candidates), plus, minus], usable=usable)
 
     def _ranked(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights of v, [M], and whether either side has a finite candidate (bool [])."""
+        """The weights of v, [M], and whether both sides have a finite candidate (bool [])."""
         known = torch.isfinite(losses)
         order = torch.argsort(torch.where(known, losses, torch.inf), stable=True)
         on_top = torch.arange(self.pool_size, device=losses.device) < self._top
@@ -98,7 +98,7 @@ class GuidingVector(Estimator):
 
 
 def _centered(losses: Tensor, ranked: Tensor) -> Tensor:
-    """Minus the centred losses, with the sum of squares of ``ranked``; ``ranked`` where all are equal."""
+    """The negated centred losses, scaled to the norm of ``ranked``; ``ranked`` if all losses are equal."""
     known = torch.isfinite(losses)
     finite = torch.where(known, losses.to(ranked.dtype), 0.0)
     # Divided by the largest, so that neither the mean nor the squares of any finite losses overflow.

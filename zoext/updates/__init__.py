@@ -1,4 +1,4 @@
-"""The axis Update: how do estimates move theta?"""
+"""The update axis: how estimates move theta."""
 
 from zoext.updates.adam_replay import AdamReplay
 from zoext.updates.base import GroupStep, LinearUpdate, State, Update

@@ -1,4 +1,4 @@
-"""What updates that replay a window of gradient estimates share."""
+"""The base class of updates that replay a window of gradient estimates."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Weights(NamedTuple):
 
 
 class WindowUpdate(Update):
-    """Moves theta by what a rule of the core makes of the last ``horizon`` gradient estimates.
+    """Applies a rule of the core to the last ``horizon`` gradient estimates.
 
     A subclass is a frozen dataclass that names its ``rule``, has a field ``horizon``, and computes the
-    weights of a window in ``weights``. The state holds seeds and coefficients, never a moment: the operators
-    draw the directions of the window again. Terms whose loss was not finite enter the window as zero; a step
+    weights of a window in ``weights``. The state holds seeds and coefficients, never moments: the operators
+    redraw the directions of the window. Terms whose loss was not finite enter the window as zero; a step
     without any other term moves nothing.
     """
 
@@ -43,7 +43,7 @@ class WindowUpdate(Update):
 
     @property
     def kernel_eps(self) -> float:
-        """The eps that the operators take."""
+        """The eps that is passed to the operators."""
         return 0.0
 
     def apply(
@@ -52,7 +52,7 @@ class WindowUpdate(Update):
         past = list(state.get("window", ()))
         history = past + [_plain(step.terms, parameters) for step in steps]
         counts = [min(len(past) + number, self.horizon) for number in range(1, len(steps) + 1)]
-        # Where windows are shorter at the beginning, steps that contribute nothing precede the first one.
+        # The first windows of a run are shorter: steps that contribute nothing are put before the first step.
         rows = len(steps) - 1 + counts[-1]
         window, missing = history[-rows:], max(rows - len(history), 0)
         device = steps[0].terms.seeds.device
@@ -92,14 +92,14 @@ def check_horizon(horizon: object) -> None:
 
 
 def checked_eps(eps: object) -> float:
-    """Not subnormal, which a processor may take for zero."""
+    """Rejects subnormal numbers as well, which a processor may flush to zero."""
     if not isinstance(eps, int | float) or not _SMALLEST_EPS <= eps <= _LARGEST_EPS:
         raise ValueError(f"eps must be a float from {_SMALLEST_EPS:.3g} to {_LARGEST_EPS:.3g}, not {eps!r}")
     return float(eps)
 
 
 def _right_aligned(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """A row for each window, [H] for a single one, oldest step first; shorter windows stand at the end."""
+    """A row for each window, [H] for a single one, oldest step first; shorter windows are padded in front."""
     weights = torch.zeros((len(rows), len(rows[-1])), dtype=torch.float32, device=device)
     for row, values in zip(weights, rows, strict=True):
         for lag, value in enumerate(values):  # fill_ passes the value with the launch: no copy to wait for
@@ -116,9 +116,9 @@ def _lr(step: GroupStep) -> Tensor:
 def _by_history(
     parameters: Parameters, window: Sequence[Mapping[str, Any]]
 ) -> Iterable[tuple[list[int], tuple[bool, ...]]]:
-    """Positions of parameters, by the steps of the window in which they moved: mostly all in all.
+    """Positions of parameters, grouped by the steps of the window in which they moved; usually one group.
 
-    One that was frozen then was not displaced, so that those steps tell nothing of its gradient.
+    A parameter that was frozen in a step was not displaced, so the step has no estimate of its gradient.
     """
     moved = [set(step["keys"]) for step in window]
     histories: dict[tuple[bool, ...], list[int]] = {}

@@ -16,17 +16,17 @@ class AdamReplay(WindowUpdate):
         m = (1 - b1) sum_lag b1^lag g_lag,   v = (1 - b2) sum_lag b2^lag g_lag^2,   lag = 0 .. n - 1
         theta <- theta - lr m / sqrt(v + eps) - lr weight_decay theta
 
-    with n = min(step, horizon), so that the first steps have a shorter window and are otherwise alike.
+    with n = min(step, horizon), so the first steps have a shorter window and are otherwise the same.
     ``g_lag`` is the whole gradient estimate of a step, whatever the number of its terms. It is never
-    stored: the update draws the directions of the window again, element by element in registers. Terms
+    stored: the update redraws the directions of the window, element by element in registers. Terms
     whose loss was not finite enter the window as zero; a step without any other term moves nothing.
 
     Args:
         betas: (b1, b2), each in [0, 1). b2 = 0 means momentum only: theta <- theta - lr m.
         horizon: steps in the window; an update draws ``horizon`` numbers per element.
         eps: added to v under the root, in units of a squared gradient.
-        bias_correction: divide m and v by the mass that the window holds, 1 - b^n. False is the printed
-            form, whose step at b2 = .999 and horizon 10 is 6.5 times too long.
+        bias_correction: divide m and v by the mass of the window, 1 - b^n. False is the form in the
+            paper, whose step at b2 = .999 and horizon 10 is 6.5 times too long.
 
     Raises:
         ValueError: for arguments out of range.

@@ -1,4 +1,4 @@
-"""What all updates share."""
+"""The base classes of updates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoext._parameters.parameters import Parameters
 from zoext.directions import Direction, Terms
 from zoext.estimators import Estimate
 
-#: What an update remembers of a group: plain data and small tensors, part of ``state_dict``.
+#: The state of an update for one group: plain data and small tensors, part of ``state_dict``.
 State = Mapping[str, Any]
 
 
@@ -24,7 +24,7 @@ class GroupStep:
 
     Attributes:
         terms: the gradient estimate of this group.
-        estimate: where the terms come from; if none of its losses was finite, theta must not change.
+        estimate: what the terms were computed from; if none of its losses was finite, theta must not change.
         lr: learning rate, a float or a tensor [].
         weight_decay: decoupled, per unit of lr.
     """
@@ -46,7 +46,7 @@ def of_each(values: Sequence[Tensor]) -> Tensor:
 
 
 class Update(ABC):
-    """From estimates to changes of theta."""
+    """Moves theta by gradient estimates."""
 
     #: Whether it divides by the sum of an estimate's coefficients, which then must not cancel.
     sums_coefficients: ClassVar[bool] = False
@@ -55,16 +55,16 @@ class Update(ABC):
     def apply(
         self, direction: Direction, parameters: Parameters, steps: Sequence[GroupStep], state: State
     ) -> State:
-        """Moves one group, by one step after the other, and returns its new state; the old one stays.
+        """Applies steps to one group, in order, and returns its new state; ``state`` is not modified.
 
-        Several steps at once leave the same bits as one call for each of them: a run makes one, its replay
-        many.
+        Several steps in one call give the same bits as one call per step: a run applies one step per call,
+        its replay many.
 
         Args:
-            direction: what the terms are terms of.
+            direction: the direction that the terms belong to.
             parameters: the tensors of the group that move.
             steps: at least one, oldest first.
-            state: what the last call returned, empty at first.
+            state: what the previous call returned; empty at first.
         """
 
 
@@ -76,7 +76,7 @@ class LinearUpdate(Update):
 
     @abstractmethod
     def terms(self, step: GroupStep) -> Terms:
-        """What a step adds to theta beside its decay: mostly ``step.terms`` with other coefficients."""
+        """What a step adds to theta besides its decay: usually ``step.terms`` with other coefficients."""
 
     def apply(
         self, direction: Direction, parameters: Parameters, steps: Sequence[GroupStep], state: State
@@ -89,7 +89,7 @@ class LinearUpdate(Update):
     def restore_and_apply(
         self, direction: Direction, parameters: Parameters, step: GroupStep, displaced: Terms, state: State
     ) -> State:
-        """``apply``, from parameters that are at ``theta + displaced``, in one pass over them.
+        """``apply`` for parameters that are at ``theta + displaced``, in one pass over them.
 
         theta + displaced + (terms - (1 - decay) displaced - decay (theta + displaced))
         """

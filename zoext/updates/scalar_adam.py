@@ -1,4 +1,4 @@
-"""Adam with one second moment for all elements, that of the projected gradient."""
+"""Adam with one second moment for all elements: that of the projected gradient."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class ScalarAdam(WindowUpdate):
 
     with n = min(step, horizon). ``p_lag`` is the sum of the coefficients of ``g_lag``: with q directions,
     whose coefficients are p_i / q, it is the mean of their projected gradients. As with Adam, the length of a
-    step does not depend on the scale of the loss, but a step costs no more than one of SGD: only estimates
-    with a weight in m are drawn again, and with b1 = 0 that is the newest one.
+    step does not depend on the scale of the loss. Only estimates with a nonzero weight in m are redrawn; with
+    b1 = 0 that is the newest one, and a step costs no more than one of SGD.
 
     MEAZO keeps v over all steps and has no momentum (b1 = 0, the default here). This update sums v over a
-    window, which leaves out ``b2^horizon`` of its mass; ``bias_correction`` divides by the mass that is left,
+    window, which leaves out ``b2^horizon`` of its mass; ``bias_correction`` divides by the remaining mass,
     ``1 - b2^n``. Terms whose loss was not finite enter the window as zero; a step without any other term
     moves nothing.
 
-    Coefficients that cancel make p vanish and the step arbitrarily long: optimizers refuse this update with
+    If coefficients cancel, p vanishes and the step gets arbitrarily long: optimizers reject this update with
     ``GuidingVector``, whose coefficients always sum to zero.
 
     Args:
         betas: (b1, b2), each in [0, 1).
         horizon: steps in the window; an update draws one number per element, or ``horizon`` where b1 > 0.
         eps: added to the root of v, in units of a projected gradient.
-        bias_correction: divide m and v by the mass that the window holds, 1 - b^n.
+        bias_correction: divide m and v by the mass of the window, 1 - b^n.
 
     Raises:
         ValueError: for arguments out of range.

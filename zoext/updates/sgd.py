@@ -1,4 +1,4 @@
-"""Plain descent."""
+"""Plain gradient descent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from zoext.updates.base import GroupStep, LinearUpdate
 class SGD(LinearUpdate):
     """``theta <- theta - lr * (g + weight_decay * theta)``: decoupled weight decay and no momentum.
 
-    An estimate with a loss that was not finite decays nothing.
+    Steps whose estimate has a nonfinite loss do not decay theta.
 
     Args:
-        normalized: divide g by the sample standard deviation of the losses it comes from
-            (FZOO, arXiv 2506.09034): the length of a step does not depend on how steep the loss is, and
-            lr not on its scale. Where all losses are equal nothing moves.
+        normalized: divide g by the sample standard deviation of the losses it was computed
+            from (FZOO, arXiv 2506.09034). The length of a step then does not depend on how steep the loss
+            is, nor lr on its scale. If all losses are equal, g is taken to be zero.
     """
 
     normalized: bool = False

@@ -18,7 +18,7 @@ class SignReplay(WindowUpdate):
 
     with n = min(step, horizon) and sign(0) = 0: all elements move by lr, however large the estimates are.
     Signum sums m over all steps, this update over a window, which leaves out ``beta^horizon`` of the mass: a
-    third by default. m is drawn again from seeds at every step and never stored. Terms whose loss was not
+    third by default. m is replayed from seeds at every step and never stored. Terms whose loss was not
     finite enter the window as zero; a step without any other term moves nothing. There is no bias correction,
     since the sign does not depend on it.
 
