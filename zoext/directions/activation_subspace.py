@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from zoext._parameters.parameters import Parameters
+from zoext._runtime.arguments import check_count
 from zoext.directions.activations import ActivationObserver, Layer, linear_layers
 from zoext.directions.base import Frame, Observer, Step
 from zoext.directions.factored import Factored
@@ -51,10 +52,8 @@ class ActivationSubspace(Factored):
     watches = True
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("power_iterations", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        check_count("rank", self.rank)
+        check_count("power_iterations", self.power_iterations, 0)
         if self.balance not in BALANCES:
             raise ValueError(f"balance must be one of {', '.join(BALANCES)}, not {self.balance!r}")
         if self.mask is not None and not isinstance(self.mask, str):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoext import ops
 from zoext._parameters.parameters import Parameters
+from zoext._runtime.arguments import check_count
 from zoext.directions.base import Frame, Step, Terms
 from zoext.directions.factored import Factored, matrix_shape
 
@@ -40,10 +41,8 @@ class LowRank(Factored):
     scale: str = "paper"
 
     def __post_init__(self) -> None:
-        for name in ("rank", "refresh_interval"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        check_count("rank", self.rank)
+        check_count("refresh_interval", self.refresh_interval)
         if self.scale not in SCALES:
             raise ValueError(f"scale must be 'paper' or 'code', not {self.scale!r}")
 

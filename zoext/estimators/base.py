@@ -191,12 +191,6 @@ def centre_first(rounds: Rounds) -> Rounds:
     return dataclasses.replace(estimate, forwards=estimate.forwards + (centre is None))
 
 
-def check_count(name: str, value: int, least: int, meaning: str) -> None:
-    """Raises a ValueError unless ``value`` is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}; it counts {meaning}")
-
-
 def assemble(
     seeds: Tensor,
     coefficients: Tensor,

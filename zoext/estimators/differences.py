@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoext.estimators.base import Estimator, Round, Rounds, assemble, check_count
+from zoext._runtime.arguments import check_count
+from zoext.estimators.base import Estimator, Round, Rounds, assemble
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class CentralDifference(Estimator):
     samples: int = 1
 
     def __post_init__(self) -> None:
-        check_count("samples", self.samples, 1, "directions")
+        check_count("samples", self.samples, meaning="directions")
 
     @property
     def draws(self) -> int:
@@ -47,7 +48,7 @@ class ForwardDifference(Estimator):
     samples: int = 1
 
     def __post_init__(self) -> None:
-        check_count("samples", self.samples, 1, "directions")
+        check_count("samples", self.samples, meaning="directions")
 
     @property
     def draws(self) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoext.estimators.base import Estimator, Round, Rounds, assemble, check_count, without_gaps
+from zoext._runtime.arguments import check_count
+from zoext.estimators.base import Estimator, Round, Rounds, assemble, without_gaps
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class GreedyPool(Estimator):
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        check_count("pool_size", self.pool_size, 2, "candidates, of which the best is chosen")
+        check_count("pool_size", self.pool_size, 2, meaning="candidates, of which the best is chosen")
         if not isinstance(self.reuse, bool):
             raise ValueError(f"reuse must be True or False, not {self.reuse!r}")
 

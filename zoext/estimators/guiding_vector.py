@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zoext._runtime.arguments import check_count
 from zoext._runtime.devices import widest
-from zoext.estimators.base import Estimator, Round, Rounds, assemble, check_count, without_gaps
+from zoext.estimators.base import Estimator, Round, Rounds, assemble, without_gaps
 
 WEIGHTINGS = ("ranked", "centered")
 
@@ -47,7 +48,7 @@ class GuidingVector(Estimator):
 
     def __post_init__(self) -> None:
         check_count(
-            "pool_size", self.pool_size, 2, "candidates, of which there must be better and worse ones"
+            "pool_size", self.pool_size, 2, meaning="candidates, of which there must be better and worse ones"
         )
         ratio = self.elite_ratio
         if not isinstance(ratio, int | float) or not 0 < ratio < 1:

@@ -86,11 +86,6 @@ def checked_betas(betas: object) -> tuple[float, float]:
     return pair
 
 
-def check_horizon(horizon: object) -> None:
-    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
-        raise ValueError(f"horizon must be an integer of at least 1, not {horizon!r}")
-
-
 def checked_eps(eps: object) -> float:
     """Rejects subnormal numbers as well, which a processor may flush to zero."""
     if not isinstance(eps, int | float) or not _SMALLEST_EPS <= eps <= _LARGEST_EPS:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from zoext._runtime.arguments import check_count
 from zoext.ops import Rule
-from zoext.updates._window import Weights, WindowUpdate, check_horizon, checked_betas, checked_eps, decaying
+from zoext.updates._window import Weights, WindowUpdate, checked_betas, checked_eps, decaying
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class AdamReplay(WindowUpdate):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas(self.betas))
-        check_horizon(self.horizon)
+        check_count("horizon", self.horizon)
         object.__setattr__(self, "eps", checked_eps(self.eps))
 
     @property

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from zoext._runtime.arguments import check_count
 from zoext.ops import Rule
-from zoext.updates._window import Weights, WindowUpdate, check_beta, check_horizon, decaying
+from zoext.updates._window import Weights, WindowUpdate, check_beta, decaying
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SignReplay(WindowUpdate):
 
     def __post_init__(self) -> None:
         check_beta("beta", self.beta)
-        check_horizon(self.horizon)
+        check_count("horizon", self.horizon)
 
     def weights(self, count: int) -> Weights:
         return Weights(decaying(self.beta, count, bias_correction=False), [0.0] * count)
