@@ -27,7 +27,7 @@ from support.cuda_comparison import (
     weights,
 )
 from zoext import ops
-from zoext.ops import Distribution, Rounding, Span
+from zoext.ops import Distribution, Rounding, Rule, Span
 
 pytestmark = MARKS
 
@@ -498,10 +498,10 @@ def test_opcheck(operator: str) -> None:
     window, change = device(*adam(1, 3)), device(*combination(3))
     keys, spans = [3], [0, 130, 0]
     arguments = {
-        "noise_window_": ([theta], [], *window, keys, spans, 1, 1),
+        "noise_window_": ([theta], [], *window, keys, spans, 1, 1, Rule.SIGN),
         "factored_axpy_": ([theta], [], left, right, *change, keys, spans, 0),
         "factored_copy_": ([out], [theta], left, right, *change[:2], keys, spans, 1),
-        "factored_window_": ([theta], [], left, right, *window, keys, spans, 0),
+        "factored_window_": ([theta], [], left, right, *window, keys, spans, 0, Rule.SCALAR_ADAM),
     }
     torch.library.opcheck(getattr(torch.ops.zoext, operator).default, arguments[operator])
 
