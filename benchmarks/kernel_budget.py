@@ -181,9 +181,9 @@ def _stops(kernel: Kernel, whole: Loop, noise: Loop | None) -> list[int]:
     """What a round of the whole loop must pass: for a window its normals, and the move of Adam."""
     if not kernel.name.startswith("move_window<"):
         return []
-    after = Loop(noise.latch, whole.latch) if noise else whole
-    moves = kernel.name.startswith("move_window<Adam")
-    found = [kernel.find(noise, ROOT) if noise else None, kernel.find(after, QUOTIENT) if moves else None]
+    found = [kernel.find(noise, ROOT)] if noise else []
+    if kernel.name.startswith("move_window<Adam"):
+        found.append(kernel.find(Loop(noise.latch, whole.latch) if noise else whole, QUOTIENT))
     return [stop for stop in found if stop is not None]
 
 

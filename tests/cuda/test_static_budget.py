@@ -168,8 +168,8 @@ def test_nothing_is_approximated(kernels: list) -> None:
 def test_the_program_writes_its_figures(
     kernels: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    read: list[Path] = []
-    monkeypatch.setattr(kernel_budget, "kernels", lambda path: read.append(path) or kernels)  # in a minute
+    read: list[Path] = []  # in place of reading once more, which takes a minute
+    monkeypatch.setattr(kernel_budget, "kernels", lambda path: read.append(path) or kernels)
     monkeypatch.setattr(sys, "argv", ["kernel_budget.py", "--json", str(tmp_path / "budget.json")])
     assert kernel_budget.main() == 0
     assert read == [built()]
