@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,7 @@ class ModuleSwap:
         self._device = torch.device("cpu")
         self._find_written = False
         self._visited: set[int] = set()
+        self._untraced: tuple[Callable[..., None], Callable[..., Any]] | None = None
 
     @property
     def memory(self) -> Tensor:
@@ -76,11 +78,12 @@ class ModuleSwap:
         """
         handles: list[RemovableHandle] = []
         self._signals = signals
+        before, after = self._hooks()
         try:
             for module in self._root.modules():
                 if module._parameters or module._buffers:
-                    handles.append(module.register_forward_pre_hook(self._before_forward, prepend=True))
-                    handles.append(module.register_forward_hook(self._after_forward, always_call=True))
+                    handles.append(module.register_forward_pre_hook(before, prepend=True))
+                    handles.append(module.register_forward_hook(after, always_call=True))
             self._forget_other_owners()
             yield
         finally:
@@ -88,6 +91,18 @@ class ModuleSwap:
                 self._end(self._combination)
             for handle in handles:
                 handle.remove()
+
+    def _hooks(self) -> tuple[Callable[..., None], Callable[..., Any]]:
+        """The hooks, which Dynamo must not trace where a compiled model calls them.
+
+        They are then the same objects in all sessions, since Dynamo compiles again for others.
+        """
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+            return self._before_forward, self._after_forward
+        if self._untraced is None:
+            hooks = self._before_forward, self._after_forward
+            self._untraced = torch.compiler.disable(hooks[0]), torch.compiler.disable(hooks[1])
+        return self._untraced
 
     @contextmanager
     def displaced(self, combination: Combination, find_written_buffers: bool) -> Iterator[set[int]]:
