@@ -109,7 +109,7 @@ def test_options_are_kept_for_resuming(command: Command) -> None:
         ("colour=red", "it has no option colour; its options: rank, power_iterations, mask, balance"),
         ("lr=3", "it has no option lr"),
         ("rank=two", "option rank must be of the form of 1, not two"),
-        ("rank=1000", "rank must be at most"),
+        ("rank=0", "rank must be an integer of at least 1, not 0"),
         ("balance=equal", f"balance must be one of {', '.join(BALANCES)}, not 'equal'"),
     ],
 )

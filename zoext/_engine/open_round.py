@@ -77,9 +77,9 @@ class OpenRound:
         """Probe ``index`` as low-rank factors, keyed by the names of the parameters in the module.
 
         The displaced weight of a linear layer is ``W + B @ A``: a LoRA adapter with ``lora_alpha = r``, where
-        r is the rank of the direction times the number of its terms. For a layer that stores its weight
-        transposed (``Conv1D`` of transformers, ``nn.Embedding``) it is ``W + (B @ A).T``. The result is empty
-        for a probe at theta.
+        r is the rank of the layer's direction times the number of its terms. For a layer that stores its
+        weight transposed (``Conv1D`` of transformers, ``nn.Embedding``) it is ``W + (B @ A).T``. Empty for a
+        probe at theta.
 
         Raises:
             IndexError: for an index out of range.

@@ -12,7 +12,7 @@ from zoext._parameters.parameters import Parameters
 from zoext._runtime.arguments import check_count
 from zoext.directions.activations import ActivationObserver, Layer, linear_layers
 from zoext.directions.base import Frame, Observer, Step
-from zoext.directions.factored import Factored
+from zoext.directions.factored import Factored, warn_of_narrow
 
 BALANCES = ("paper", "matched", "freeze")
 
@@ -30,7 +30,8 @@ class ActivationSubspace(Factored):
     a step, such as those of its micro-batches, share the basis of the first.
 
     Args:
-        rank: columns of A, at most d_in of the narrowest layer.
+        rank: columns of A. A layer with d_in below that has a basis of rank d_in, which a UserWarning tells
+            when the optimizer is built.
         power_iterations: products with the Gram matrix H H^T.
         mask: name of the argument of the model's forward that is 0 at padding, shape [batch, positions].
             The basis leaves padding out. None includes all positions.
@@ -41,7 +42,7 @@ class ActivationSubspace(Factored):
 
     Raises:
         ValueError: for arguments out of range, if no module is given, for a module without trainable
-            linear layers, for a layer narrower than ``rank``, and for a layer that the forward does not call.
+            linear layers, and for a layer that the forward does not call.
     """
 
     rank: int = 1
@@ -64,7 +65,8 @@ class ActivationSubspace(Factored):
         return 0.0 if self.balance == "freeze" else 1.0
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
-        self._layers(module, groups)
+        layers = self._layers(module, groups)
+        warn_of_narrow(self.rank, ((layer.name, layer.width) for layer in layers))
         if self.mask not in (None, "attention_mask") and module is not None:
             arguments = inspect.signature(module.forward).parameters
             takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
@@ -102,10 +104,4 @@ class ActivationSubspace(Factored):
                 "ActivationSubspace needs a linear layer whose weight requires grad, and the module has "
                 "none; unfreeze some, or use another direction"
             )
-        for layer in layers:
-            if layer.width < self.rank:
-                raise ValueError(
-                    f"rank must be at most the width of every linear layer's input, not {self.rank}: "
-                    f"{layer.name} has {layer.width}; lower it, or freeze that weight"
-                )
         return layers

@@ -127,7 +127,7 @@ class ActivationObserver:
         return Frame(left=left, right=right), finite
 
     def _scaled(self, basis: Tensor) -> Tensor:
-        return basis * (basis.shape[1] / self._rank) ** 0.5 if self._match_norms else basis
+        return basis * (basis.shape[1] / basis.shape[0]) ** 0.5 if self._match_norms else basis
 
     def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(module.forward).parameters if args else ()
@@ -168,8 +168,9 @@ class ActivationObserver:
         return mask.to(activations.device, non_blocking=True)
 
     def _iterate(self, activations: Tensor, mask: Tensor | None) -> _Subspace:
+        rank = min(self._rank, activations.shape[-1])
         basis, values = ops.power_iteration(
-            activations.detach().contiguous(), mask, self._seed, rank=self._rank, iterations=self._iterations
+            activations.detach().contiguous(), mask, self._seed, rank=rank, iterations=self._iterations
         )
         return _Subspace(basis, values)
 

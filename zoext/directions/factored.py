@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from zoext.directions.base import Direction, Frame, Terms, Window, decay_of, rec
 from zoext.directions.dense import Gaussian
 
 _DENSE = Gaussian()
+_CALLER = 5  # warn_of_narrow, check, the optimizer's and the recipe's __init__
 
 
 class _Factors(NamedTuple):
@@ -131,6 +133,18 @@ def _filled_up(step: Terms, count: int) -> tuple[Frame, ...]:
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a parameter as a matrix: its first dimension, and the product of the others."""
     return shape[0], prod(shape[1:])
+
+
+def warn_of_narrow(rank: int, widths: Iterable[tuple[str, int]]) -> None:
+    """Warns if some of the matrices, given by name and columns, are narrower than ``rank``."""
+    narrow = [f"{name} ({columns})" for name, columns in widths if columns < rank]
+    if narrow:
+        shown = ", ".join(narrow[:3]) + (f" and {len(narrow) - 3} more" if len(narrow) > 3 else "")
+        warnings.warn(
+            f"rank={rank} is more than the columns of some matrices, whose directions have the rank of their "
+            f"columns: {shown}",
+            stacklevel=_CALLER,
+        )
 
 
 def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.arguments import check_count
 from zoext.directions.base import Frame, Step, Terms
-from zoext.directions.factored import Factored, matrix_shape
+from zoext.directions.factored import Factored, matrix_shape, warn_of_narrow
 
 SCALES = ("paper", "code")
 
@@ -26,14 +26,15 @@ class LowRank(Factored):
     dimension by all others. The probe and the update of a step use the same U and V.
 
     Args:
-        rank: columns of U and V.
+        rank: columns of U and V. A matrix with fewer columns than that has as many as its own, which a
+            UserWarning tells when the optimizer is built.
         refresh_interval: steps between two draws of V, the paper's nu.
         scale: "paper" (default) divides the gradient estimate by the rank, ``c U V^T / rank``, which
             makes it unbiased; "code" omits the division, as the authors' published code does.
             Either way the probe is displaced by ``mu U V^T``.
 
     Raises:
-        ValueError: for arguments out of range, and for a matrix with fewer columns than ``rank``.
+        ValueError: for arguments out of range.
     """
 
     rank: int = 2
@@ -47,29 +48,28 @@ class LowRank(Factored):
             raise ValueError(f"scale must be 'paper' or 'code', not {self.scale!r}")
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
-        for group in groups:
-            for block, name in zip(group.blocks, group.names, strict=True):
-                if not _is_matrix(block.shape):
-                    continue
-                rows, columns = matrix_shape(block.shape)
-                if columns < self.rank:
-                    raise ValueError(
-                        f"rank must be at most the number of columns of every matrix, not {self.rank}: "
-                        f"{name} is {rows} x {columns}; lower it, or freeze that parameter"
-                    )
+        warn_of_narrow(
+            self.rank,
+            (
+                (name, matrix_shape(block.shape)[1])
+                for group in groups
+                for block, name in zip(group.blocks, group.names, strict=True)
+                if _is_matrix(block.shape)
+            ),
+        )
 
     def origin(self, number: int) -> int:
         return number - number % self.refresh_interval
 
     def frame(self, step: Step) -> Frame:
         """V of every matrix, from the seed of the step at which it was last drawn."""
-        self.check(None, step.groups)  # parameters may have been unfrozen or added since
         right: dict[int, Tensor] = {}
         for group in step.groups:
             for key, block in zip(group.keys, group.blocks, strict=True):
                 if _is_matrix(block.shape):
                     columns = matrix_shape(block.shape)[1]
-                    right[key] = torch.empty((self.rank, columns), dtype=torch.float32, device=group.device)
+                    rank = min(self.rank, columns)
+                    right[key] = torch.empty((rank, columns), dtype=torch.float32, device=group.device)
         factors = list(right.values())
         spans = [ops.span_of(factor) for factor in factors]
         ops.normal_(factors, step.seed, list(right), spans, stream=ops.Stream.RIGHT_FACTOR)
@@ -78,8 +78,8 @@ class LowRank(Factored):
     def gradient(self, terms: Terms) -> Terms:
         if self.scale == "code" or self.rank == 1:
             return terms
-        scale = 1 / self.rank  # products have the same bits on every device; quotients may not
-        scaled = {key: factor * scale for key, factor in terms.frame.right.items()}
+        # Products have the same bits on every device; quotients may not.
+        scaled = {key: factor * (1 / len(factor)) for key, factor in terms.frame.right.items()}
         return Terms(terms.seeds, terms.coefficients, Frame(right=scaled))
 
 
