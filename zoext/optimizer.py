@@ -20,6 +20,8 @@ from zoext._engine import (
     Recorder,
     StepEngine,
     StepExecutor,
+    check_not_scaled,
+    initializes_state,
     with_current_names,
 )
 from zoext._parameters import group_options, parameters
@@ -119,6 +121,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         axes.direction.check(module, parameters.trainable(self.param_groups))
 
     # torch.optim.Optimizer
+
+    #: Has torch.amp.GradScaler call ``step``, which then names the remedy.
+    _step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. Its parameters get the next noise keys; the keys of other groups do not change.
@@ -247,8 +252,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: without a closure and without a preceding ``estimate``, while a round is open, and
                 while a CUDA graph is captured: use ``GraphedStep``. Exceptions of ``estimate`` also apply.
         """
+        check_not_scaled(self)
         if isinstance(closure, StepExecutor):
             return closure.advance(self.engine)
+        if closure is None and initializes_state(self.param_groups):
+            return torch.full((), torch.nan)
         step = self.engine.step_pending() if closure is None else self.engine.step(closure)
         return step.estimate.loss
 

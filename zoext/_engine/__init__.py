@@ -5,6 +5,7 @@ from zoext._engine.axes import Axes, with_current_names
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.engine import StepEngine, StepExecutor
 from zoext._engine.estimation import Closure
+from zoext._engine.first_order import check_not_scaled, initializes_state
 from zoext._engine.nonfinite import NonfiniteWatch
 from zoext._engine.open_round import LoRAFactors, OpenRound
 
@@ -21,5 +22,7 @@ __all__ = [
     "StepEngine",
     "StepExecutor",
     "StepSeeds",
+    "check_not_scaled",
+    "initializes_state",
     "with_current_names",
 ]

@@ -19,6 +19,7 @@ from zoext._engine.applying import AppliedStep, GroupOptions
 from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.estimation import Closure, Estimation, MissingLossError
+from zoext._engine.first_order import nothing_to_apply
 from zoext._engine.nonfinite import NonfiniteWatch
 from zoext._engine.open_round import Asking, OpenRound
 from zoext._engine.run_state import Owner, RunState
@@ -229,7 +230,6 @@ class StepEngine:
             return self.step_pending()
 
     def _step(self, closure: Closure) -> AppliedStep:
-
         def finish(estimate: Estimate) -> tuple[GroupOptions, ...]:
             self.watch.note(estimate.finite)
             return self._checked_options()
@@ -246,7 +246,7 @@ class StepEngine:
         self.check_no_round()
         pending = self.run.pending
         if not pending:
-            raise RuntimeError("step() has nothing to apply: call estimate(closure) first, or step(closure)")
+            raise nothing_to_apply(self.param_groups)
         self._check_unchanged("the estimate was made, so it does not fit any more")
         options = self._checked_options()
         with torch.inference_mode(False), torch.no_grad():

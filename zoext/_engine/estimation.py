@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoext._engine.context import StepContext
+from zoext._engine.first_order import explained_backward
 from zoext._runtime.devices import widest
 from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
@@ -90,7 +91,7 @@ class Estimation:
             self.begin(pending)
             losses = []
             for index in range(len(pending)):
-                with self.displaced(session, index), session.interruptible():
+                with self.displaced(session, index), session.interruptible(), explained_backward():
                     loss = closure()
                     if loss is None:
                         raise MissingLossError

@@ -1,0 +1,69 @@
+"""Callers that take the optimizer for one that uses gradients: they are served where that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+_WITHOUT_GRAPH = "does not require grad and does not have a grad_fn"
+
+
+class BackwardInClosureError(RuntimeError):
+    """A closure called ``backward()``, for which there is no graph."""
+
+
+def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether ``step()`` is called by ``torch.distributed.checkpoint``, to create the state.
+
+    It sets gradients of zero for all parameters and an lr of zero, and expects that nothing moves.
+    """
+    if any(isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu" for group in groups):
+        return False  # its zero is a float, or a tensor on the host
+    if any(float(group["lr"]) != 0 for group in groups):
+        return False
+    gradients = [
+        parameter.grad for group in groups for parameter in group["params"] if parameter.requires_grad
+    ]
+    return bool(gradients) and all(grad is not None and not grad.any() for grad in gradients)
+
+
+def nothing_to_apply(groups: Sequence[Mapping[str, Any]]) -> RuntimeError:
+    """The error of a ``step()`` that no estimate precedes."""
+    has_gradients = any(parameter.grad is not None for group in groups for parameter in group["params"])
+    gradients = (
+        ". Gradients are not used: what a loop for a first-order optimizer does by backward() and step(), "
+        "step(lambda: loss_of(model, batch)) does alone"
+    )
+    return RuntimeError(
+        "step() has nothing to apply: call estimate(closure) first, or step(closure)"
+        + gradients * has_gradients
+    )
+
+
+def check_not_scaled(optimizer: Any) -> None:
+    """Raises a RuntimeError if ``torch.amp.GradScaler.step`` called."""
+    if getattr(optimizer, "grad_scale", None) is None:
+        return
+    del optimizer.grad_scale, optimizer.found_inf  # GradScaler would leave them after an error
+    raise RuntimeError(
+        "GradScaler.step: a forward-only optimizer has no gradients that could underflow and be scaled; call "
+        "optimizer.step(closure), with a model in bfloat16 or with weights in float16 (Accelerate and "
+        "Trainer: mixed_precision='bf16' or 'no', not 'fp16')"
+    )
+
+
+@contextmanager
+def explained_backward() -> Iterator[None]:
+    """Names the remedy if a closure that runs within the block calls ``backward()``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _WITHOUT_GRAPH not in str(error):
+            raise
+        raise BackwardInClosureError(
+            "closure computes gradients, but it runs with gradients disabled, so there is no graph. Delete "
+            "its backward() line (loss.backward(), or accelerator.backward(loss)) and return the loss"
+        ) from error
