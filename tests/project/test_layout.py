@@ -20,6 +20,7 @@ NOT_OURS = {
     "_buffers",  # of a module: named_buffers() leaves out what is shared
     "_cdata",  # of a storage: tells storages apart
     "_foreach_copy_",  # torch
+    "_functorch",  # torch._C: nothing public tells whether a transform is active
     "_forward_hooks",  # of a module
     "_forward_pre_hooks",  # of a module
     "_has_compatible_shallow_copy_type",  # torch.ops.aten

@@ -49,6 +49,7 @@ class ModuleSwap:
         self._scratch = Scratch()
         self._written_buffers: set[tuple[int, str]] = set()
         self._running: dict[nn.Module, _Running] = {}
+        self._held: list[tuple[Tensor, Tensor]] = []  # displaced until the probe ends, and their originals
         self._swapped: set[int] = set()
         self._groups: list[Parameters] = []
         self._outline: list[tuple[int, list[int]]] = []
@@ -65,6 +66,10 @@ class ModuleSwap:
     def memory(self) -> Tensor:
         """The memory of displaced weights, uint8 [bytes]; reallocated when more is needed."""
         return self._scratch.buffer
+
+    def own_weights(self) -> frozenset[int]:
+        """The ids of the modules that own displaced weights, as of the last combination."""
+        return frozenset(map(id, self._own))
 
     def modes(self) -> tuple[tuple[int, bool], ...]:
         """The id and the training mode of each module."""
@@ -134,6 +139,10 @@ class ModuleSwap:
         for module in reversed(list(self._running)):
             with record(Phase.RESTORE):
                 self._restore(module)
+        for tensor, original in self._held:
+            tensor.data = original
+        self._held = []
+        self._swapped.clear()
         self._combination, self._terms, self._originals = None, {}, {}
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
@@ -207,6 +216,7 @@ class ModuleSwap:
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self._combination is None:  # between two probes
             return
+        _check_no_transform()
         with self._signals.held():
             if module in self._running:  # a recursive call: its weights are already displaced
                 self._running[module].depth += 1
@@ -228,27 +238,33 @@ class ModuleSwap:
 
     def _displace(self, module: nn.Module, running: _Running) -> None:
         assert self._combination is not None
+        # Derivatives of the model read its weights again, after this forward.
+        hold = torch.is_grad_enabled()
         for parameters, terms in self._terms.get(module, ()):
-            # A weight that this module shares with a running parent is already displaced.
-            fresh = parameters
-            if any(id(tensor) in self._swapped for tensor in parameters.tensors):
-                fresh = parameters.take(
-                    [i for i, tensor in enumerate(parameters.tensors) if id(tensor) not in self._swapped]
-                )
-                displaced = self._scratch.take(fresh.tensors)
-            else:
-                displaced = self._scratch.take_again(fresh)
+            fresh = self._not_yet_displaced(parameters)
             if not len(fresh):
                 continue
+            if hold:
+                displaced = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in fresh.tensors]
+            elif fresh is parameters:
+                displaced = self._scratch.take_again(fresh)
+            else:
+                displaced = self._scratch.take(fresh.tensors)
             self._combination.direction.copy_(displaced, fresh, terms)
+            restored = self._held if hold else running.parameters
             for tensor, replacement in zip(fresh.tensors, displaced, strict=True):
-                running.parameters.append((tensor, self._originals[id(tensor)]))
+                restored.append((tensor, self._originals[id(tensor)]))
                 self._swapped.add(id(tensor))
                 tensor.data = replacement
         for name, buffer in self._buffers_to_swap(module):
             copy = self._scratch.take([buffer])[0].copy_(buffer)
             running.buffers.append((name, buffer, buffer.data))
             buffer.data = copy
+
+    def _not_yet_displaced(self, parameters: Parameters) -> Parameters:
+        """Leaves out weights that a running parent shares, or that are displaced until the probe ends."""
+        fresh = [i for i, tensor in enumerate(parameters.tensors) if id(tensor) not in self._swapped]
+        return parameters if len(fresh) == len(parameters) else parameters.take(fresh)
 
     def _after(self, module: nn.Module, output: Any) -> Any:
         running = self._running.get(module)
@@ -285,6 +301,8 @@ class ModuleSwap:
         operators are watched, because the watch would report the reads from the original table.
         """
         if type(module) is not nn.Embedding or module.max_norm is not None or self._find_written:
+            return None
+        if torch.is_grad_enabled():
             return None
         others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
         if others_hook or module.weight.device.type != "cpu" or id(module.weight) in self._swapped:
@@ -338,6 +356,15 @@ class ModuleSwap:
                 if replaced or not _same(now, original)
             }
         self._scratch.release(running.top)
+
+
+def _check_no_transform() -> None:
+    """Raises within a transform of torch.func, whose tensors do not show weights that are swapped."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise StreamedProbeError(
+            "streamed probe: the closure runs the model inside a transform of torch.func (grad, vmap, jvp, "
+            "...), which does not see swapped weights. Pass probe='inplace', or use torch.autograd.grad"
+        )
 
 
 def _same(now: Tensor, original: Tensor) -> bool:
