@@ -80,7 +80,12 @@ def test_after_an_estimate(dtype: torch.dtype, training: bool, direction: zoext.
         estimate = optimizer.estimate(lambda: model(x).float().square().mean())
     assert estimate.forwards == 4
     assert estimate.coefficients.abs().min() > 0
-    assert_same(before, snapshot(model))
+    after = snapshot(model)
+    for name in ("0.norm.running_mean", "0.norm.running_var", "0.norm.num_batches_tracked"):
+        old, new = before.pop(name), after.pop(name)
+        assert torch.equal(old[0], new[0]) != training  # type: ignore[index]
+        assert old[1:] == new[1:], name  # type: ignore[index]
+    assert_same(before, after)
 
 
 def test_with_a_module_that_came_later() -> None:
@@ -91,9 +96,8 @@ def test_with_a_module_that_came_later() -> None:
     for _ in range(2):
         optimizer.estimate(lambda: model(x).square().mean())
     model[1] = nn.BatchNorm1d(11, affine=False)
-    before = snapshot(model)
     optimizer.step(lambda: model(x).square().mean())
-    assert torch.equal(before["1.running_mean"][0], model[1].running_mean)
+    assert model[1].num_batches_tracked == 1
 
 
 class Stop(BaseException):
@@ -202,6 +206,6 @@ def test_buffers_that_cannot_be_copied_are_left_alone() -> None:
     model = Odd()
     optimizer = zoext.MeZO(model, probe="streamed")
     assert optimizer.step(model).isfinite()
-    assert model.count == 0
+    assert model.count == 1
     assert optimizer.step(model).isfinite()
-    assert model.count == 0
+    assert model.count == 2

@@ -62,6 +62,7 @@ class Estimation:
         self._round: Round | None = None
         self._probes: list[tuple[Tensor, Tensor]] = []
         self._last = 0
+        self._nearest: int | None = None  # of the first round
 
     def check_frame(self, what: str) -> None:
         """Raises a RuntimeError if the frame is unknown: the first probe, at theta, determines it."""
@@ -102,7 +103,10 @@ class Estimation:
 
     def begin(self, pending: Round) -> None:
         """Makes ``pending`` the round that ``displaced`` refers to."""
+        is_first = self._round is None
         self._round, self._probes = pending, list(pending.probes())
+        centre = next((index for index, (seeds, _) in enumerate(self._probes) if not len(seeds)), 0)
+        self._nearest = centre if is_first else None
 
     @contextmanager
     def displaced(self, session: Session, index: int) -> Iterator[None]:
@@ -116,7 +120,10 @@ class Estimation:
                 self._random = RandomState(self.context.device)
             else:
                 self._random.restore()
-        with observer.watching() if observer is not None else nullcontext(), session.displaced(combination):
+        with (
+            observer.watching() if observer is not None else nullcontext(),
+            session.displaced(combination, keep_buffers=index == self._nearest),
+        ):
             yield
         self._check()
         if observer is not None:

@@ -59,6 +59,8 @@ class ModuleSwap:
         self._combination: Combination | None = None
         self._device = torch.device("cpu")
         self._find_written = False
+        self._keep_buffers = False
+        self._kept_buffers: dict[tuple[nn.Module, str], Tensor] = {}
         self._visited: set[int] = set()
         self._untraced: tuple[Callable[..., None], Callable[..., Any]] | None = None
 
@@ -91,7 +93,9 @@ class ModuleSwap:
                     handles.append(module.register_forward_hook(after, always_call=True))
             self._forget_other_owners()
             yield
+            self._write_buffers()
         finally:
+            self._kept_buffers.clear()
             if self._combination is not None:
                 self._end(self._combination)
             for handle in handles:
@@ -110,15 +114,19 @@ class ModuleSwap:
         return self._untraced
 
     @contextmanager
-    def displaced(self, combination: Combination, find_written_buffers: bool) -> Iterator[set[int]]:
+    def displaced(
+        self, combination: Combination, find_written_buffers: bool, keep_buffers: bool
+    ) -> Iterator[set[int]]:
         """Runs modules with displaced weights within the block; yields the ids of the modules that ran.
 
         With ``find_written_buffers`` every buffer is replaced, and those that a module writes to are
-        remembered for later probes.
+        remembered for later probes. With ``keep_buffers`` these have their new values once the block of
+        ``hooked`` ends without an error.
         """
         self._combination = combination
         self._device = combination.seeds.device
         self._find_written = find_written_buffers
+        self._keep_buffers = keep_buffers
         self._visited = set()
         try:
             self._terms = self._terms_of_modules(combination)
@@ -257,7 +265,8 @@ class ModuleSwap:
                 self._swapped.add(id(tensor))
                 tensor.data = replacement
         for name, buffer in self._buffers_to_swap(module):
-            copy = self._scratch.take([buffer])[0].copy_(buffer)
+            kept = self._kept_buffers.get((module, name)) if self._keep_buffers else None
+            copy = self._scratch.take([buffer])[0].copy_(buffer if kept is None else kept)
             running.buffers.append((name, buffer, buffer.data))
             buffer.data = copy
 
@@ -339,12 +348,15 @@ class ModuleSwap:
     def _restore(self, module: nn.Module) -> None:
         """Restores weights and buffers; may be called again if an interrupt cut it short."""
         running = self._running[module]
-        written = []
+        written: list[tuple[str, Tensor, Tensor, bool]] = []
         for tensor, original in running.parameters:
             tensor.data = original
             self._swapped.discard(id(tensor))
         for name, buffer, original in running.buffers:
-            written.append((name, buffer.data, original, module._buffers.get(name) is not buffer))
+            current = module._buffers.get(name)
+            replaced = current is not buffer
+            now = buffer.data if current is None or not replaced else current
+            written.append((name, now, original, replaced))
             buffer.data = original
             module._buffers[name] = buffer
         del self._running[module]
@@ -355,7 +367,25 @@ class ModuleSwap:
                 for name, now, original, replaced in written
                 if replaced or not _same(now, original)
             }
+        if self._keep_buffers:
+            self._keep(module, written)
         self._scratch.release(running.top)
+
+    def _keep(self, module: nn.Module, buffers: list[tuple[str, Tensor, Tensor, bool]]) -> None:
+        for name, now, original, _ in buffers:
+            is_alike = now.shape == original.shape and now.dtype == original.dtype
+            if (id(module), name) in self._written_buffers and is_alike:
+                self._kept_buffers[module, name] = now.detach().clone()
+
+    def _write_buffers(self) -> None:
+        """Values that are no longer finite are left out: they come from a batch that must change nothing."""
+        for (module, name), value in self._kept_buffers.items():
+            buffer = module._buffers[name]
+            if buffer is None or buffer.is_inference():
+                continue
+            if value.is_floating_point():
+                value = torch.where(torch.isfinite(value) | ~torch.isfinite(buffer), value, buffer)
+            buffer.copy_(value)
 
 
 def _check_no_transform() -> None:
@@ -370,9 +400,11 @@ def _check_no_transform() -> None:
 def _same(now: Tensor, original: Tensor) -> bool:
     if now.shape != original.shape or now.dtype != original.dtype:
         return False
-    return (
-        torch.equal(now.view(torch.uint8), original.view(torch.uint8)) if now.dim() else bool(now == original)
-    )
+    return torch.equal(_bytes(now), _bytes(original))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _distinct(output: Any, wanted: Callable[[Any], bool]) -> list[Any]:

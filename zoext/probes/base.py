@@ -20,8 +20,12 @@ class Session(ABC):
         self._signals = signals
 
     @abstractmethod
-    def displaced(self, combination: Combination) -> AbstractContextManager[None]:
-        """Displaces the model to ``theta + combination`` within the block."""
+    def displaced(self, combination: Combination, keep_buffers: bool = False) -> AbstractContextManager[None]:
+        """Displaces the model to ``theta + combination`` within the block.
+
+        With ``keep_buffers``, buffers that modules write in the block, such as running statistics, keep their
+        new values once the session has ended without an error.
+        """
 
     def interruptible(self) -> AbstractContextManager[None]:
         """Lets signals take effect within the block, which runs the closure inside ``displaced``."""

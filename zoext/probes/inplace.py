@@ -53,7 +53,7 @@ class _InplaceSession(Session):
         self._displaced: list[_Displaced] = []
 
     @contextmanager
-    def displaced(self, combination: Combination) -> Iterator[None]:
+    def displaced(self, combination: Combination, keep_buffers: bool = False) -> Iterator[None]:
         self._move(combination)
         torch.clear_autocast_cache()
         with record(Phase.FORWARD):

@@ -26,7 +26,8 @@ class StreamedProbe(Probe):
     """Swaps each module's own weights for displaced ones while that module runs.
 
     Theta is never written to, so it keeps every bit. Buffers that a module writes to, such as running
-    statistics, are restored as well. The displaced weights are stored in a scratch buffer as large as the
+    statistics, change once an estimate: as in the forward at theta, or else in the first one. The displaced
+    weights are stored in a scratch buffer as large as the
     largest module's weights.
 
     A module must read its weights inside its own ``forward``. The first probe checks this for every operator,
@@ -90,13 +91,13 @@ class StreamedProbe(Probe):
                 torch.clear_autocast_cache()
 
     @contextmanager
-    def _displaced(self, combination: Combination) -> Iterator[None]:
+    def _displaced(self, combination: Combination, keep_buffers: bool) -> Iterator[None]:
         modes = self._swap.modes()
         unknown = self._watch_next or all(modes != known for _, known in self._watched)
         watch = unknown and not self._unwatched
         watching = _watching(combination) if watch and len(combination) else nullcontext()
         with (
-            self._swap.displaced(combination, find_written_buffers=watch) as visited,
+            self._swap.displaced(combination, watch, keep_buffers) as visited,
             watching,
             record(Phase.FORWARD),
         ):
@@ -113,13 +114,15 @@ class StreamedProbe(Probe):
 
 class _StreamedSession(Session):
     def __init__(
-        self, signals: interrupts.Signals, displaced: Callable[[Combination], AbstractContextManager[None]]
+        self,
+        signals: interrupts.Signals,
+        displaced: Callable[[Combination, bool], AbstractContextManager[None]],
     ) -> None:
         super().__init__(signals)
         self._displace = displaced
 
-    def displaced(self, combination: Combination) -> AbstractContextManager[None]:
-        return self._displace(combination)
+    def displaced(self, combination: Combination, keep_buffers: bool = False) -> AbstractContextManager[None]:
+        return self._displace(combination, keep_buffers)
 
 
 @contextmanager
