@@ -112,6 +112,7 @@ class StepEngine:
                 with self.probe.session() as session:
                     estimation = self._estimation(context)
                     estimate = estimation.run(session, closure)
+                    session.write_buffers(estimate.finite)
                 self.run.frame = estimation.found
                 self.watch.note(estimate.finite)
         except BaseException:
@@ -235,9 +236,8 @@ class StepEngine:
             return self._checked_options()
 
         with self.closures():
-            context = self._begin()
             states = [group["update_state"] for group in self.param_groups]
-            return self.compute(context, closure, states, finish, self.commit)
+            return self.compute(self._begin(), closure, states, finish, self.commit)
 
     def step_pending(self) -> AppliedStep:
         """Applies the mean of the pending estimates."""
@@ -275,24 +275,24 @@ class StepEngine:
         the update and returns the options of the step. ``commit(step, states)`` is called after the update
         and before signals take effect. A linear update of float32 weights also restores theta.
         """
+        target = self._target
         with ExitStack() as phase:
             phase.enter_context(record(Phase.ESTIMATE))
             with self.probe.session() as session:
                 estimation = self._estimation(context)
                 estimate = estimation.run(session, closure)
                 step = AppliedStep(estimate, estimation.found.frame, finish(estimate))
-                if session.is_displaced and applying.can_restore(self._target):
+                if session.is_displaced and applying.can_restore(target):
                     phase.close()
                     with self._updating():
                         with self._tearing():
-                            moved = applying.restore_and_apply(
-                                self._target, states, step, session, estimation
-                            )
+                            moved = applying.restore_and_apply(target, states, step, session, estimation)
                         commit(step, moved)
                     return step
         with self._updating():
             with self._tearing():
-                moved = applying.apply(self._target, states, [step])
+                moved = applying.apply(target, states, [step])
+            session.write_buffers(estimate.finite)
             commit(step, moved)
         return step
 

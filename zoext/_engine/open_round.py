@@ -64,14 +64,10 @@ class OpenRound:
         """
         self._check_index(index)
         asking = self._asking
-        with (
-            asking.closures(),
-            record(Phase.ESTIMATE),
-            asking.probe.session() as session,
-            asking.estimation.displaced(session, index),
-            session.interruptible(),
-        ):
-            yield
+        with asking.closures(), record(Phase.ESTIMATE), asking.probe.session() as session:
+            with asking.estimation.displaced(session, index), session.interruptible():
+                yield
+            session.write_buffers(torch.ones((), dtype=torch.bool, device=asking.estimation.context.device))
 
     def adapter(self, index: int) -> dict[str, LoRAFactors]:
         """Probe ``index`` as low-rank factors, keyed by the names of the parameters in the module.

@@ -92,10 +92,9 @@ class ModuleSwap:
                     handles.append(module.register_forward_pre_hook(before, prepend=True))
                     handles.append(module.register_forward_hook(after, always_call=True))
             self._forget_other_owners()
+            self._kept_buffers.clear()  # of a session that raised
             yield
-            self._write_buffers()
         finally:
-            self._kept_buffers.clear()
             if self._combination is not None:
                 self._end(self._combination)
             for handle in handles:
@@ -120,8 +119,7 @@ class ModuleSwap:
         """Runs modules with displaced weights within the block; yields the ids of the modules that ran.
 
         With ``find_written_buffers`` every buffer is replaced, and those that a module writes to are
-        remembered for later probes. With ``keep_buffers`` these have their new values once the block of
-        ``hooked`` ends without an error.
+        remembered for later probes. With ``keep_buffers`` their new values are kept for ``write_buffers``.
         """
         self._combination = combination
         self._device = combination.seeds.device
@@ -377,15 +375,13 @@ class ModuleSwap:
             if (id(module), name) in self._written_buffers and is_alike:
                 self._kept_buffers[module, name] = now.detach().clone()
 
-    def _write_buffers(self) -> None:
-        """Values that are no longer finite are left out: they come from a batch that must change nothing."""
-        for (module, name), value in self._kept_buffers.items():
+    def write_buffers(self, condition: Tensor) -> None:
+        """Gives buffers the values that were kept, if ``condition`` (bool []) holds on the device."""
+        kept, self._kept_buffers = self._kept_buffers, {}
+        for (module, name), value in kept.items():
             buffer = module._buffers[name]
-            if buffer is None or buffer.is_inference():
-                continue
-            if value.is_floating_point():
-                value = torch.where(torch.isfinite(value) | ~torch.isfinite(buffer), value, buffer)
-            buffer.copy_(value)
+            if buffer is not None and not buffer.is_inference():
+                buffer.copy_(torch.where(condition, value, buffer))
 
 
 def _check_no_transform() -> None:

@@ -23,13 +23,16 @@ class Session(ABC):
     def displaced(self, combination: Combination, keep_buffers: bool = False) -> AbstractContextManager[None]:
         """Displaces the model to ``theta + combination`` within the block.
 
-        With ``keep_buffers``, buffers that modules write in the block, such as running statistics, keep their
-        new values once the session has ended without an error.
+        With ``keep_buffers``, the values that modules write to buffers in the block, such as running
+        statistics, are kept for ``write_buffers``.
         """
 
     def interruptible(self) -> AbstractContextManager[None]:
         """Lets signals take effect within the block, which runs the closure inside ``displaced``."""
         return self._signals.allowed()
+
+    def write_buffers(self, condition: Tensor) -> None:  # noqa: B027
+        """Writes the buffers that were kept, where ``condition`` (bool []) holds; also after the session."""
 
     @property
     def is_displaced(self) -> bool:

@@ -86,7 +86,7 @@ class StreamedProbe(Probe):
                 self._watch_next = True
         with interrupts.deferred() as signals, self._swap.hooked(signals):
             try:
-                yield _StreamedSession(signals, self._displaced)
+                yield _StreamedSession(signals, self._displaced, self._swap.write_buffers)
             finally:
                 torch.clear_autocast_cache()
 
@@ -117,12 +117,17 @@ class _StreamedSession(Session):
         self,
         signals: interrupts.Signals,
         displaced: Callable[[Combination, bool], AbstractContextManager[None]],
+        write_buffers: Callable[[Tensor], None],
     ) -> None:
         super().__init__(signals)
         self._displace = displaced
+        self._write_buffers = write_buffers
 
     def displaced(self, combination: Combination, keep_buffers: bool = False) -> AbstractContextManager[None]:
         return self._displace(combination, keep_buffers)
+
+    def write_buffers(self, condition: Tensor) -> None:
+        self._write_buffers(condition)
 
 
 @contextmanager
