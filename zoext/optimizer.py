@@ -15,7 +15,7 @@ from zoext import noise, probes
 from zoext._engine import (
     Axes,
     Closure,
-    NonfiniteWatch,
+    LossWatch,
     OpenRound,
     Recorder,
     StepEngine,
@@ -101,7 +101,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     ) -> None:
         axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
         axes.check()
-        watch, rounding = NonfiniteWatch(nonfinite), rounding_of(precision)
+        watch, rounding = LossWatch(nonfinite), rounding_of(precision)
         noise.signed(seed)
         whole = params if isinstance(params, nn.Module) else None
         module = whole if whole is not None else getattr(probe, "module", None)

@@ -6,7 +6,7 @@ from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.engine import StepEngine, StepExecutor
 from zoext._engine.estimation import Closure
 from zoext._engine.first_order import check_not_scaled, initializes_state
-from zoext._engine.nonfinite import NonfiniteWatch
+from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import LoRAFactors, OpenRound
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Closure",
     "GroupOptions",
     "LoRAFactors",
-    "NonfiniteWatch",
+    "LossWatch",
     "OpenRound",
     "Recorder",
     "StepContext",

@@ -20,7 +20,7 @@ from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.first_order import nothing_to_apply
-from zoext._engine.nonfinite import NonfiniteWatch
+from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import Asking, OpenRound
 from zoext._engine.run_state import Owner, RunState
 from zoext._parameters import group_options, parameters
@@ -62,7 +62,7 @@ class StepEngine:
         module: nn.Module | None,
         probe: Probe,
         rounding: Rounding,
-        watch: NonfiniteWatch,
+        watch: LossWatch,
     ) -> None:
         self.axes = axes
         self.module = module
@@ -114,7 +114,7 @@ class StepEngine:
                     estimate = estimation.run(session, closure)
                     session.write_buffers(estimate.finite)
                 self.run.frame = estimation.found
-                self.watch.note(estimate.finite)
+                self.watch.note(estimate)
         except BaseException:
             self.run.pending.clear()
             raise
@@ -147,7 +147,7 @@ class StepEngine:
             self.run.asking = None
             self.run.frame = asking.estimation.found
             try:
-                self.watch.note(estimate.finite)
+                self.watch.note(estimate)
             except BaseException:
                 self.run.pending.clear()
                 raise
@@ -232,7 +232,7 @@ class StepEngine:
 
     def _step(self, closure: Closure) -> AppliedStep:
         def finish(estimate: Estimate) -> tuple[GroupOptions, ...]:
-            self.watch.note(estimate.finite)
+            self.watch.note(estimate)
             return self._checked_options()
 
         with self.closures():

@@ -1,61 +1,89 @@
-"""Handles losses that are not finite without synchronizing host and device in a step."""
+"""Handles losses that say nothing, without synchronizing host and device in a step."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
 
+from zoext.estimators import Estimate
 
-class NonfiniteWatch:
-    """Counts estimates that were not finite, and raises if the policy is "raise".
+#: Consecutive estimates whose losses are all equal, before they are told.
+FLAT = 4
 
-    On the CPU the flag of an estimate is checked immediately. On CUDA the flag is copied to pinned memory
-    after the forwards and checked when the next estimate begins, so no step waits for its own flag, and at
-    most one step is in flight. On other devices the next estimate reads the flag from the device.
+
+class LossWatch:
+    """Looks at the losses of every estimate: at those that are not finite, and those that are all equal.
+
+    Counts estimates that were not finite, and raises if the policy is "raise". Warns after ``FLAT``
+    consecutive estimates whose losses were equal to the bit, which usually means that the closure does not
+    run what the optimizer moves.
+
+    On the CPU a loss that is not finite is reported immediately. On CUDA the flags of an estimate are copied
+    to pinned memory after the forwards and checked when the next estimate begins, so no step waits for its
+    own flags, and at most one step is in flight. On other devices the next estimate reads them from the
+    device.
     """
 
     def __init__(self, policy: str) -> None:
         if policy not in {"raise", "skip"}:
             raise ValueError(f"nonfinite must be 'raise' or 'skip', not {policy!r}")
         self._raises = policy == "raise"
-        self._counter: Tensor | None = None
+        self._counts: Tensor | None = None  # estimates that were not finite; consecutive flat ones
         self._travelling: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
-    def note(self, finite: Tensor) -> None:
-        """Registers the flag (bool []) of an estimate."""
-        if self._counter is None:
-            self._counter = torch.zeros((), dtype=torch.int64, device=finite.device)
-        self._counter += ~finite
-        if not self._raises:
+    def note(self, estimate: Estimate) -> None:
+        """Registers an estimate."""
+        finite, flat = estimate.finite, estimate.loss_std == 0
+        if self._counts is None:
+            self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+        nonfinite, streak = self._counts.unbind()
+        nonfinite += ~finite
+        streak += 1
+        streak *= flat
+        flags = torch.stack((~finite, streak))
+        if finite.device.type == "cpu" and self._raises and not finite:
+            self._raise("this")
+        if not finite.is_cuda:
+            self._travelling.append((flags, None))
             return
-        if finite.device.type == "cpu":
-            if not finite:
-                self._raise("this")
-        elif finite.is_cuda:
-            flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-            flag.copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(finite.device))
-            self._travelling.append((flag, event))
-        else:
-            self._travelling.append((finite, None))
+        copied = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        copied.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(finite.device))
+        self._travelling.append((copied, event))
 
     def check(self) -> None:
-        """Raises if an earlier estimate was not finite."""
+        """Raises if an earlier estimate was not finite, and warns of the ``FLAT``-th with equal losses."""
         travelling, self._travelling = self._travelling, []
-        for flag, event in travelling:
+        for flags, event in travelling:
             if event is not None:
                 event.synchronize()
-            if not flag:
+            is_nonfinite, streak = flags.tolist()
+            if is_nonfinite and self._raises:
                 self._raise("the previous")
+            if streak == FLAT:
+                self._warn()
 
     @property
     def count(self) -> int:
-        return 0 if self._counter is None else int(self._counter)
+        """The number of estimates that were not finite."""
+        return 0 if self._counts is None else int(self._counts[0])
 
     @staticmethod
     def _raise(which: str) -> None:
         raise FloatingPointError(
             f"a loss of {which} step, or what a layer was fed, was not finite; theta was not moved by it. "
             "Lower lr or mu, check the batch, or pass nonfinite='skip' to leave such steps out"
+        )
+
+    @staticmethod
+    def _warn() -> None:
+        warnings.warn(
+            f"the losses of each of the last {FLAT} estimates were equal to the bit, so there is no slope to "
+            "follow. Either the closure does not run what the optimizer moves (but another model, a copy, or "
+            "an adapter that is merged or disabled), or its value does not change at this scale: it is "
+            "constant, counts (as an accuracy does), or mu is too small",
+            stacklevel=2,
         )

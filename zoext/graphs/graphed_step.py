@@ -181,7 +181,7 @@ class GraphedStep(StepExecutor):
             moved = chain.from_iterable(group.tensors for group in engine.groups)
             torch.autograd.graph.increment_version(tuple(moved))
             step, states = captured.results(engine)
-            engine.watch.note(step.estimate.finite)
+            engine.watch.note(step.estimate)
             engine.commit(step, states)
         return step.estimate.loss
 

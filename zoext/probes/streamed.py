@@ -44,6 +44,7 @@ class StreamedProbe(Probe):
         self._watch_next = True
         self._sessions = 0
         self._unwatched = False
+        self._has_displaced = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Only the module; everything else is recomputed."""
@@ -104,12 +105,25 @@ class StreamedProbe(Probe):
             torch.clear_autocast_cache()
             yield
         if len(combination):
+            self._check_displaced(visited, combination)
             route = (frozenset(visited), modes)
             if watch:
                 self._watched.add(route)
             # A new route that ran unwatched is watched at the next probe.
             unwatched = route not in self._watched
             self._watch_next = unwatched or (self._unwatched and self._watch_next)
+
+    def _check_displaced(self, visited: set[int], combination: Combination) -> None:
+        """Raises if no probe has displaced a weight yet. Later probes may: parts of a model may rest."""
+        self._has_displaced = self._has_displaced or not self._swap.own_weights().isdisjoint(visited)
+        if not self._has_displaced:
+            names = [name for parameters, _ in combination.terms for name in parameters.names]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise StreamedProbeError(
+                f"streamed probe: the closure ran no module that owns a weight of the optimizer ({shown}), "
+                "so nothing was displaced. Have it run that model, not another one or a copy, and no adapter "
+                "that is merged or disabled"
+            )
 
 
 class _StreamedSession(Session):
