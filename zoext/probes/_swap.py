@@ -17,6 +17,7 @@ from zoext._parameters.shards import Block
 from zoext._runtime.interrupts import Signals
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Terms
+from zoext.probes._buffers import BufferSwap, SwappedBuffer
 from zoext.probes._scratch import Scratch, aligned_bytes
 
 
@@ -36,7 +37,7 @@ class _Running:
         self.top = top
         self.users = users
         self.parameters: list[tuple[Tensor, Tensor]] = []
-        self.buffers: list[tuple[str, Tensor, Tensor]] = []
+        self.buffers: list[SwappedBuffer] = []
         self.rows: list[int] | None = None
 
 
@@ -47,7 +48,7 @@ class ModuleSwap:
         self._root = root
         self._signals = Signals()
         self._scratch = Scratch()
-        self._written_buffers: set[tuple[int, str]] = set()
+        self._buffers = BufferSwap()
         self._running: dict[nn.Module, _Running] = {}
         self._held: list[tuple[Tensor, Tensor]] = []  # displaced until the probe ends, and their originals
         self._swapped: set[int] = set()
@@ -57,10 +58,6 @@ class ModuleSwap:
         self._originals: dict[int, Tensor] = {}
         self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
         self._combination: Combination | None = None
-        self._device = torch.device("cpu")
-        self._find_written = False
-        self._keep_buffers = False
-        self._kept_buffers: dict[tuple[nn.Module, str], Tensor] = {}
         self._visited: set[int] = set()
         self._untraced: tuple[Callable[..., None], Callable[..., Any]] | None = None
 
@@ -92,7 +89,7 @@ class ModuleSwap:
                     handles.append(module.register_forward_pre_hook(before, prepend=True))
                     handles.append(module.register_forward_hook(after, always_call=True))
             self._forget_other_owners()
-            self._kept_buffers.clear()  # of a session that raised
+            self._buffers.forget()  # those of a session that raised
             yield
         finally:
             if self._combination is not None:
@@ -122,9 +119,7 @@ class ModuleSwap:
         remembered for later probes. With ``keep_buffers`` their new values are kept for ``write_buffers``.
         """
         self._combination = combination
-        self._device = combination.seeds.device
-        self._find_written = find_written_buffers
-        self._keep_buffers = keep_buffers
+        self._buffers.begin(combination.seeds.device, find_written_buffers, keep_buffers)
         self._visited = set()
         try:
             self._terms = self._terms_of_modules(combination)
@@ -204,20 +199,9 @@ class ModuleSwap:
         largest = 0
         for module, terms in self._terms.items():
             weights = sum(aligned_bytes(tensor) for parameters, _ in terms for tensor in parameters.tensors)
-            buffers = sum(aligned_bytes(buffer) for _, buffer in self._buffers_to_swap(module))
+            buffers = sum(aligned_bytes(buffer) for _, buffer in self._buffers.of(module))
             largest = max(largest, weights + buffers)
         self._scratch.prepare(combination.seeds.device, largest)
-
-    def _buffers_to_swap(self, module: nn.Module) -> list[tuple[str, Tensor]]:
-        return [
-            (name, buffer)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-            and (self._find_written or (id(module), name) in self._written_buffers)
-            and buffer.layout == torch.strided
-            and buffer.device == self._device
-            and not buffer.is_quantized
-        ]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self._combination is None:  # between two probes
@@ -262,11 +246,7 @@ class ModuleSwap:
                 restored.append((tensor, self._originals[id(tensor)]))
                 self._swapped.add(id(tensor))
                 tensor.data = replacement
-        for name, buffer in self._buffers_to_swap(module):
-            kept = self._kept_buffers.get((module, name)) if self._keep_buffers else None
-            copy = self._scratch.take([buffer])[0].copy_(buffer if kept is None else kept)
-            running.buffers.append((name, buffer, buffer.data))
-            buffer.data = copy
+        running.buffers = self._buffers.swap(module, self._scratch)
 
     def _not_yet_displaced(self, parameters: Parameters) -> Parameters:
         """Leaves out weights that a running parent shares, or that are displaced until the probe ends."""
@@ -307,7 +287,7 @@ class ModuleSwap:
         table is displaced on CUDA, where the indices would have to be copied to the host, and while
         operators are watched, because the watch would report the reads from the original table.
         """
-        if type(module) is not nn.Embedding or module.max_norm is not None or self._find_written:
+        if type(module) is not nn.Embedding or module.max_norm is not None or self._buffers.finds_written:
             return None
         if torch.is_grad_enabled():
             return None
@@ -346,42 +326,16 @@ class ModuleSwap:
     def _restore(self, module: nn.Module) -> None:
         """Restores weights and buffers; may be called again if an interrupt cut it short."""
         running = self._running[module]
-        written: list[tuple[str, Tensor, Tensor, bool]] = []
         for tensor, original in running.parameters:
             tensor.data = original
             self._swapped.discard(id(tensor))
-        for name, buffer, original in running.buffers:
-            current = module._buffers.get(name)
-            replaced = current is not buffer
-            now = buffer.data if current is None or not replaced else current
-            written.append((name, now, original, replaced))
-            buffer.data = original
-            module._buffers[name] = buffer
+        self._buffers.restore(module, running.buffers)
         del self._running[module]
-        if self._find_written:
-            # Version counters do not suffice: batch_norm updates its statistics without changing them.
-            self._written_buffers |= {
-                (id(module), name)
-                for name, now, original, replaced in written
-                if replaced or not _same(now, original)
-            }
-        if self._keep_buffers:
-            self._keep(module, written)
         self._scratch.release(running.top)
 
-    def _keep(self, module: nn.Module, buffers: list[tuple[str, Tensor, Tensor, bool]]) -> None:
-        for name, now, original, _ in buffers:
-            is_alike = now.shape == original.shape and now.dtype == original.dtype
-            if (id(module), name) in self._written_buffers and is_alike:
-                self._kept_buffers[module, name] = now.detach().clone()
-
     def write_buffers(self, condition: Tensor) -> None:
-        """Gives buffers the values that were kept, if ``condition`` (bool []) holds on the device."""
-        kept, self._kept_buffers = self._kept_buffers, {}
-        for (module, name), value in kept.items():
-            buffer = module._buffers[name]
-            if buffer is not None and not buffer.is_inference():
-                buffer.copy_(torch.where(condition, value, buffer))
+        """Gives buffers the values that ``keep_buffers`` kept, if ``condition`` (bool []) holds."""
+        self._buffers.write(condition)
 
 
 def _check_no_transform() -> None:
@@ -391,16 +345,6 @@ def _check_no_transform() -> None:
             "streamed probe: the closure runs the model inside a transform of torch.func (grad, vmap, jvp, "
             "...), which does not see swapped weights. Pass probe='inplace', or use torch.autograd.grad"
         )
-
-
-def _same(now: Tensor, original: Tensor) -> bool:
-    if now.shape != original.shape or now.dtype != original.dtype:
-        return False
-    return torch.equal(_bytes(now), _bytes(original))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _distinct(output: Any, wanted: Callable[[Any], bool]) -> list[Any]:

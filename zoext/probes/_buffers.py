@@ -1,0 +1,92 @@
+"""The buffers that modules write while they run displaced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoext.probes._scratch import Scratch
+
+
+class SwappedBuffer(NamedTuple):
+    """A buffer of a running module that points to a copy."""
+
+    name: str
+    buffer: Tensor
+    original: Tensor
+
+
+class BufferSwap:
+    """Gives running modules copies of the buffers they write, and keeps what one probe of a step left."""
+
+    def __init__(self) -> None:
+        self._written: set[tuple[int, str]] = set()
+        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
+        self._device = torch.device("cpu")
+        self._keeps = False
+        self.finds_written = False
+
+    def begin(self, device: torch.device, find_written: bool, keep: bool) -> None:
+        """Begins a probe; see ``ModuleSwap.displaced``."""
+        self._device, self.finds_written, self._keeps = device, find_written, keep
+
+    def of(self, module: nn.Module) -> list[tuple[str, Tensor]]:
+        """The buffers of a module to copy: those that it has written before, or all to find these."""
+        return [
+            (name, buffer)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+            and (self.finds_written or (id(module), name) in self._written)
+            and buffer.layout == torch.strided
+            and buffer.device == self._device
+            and not buffer.is_quantized
+        ]
+
+    def swap(self, module: nn.Module, scratch: Scratch) -> list[SwappedBuffer]:
+        """Lets the buffers of a module point to copies."""
+        swapped = []
+        for name, buffer in self.of(module):
+            kept = self._kept.get((module, name)) if self._keeps else None  # of its last run in this probe
+            copy = scratch.take([buffer])[0].copy_(buffer if kept is None else kept)
+            swapped.append(SwappedBuffer(name, buffer, buffer.data))
+            buffer.data = copy
+        return swapped
+
+    def restore(self, module: nn.Module, swapped: list[SwappedBuffer]) -> None:
+        """Lets them point to the originals again; finds those that were written, and keeps their values."""
+        for name, buffer, original in swapped:
+            current = module._buffers.get(name)
+            was_replaced = current is not buffer
+            now = current if was_replaced and current is not None else buffer.data
+            buffer.data = original
+            module._buffers[name] = buffer
+            # Version counters do not suffice: batch_norm updates its statistics without changing them.
+            if self.finds_written and (was_replaced or not _same(now, original)):
+                self._written.add((id(module), name))
+            is_alike = now.shape == original.shape and now.dtype == original.dtype
+            if self._keeps and is_alike and (id(module), name) in self._written:
+                self._kept[module, name] = now.detach().clone()
+
+    def forget(self) -> None:
+        """Forgets what was kept."""
+        self._kept = {}
+
+    def write(self, condition: Tensor) -> None:
+        """Gives buffers the values that were kept, if ``condition`` (bool []) holds on the device."""
+        kept, self._kept = self._kept, {}
+        for (module, name), value in kept.items():
+            buffer = module._buffers[name]
+            if buffer is not None and not buffer.is_inference():
+                buffer.copy_(torch.where(condition, value, buffer))
+
+
+def _same(now: Tensor, original: Tensor) -> bool:
+    if now.shape != original.shape or now.dtype != original.dtype:
+        return False
+    return torch.equal(_bytes(now), _bytes(original))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
