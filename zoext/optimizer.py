@@ -75,6 +75,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             weights.
 
     Attributes:
+        probe: evaluates the closure at displaced weights; ``probe.describe()`` tells which ones and how.
         last_estimate: the estimate that the last step applied; None before the first.
         recorder: receives every step, such as a ``Trajectory``; None if there is none.
         nonfinite_steps: the number of estimates with a loss that was not finite.
@@ -331,6 +332,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.engine.run.cancel_round()
 
     # The state of a run belongs to the engine, because wrappers of the optimizer share the engine.
+
+    @property
+    def probe(self) -> probes.Probe:
+        return self.engine.probe
 
     @property
     def last_estimate(self) -> Estimate | None:

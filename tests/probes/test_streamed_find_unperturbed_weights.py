@@ -1,4 +1,4 @@
-"""A weight that is read while its module is not running is named, never silently left alone."""
+"""A weight that is read while its module is not running is displaced then as well, or named in an error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import zoext
 def attention() -> tuple[nn.Module, object]:
     model = nn.MultiheadAttention(16, 2, batch_first=True)
     x = torch.randn(3, 5, 16)
-    return model, lambda: model(x, x, x)[0].square().mean()
+
+    def closure() -> Tensor:
+        own = x.to(model.out_proj.weight.dtype)
+        return model(own, own, own)[0].square().mean()
+
+    return model, closure
 
 
 def encoder_layer() -> tuple[nn.Module, object]:
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     x = torch.randn(3, 5, 16)
-    return model, lambda: model(x).square().mean()
+    return model, lambda: model(x.to(model.linear1.weight.dtype)).square().mean()
 
 
 def functional_read() -> tuple[nn.Module, object]:
@@ -31,68 +36,114 @@ def functional_read() -> tuple[nn.Module, object]:
             return torch.nn.functional.linear(x, self.out_proj.weight.t(), self.out_proj.bias)
 
     model, x = Reads(), torch.randn(3, 16)
-    return model, lambda: model(x).square().mean()
+    return model, lambda: model(x.to(model.out_proj.weight.dtype)).square().mean()
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", [attention, encoder_layer, functional_read])
-def test_it_is_named_at_the_first_probe(case: object, training: bool) -> None:
-    torch.manual_seed(0)
-    model, closure = case()  # type: ignore[operator]
-    model.train(training)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = zoext.MeZO(model)
-    with pytest.raises(zoext.StreamedProbeError, match=r"out_proj\.weight.*probe='inplace'"):
-        optimizer.step(closure)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    inplace = zoext.MeZO(model, mu=1e-2, probe="inplace")  # the remedy works
-    assert inplace.estimate(closure).coefficients.abs() > 0
+def containers() -> tuple[nn.Module, object]:
+    """Adapters in containers, which never run, and a head that the closure multiplies itself."""
 
-
-def test_it_is_found_when_another_route_is_taken_later() -> None:
-    class Forks(nn.Module):
+    class Adapted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(4, 4)
-            self.called = True
+            self.base, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+            self.down = nn.ParameterDict({"default": nn.Parameter(torch.randn(16, 2))})
+            self.up = nn.ParameterList([nn.Parameter(torch.randn(2, 16))])
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.called:
-                return self.layer(x)
-            return x @ self.layer.weight
+            return self.base(x) + x @ self.down["default"] @ self.up[0]
 
+    model, x = Adapted(), torch.randn(3, 16)
+    return model, lambda: (model(x.to(model.base.weight.dtype)) @ model.head.weight.t()).square().mean()
+
+
+def inside_and_outside() -> tuple[nn.Module, object]:
+    """A tied head, and a penalty on all weights, before and after the modules run."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner = nn.Embedding(300, 16), nn.Linear(16, 16)
+
+        def forward(self, index: Tensor) -> Tensor:
+            return torch.tanh(self.inner(self.table(index))) @ self.table.weight.t()
+
+    model, index = Tied(), torch.tensor([3, 7])
+
+    def closure() -> Tensor:
+        before = model.inner.weight.square().sum()
+        return model(index).square().mean() + before + sum(p.square().sum() for p in model.parameters())
+
+    return model, closure
+
+
+CASES = [attention, encoder_layer, functional_read, containers, inside_and_outside]
+
+
+@pytest.mark.parametrize("recipe", [zoext.MeZO, zoext.LOZO, zoext.MeZOGreedy], ids=["mezo", "lozo", "greedy"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_displaced_until_the_closure_ends(case: object, training: bool, recipe: object) -> None:
+    slopes = []
+    for probe in ("inplace", "streamed"):
+        torch.manual_seed(0)
+        model, closure = case()  # type: ignore[operator]
+        model.double().train(training)
+        optimizer = recipe(model, mu=1e-3, seed=4, probe=probe)  # type: ignore[operator]
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        found = [float(optimizer.estimate(closure).coefficients) for _ in range(3)]  # watched, and not
+        assert found[0] == pytest.approx(found[2], rel=1e-9)
+        slopes.append(found[0])
+        if probe == "streamed":
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert "weight" in optimizer.probe.describe().split("read elsewhere: ")[1]
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-9)
+    assert abs(slopes[0]) > 1e-9
+
+
+def test_it_is_held_from_then_on() -> None:
+    model, closure = attention()
+    optimizer = zoext.MeZO(model)
+    assert optimizer.probe.describe().endswith("restored bit for bit")
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert optimizer.probe.describe().endswith("read elsewhere: out_proj.bias, out_proj.weight")
+    assert "inplace" in zoext.MeZO(list(model.parameters())).probe.describe()
+
+
+def test_an_alias_from_outside_the_closure_is_named() -> None:
+    model, x = nn.Linear(4, 4), torch.randn(3, 4)
+    alias = model.weight.detach().t()
+    before = model.weight.detach().clone()
+    with pytest.raises(zoext.StreamedProbeError, match=r"alias of weight, made before .* probe='inplace'"):
+        zoext.MeZO(model).step(lambda: (model(x) @ alias).sum())
+    assert torch.equal(before, model.weight)
+
+
+class Forks(nn.Module):
+    """Reads a weight without its module once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.reads = False
+        self.calls = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) if self.calls else x
+        return y @ self.layer.weight if self.reads else y
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_it_is_found_when_another_route_is_taken_later(calls: bool) -> None:
+    """At the next probe if other modules run, else at estimates 2, 4, 8, ..."""
     model, x = Forks(), torch.randn(3, 4)
     optimizer = zoext.MeZO(model)
-    optimizer.step(lambda: model(x).sum())
-    model.called = False
-    before = model.layer.weight.detach().clone()
-    with pytest.raises(zoext.StreamedProbeError, match=r"layer\.weight"):
-        optimizer.step(lambda: model(x).sum())
-    assert torch.equal(before, model.layer.weight)
-
-
-def test_it_is_found_in_time_when_the_same_modules_run() -> None:
-    """Estimates 2, 4, 8, ... are watched again."""
-
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-            self.reads = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.layer(x)
-            return y @ self.layer.weight if self.reads else y
-
-    model, x = Reads(), torch.randn(3, 4)
-    optimizer = zoext.MeZO(model)
     for _ in range(5):
-        optimizer.step(lambda: model(x).sum())
-    model.reads = True
-    for _ in range(2):
-        optimizer.step(lambda: model(x).sum())
-    with pytest.raises(zoext.StreamedProbeError, match=r"layer\.weight"):
-        optimizer.step(lambda: model(x).sum())
+        optimizer.estimate(lambda: model(x).square().sum())
+    model.reads, model.calls = True, calls
+    for _ in range(3):
+        optimizer.estimate(lambda: model(x).square().sum())
+    assert optimizer.probe.describe().endswith("read elsewhere: layer.weight")
 
 
 class HidesAView(nn.Module):

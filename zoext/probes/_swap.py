@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,11 +51,13 @@ class ModuleSwap:
         self._buffers = BufferSwap()
         self._running: dict[nn.Module, _Running] = {}
         self._held: list[tuple[Tensor, Tensor]] = []  # displaced until the probe ends, and their originals
+        self._outside: dict[int, str] = {}  # the names of weights to hold, since they are read elsewhere
+        self._places: dict[int, tuple[int, Parameters]] = {}
         self._swapped: set[int] = set()
         self._groups: list[Parameters] = []
         self._outline: list[tuple[int, list[int]]] = []
         self._own: dict[nn.Module, list[tuple[int, Parameters]]] = {}
-        self._originals: dict[int, Tensor] = {}
+        self.originals: dict[int, Tensor] = {}  # of weights that are displaced, by the ids of their tensors
         self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
         self._combination: Combination | None = None
         self._visited: set[int] = set()
@@ -65,6 +67,11 @@ class ModuleSwap:
     def memory(self) -> Tensor:
         """The memory of displaced weights, uint8 [bytes]; reallocated when more is needed."""
         return self._scratch.buffer
+
+    @property
+    def outside(self) -> list[str]:
+        """The names of the weights that are displaced for the whole closure."""
+        return sorted(self._outside.values())
 
     def own_weights(self) -> frozenset[int]:
         """The ids of the modules that own displaced weights, as of the last combination."""
@@ -124,12 +131,14 @@ class ModuleSwap:
         try:
             self._terms = self._terms_of_modules(combination)
             # Read here, not in the hooks: a dispatch mode that watches operators would see those reads.
-            self._originals = {
+            self.originals = {
                 id(tensor): tensor.data
                 for parameters, _ in combination.terms
                 for tensor in parameters.tensors
             }
             self._make_room(combination)
+            for tensor in self._outside:
+                self._hold(tensor)
             yield self._visited
         finally:
             self._end(combination)
@@ -144,7 +153,7 @@ class ModuleSwap:
             tensor.data = original
         self._held = []
         self._swapped.clear()
-        self._combination, self._terms, self._originals = None, {}, {}
+        self._combination, self._terms, self.originals = None, {}, {}
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
         if not len(combination):
@@ -154,6 +163,8 @@ class ModuleSwap:
             a is not b for a, b in zip(groups, self._groups, strict=True)
         ):
             self._own = self._owners(groups)
+            self._places = _places(groups)
+            self._outside = {key: name for key, name in self._outside.items() if key in self._places}
             self._scratch.forget_views()
             self._groups = groups
         terms = [terms for _, terms in combination.terms]
@@ -195,6 +206,35 @@ class ModuleSwap:
             )
         return owners
 
+    def hold(self, tensor: Tensor) -> None:
+        """Displaces a weight until the probe ends, now and in later probes: it is read outside its owner."""
+        with self._signals.held():
+            self._outside[id(tensor)] = self._places[id(tensor)][1].names[0]
+            self._hold(id(tensor))
+
+    def _hold(self, tensor: int) -> None:
+        assert self._combination is not None
+        if tensor in self._swapped or not len(self._combination):
+            return
+        group, parameters = self._places[tensor]
+        with record(Phase.PERTURB):
+            self._swap_for(parameters, self._combination.terms[group][1], _like(parameters), self._held)
+
+    def _swap_for(
+        self,
+        parameters: Parameters,
+        terms: Terms,
+        displaced: list[Tensor],
+        restored: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Fills ``displaced`` and lets the parameters point to it; adds them to ``restored``."""
+        assert self._combination is not None
+        self._combination.direction.copy_(displaced, parameters, terms)
+        for tensor, replacement in zip(parameters.tensors, displaced, strict=True):
+            restored.append((tensor, self.originals[id(tensor)]))
+            self._swapped.add(id(tensor))
+            tensor.data = replacement
+
     def _make_room(self, combination: Combination) -> None:
         largest = 0
         for module, terms in self._terms.items():
@@ -227,7 +267,6 @@ class ModuleSwap:
                 self._displace(module, running)
 
     def _displace(self, module: nn.Module, running: _Running) -> None:
-        assert self._combination is not None
         # Derivatives of the model read its weights again, after this forward.
         hold = torch.is_grad_enabled()
         for parameters, terms in self._terms.get(module, ()):
@@ -235,17 +274,12 @@ class ModuleSwap:
             if not len(fresh):
                 continue
             if hold:
-                displaced = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in fresh.tensors]
+                displaced = _like(fresh)
             elif fresh is parameters:
                 displaced = self._scratch.take_again(fresh)
             else:
                 displaced = self._scratch.take(fresh.tensors)
-            self._combination.direction.copy_(displaced, fresh, terms)
-            restored = self._held if hold else running.parameters
-            for tensor, replacement in zip(fresh.tensors, displaced, strict=True):
-                restored.append((tensor, self._originals[id(tensor)]))
-                self._swapped.add(id(tensor))
-                tensor.data = replacement
+            self._swap_for(fresh, terms, displaced, self._held if hold else running.parameters)
         running.buffers = self._buffers.swap(module, self._scratch)
 
     def _not_yet_displaced(self, parameters: Parameters) -> Parameters:
@@ -336,6 +370,19 @@ class ModuleSwap:
     def write_buffers(self, condition: Tensor) -> None:
         """Gives buffers the values that ``keep_buffers`` kept, if ``condition`` (bool []) holds."""
         self._buffers.write(condition)
+
+
+def _like(parameters: Parameters) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in parameters.tensors]
+
+
+def _places(groups: Sequence[Parameters]) -> dict[int, tuple[int, Parameters]]:
+    """For the id of each tensor, the index of its group, and it alone."""
+    return {
+        id(tensor): (group, parameters.take([position]))
+        for group, parameters in enumerate(groups)
+        for position, tensor in enumerate(parameters.tensors)
+    }
 
 
 def _check_no_transform() -> None:

@@ -57,6 +57,10 @@ class Probe(ABC):
     def session(self) -> AbstractContextManager[Session]:
         """The probes of one estimate. Theta is restored when the block ends, even if it raises."""
 
+    @abstractmethod
+    def describe(self) -> str:
+        """What is displaced and how, as far as the probes until now have shown."""
+
     @property
     def is_to_watch(self) -> bool:
         """Whether the next session must be watched, because something new ran in the last one."""

@@ -28,6 +28,9 @@ class InplaceProbe(Probe):
     grows with every step, so prefer ``StreamedProbe`` if the model is an ``nn.Module``.
     """
 
+    def describe(self) -> str:
+        return "inplace: all weights are displaced while the closure runs, and restored up to rounding"
+
     @contextmanager
     def session(self) -> Iterator[Session]:
         with interrupts.deferred() as signals:

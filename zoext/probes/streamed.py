@@ -30,9 +30,9 @@ class StreamedProbe(Probe):
     weights are stored in a scratch buffer as large as the
     largest module's weights.
 
-    A module must read its weights inside its own ``forward``. The first probe checks this for every operator,
-    and the check is repeated whenever a different set of modules runs. A weight that is read elsewhere raises
-    a RuntimeError that names the weight, before theta is moved.
+    A weight that is read outside its module's ``forward`` is displaced until the closure ends, in memory of
+    its own; ``describe`` names these. The first probe finds them by watching every operator, and later ones
+    watch again whenever a different set of modules runs.
     """
 
     is_exact = True
@@ -52,6 +52,14 @@ class StreamedProbe(Probe):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["module"])  # type: ignore[misc]
+
+    def describe(self) -> str:
+        how = (
+            "streamed: each weight is displaced while the module that owns it runs, and restored bit for bit"
+        )
+        if not (names := self._swap.outside):
+            return how
+        return f"{how}; until the closure ends, since they are read elsewhere: {', '.join(names)}"
 
     @property
     def is_to_watch(self) -> bool:
@@ -96,7 +104,7 @@ class StreamedProbe(Probe):
         modes = self._swap.modes()
         unknown = self._watch_next or all(modes != known for _, known in self._watched)
         watch = unknown and not self._unwatched
-        watching = _watching(combination) if watch and len(combination) else nullcontext()
+        watching = _watching(combination, self._swap) if watch and len(combination) else nullcontext()
         with (
             self._swap.displaced(combination, watch, keep_buffers) as visited,
             watching,
@@ -115,7 +123,8 @@ class StreamedProbe(Probe):
 
     def _check_displaced(self, visited: set[int], combination: Combination) -> None:
         """Raises if no probe has displaced a weight yet. Later probes may: parts of a model may rest."""
-        self._has_displaced = self._has_displaced or not self._swap.own_weights().isdisjoint(visited)
+        ran = bool(self._swap.outside) or not self._swap.own_weights().isdisjoint(visited)
+        self._has_displaced = self._has_displaced or ran
         if not self._has_displaced:
             names = [name for parameters, _ in combination.terms for name in parameters.names]
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -145,36 +154,42 @@ class _StreamedSession(Session):
 
 
 @contextmanager
-def _watching(combination: Combination) -> Iterator[None]:
-    reads = _UnperturbedReads(parameters for parameters, _ in combination.terms)
+def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[None]:
+    reads = _ReadsOutside((parameters for parameters, _ in combination.terms), swap)
     with reads:
         yield
     if reads.names:
         names = ", ".join(sorted(reads.names))
         raise StreamedProbeError(
-            f"streamed probe: {names} was read while the module that owns it was not "
-            "running, so the probe would not have moved it. Pass probe='inplace', or have the model "
-            "call that module instead of reading its weights."
+            f"streamed probe: an alias of {names}, made before the closure began, was read while the module "
+            "that owns it was not running, so the probe would not have moved it. Have the closure read the "
+            "parameter itself, or pass probe='inplace'"
         )
 
 
-class _UnperturbedReads(TorchDispatchMode):
-    """Checks whether an argument of any operator lies in the memory of the original weights.
+class _ReadsOutside(TorchDispatchMode):
+    """Finds operators with an argument in the memory of the original weights.
 
-    While a module runs, its parameters point to the scratch buffer, so an operator that reads the original
-    memory reads an unperturbed weight. zoext's own operators are exempt, because they fill the scratch
-    buffer.
+    While a module runs, its parameters point to other memory, so such an operator is about to read a weight
+    that is not displaced. If the argument is the parameter itself, it is displaced then, until the probe
+    ends, so that the operator reads the displaced values. zoext's own operators are exempt: they read the
+    originals to displace them.
+
+    Attributes:
+        names: the weights that an alias of them was read of.
     """
 
-    def __init__(self, groups: Iterable[Parameters]) -> None:
+    def __init__(self, groups: Iterable[Parameters], swap: ModuleSwap) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
-        self._originals: dict[int, list[tuple[int, int, str]]] = {}
+        self._swap = swap
+        self._originals: dict[int, list[tuple[int, int, str, Tensor]]] = {}
         for parameters in groups:
             for tensor, name in zip(parameters.tensors, parameters.names, strict=True):
-                start = tensor.data_ptr()
-                interval = (start, start + tensor.numel() * tensor.element_size(), name)
-                self._originals.setdefault(tensor.untyped_storage().data_ptr(), []).append(interval)
+                original = swap.originals[id(tensor)]
+                start = original.data_ptr()
+                interval = (start, start + tensor.numel() * tensor.element_size(), name, tensor)
+                self._originals.setdefault(original.untyped_storage().data_ptr(), []).append(interval)
 
     def __torch_dispatch__(
         self,
@@ -191,6 +206,9 @@ class _UnperturbedReads(TorchDispatchMode):
         return run(*args, **(kwargs or {}))
 
     def _note(self, tensor: Tensor) -> None:
-        for start, end, name in self._originals.get(tensor.untyped_storage().data_ptr(), ()):
+        for start, end, name, parameter in self._originals.get(tensor.untyped_storage().data_ptr(), ()):
             if start <= tensor.data_ptr() < end:
-                self.names.add(name)
+                if tensor is parameter:
+                    self._swap.hold(parameter)
+                else:
+                    self.names.add(name)
