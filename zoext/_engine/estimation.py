@@ -62,6 +62,7 @@ class Estimation:
         self._round: Round | None = None
         self._probes: list[tuple[Tensor, Tensor]] = []
         self._last = 0
+        self._repeated = 0
         self._nearest: int | None = None  # of the first round
 
     def check_frame(self, what: str) -> None:
@@ -92,14 +93,24 @@ class Estimation:
             self.begin(pending)
             losses = []
             for index in range(len(pending)):
-                with self.displaced(session, index), session.interruptible(), explained_backward():
-                    loss = closure()
-                    if loss is None:
-                        raise MissingLossError
+                loss = self._loss_of(session, index, closure)
+                while session.is_to_repeat():
+                    loss = self._loss_of(session, index, closure)
+                    self._repeated += 1
                 losses.append(as_loss(loss, self.context.device))
             return stacked(losses)
 
-        return self.complete(evaluate(self.rounds(), losses_of))
+        estimate = self.complete(evaluate(self.rounds(), losses_of))
+        if not self._repeated:
+            return estimate
+        return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
+
+    def _loss_of(self, session: Session, index: int, closure: Closure) -> Tensor | float:
+        with self.displaced(session, index), session.interruptible(), explained_backward():
+            loss = closure()
+            if loss is None:
+                raise MissingLossError
+        return loss
 
     def begin(self, pending: Round) -> None:
         """Makes ``pending`` the round that ``displaced`` refers to."""

@@ -67,6 +67,11 @@ class OpenRound:
         with asking.closures(), record(Phase.ESTIMATE), asking.probe.session() as session:
             with asking.estimation.displaced(session, index), session.interruptible():
                 yield
+            if session.is_to_repeat():
+                raise RuntimeError(
+                    f"displaced({index}): weights were asked for outside their modules that were not before, "
+                    "and may have been read as they were; evaluate this probe again"
+                )
             session.write_buffers(torch.ones((), dtype=torch.bool, device=asking.estimation.context.device))
 
     def adapter(self, index: int) -> dict[str, LoRAFactors]:

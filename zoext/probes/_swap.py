@@ -17,6 +17,7 @@ from zoext._parameters.shards import Block
 from zoext._runtime.interrupts import Signals
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Terms
+from zoext.probes._access import AccessWatch
 from zoext.probes._buffers import BufferSwap, SwappedBuffer
 from zoext.probes._scratch import Scratch, aligned_bytes
 
@@ -50,6 +51,7 @@ class ModuleSwap:
         self._scratch = Scratch()
         self._buffers = BufferSwap()
         self._running: dict[nn.Module, _Running] = {}
+        self.access = AccessWatch(self._running.__contains__)
         self._held: list[tuple[Tensor, Tensor]] = []  # displaced until the probe ends, and their originals
         self._outside: dict[int, str] = {}  # the names of weights to hold, since they are read elsewhere
         self._places: dict[int, tuple[int, Parameters]] = {}
@@ -62,6 +64,10 @@ class ModuleSwap:
         self._combination: Combination | None = None
         self._visited: set[int] = set()
         self._untraced: tuple[Callable[..., None], Callable[..., Any]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSwap:
+        """A closure that copies the model copies the hooks as well: those of the copy do nothing."""
+        return ModuleSwap(nn.Identity())
 
     @property
     def memory(self) -> Tensor:
@@ -97,7 +103,8 @@ class ModuleSwap:
                     handles.append(module.register_forward_hook(after, always_call=True))
             self._forget_other_owners()
             self._buffers.forget()  # those of a session that raised
-            yield
+            with self.access.installed(module for module in self._root.modules() if module._parameters):
+                yield
         finally:
             if self._combination is not None:
                 self._end(self._combination)
@@ -139,6 +146,8 @@ class ModuleSwap:
             self._make_room(combination)
             for tensor in self._outside:
                 self._hold(tensor)
+            self.access.seen.clear()
+            self.access.is_active = True
             yield self._visited
         finally:
             self._end(combination)
@@ -146,6 +155,7 @@ class ModuleSwap:
     def _end(self, combination: Combination) -> None:
         if self._combination is not combination:  # already ended by the exit of ``hooked``
             return
+        self.access.is_active = False
         for module in reversed(list(self._running)):
             with record(Phase.RESTORE):
                 self._restore(module)
@@ -205,6 +215,11 @@ class ModuleSwap:
                 "streamed; build the optimizer again after changing the model, or pass probe='inplace'"
             )
         return owners
+
+    @property
+    def held(self) -> frozenset[int]:
+        """The ids of the weights that are displaced until the probe ends."""
+        return frozenset(id(tensor) for tensor, _ in self._held)
 
     def hold(self, tensor: Tensor) -> None:
         """Displaces a weight until the probe ends, now and in later probes: it is read outside its owner."""

@@ -31,6 +31,10 @@ class Session(ABC):
         """Lets signals take effect within the block, which runs the closure inside ``displaced``."""
         return self._signals.allowed()
 
+    def is_to_repeat(self) -> bool:
+        """Whether the last probe must be evaluated again, since weights may have been read as they were."""
+        return False
+
     def write_buffers(self, condition: Tensor) -> None:  # noqa: B027
         """Writes the buffers that were kept, where ``condition`` (bool []) holds; also after the session."""
 

@@ -41,7 +41,9 @@ class StreamedProbe(Probe):
         self.module = module
         self._swap = ModuleSwap(module)
         self._watched: set[tuple[frozenset[int], tuple[tuple[int, bool], ...]]] = set()
+        self._asked: set[int] = set()  # modules whose weights were asked for outside, in watched probes
         self._watch_next = True
+        self._is_stale = False
         self._sessions = 0
         self._unwatched = False
         self._has_displaced = False
@@ -95,7 +97,7 @@ class StreamedProbe(Probe):
                 self._watch_next = True
         with interrupts.deferred() as signals, self._swap.hooked(signals):
             try:
-                yield _StreamedSession(signals, self._displaced, self._swap.write_buffers)
+                yield _StreamedSession(signals, self._displaced, self._swap.write_buffers, self._was_stale)
             finally:
                 torch.clear_autocast_cache()
 
@@ -107,7 +109,7 @@ class StreamedProbe(Probe):
         watching = _watching(combination, self._swap) if watch and len(combination) else nullcontext()
         with (
             self._swap.displaced(combination, watch, keep_buffers) as visited,
-            watching,
+            watching as reads,
             record(Phase.FORWARD),
         ):
             torch.clear_autocast_cache()
@@ -117,9 +119,16 @@ class StreamedProbe(Probe):
             route = (frozenset(visited), modes)
             if watch:
                 self._watched.add(route)
+                self._asked |= self._swap.access.seen
+            asked = not self._unwatched and not self._swap.access.seen <= self._asked
+            self._is_stale = asked or (reads is not None and reads.found_alias)
             # A new route that ran unwatched is watched at the next probe.
-            unwatched = route not in self._watched
+            unwatched = route not in self._watched or self._is_stale
             self._watch_next = unwatched or (self._unwatched and self._watch_next)
+
+    def _was_stale(self) -> bool:
+        was_stale, self._is_stale = self._is_stale, False
+        return was_stale
 
     def _check_displaced(self, visited: set[int], combination: Combination) -> None:
         """Raises if no probe has displaced a weight yet. Later probes may: parts of a model may rest."""
@@ -141,23 +150,28 @@ class _StreamedSession(Session):
         signals: interrupts.Signals,
         displaced: Callable[[Combination, bool], AbstractContextManager[None]],
         write_buffers: Callable[[Tensor], None],
+        is_to_repeat: Callable[[], bool],
     ) -> None:
         super().__init__(signals)
         self._displace = displaced
         self._write_buffers = write_buffers
+        self._is_to_repeat = is_to_repeat
 
     def displaced(self, combination: Combination, keep_buffers: bool = False) -> AbstractContextManager[None]:
         return self._displace(combination, keep_buffers)
+
+    def is_to_repeat(self) -> bool:
+        return self._is_to_repeat()
 
     def write_buffers(self, condition: Tensor) -> None:
         self._write_buffers(condition)
 
 
 @contextmanager
-def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[None]:
+def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[_ReadsOutside]:
     reads = _ReadsOutside((parameters for parameters, _ in combination.terms), swap)
     with reads:
-        yield
+        yield reads
     if reads.names:
         names = ", ".join(sorted(reads.names))
         raise StreamedProbeError(
@@ -176,13 +190,16 @@ class _ReadsOutside(TorchDispatchMode):
     originals to displace them.
 
     Attributes:
-        names: the weights that an alias of them was read of.
+        found_alias: whether an alias of a weight was read, such as its ``data``, which does not follow.
+        names: weights that an alias of them was read of although they had been displaced before.
     """
 
     def __init__(self, groups: Iterable[Parameters], swap: ModuleSwap) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
+        self.found_alias = False
         self._swap = swap
+        self._held = swap.held  # since the probe began
         self._originals: dict[int, list[tuple[int, int, str, Tensor]]] = {}
         for parameters in groups:
             for tensor, name in zip(parameters.tensors, parameters.names, strict=True):
@@ -208,7 +225,8 @@ class _ReadsOutside(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         for start, end, name, parameter in self._originals.get(tensor.untyped_storage().data_ptr(), ()):
             if start <= tensor.data_ptr() < end:
-                if tensor is parameter:
-                    self._swap.hold(parameter)
-                else:
-                    self.names.add(name)
+                if tensor is not parameter:
+                    if id(parameter) in self._held:
+                        self.names.add(name)
+                    self.found_alias = True
+                self._swap.hold(parameter)
