@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -170,7 +171,7 @@ class _StreamedSession(Session):
 @contextmanager
 def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[_ReadsOutside]:
     reads = _ReadsOutside((parameters for parameters, _ in combination.terms), swap)
-    with reads:
+    with _uncompiled(), reads:
         yield reads
     if reads.names:
         names = ", ".join(sorted(reads.names))
@@ -179,6 +180,14 @@ def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[_ReadsOuts
             "that owns it was not running, so the probe would not have moved it. Have the closure read the "
             "parameter itself, or pass probe='inplace'"
         )
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Runs compiled code as written: below a dispatch mode Dynamo would give up its frames for good."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class _ReadsOutside(TorchDispatchMode):
