@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from zoext._engine import (
     LossWatch,
     OpenRound,
     Recorder,
+    Replicas,
     StepEngine,
     StepExecutor,
     check_not_scaled,
@@ -27,8 +28,11 @@ from zoext._engine import (
 from zoext._parameters import group_options, parameters
 from zoext._parameters.precision import checked_state, own_state, rounding_of
 from zoext.directions import Direction, Gaussian
-from zoext.estimators import CentralDifference, Estimate, Estimator
+from zoext.estimators import CentralDifference, Estimate, Estimator, checked_reduction
 from zoext.updates import SGD, Update
+
+if TYPE_CHECKING:  # a build of torch may lack it
+    from torch.distributed import ProcessGroup
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -64,6 +68,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         probe: "streamed" restores theta bit for bit and needs an ``nn.Module``; "inplace" restores it up
             to rounding; "auto" (default) is "streamed" if ``params`` is a module that is not compiled, and
             "inplace" otherwise. A ``Probe`` is also accepted.
+        reduction: how ``step()`` combines the estimates of several ``estimate`` calls. "mean" (default) is
+            for losses that are means over a micro-batch, "sum" for losses that are parts of the batch's loss,
+            such as those divided by the number of tokens of all micro-batches.
+        process_group: the data-parallel ranks, which train the same weights on different batches. The loss of
+            every probe is averaged over them in one collective a round, so that all ranks take the same step;
+            weights are never sent. "auto" (default) means the default process group of torch.distributed, if
+            it is initialized; None means that this process trains alone. At the first step and every 100
+            steps a digest of the weights is compared.
         nonfinite: how to handle a loss that is not finite. Such a loss never moves theta. "raise" (default)
             raises a FloatingPointError, on CUDA at the latest at the start of the next step, so that no
             step waits for the host; "skip" counts the estimate in ``nonfinite_steps`` and continues.
@@ -97,12 +109,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         probe: str | probes.Probe = "auto",
+        reduction: str = "mean",
+        process_group: ProcessGroup | str | None = "auto",
         nonfinite: str = "raise",
         precision: str = "stochastic",
     ) -> None:
         axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
         axes.check()
-        watch, rounding = LossWatch(nonfinite), rounding_of(precision)
+        watch, rounding, replicas = LossWatch(nonfinite), rounding_of(precision), Replicas(process_group)
+        checked_reduction(reduction)
         noise.signed(seed)
         whole = params if isinstance(params, nn.Module) else None
         module = whole if whole is not None else getattr(probe, "module", None)
@@ -116,7 +131,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "precision": precision,
             "update_state": {},
         }
-        self.engine = StepEngine(self, axes, module, probes.choose(probe, whole), rounding, watch)
+        chosen = probes.choose(probe, whole)
+        self.engine = StepEngine(self, axes, module, chosen, rounding, watch, replicas, reduction)
         given: Any = params if whole is None else list(whole.named_parameters())
         super().__init__(given, dict(self._own_defaults))
         axes.direction.check(module, parameters.trainable(self.param_groups))
@@ -182,7 +198,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: after an update that was only partly applied; loading such a state would hide that.
         """
-        self.engine.check_whole()
+        self.engine.run.check_whole()
         return super().state_dict()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
