@@ -23,10 +23,10 @@ from zoext._engine import (
     StepExecutor,
     check_not_scaled,
     initializes_state,
-    with_current_names,
+    saved_state,
 )
 from zoext._parameters import group_options, parameters
-from zoext._parameters.precision import checked_state, own_state, rounding_of
+from zoext._parameters.precision import own_state, rounding_of
 from zoext.directions import Direction, Gaussian
 from zoext.estimators import CentralDifference, Estimate, Estimator, checked_reduction
 from zoext.updates import SGD, Update
@@ -179,8 +179,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: for a state of another recipe or precision.
-            RuntimeError: while the steps are recorded.
+            RuntimeError: while the steps are recorded, unless the state is the one that the optimizer has,
+                as when Accelerate prepares it.
         """
+        if self.recorder is not None and saved_state.same(self.state_dict(), state_dict):
+            return
         self._check_not_recorded("load_state_dict")
         # The check runs after the user's pre-hooks, which may change the state; _settle runs before the
         # user's post-hooks, which see the result.
@@ -202,30 +205,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        recipe, precision = self.engine.axes.recipe(), self._own_defaults["precision"]
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            if missing := self._own_defaults.keys() - group.keys():
-                raise ValueError(
-                    f"state_dict has no {', '.join(sorted(missing))}: it is not that of a zoext optimizer"
-                )
-            group["recipe"] = with_current_names(group["recipe"])
-            if group["recipe"] != recipe:
-                raise ValueError(
-                    f"state_dict comes from the recipe {group['recipe']}, this optimizer has {recipe}; "
-                    "build it with the same direction, estimator and update"
-                )
-            if group["precision"] != precision:
-                raise ValueError(
-                    f"state_dict comes from precision={group['precision']!r}, this optimizer has "
-                    f"{precision!r}; build it with the same"
-                )
-        state = dict(state_dict["state"])
-        for group, saved in zip(self.param_groups, groups, strict=False):
-            for tensor, name in zip(group["params"], saved["params"], strict=False):  # torch compares lengths
-                if own := state.pop(name, None):
-                    state[name] = checked_state(tensor, own)
-        return {**state_dict, "state": state, "param_groups": groups}
+        fixed = {**self._own_defaults, "recipe": self.engine.axes.recipe()}
+        return saved_state.checked(state_dict, self.param_groups, fixed)
 
     def _settle(self) -> None:
         """Moves loaded data to the devices of this optimizer's parameters, and resets the engine."""
