@@ -177,10 +177,13 @@ def refused(model: nn.Module, kind: type[Exception], pattern: str) -> Iterator[N
 def record_losses(path: Path, model: nn.Module, recipe: str, **options: Any) -> None:
     """A run on losses that do not depend on the model."""
     losses = iter(range(100))
-    optimizer = RECIPES[recipe](model, **options)
+    optimizer = RECIPES[recipe](model, process_group=None, **options)
     with zoext.Trajectory(path, optimizer):
         for _ in range(STEPS):
-            optimizer.step(lambda: 0.01 * next(losses) ** 2)
+            asked = optimizer.ask()
+            while asked is not None:
+                asked = optimizer.tell([0.01 * next(losses) ** 2 for _ in range(len(asked))])
+            optimizer.step()
 
 
 # Cases. Each is called by all ranks that take part in it.

@@ -185,7 +185,6 @@ AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": 
         ("direction", {"name": "SGD", "normalized": False}),
         ("direction", {"name": ["Gaussian"]}),
         ("direction", {"name": "Gaussian", "rank": 2}),
-        ("direction", LOW | {"rank": 2**62}),
         ("direction", LOW | {"rank": 0}),
         ("direction", LOW | {"rank": "2"}),
         ("direction", LOW | {"refresh_interval": 0}),
@@ -210,10 +209,18 @@ AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": 
         ("update", "SGD"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:rank=")
 def test_axes_that_there_are_not(run: tuple[nn.Module, Path], axis: str, member: object) -> None:
     base, path = run
     forge(path, 1, lambda row: row["recipe"].update({axis: member}))
     refused(base, path, str(path))
+
+
+def test_a_rank_of_more_than_all_columns_costs_nothing(run: tuple[nn.Module, Path]) -> None:
+    base, path = run
+    forge(path, 1, lambda row: row["recipe"].update(direction=LOW | {"rank": 2**62}))
+    with pytest.warns(UserWarning, match="is more than the columns of some matrices"):
+        zoext.replay(base, path)
 
 
 @pytest.mark.parametrize("horizon", [2**62, 10**999])
