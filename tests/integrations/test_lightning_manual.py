@@ -17,7 +17,7 @@ class Manual(Module):
         self.way = way
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        optimizer = self.optimizers()
+        optimizer = self.optimizers(use_pl_optimizer=self.way != "raw")
 
         def closure() -> torch.Tensor:
             return loss_of(self.net, *batch)
@@ -32,8 +32,8 @@ class Manual(Module):
         return loss
 
 
-@pytest.mark.parametrize("recipe", ["MeZO", "AGZO", "MeZOGV"])
-@pytest.mark.parametrize("way", ["closure", "estimate"])
+@pytest.mark.parametrize("recipe", ["MeZO", "AGZO"])
+@pytest.mark.parametrize("way", ["closure", "estimate", "raw"])
 def test_steps_count(way: str, recipe: str) -> None:
     module = Manual(way, recipe)
     trainer = fit(module, max_epochs=-1, max_steps=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zoext
-from support.lightning_modules import Module, fit, loader, loss_of, pl
+from support.lightning_modules import RECIPES, Module, fit, loader, loss_of, net, pl, weights_of
 
 
 class Validating(Module):
@@ -81,3 +81,28 @@ def test_a_loss_that_is_not_finite() -> None:
     module = Infinite(zoext.MeZO)
     with pytest.raises(FloatingPointError, match="was not finite"):
         fit(module)
+
+
+class Plain(pl.LightningModule):  # type: ignore[misc, name-defined]
+    """Without the mixin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def training_step(self, batch: Any) -> Any:
+        return loss_of(self.net, *batch)
+
+    def configure_optimizers(self) -> Any:
+        return RECIPES["MeZO"](self)
+
+
+def test_a_plain_module_that_accumulates() -> None:
+    """The closures of the other micro-batches would be lost."""
+    module = Plain()
+    before = weights_of(module)
+    with pytest.raises(
+        RuntimeError, match=r"one micro-batch in 2 only.*ZOModuleMixin before the LightningModule"
+    ):
+        fit(module, accumulate_grad_batches=2)
+    assert torch.equal(weights_of(module), before)

@@ -62,7 +62,7 @@ class Module(ZOModuleMixin, pl.LightningModule):  # type: ignore[misc, name-defi
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.hooks["training_step"] += 1
         loss = loss_of(self.net, *batch)
-        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -91,15 +91,17 @@ def loader(batch_size: int, count: int = 28) -> torch.utils.data.DataLoader[Any]
     return torch.utils.data.DataLoader(data, batch_size)
 
 
-def fit(module: Any, batch_size: int = 8, *, count: int = 28, ckpt_path: Any = None, **options: Any) -> Any:
-    """Fits ``module`` and returns its Trainer."""
+def fit(
+    module: Any, batch_size: int | None = 8, *, count: int = 28, ckpt_path: Any = None, **options: Any
+) -> Any:
+    """Fits ``module`` and returns its Trainer. Without a batch size the module has a loader of its own."""
     quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
     defaults: dict[str, Any] = {"max_epochs": 2, "accelerator": "cpu", **dict.fromkeys(quiet, False)}
     with warnings.catch_warnings():
         for message in (".*does not have many workers", ".*logging interval", ".*isinstance.treespec"):
             warnings.filterwarnings("ignore", message)
         trainer = pl.Trainer(**{**defaults, **options})
-        trainer.fit(module, loader(batch_size, count), ckpt_path=ckpt_path)
+        trainer.fit(module, loader(batch_size, count) if batch_size else None, ckpt_path=ckpt_path)
     return trainer
 
 

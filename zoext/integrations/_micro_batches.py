@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,17 @@ class MicroBatch:
 
 def samples(batch: object) -> int:
     """The number of samples of a batch: the length of the first tensor in it; 1 if there is none."""
-    values = list(batch.values()) if isinstance(batch, MutableMapping) else batch
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            return leaf.shape[0] if leaf.dim() else 1
-    return 1
+    return _length(batch) or 1
+
+
+def _length(batch: object) -> int | None:
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if not isinstance(batch, list | tuple):
+        return None
+    return next((length for part in batch if (length := _length(part))), None)
 
 
 def shares_of(
@@ -64,7 +69,7 @@ def shares_of(
     if group is None:
         return stacked / total
     dist.all_reduce(total, group=group)
-    return stacked * (dist.get_world_size(group) / total)
+    return stacked * dist.get_world_size(group) / total  # in this order, equal weights give exact shares
 
 
 def mean_loss(losses: Sequence[Tensor | float], shares: Tensor | None) -> Tensor | float:

@@ -53,8 +53,8 @@ class ZOModuleMixin:
     it is the mean loss of the group. AGZO combines the bases of the micro-batches, which approximates that
     of the large batch.
 
-    Under manual optimization the mixin changes nothing. Take the optimizer from ``self.optimizers()``: its
-    ``step`` counts in ``trainer.global_step``, unlike that of ``self.optimizers(use_pl_optimizer=False)``.
+    Under manual optimization the training step is the module's own. Steps of ``self.optimizers()`` count in
+    ``trainer.global_step``, and with the mixin also those of ``self.optimizers(use_pl_optimizer=False)``.
 
     Raises:
         TypeError: if ``configure_optimizers`` returns another optimizer.
@@ -114,20 +114,33 @@ class ZOModuleMixin:
 
     def _zo_prepare(self, optimizers: Any) -> None:
         """Checks the optimizer, and has it run the closure of Lightning once."""
-        found = [each for each in tree_leaves(optimizers) if isinstance(each, Optimizer)]
-        if (hook := self._zo_run().hook) is not None:
+        for hook in self._zo_run().hooks:
             hook.remove()  # of the last fit
         run = self.__dict__["_zo_state"] = _Run()
-        if not self.automatic_optimization or getattr(self, "_trainer", None) is None:
+        if getattr(self, "_trainer", None) is None:  # not called by a fit
             return
-        for optimizer in found:
-            _check_fit(self.trainer, unwrap(optimizer), self.training_step)  # type: ignore[attr-defined]
-            run.hook = optimizer.register_step_pre_hook(self._zo_before_step)
+        for optimizer in tree_leaves(optimizers):
+            if not isinstance(optimizer, Optimizer):
+                continue
+            if self.automatic_optimization:
+                _check_training_step(self.training_step)  # type: ignore[attr-defined]
+            elif not isinstance(optimizer, ZerothOrderOptimizer):
+                continue
+            _check_trainer(self.trainer, unwrap(optimizer))
+            run.hooks.append(optimizer.register_step_pre_hook(self._zo_before_step))
 
     def _zo_before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs the closure of Lightning, whose training step makes the estimate that the step applies."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None or not self._zo_is_training():
+        if not self._zo_is_training():
+            return None
+        if not self.automatic_optimization:
+            if not _is_of_lightning(closure):  # a step that Lightning does not see, nor count
+                progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+                progress.increment_ready()
+                progress.increment_completed()
+            return None
+        if closure is None:
             return None
         run = self._zo_run()
         run.optimizer, run.dtype = unwrap(optimizer), torch.get_default_dtype()
@@ -140,7 +153,7 @@ class ZOModuleMixin:
 
     def _zo_is_training(self) -> bool:
         run = self._zo_run()
-        return run.hook is not None and self.automatic_optimization and bool(self.trainer.training)
+        return bool(run.hooks) and bool(self.trainer.training)
 
     def _zo_training_step(self, micro_batch: MicroBatch) -> Any:
         """Makes the estimate of the group that ``micro_batch`` completes; until then, keeps it."""
@@ -150,7 +163,7 @@ class ZOModuleMixin:
         if optimizer is None:
             return not_run(self.device)
         group, run.group = run.group, []
-        shares = shares_of([each.weight for each in group], self.device, _process_group(optimizer))
+        shares = shares_of([each.weight for each in group], self.device, optimizer.engine.replicas.group)
         logs = Logs(cast("nn.Module", self), [samples(each.args[0]) for each in group])
         outputs: list[Any] = []  # of the last micro-batch in the first probe
 
@@ -188,7 +201,7 @@ class _Run:
         dtype: torch's default dtype outside the training step.
         logs: collects what the training step logs while probes run.
         is_skipped: whether the training step returned None.
-        hook: that of the optimizer; None outside a fit under automatic optimization.
+        hooks: those of the optimizers; none before a fit.
     """
 
     def __init__(self) -> None:
@@ -198,7 +211,7 @@ class _Run:
         self.dtype = torch.float32
         self.logs: Logs | None = None
         self.is_skipped = False
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
 
     def add(self, micro_batch: MicroBatch, epoch: int) -> None:
         """Adds a micro-batch to the group. Those of another epoch were left by an interruption."""
@@ -227,7 +240,8 @@ _MARK = "_zo_wrapped"
 def _probing(training_step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(training_step)
     def wrapper(self: ZOModuleMixin, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._zo_run().logs is not None or not self._zo_is_training():
+        is_probing = self._zo_run().logs is not None
+        if is_probing or not self.automatic_optimization or not self._zo_is_training():
             return training_step(self, batch, *args, **kwargs)
         function = functools.partial(training_step, self)
         return self._zo_training_step(MicroBatch(function, (batch, *args), kwargs, self.loss_weight(batch)))
@@ -247,8 +261,8 @@ def _checking(configure_optimizers: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _check_fit(trainer: Any, optimizer: ZerothOrderOptimizer, training_step: Callable[..., Any]) -> None:
-    """Raises a ValueError for what cannot be trained without gradients."""
+def _check_trainer(trainer: Any, optimizer: ZerothOrderOptimizer) -> None:
+    """Raises a ValueError for a Trainer that needs gradients, or whose replicas would diverge."""
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise ValueError(
             "Trainer(precision='16-mixed') scales gradients, and there are none; pass "
@@ -260,11 +274,14 @@ def _check_fit(trainer: Any, optimizer: ZerothOrderOptimizer, training_step: Cal
             f"Trainer(strategy=...): {strategy.__name__} does not keep whole weights in each process, which "
             "the probes displace; pass strategy='ddp' or 'auto'"
         )
-    if trainer.world_size > 1 and _process_group(optimizer) is None:
+    if trainer.world_size > 1 and optimizer.engine.replicas.group is None:
         raise ValueError(
             f"the Trainer runs {trainer.world_size} processes, whose weights would diverge; pass "
             "process_group='auto' to the optimizer, which averages the losses over them"
         )
+
+
+def _check_training_step(training_step: Callable[..., Any]) -> None:
     if "dataloader_iter" in inspect.signature(training_step).parameters:
         raise ValueError(
             "training_step(self, dataloader_iter) fetches another batch at each probe; take a batch: "
@@ -272,11 +289,12 @@ def _check_fit(trainer: Any, optimizer: ZerothOrderOptimizer, training_step: Cal
         )
 
 
+def _is_of_lightning(closure: object) -> bool:
+    """Whether LightningOptimizer called ``step``: it wraps the closure, also if there is none."""
+    return isinstance(closure, functools.partial) and closure.func.__name__ == "_wrap_closure"
+
+
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
-
-
-def _process_group(optimizer: ZerothOrderOptimizer) -> Any:
-    return None
 
 
 def _loss_in(output: Any, count: int) -> Any:
