@@ -214,3 +214,23 @@ def test_a_second_fit_continues() -> None:
     fit(module, max_epochs=1)
     assert module.hooks["before_optimizer_step"] == optimizers[0].param_groups[0]["step"] == 8
     assert module.hooks["training_step"] == 16
+
+
+def test_a_compiled_module_stays_compiled() -> None:
+    runs = [0]
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs[0] += 1
+            return graph.forward(*args)
+
+        return run
+
+    class Uncounted(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return loss_of(self.net, *batch)
+
+    module = Uncounted()
+    trainer = fit(torch.compile(module, backend=backend))
+    assert torch.equal(weights_of(module), plain_run(RECIPES["MeZO"])[0])
+    assert runs[0] >= trainer.global_step * 2 == 16

@@ -164,7 +164,7 @@ class ZOModuleMixin:
             return not_run(self.device)
         group, run.group = run.group, []
         shares = shares_of([each.weight for each in group], self.device, optimizer.engine.replicas.group)
-        logs = Logs(cast("nn.Module", self), [samples(each.args[0]) for each in group])
+        logs = Logs(cast("nn.Module", self), [samples(each.args[1]) for each in group])
         outputs: list[Any] = []  # of the last micro-batch in the first probe
 
         def closure() -> Tensor | float:
@@ -238,16 +238,21 @@ _MARK = "_zo_wrapped"
 
 
 def _probing(training_step: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(training_step)
     def wrapper(self: ZOModuleMixin, batch: Any, *args: Any, **kwargs: Any) -> Any:
         is_probing = self._zo_run().logs is not None
         if is_probing or not self.automatic_optimization or not self._zo_is_training():
             return training_step(self, batch, *args, **kwargs)
-        function = functools.partial(training_step, self)
-        return self._zo_training_step(MicroBatch(function, (batch, *args), kwargs, self.loss_weight(batch)))
+        compiler = getattr(self, "_compiler_ctx", None)  # set by Lightning for torch.compile(module)
+        function = compiler["dynamo_ctx"](training_step) if compiler else training_step
+        return self._zo_training_step(
+            MicroBatch(function, (self, batch, *args), kwargs, self.loss_weight(batch))
+        )
 
-    setattr(wrapper, _MARK, True)
-    return wrapper
+    # torch.compile(module) compiles all that training_step calls, which must not include the optimizer.
+    disabled: Callable[..., Any] = torch.compiler.disable(wrapper)
+    functools.update_wrapper(disabled, training_step)
+    setattr(disabled, _MARK, True)
+    return disabled
 
 
 def _checking(configure_optimizers: Callable[..., Any]) -> Callable[..., Any]:
