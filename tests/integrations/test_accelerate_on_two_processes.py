@@ -21,7 +21,7 @@ def free_port() -> int:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize(("recipe", "size"), [("MeZO", 4), ("MeZOGV", 2)])
+@pytest.mark.parametrize(("recipe", "size"), [("MeZOGV", 2)])
 def test_two_processes_are_one_large_batch(recipe: str, size: int, tmp_path: Path) -> None:
     port = free_port()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
 
 import zoext
 from support.accelerate_loops import RECIPES, accelerator, loader, loss_of, net, reset, weights_of
 from zoext.integrations.accelerate import ZOAccelerator
+
+accelerate = pytest.importorskip("accelerate", reason="needs Accelerate")
 
 
 def test_the_gradient_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +22,7 @@ def test_the_gradient_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_launches_that_shard(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reset()
-    monkeypatch.setattr(ZOAccelerator, "distributed_type", DistributedType[kind])
+    monkeypatch.setattr(ZOAccelerator, "distributed_type", accelerate.DistributedType[kind])
     with pytest.raises(ValueError, match=f"distributed_type is {kind}.*whole weights"), accelerator():
         pass
 
@@ -57,7 +58,7 @@ def test_a_closure_over_a_variable_of_the_loop() -> None:
 def test_the_optimizer_of_plain_accelerate_while_it_accumulates() -> None:
     """It would not run the closures of all micro-batches."""
     reset()
-    each = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    each = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = net()
     before = weights_of(model)
     model, optimizer = each.prepare(model, RECIPES["MeZO"](model))

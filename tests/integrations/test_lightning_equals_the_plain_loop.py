@@ -234,3 +234,44 @@ def test_a_compiled_module_stays_compiled() -> None:
     trainer = fit(torch.compile(module, backend=backend))
     assert torch.equal(weights_of(module), plain_run(RECIPES["MeZO"])[0])
     assert runs[0] >= trainer.global_step * 2 == 16
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*isinstance.treespec")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_package_pytorch_lightning() -> None:
+    other = pytest.importorskip("pytorch_lightning", reason="needs pytorch_lightning")
+
+    class Other(ZOModuleMixin, other.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch: Any) -> Any:
+            loss = loss_of(self.net, *batch)
+            self.log("loss", loss, on_epoch=True)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = RECIPES["MeZO"](self)
+            return [optimizer], [{"scheduler": scheduled(optimizer), "interval": "step"}]
+
+    module = Other()
+    names = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
+    trainer = other.Trainer(max_epochs=2, accelerator="cpu", **dict.fromkeys(names, False))
+    trainer.fit(module, loader(8))
+    weights, losses = plain_run(RECIPES["MeZO"])
+    assert torch.equal(weights_of(module), weights)
+    sizes = (8, 8, 8, 4)
+    mean = sum(size * loss for size, loss in zip(sizes, losses[4:], strict=True)) / 28
+    assert trainer.callback_metrics["loss_epoch"].item() == pytest.approx(mean, rel=1e-6)
+
+
+def test_averaging_of_weights() -> None:
+    class Unscheduled(Module):
+        def configure_optimizers(self) -> Any:
+            return self.make(self)
+
+    module = Unscheduled()
+    average = pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    trainer = fit(module, callbacks=[average], max_epochs=3)
+    assert trainer.global_step == trainer.optimizers[0].param_groups[0]["step"] == 12

@@ -10,6 +10,7 @@ import torch
 
 import zoext
 from support.lightning_modules import RECIPES, Module, fit, loader, loss_of, net, pl, weights_of
+from zoext.integrations.lightning import ZOModuleMixin
 
 
 class Validating(Module):
@@ -106,3 +107,10 @@ def test_a_plain_module_that_accumulates() -> None:
     ):
         fit(module, accumulate_grad_batches=2)
     assert torch.equal(weights_of(module), before)
+
+
+def test_the_mixin_after_the_lightning_module() -> None:
+    with pytest.raises(TypeError, match="name ZOModuleMixin before LightningModule"):
+
+        class Swapped(pl.LightningModule, ZOModuleMixin):  # type: ignore[misc, name-defined]
+            pass

@@ -57,7 +57,8 @@ class ZOModuleMixin:
     ``trainer.global_step``, and with the mixin also those of ``self.optimizers(use_pl_optimizer=False)``.
 
     Raises:
-        TypeError: if ``configure_optimizers`` returns another optimizer.
+        TypeError: if ``configure_optimizers`` returns another optimizer, and for a class that names the mixin
+            after the LightningModule.
         ValueError: for what cannot work without gradients: ``precision="16-mixed"`` (its gradient scaler),
             strategies that shard the model (FSDP, DeepSpeed, model parallelism), several processes without
             ``process_group="auto"``, and ``training_step(self, dataloader_iter)``. ``fit`` raises them before
@@ -70,6 +71,11 @@ class ZOModuleMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        names = [base.__name__ for base in cls.__mro__]
+        if "LightningModule" in names[: names.index("ZOModuleMixin")]:
+            raise TypeError(
+                f"class {cls.__name__}: name ZOModuleMixin before LightningModule among its bases"
+            )
         for name, wrap in (("training_step", _probing), ("configure_optimizers", _checking)):
             function = getattr(cls, name, None)
             if function is not None and not hasattr(function, _MARK):
