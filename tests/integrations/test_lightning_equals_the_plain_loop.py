@@ -191,6 +191,19 @@ def test_a_validation_that_calls_the_training_step() -> None:
     assert torch.equal(weights_of(module), plain_run(RECIPES["MeZO"])[0])
 
 
+def test_a_hook_that_calls_the_training_step() -> None:
+    class Hooked(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return loss_of(self.net, *batch)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert torch.equal(self.training_step(batch, batch_idx), loss_of(self.net, *batch))
+
+    module = Hooked()
+    fit(module)
+    assert torch.equal(weights_of(module), plain_run(RECIPES["MeZO"])[0])
+
+
 def test_copies_do_not_belong_to_the_fit() -> None:
     module = Module(zoext.MeZO)
     fit(module, max_epochs=1)

@@ -61,7 +61,7 @@ def shares_of(
 
     With a process group, the means of the processes have the weighted mean of all processes as their average.
     """
-    columns = [torch.as_tensor(weight, dtype=torch.float32, device=device) for weight in weights]
+    columns = [_number(weight, device).to(torch.float32) for weight in weights]
     if len(columns) == 1 and group is None:
         return None
     stacked = torch.stack(columns)
@@ -78,7 +78,7 @@ def mean_loss(losses: Sequence[Tensor | float], shares: Tensor | None) -> Tensor
         return losses[0]
     total = torch.zeros((), device=shares.device)
     for loss, share in zip(losses, shares, strict=True):
-        value = torch.as_tensor(loss, device=shares.device).reshape(())
+        value = _number(loss, shares.device)
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         total = total + torch.where(share == 0, 0.0, value * share)
     return total
@@ -87,6 +87,13 @@ def mean_loss(losses: Sequence[Tensor | float], shares: Tensor | None) -> Tensor
 def not_run(device: torch.device) -> Tensor:
     """What stands for the loss of a micro-batch that waits."""
     return torch.full((), math.nan, dtype=torch.float32, device=device)
+
+
+def _number(value: float | Tensor, device: torch.device) -> Tensor:
+    """``value`` as a tensor [] on ``device``; a number of Python is filled in there, which copies nothing."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device, non_blocking=True)
+    return torch.full((), float(value), device=device)
 
 
 def _fresh(value: Any) -> Any:

@@ -245,8 +245,9 @@ _MARK = "_zo_wrapped"
 
 def _probing(training_step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: ZOModuleMixin, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        is_of_the_loop = getattr(self, "_current_fx_name", None) == "training_step"  # and not of another hook
         is_probing = self._zo_run().logs is not None
-        if is_probing or not self.automatic_optimization or not self._zo_is_training():
+        if is_probing or not (is_of_the_loop and self.automatic_optimization and self._zo_is_training()):
             return training_step(self, batch, *args, **kwargs)
         compiler = getattr(self, "_compiler_ctx", None)  # set by Lightning for torch.compile(module)
         function = compiler["dynamo_ctx"](training_step) if compiler else training_step
