@@ -22,6 +22,7 @@ from zoext._engine import (
     StepEngine,
     StepExecutor,
     check_not_scaled,
+    check_not_skipping,
     initializes_state,
     saved_state,
 )
@@ -255,6 +256,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             return closure.advance(self.engine)
         if closure is None and initializes_state(self.param_groups):
             return torch.full((), torch.nan)
+        if closure is not None:
+            check_not_skipping(closure)
         step = self.engine.step_pending() if closure is None else self.engine.step(closure)
         return step.estimate.loss
 

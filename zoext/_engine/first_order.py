@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +56,49 @@ def check_not_scaled(optimizer: Any) -> None:
         "optimizer.step(closure), with a model in bfloat16 or with weights in float16 (Accelerate and "
         "Trainer: mixed_precision='bf16' or 'no', not 'fp16')"
     )
+
+
+def check_not_skipping(closure: object) -> None:
+    """Raises a RuntimeError if a framework passes on the closures of some micro-batches only.
+
+    Accelerate and Lightning run the backward of every micro-batch, and call ``step`` for the last of a group.
+    """
+    loop = "one micro-batch in {} only, so that no probe sees the others; "
+    if (steps := _accumulated_by_accelerate()) > 1:
+        raise RuntimeError(
+            f"step(closure): Accelerate runs the closure of {loop.format(steps)}"
+            "make the accelerator a zoext.integrations.accelerate.ZOAccelerator and pass the batch to step, "
+            "or call zoext.unwrap(optimizer).estimate(closure) for each and optimizer.step() at the end"
+        )
+    trainer = getattr(_module_of_lightning(closure), "trainer", None)
+    if (steps := getattr(trainer, "accumulate_grad_batches", 1)) > 1:
+        raise RuntimeError(
+            f"step(closure): Lightning runs the closure of {loop.format(steps)}"
+            "name zoext.integrations.lightning.ZOModuleMixin before the LightningModule, as in "
+            "class Model(ZOModuleMixin, LightningModule)"
+        )
+
+
+def _accumulated_by_accelerate() -> int:
+    """How many micro-batches the caller, the optimizer of Accelerate, has a group of; 1 for other callers."""
+    accelerate = sys.modules.get("accelerate.optimizer")
+    if accelerate is None:
+        return 1
+    code = accelerate.AcceleratedOptimizer.step.__code__
+    frame = inspect.currentframe()
+    for _ in range(8):  # in between are this module, the optimizer, and wrappers by torch and schedulers
+        frame = frame.f_back if frame is not None else None
+        if frame is not None and frame.f_code is code:
+            return int(accelerate.GradientState().num_steps)
+    return 1
+
+
+def _module_of_lightning(closure: object) -> Any:
+    """The LightningModule whose closure this is, if Lightning passes one under automatic optimization."""
+    if not isinstance(closure, functools.partial) or closure.func.__name__ != "_wrap_closure":
+        return None
+    module = closure.args[0] if closure.args else None
+    return module if getattr(module, "automatic_optimization", False) else None
 
 
 @contextmanager
