@@ -63,6 +63,7 @@ class Estimation:
         self._probes: list[tuple[Tensor, Tensor]] = []
         self._last = 0
         self._repeated = 0
+        self._ran_uncompiled = False
         self._nearest: int | None = None  # of the first round
 
     def check_frame(self, what: str) -> None:
@@ -94,7 +95,7 @@ class Estimation:
             losses = []
             for index in range(len(pending)):
                 loss = self._loss_of(session, index, closure)
-                while session.is_to_repeat():
+                while self.is_to_repeat(session):
                     loss = self._loss_of(session, index, closure)
                     self._repeated += 1
                 losses.append(as_loss(loss, self.context.device))
@@ -104,6 +105,11 @@ class Estimation:
         if not self._repeated:
             return estimate
         return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
+
+    def is_to_repeat(self, session: Session) -> bool:
+        """Whether the last probe must be evaluated again to be comparable with the others."""
+        ran_uncompiled, self._ran_uncompiled = self._ran_uncompiled, False
+        return session.is_to_repeat() or ran_uncompiled
 
     def _loss_of(self, session: Session, index: int, closure: Closure) -> Tensor | float:
         with self.displaced(session, index), session.interruptible(), explained_backward():
@@ -138,7 +144,7 @@ class Estimation:
             yield
         self._check()
         if observer is not None:
-            self._observer = None
+            self._observer, self._ran_uncompiled = None, observer.ran_uncompiled
             self._found = FoundFrame(*observer.frame())
 
     def probe(self, index: int) -> tuple[Tensor, Tensor]:
