@@ -335,3 +335,28 @@ def test_a_part_of_a_stack_moves_as_in_the_whole(dtype: torch.dtype, transposed:
         (slice(2, 5), everything, slice(2, 4)),
     ):
         assert torch.equal(moved_part(*cut), whole[cut])
+
+
+def test_adapters_of_what_rests_are_zero_and_stacks_have_none() -> None:
+    torch.manual_seed(1)
+    x = tokens(7, 5)
+    experts = nn.ModuleList(nn.Linear(5, 7, bias=False) for _ in range(4))
+    model = Stepped(routed, experts=experts, stack=nn.Parameter(torch.randn(2, 5, 5))).double()
+    model.body = lambda model, x: routed(model, x) + x.sum() * 0
+    for uses_stack in (False, True):
+        if uses_stack:
+            model.body = lambda model, x: routed(model, x @ model.stack[1])
+        optimizer = zoext.AGZO(model, lr=LR, mu=MU, seed=SEED)
+        pending = optimizer.ask()
+        with pending.displaced(0):
+            loss = model(x).square().mean()
+        pending = optimizer.tell([loss])
+        assert pending is not None
+        if uses_stack:
+            with pytest.raises(ValueError, match="stack is a stack of matrices with factors each; freeze it"):
+                pending.adapter(0)
+        else:
+            adapters = pending.adapter(0)
+            for number in range(4):
+                factors = adapters[f"experts.{number}.weight"]
+                assert (factors.B @ factors.A).any() == (number in (1, 3))
