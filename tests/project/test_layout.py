@@ -17,15 +17,18 @@ SOURCES = Path(__file__).parents[2] / "zoext"
 NOT_OURS = {
     "_ArgumentGroup",  # argparse: the type of what add_argument_group() returns
     "_C",  # torch
+    "_DisableTorchDispatch",  # torch._C: nothing public hides an operator from the modes that watch operators
     "_buffers",  # of a module: named_buffers() leaves out what is shared
     "_cdata",  # of a storage: tells storages apart
     "_foreach_copy_",  # torch
     "_functorch",  # torch._C: nothing public tells whether a transform is active
     "_forward_hooks",  # of a module
     "_forward_pre_hooks",  # of a module
+    "_getframe",  # sys
     "_has_compatible_shallow_copy_type",  # torch.ops.aten
     "_is_profiler_enabled",  # torch.autograd.profiler
     "_modules",  # of a module: named_children() leaves out what is shared
+    "_orig_mod",  # of what torch.compile returns
     "_parameters",  # of a module: named_parameters() leaves out what is shared
     "_storage_Use_Count",  # torch._C
     "_version",  # of a tensor

@@ -92,6 +92,45 @@ def takes_the_first_rank_s_basis(rank: int) -> None:
     assert all(torch.equal(bases[0][key], bases[1][key]) for key in bases[0])
 
 
+class Experts(nn.Module):
+    """Each rank uses other experts, of a list and of a stack, and reads a weight in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+        self.stack = nn.Parameter(torch.randn(4, 5, 3))
+        self.read = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, rank: int) -> Tensor:
+        out = nn.functional.linear(self.experts[rank](x), self.stack[1 + rank])
+        weight = self.read.weight
+        return out.square().mean() + (weight.square().mean() if rank else (x[:, :3] @ weight.T).mean())
+
+
+def takes_the_first_rank_s_experts(rank: int) -> None:
+    torch.manual_seed(3)
+    net = Experts()
+    alone = copy.deepcopy(net)
+    x = [torch.randn(6, 4, generator=torch.Generator().manual_seed(each)) for each in range(RANKS)]
+    for update in (zoext.SGD(), zoext.AdamReplay(horizon=2)):
+        axes = {"direction": zoext.ActivationSubspace(rank=2), "update": update}
+        optimizer = zoext.ZerothOrderOptimizer(net, **axes, **SETTINGS)
+        plain = zoext.ZerothOrderOptimizer(alone, process_group=None, **axes, **SETTINGS)
+        optimizer.estimate(lambda: net(x[rank], rank))
+        plain.estimate(lambda: alone(x[0], 0))
+        frames = [each.engine.run.frame.frame for each in (optimizer, plain)]
+        assert frames[0].still == frames[1].still
+        assert len(frames[0].still) == 2
+        assert frames[0].right.keys() == frames[1].right.keys()
+        assert all(torch.equal(frames[0].right[key], frames[1].right[key]) for key in frames[1].right)
+        optimizer.step()
+        for number in range(3):
+            mine = (rank + number) % RANKS
+            optimizer.step(lambda mine=mine: net(x[mine], mine))
+        check_alike(net)
+        alone.load_state_dict(net.state_dict())
+
+
 def micro_batches(reduction: str, rank: int) -> None:
     net, alone = model(), model()
     optimizer = zoext.MeZO(net, samples=2, reduction=reduction, **SETTINGS)
@@ -244,6 +283,7 @@ CASES |= {
     act.__name__: act
     for act in (
         takes_the_first_rank_s_basis,
+        takes_the_first_rank_s_experts,
         asks_and_tells,
         sends_one_number_a_probe,
         trains_alone_without_a_group,

@@ -68,6 +68,7 @@ class Estimation:
         self._probes: list[tuple[Tensor, Tensor]] = []
         self._last = 0
         self._repeated = 0
+        self._ran_uncompiled = False
         self._nearest: int | None = None  # of the first round
 
     def check_frame(self, what: str) -> None:
@@ -99,7 +100,7 @@ class Estimation:
             losses = []
             for index in range(len(pending)):
                 loss = self._loss_of(session, index, closure)
-                while session.is_to_repeat():
+                while self.is_to_repeat(session):
                     loss = self._loss_of(session, index, closure)
                     self._repeated += 1
                 losses.append(as_loss(loss, self.context.device))
@@ -109,6 +110,11 @@ class Estimation:
         if not self._repeated:
             return estimate
         return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
+
+    def is_to_repeat(self, session: Session) -> bool:
+        """Whether the last probe must be evaluated again to be comparable with the others."""
+        ran_uncompiled, self._ran_uncompiled = self._ran_uncompiled, False
+        return session.is_to_repeat() or ran_uncompiled
 
     def _loss_of(self, session: Session, index: int, closure: Closure) -> Tensor | float:
         with self.displaced(session, index), session.interruptible(), explained_backward():
@@ -143,8 +149,9 @@ class Estimation:
             yield
         self._check()
         if observer is not None:
-            self._observer = None
-            self._found = FoundFrame(*self.replicas.first(*observer.frame()))
+            self._observer, self._ran_uncompiled = None, observer.ran_uncompiled
+            keys = [key for group in self.context.groups for key in group.keys]
+            self._found = FoundFrame(*self.replicas.first(*observer.frame(), keys))
 
     def probe(self, index: int) -> tuple[Tensor, Tensor]:
         """Seeds [k] and coefficients [k] of a probe of the round."""

@@ -67,10 +67,11 @@ class OpenRound:
         with asking.closures(), record(Phase.ESTIMATE), asking.probe.session() as session:
             with asking.estimation.displaced(session, index), session.interruptible():
                 yield
-            if session.is_to_repeat():
+            if asking.estimation.is_to_repeat(session):
                 raise RuntimeError(
                     f"displaced({index}): weights were asked for outside their modules that were not before, "
-                    "and may have been read as they were; evaluate this probe again"
+                    "and may have been read as they were, or compiled code ran as it is written so that "
+                    "activations could be seen; evaluate this probe again"
                 )
             session.write_buffers(torch.ones((), dtype=torch.bool, device=asking.estimation.context.device))
 

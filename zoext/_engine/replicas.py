@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,37 @@ from zoext.directions import Frame
 COMPARED_EVERY = 100
 
 _CHECKED = ("weights", "options (recipe, seed, step, lr, mu or weight_decay)")
+
+
+_KINDS = ("dense", "still", "left", "right")
+
+
+class _Layout(NamedTuple):
+    """The directions of a parameter in a frame: their kind, and the shape of its factor if it has one."""
+
+    kind: int
+    entries: int = 0  # of a stack of matrices; 0 if the parameter is a matrix
+    rank: int = 0
+    length: int = 0
+
+    @classmethod
+    def of(cls, frame: Frame, key: int) -> _Layout:
+        kind = frame.kind(key)
+        if kind not in {"left", "right"}:
+            return cls(_KINDS.index(kind))
+        factor = (frame.left if kind == "left" else frame.right)[key]
+        return cls(_KINDS.index(kind), *((0,) * (3 - factor.dim())), *factor.shape)
+
+    @property
+    def side(self) -> str | None:
+        """The side of its factor; None if it has none."""
+        kind = _KINDS[self.kind]
+        return kind if kind in {"left", "right"} else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        stack = (self.entries,) if self.entries else ()
+        return (*stack, self.rank, self.length)
 
 
 class Replicas:
@@ -43,6 +75,7 @@ class Replicas:
         self._given = group
         self._differing = LateReads()
         self._compared: int | None = None
+        self._layouts: list[_Layout] = []  # of the first rank's last frame, by parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
         return Replicas(self._given)  # a process group cannot be copied
@@ -66,18 +99,36 @@ class Replicas:
         dist.all_reduce(total, group=group)
         return (total / dist.get_world_size(group)).to(losses.dtype)
 
-    def first(self, frame: Frame, finite: Tensor) -> tuple[Frame, Tensor]:
-        """The frame of the first rank, and whether the activations behind it were finite."""
+    def first(self, frame: Frame, finite: Tensor, keys: Sequence[int]) -> tuple[Frame, Tensor]:
+        """The frame of the first rank, and whether the activations behind it were finite.
+
+        ``keys`` are those of all parameters that move. Ranks see different batches, so that other weights may
+        rest on the first one: which have factors is sent before the factors, and read on the host.
+        """
         group = self.group
         if group is None:
             return frame, finite
-        sides = [dict(sorted(side.items())) for side in (frame.left, frame.right)]
-        factors = [factor for side in sides for factor in side.values()]
-        sent = torch.cat([*(factor.flatten() for factor in factors), finite.float().view(1)])
-        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
-        parts = iter(sent[:-1].split([factor.numel() for factor in factors]))
-        left, right = ({key: next(parts).view_as(old) for key, old in side.items()} for side in sides)
-        return Frame(left, right), sent[-1] != 0
+        source = dist.get_global_rank(group, 0)
+        if not (finite.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph keeps what it was
+            table = torch.tensor([_Layout.of(frame, key) for key in keys], device=finite.device)
+            dist.broadcast(table, source, group=group)
+            self._layouts = [_Layout(*row) for row in table.tolist()]
+        sizes = [prod(layout.shape) if layout.side else 0 for layout in self._layouts]
+        if dist.get_rank(group) == 0:
+            factors = {**frame.left, **frame.right}
+            parts = [factors[key].flatten() for key, size in zip(keys, sizes, strict=True) if size]
+            sent = torch.cat([*parts, finite.float().view(1)])
+        else:
+            sent = torch.empty(sum(sizes) + 1, dtype=torch.float32, device=finite.device)
+        dist.broadcast(sent, source, group=group)
+        sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
+        for key, layout, part in zip(keys, self._layouts, sent[:-1].split(sizes), strict=True):
+            if layout.side:
+                sides[layout.side][key] = part.view(layout.shape)
+        rests = _KINDS.index("still")
+        pairs = zip(keys, self._layouts, strict=True)
+        still = frozenset(key for key, layout in pairs if layout.kind == rests)
+        return Frame(sides["left"], sides["right"], still), sent[-1] != 0
 
     def compare(
         self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device

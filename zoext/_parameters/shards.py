@@ -46,6 +46,11 @@ class Block(NamedTuple):
         return self.sizes == self.shape
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a parameter as a matrix: its first dimension, and the product of the others."""
+    return shape[0], prod(shape[1:])
+
+
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor, of which ``to_local()`` is the part of this rank."""
     # Not imported, because that takes seconds. While the module is not loaded, no DTensor can exist.

@@ -22,6 +22,16 @@ def conv1d() -> tuple[type[nn.Module], ...]:
     return found
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module within wrappers of torch.compile and DistributedDataParallel, which they call."""
+    kinds: tuple[type[nn.Module], ...] = (*compiled(), nn.parallel.DistributedDataParallel)
+    while isinstance(module, kinds):
+        inner = module._orig_mod if isinstance(module, compiled()) else module.module
+        assert isinstance(inner, nn.Module)
+        module = inner
+    return module
+
+
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of ``module``; names omit prefixes of torch.compile and DistributedDataParallel."""
     kinds = dict.fromkeys(compiled(), "_orig_mod") | {nn.parallel.DistributedDataParallel: "module"}

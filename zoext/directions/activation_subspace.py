@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from zoext._parameters import wrappers
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.arguments import check_count
-from zoext.directions.activations import ActivationObserver, Layer, linear_layers
+from zoext.directions._layers import Layer, Stack, linear_layers, scripted_layers, stacks
+from zoext.directions.activations import ActivationObserver
 from zoext.directions.base import Frame, Observer, Step
 from zoext.directions.factored import Factored, warn_of_narrow
 
@@ -25,9 +27,14 @@ class ActivationSubspace(Factored):
     rows lie in the span of H. A (d_in x rank) is an orthonormal basis of the leading part of that span,
     found by power iteration during a forward at theta; R (d_out x rank) has standard normal entries. H is
     not kept. A one-sided difference uses that forward as its centre; an estimator without a centre needs
-    one more forward. Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers. A weight that
-    another kind of module also uses (a head tied to an embedding) has dense directions. All estimates of
-    a step, such as those of its micro-batches, share the basis of the first.
+    one more forward. All estimates of a step, such as those of its micro-batches, share the basis of the
+    first.
+
+    Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers. A parameter [experts, d_out, d_in] or
+    [experts, d_in, d_out] is a stack of them. A weight that another kind of module also uses (a head tied to
+    an embedding) has dense directions. A weight that is multiplied outside its layer gets the basis of what
+    it is multiplied with; one that is read there in other ways is dense, and one that rests has a zero
+    direction.
 
     Args:
         rank: columns of A. A layer with d_in below that has a basis of rank d_in, which a UserWarning tells
@@ -42,7 +49,7 @@ class ActivationSubspace(Factored):
 
     Raises:
         ValueError: for arguments out of range, if no module is given, for a module without trainable
-            linear layers, and for a layer that the forward does not call.
+            linear layers, and for linear layers compiled by torch.jit.
     """
 
     rank: int = 1
@@ -65,10 +72,10 @@ class ActivationSubspace(Factored):
         return 0.0 if self.balance == "freeze" else 1.0
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
-        layers = self._layers(module, groups)
+        layers, _ = self._weights(module, groups)
         warn_of_narrow(self.rank, ((layer.name, layer.width) for layer in layers))
         if self.mask not in (None, "attention_mask") and module is not None:
-            arguments = inspect.signature(module.forward).parameters
+            arguments = inspect.signature(wrappers.unwrapped(module).forward).parameters
             takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
             if self.mask not in arguments and not takes_any:
                 raise ValueError(
@@ -80,11 +87,12 @@ class ActivationSubspace(Factored):
         raise RuntimeError("ActivationSubspace makes its frame out of a forward: use observer()")
 
     def observer(self, module: nn.Module | None, step: Step) -> Observer:
-        layers = self._layers(module, step.groups)
+        layers, stacked = self._weights(module, step.groups)
         assert module is not None
         return ActivationObserver(
             module,
             layers,
+            stacked,
             step.seed,
             rank=self.rank,
             iterations=self.power_iterations,
@@ -92,16 +100,24 @@ class ActivationSubspace(Factored):
             match_norms=self.balance == "matched",
         )
 
-    def _layers(self, module: nn.Module | None, groups: Sequence[Parameters]) -> list[Layer]:
+    def _weights(
+        self, module: nn.Module | None, groups: Sequence[Parameters]
+    ) -> tuple[list[Layer], list[Stack]]:
         if module is None:
             raise ValueError(
                 "ActivationSubspace needs the nn.Module whose activations it watches: pass the module as "
                 "params, or probe=zoext.StreamedProbe(module) with parameter groups"
             )
-        layers = linear_layers(module, groups)
-        if not layers:
+        if name := next(scripted_layers(module, groups), None):
+            raise ValueError(
+                f"ActivationSubspace cannot observe the activations of {name}, which torch.jit has compiled: "
+                "train the module it was made from, freeze it with requires_grad_(False), or use another "
+                "direction"
+            )
+        layers, stacked = linear_layers(module, groups), stacks(module, groups)
+        if not layers and not stacked:
             raise ValueError(
                 "ActivationSubspace needs a linear layer whose weight requires grad, and the module has "
                 "none; unfreeze some, or use another direction"
             )
-        return layers
+        return layers, stacked

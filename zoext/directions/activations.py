@@ -5,72 +5,34 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils.hooks import RemovableHandle
 
 from zoext import ops
 from zoext._parameters import wrappers
-from zoext._parameters.parameters import Parameters
+from zoext._runtime.compiled import runs_compiled, uncompiled
+from zoext.directions._layers import Layer, Stack
+from zoext.directions._products import Product, WatchedWeight, can_watch, watching
 from zoext.directions.base import Frame
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A linear layer with a trainable weight."""
-
-    module: nn.Module
-    name: str  # of its weight
-    key: int
-    transposed: bool  # the weight is [d_in, d_out], not [d_out, d_in]
-
-    @property
-    def width(self) -> int:
-        """d_in."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[0 if self.transposed else 1]
-
-
-def linear_layers(module: nn.Module, groups: Sequence[Parameters]) -> list[Layer]:
-    """The linear layers in ``module`` whose weights are in ``groups`` and only used by linear layers."""
-    names = {
-        id(tensor): (key, name)
-        for group in groups
-        for tensor, key, name in zip(group.owners, group.keys, group.names, strict=True)
-    }
-    layers, used_otherwise = [], set()
-    for part in module.modules():
-        linear = _is_linear(part)
-        for own, parameter in part._parameters.items():
-            if linear is None or own != "weight":
-                used_otherwise.add(id(parameter))
-            elif id(parameter) in names:
-                key, name = names[id(parameter)]
-                layers.append(Layer(part, name, key, linear == "transposed"))
-    return [layer for layer in layers if id(layer.module.weight) not in used_otherwise]
-
-
-def _is_linear(module: nn.Module) -> str | None:
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its weight and never calls it
-        return None
-    if isinstance(module, nn.Linear):
-        return "plain"
-    return "transposed" if isinstance(module, wrappers.conv1d()) else None
-
-
 class ActivationObserver:
-    """Runs a power iteration on the input of each layer when the layer is called."""
+    """Runs a power iteration on the input of each layer when the layer is called.
+
+    A weight that is multiplied elsewhere, such as that of an idle module or of experts in a stack, is
+    observed where it is multiplied. One that is read in other ways has dense directions, and one that is not
+    read has zero ones. All of this depends on the observed forward only, so that a run can be resumed.
+    """
 
     def __init__(
         self,
         root: nn.Module,
         layers: Sequence[Layer],
+        stacks: Sequence[Stack],
         seed: Tensor,
         *,
         rank: int,
@@ -78,56 +40,63 @@ class ActivationObserver:
         mask: str | None,
         match_norms: bool,
     ) -> None:
-        self._root = root
+        self._root = wrappers.unwrapped(root)
         self._layers = layers
+        self._sides = {layer.key: layer.side for layer in layers}
+        self._stacks = {stack.key: stack.weight.shape[0] for stack in stacks}
+        weights = {each.key: each.weight for each in layers} | {each.key: each.weight for each in stacks}
+        self._weights = {
+            key: WatchedWeight(weight, key, self._see_product)
+            for key, weight in weights.items()
+            if can_watch(weight)
+        }
         self._seed = seed
         self._rank = rank
         self._iterations = iterations
         self._mask_name = mask
         self._match_norms = match_norms
         self._mask: Tensor | None = None
-        self._found: dict[int, _Subspace] = {}
+        self._found: dict[int, _Found] = {}
         self._last: tuple[weakref.ref[Tensor], int, _Subspace] | None = None
+        self.ran_uncompiled = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Context manager that keeps hooks on the layers."""
-        handles: list[RemovableHandle] = []
+        """Context manager that keeps hooks on the layers, and runs compiled code as it is written."""
         self._found.clear()  # left by a forward that raised
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._forget_forward)
+            stack.enter_context(uncompiled())
             if self._mask_name is not None:
-                handles.append(self._root.register_forward_pre_hook(self._see_mask, with_kwargs=True))
+                hook = self._root.register_forward_pre_hook(self._see_mask, with_kwargs=True)
+                stack.callback(hook.remove)
             for layer in self._layers:
-                handles.append(layer.module.register_forward_pre_hook(self._hook_of(layer), with_kwargs=True))
+                hook = layer.module.register_forward_pre_hook(self._hook_of(layer), with_kwargs=True)
+                stack.callback(hook.remove)
+            stack.enter_context(watching(self._weights.values()))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._mask, self._last = None, None
 
     def frame(self) -> tuple[Frame, Tensor]:
-        if not self._found:
-            raise ValueError(
-                "ActivationSubspace: the forward called no linear layer of the module; have the closure run "
-                "that module. A model compiled by torch.compile that has run before does not see new hooks: "
-                "compile it after the first step, or train the model it was made from"
-            )
-        for layer in self._layers:
-            if layer.key not in self._found:
-                raise ValueError(
-                    f"ActivationSubspace: the forward did not call the linear layer of {layer.name}, so "
-                    "nothing is known of its activations; freeze it with requires_grad_(False), or have the "
-                    "model call the layer instead of reading its weight"
-                )
-        left: dict[int, Tensor] = {}
-        right: dict[int, Tensor] = {}
-        for layer in self._layers:
-            (left if layer.transposed else right)[layer.key] = self._scaled(self._found[layer.key].basis)
-        finite = torch.isfinite(torch.cat([subspace.values for subspace in self._found.values()])).all()
-        return Frame(left=left, right=right), finite
+        sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
+        still = set()
+        for key in (*self._sides, *self._stacks):
+            found, weight = self._found.get(key), self._weights.get(key)
+            if found is None:
+                if weight is not None and not weight.is_read:
+                    still.add(key)
+            elif found.side is not None:
+                sides[found.side][key] = self._scaled(found.basis(self._stacks.get(key)))
+        values = [subspace.values for found in self._found.values() for subspace in found.entries.values()]
+        if not values:
+            values = [torch.zeros(1, device=self._seed.device)]
+        finite = torch.isfinite(torch.cat(values)).all()
+        return Frame(sides["left"], sides["right"], frozenset(still)), finite
 
     def _scaled(self, basis: Tensor) -> Tensor:
-        return basis * (basis.shape[1] / basis.shape[0]) ** 0.5 if self._match_norms else basis
+        return basis * (basis.shape[-1] / basis.shape[-2]) ** 0.5 if self._match_norms else basis
+
+    def _forget_forward(self) -> None:
+        self._mask, self._last = None, None
 
     def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(module.forward).parameters if args else ()
@@ -138,24 +107,47 @@ class ActivationObserver:
 
     def _hook_of(self, layer: Layer) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer.key in self._weights:  # the call tells its activations, and costs less to watch
+                self._weights[layer.key].end()
+            self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
             entering = args[0] if args else next(iter(kwargs.values()))
-            subspace = self._subspace_of(entering)
-            seen = self._found.get(layer.key)
-            if seen is not None and seen is not subspace:  # the layer runs again, or shares its weight
-                subspace = self._merged(seen, subspace)
-            self._found[layer.key] = subspace
+            self._add(layer.key, layer.side, None, self._subspace_of(entering))
 
         return before
 
-    def _subspace_of(self, activations: Tensor) -> _Subspace:
+    def _see_product(self, product: Product) -> None:
+        if self._sides.get(product.key, product.side) != product.side:
+            self._weights[product.key].is_read = True
+            return
+        self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
+        if product.entries is None:
+            self._add(product.key, product.side, None, self._subspace_of(product.rows))
+            return
+        for number, entry in enumerate(product.entries):
+            if product.mask is None:
+                subspace = self._subspace_of(product.rows, is_masked=False)
+            else:
+                subspace = self._iterate(product.rows, product.mask[number].contiguous())
+            self._add(product.key, product.side, entry, subspace)
+
+    def _add(self, key: int, side: str, entry: int | None, subspace: _Subspace) -> None:
+        found = self._found.setdefault(key, _Found(side))
+        if found.side != side:
+            found.side = None
+        seen = found.entries.get(entry)
+        if seen is not None and seen is not subspace:  # the layer runs again, or shares its weight
+            subspace = self._merged(seen, subspace) if seen.basis.shape == subspace.basis.shape else seen
+        found.entries[entry] = subspace
+
+    def _subspace_of(self, activations: Tensor, is_masked: bool = True) -> _Subspace:
         if activations.is_inference():  # has no version counter to detect changes by
-            return self._iterate(activations, self._mask_of(activations))
+            return self._iterate(activations, self._mask_of(activations) if is_masked else None)
         # Query, key and value projections have the same input: one power iteration serves them all. The
         # reference is weak, so that it does not keep the activations alive.
         version = activations._version
         if self._last is not None and self._last[0]() is activations and self._last[1] == version:
             return self._last[2]
-        found = self._iterate(activations, self._mask_of(activations))
+        found = self._iterate(activations, self._mask_of(activations) if is_masked else None)
         self._last = (weakref.ref(activations), version, found)
         return found
 
@@ -184,3 +176,21 @@ class ActivationObserver:
 class _Subspace:
     basis: Tensor
     values: Tensor
+
+
+@dataclass(slots=True)
+class _Found:
+    """The subspaces of a matrix, or of the entries of a stack that saw activations."""
+
+    side: str | None  # None if it was used from both sides
+    entries: dict[int | None, _Subspace] = field(default_factory=dict)
+
+    def basis(self, count: int | None) -> Tensor:
+        """[rank, d], or [count, rank, d] for a stack, with zeros for entries that saw nothing."""
+        if count is None:
+            return self.entries[None].basis
+        some = next(iter(self.entries.values())).basis
+        stacked = some.new_zeros((count, *some.shape))
+        for entry, subspace in self.entries.items():
+            stacked[entry] = subspace.basis
+        return stacked

@@ -21,16 +21,26 @@ class Frame:
     """The factors that the directions of a step have in common.
 
     For each matrix (m x n) with low-rank directions, the frame maps the key of its parameter to the factor
-    that is not drawn from the seed of a term: float32 [rank, n] in ``right``, or [rank, m] in ``left``. All
-    other parameters have dense directions.
+    that is not drawn from the seed of a term: float32 [rank, n] in ``right``, or [rank, m] in ``left``. A
+    parameter [entries, m, n] that is a stack of matrices has a factor for each, [entries, rank, n or m].
+    The directions of the keys in ``still`` are zero. All other parameters have dense directions.
     """
 
     left: Mapping[int, Tensor] = field(default_factory=dict)
     right: Mapping[int, Tensor] = field(default_factory=dict)
+    still: frozenset[int] = frozenset()
 
     def holds(self, key: int) -> bool:
         """Whether the directions of the parameter ``key`` have low rank."""
         return key in self.left or key in self.right
+
+    def kind(self, key: int) -> str:
+        """Which directions the parameter ``key`` has: "left", "right" (its factor), "still" or "dense"."""
+        if key in self.left:
+            return "left"
+        if key in self.right:
+            return "right"
+        return "still" if key in self.still else "dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,10 @@ class Observer(Protocol):
 
     def frame(self) -> tuple[Frame, Tensor]:
         """The frame, and whether the values that it was computed from were finite (bool [])."""
+
+    @property
+    def ran_uncompiled(self) -> bool:
+        """Whether that forward ran compiled code as it is written, whose losses are rounded differently."""
 
 
 class Direction(ABC):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from zoext import ops
 from zoext._parameters.parameters import Parameters
-from zoext._parameters.shards import Block
+from zoext._parameters.shards import matrix_shape
+from zoext.directions._stacks import matrices_of, operands
 from zoext.directions.base import Direction, Frame, Terms, Window, decay_of, rectangle, terms_of
 from zoext.directions.dense import Gaussian
 
@@ -21,9 +21,12 @@ _DENSE = Gaussian()
 _CALLER = 5  # warn_of_narrow, check, the optimizer's and the recipe's __init__
 
 
-class _Factors(NamedTuple):
-    left: list[Tensor]
-    right: list[Tensor]
+class _Kinds(NamedTuple):
+    """The positions of parameters by the kind of their directions."""
+
+    dense: list[int]
+    matrices: list[int]
+    still: list[int]
 
 
 class Factored(Direction):
@@ -37,57 +40,76 @@ class Factored(Direction):
 
     def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
         # A step without terms only decays theta, which needs no factors.
-        dense, matrices = _split(parameters, [step.frame for step in steps if len(step)])
-        if dense and self.dense_scale:
-            _DENSE.axpy_(parameters.take(dense), [self._of_dense(step) for step in steps], decay)
-        if matrices:
-            these = parameters.take(matrices)
+        frames = [step.frame for step in steps if len(step)]
+        if _changes_kind(parameters, frames):
+            for number, step in enumerate(steps):
+                self.axpy_(parameters, [step], decay if decay is None else decay[number])
+            return
+        kinds = _kinds(parameters, frames)
+        if kinds.dense and self.dense_scale:
+            _DENSE.axpy_(parameters.take(kinds.dense), [self._of_dense(step) for step in steps], decay)
+        if kinds.still:
+            _DENSE.axpy_(parameters.take(kinds.still), [_nothing(step) for step in steps], decay)
+        if kinds.matrices:
+            these = parameters.take(kinds.matrices)
             seeds, coefficients = terms_of(steps)
-            frames = [frame for step in steps for frame in _filled_up(step, seeds.shape[-1])]
+            of_terms = [frame for step in steps for frame in _filled_up(step, seeds.shape[-1])]
+            given = operands(these, matrices_of(these, of_terms), seeds.flatten(), of_terms)
             ops.factored_axpy_(
-                these.tensors,
-                *_factors(these, seeds.flatten(), frames),
+                given.tensors,
+                given.left,
+                given.right,
                 seeds,
                 coefficients,
                 decay_of(steps, decay),
-                these.keys,
-                these.spans,
+                given.keys,
+                given.spans,
                 rounding=these.rounding,
-                residuals=these.residuals,
+                residuals=given.residuals,
             )
 
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
-        dense, matrices = _split(parameters, [terms.frame] if len(terms) else [])
-        if dense:
-            _DENSE.copy_([out[i] for i in dense], parameters.take(dense), self._of_dense(terms))
-        if matrices:
-            these = parameters.take(matrices)
-            factors = _factors(these, terms.seeds, [terms.frame] * len(terms))
+        kinds = _kinds(parameters, [terms.frame] if len(terms) else [])
+        if kinds.dense:
+            out_dense = [out[i] for i in kinds.dense]
+            _DENSE.copy_(out_dense, parameters.take(kinds.dense), self._of_dense(terms))
+        if kinds.still:
+            _DENSE.copy_([out[i] for i in kinds.still], parameters.take(kinds.still), _nothing(terms))
+        if kinds.matrices:
+            these = parameters.take(kinds.matrices)
+            frames = [terms.frame] * len(terms)
+            matrices = matrices_of(these, frames)
+            given = operands(these, matrices, terms.seeds, frames)
             ops.factored_copy_(
-                [out[i] for i in matrices],
-                these.tensors,
-                *factors,
+                [matrix.of(out[kinds.matrices[matrix.position]]) for matrix in matrices],
+                given.tensors,
+                given.left,
+                given.right,
                 terms.seeds,
                 terms.coefficients,
-                these.keys,
-                these.spans,
+                given.keys,
+                given.spans,
             )
 
     def window_(
         self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
     ) -> None:
-        dense, matrices = _split(parameters, [step.frame for step in window.steps])
-        if dense and self.dense_scale:
+        kinds = _kinds(parameters, [step.frame for step in window.steps])
+        if kinds.dense and self.dense_scale:
             scaled = self._window_of_dense(window, rule)
-            _DENSE.window_(parameters.take(dense), scaled, rule, lr, eps, decay)
-        if matrices:
-            these = parameters.take(matrices)
+            _DENSE.window_(parameters.take(kinds.dense), scaled, rule, lr, eps, decay)
+        if kinds.still:
+            nothing = replace(window, steps=[_nothing(step) for step in window.steps])
+            _DENSE.window_(parameters.take(kinds.still), nothing, rule, lr, eps, decay)
+        if kinds.matrices:
+            these = parameters.take(kinds.matrices)
             seeds, coefficients = rectangle(window.steps)
             frames = [step.frame for step in window.steps for _ in range(seeds.shape[1])]
-            factors = _factors(these, seeds.flatten(), frames)
+            given = operands(these, matrices_of(these, frames), seeds.flatten(), frames)
             ops.factored_window_(
-                these.tensors,
-                *factors,
+                given.tensors,
+                given.left,
+                given.right,
                 seeds,
                 coefficients,
                 window.first_weights,
@@ -95,21 +117,34 @@ class Factored(Direction):
                 lr,
                 eps,
                 decay,
-                these.keys,
-                these.spans,
+                given.keys,
+                given.spans,
                 rule=rule,
                 rounding=these.rounding,
-                residuals=these.residuals,
+                residuals=given.residuals,
             )
 
     def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
-        dense, _ = _split(parameters, [terms.frame])
-        if dense:
+        kinds = _kinds(parameters, [terms.frame])
+        if kinds.dense:
             raise ValueError(
-                f"direction: {parameters.names[dense[0]]} has dense directions, which have no factors; "
+                f"direction: {parameters.names[kinds.dense[0]]} has dense directions, which have no factors; "
                 "freeze it with requires_grad_(False)"
             )
-        left, right = _factors(parameters, terms.seeds, terms.frames)
+        these = parameters.take(kinds.matrices)
+        matrices = matrices_of(these, terms.frames)
+        if stack := next((matrix for matrix in matrices if matrix.entry is not None), None):
+            raise ValueError(
+                f"direction: {these.names[stack.position]} is a stack of matrices with factors each; "
+                "freeze it with requires_grad_(False)"
+            )
+        given = operands(these, matrices, terms.seeds, terms.frames)
+        left, right = ([torch.zeros(0)] * len(parameters) for _ in range(2))
+        for place, *found in zip(kinds.matrices, given.left, given.right, strict=True):
+            left[place], right[place] = found
+        for place in kinds.still:
+            shape = matrix_shape(parameters.blocks[place].shape)
+            left[place], right[place] = (terms.coefficients.new_zeros((1, 1, length)) for length in shape)
         return left, right
 
     def _of_dense(self, terms: Terms) -> Terms:
@@ -130,11 +165,6 @@ def _filled_up(step: Terms, count: int) -> tuple[Frame, ...]:
     return step.frames + (step.frame,) * (count - len(step))
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a parameter as a matrix: its first dimension, and the product of the others."""
-    return shape[0], prod(shape[1:])
-
-
 def warn_of_narrow(rank: int, widths: Iterable[tuple[str, int]]) -> None:
     """Warns if some of the matrices, given by name and columns, are narrower than ``rank``."""
     narrow = [f"{name} ({columns})" for name, columns in widths if columns < rank]
@@ -147,62 +177,30 @@ def warn_of_narrow(rank: int, widths: Iterable[tuple[str, int]]) -> None:
         )
 
 
-def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
-    """The positions of parameters with dense directions, and of matrices that a frame holds."""
-    parts: tuple[list[int], list[int]] = ([], [])
+def _kinds(parameters: Parameters, frames: Sequence[Frame]) -> _Kinds:
+    """Matrices are those that some frame holds; without frames all are dense."""
+    kinds = _Kinds([], [], [])
     for position, key in enumerate(parameters.keys):
-        parts[any(frame.holds(key) for frame in frames)].append(position)
-    return parts
+        if any(frame.holds(key) for frame in frames):
+            kinds.matrices.append(position)
+        elif any(key in frame.still for frame in frames):
+            kinds.still.append(position)
+        else:
+            kinds.dense.append(position)
+    return kinds
 
 
-def _factors(matrices: Parameters, seeds: Tensor, frames: Sequence[Frame]) -> _Factors:
-    """Left (float32 [T or 1, rank, m]) and right factors ([T or 1, rank, n]) of T terms, per matrix.
-
-    ``seeds`` is int64 [T]; ``frames`` has an entry for each of them. For a sharded matrix, factors are drawn
-    for the whole matrix and narrowed to the local block, which is m x n.
-    """
-    device = seeds.device
-    pairs = zip(matrices.keys, matrices.blocks, strict=True)
-    drawn = [_empty_drawn(key, block.shape, frames, device) for key, block in pairs]
-    # Both sides use one stream, so that a layer that stores its weight transposed draws the same numbers.
-    stream = ops.Stream.LEFT_FACTOR
-    spans = [ops.span_of(factor[0]) for factor in drawn]
-    for k in range(seeds.numel()):
-        ops.normal_([factor[k] for factor in drawn], seeds[k : k + 1], matrices.keys, spans, stream=stream)
-    factors = _Factors([], [])
-    for key, block, factor in zip(matrices.keys, matrices.blocks, drawn, strict=True):
-        given = _given(key, frames)
-        is_right = any(key in frame.right for frame in frames)
-        left, right = (factor, given) if is_right else (given, factor)
-        factors.left.append(left if block.is_whole else _rows_of(block, left))
-        factors.right.append(right if block.is_whole else _columns_of(block, right))
-    return factors
+def _changes_kind(parameters: Parameters, frames: Sequence[Frame]) -> bool:
+    """Whether some parameter has directions of different kinds; zero ones count as low-rank ones."""
+    if all(frame is frames[0] for frame in frames):
+        return False
+    for key in parameters.keys:
+        kinds = {frame.kind(key) for frame in frames}
+        if len(kinds - {"still"}) > 1 or {"dense", "still"} <= kinds:
+            return True
+    return False
 
 
-def _rows_of(block: Block, left: Tensor) -> Tensor:
-    return left.narrow(-1, block.offsets[0], block.sizes[0]).contiguous()
-
-
-def _columns_of(block: Block, right: Tensor) -> Tensor:
-    columns: Tensor = right.unflatten(-1, block.shape[1:])
-    for dim in range(1, len(block.shape)):
-        columns = columns.narrow(1 + dim, block.offsets[dim], block.sizes[dim])
-    return columns.flatten(2).contiguous()
-
-
-def _empty_drawn(key: int, shape: Sequence[int], frames: Sequence[Frame], device: torch.device) -> Tensor:
-    known = next(frame for frame in frames if frame.holds(key))
-    draws_left = key in known.right
-    rank = (known.right if draws_left else known.left)[key].shape[0]
-    length = matrix_shape(shape)[0 if draws_left else 1]
-    return torch.empty((len(frames), rank, length), dtype=torch.float32, device=device)
-
-
-def _given(key: int, frames: Sequence[Frame]) -> Tensor:
-    """The factors that the frames hold for a matrix; a single one if all terms share it."""
-    held = [frame.right.get(key, frame.left.get(key)) for frame in frames]
-    known = next(factor for factor in held if factor is not None)
-    if all(factor is known for factor in held):
-        return known.unsqueeze(0)
-    # A matrix that was frozen when a frame was made has no factor in that frame.
-    return torch.stack([torch.zeros_like(known) if factor is None else factor for factor in held])
+def _nothing(terms: Terms) -> Terms:
+    """The same terms with coefficients of zero: only rounding bits come from their seeds."""
+    return Terms(terms.seeds, torch.zeros_like(terms.coefficients), Frame())

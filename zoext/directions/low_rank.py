@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from zoext import ops
 from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import matrix_shape
 from zoext._runtime.arguments import check_count
 from zoext.directions.base import Frame, Step, Terms
-from zoext.directions.factored import Factored, matrix_shape, warn_of_narrow
+from zoext.directions.factored import Factored, warn_of_narrow
 
 SCALES = ("paper", "code")
 

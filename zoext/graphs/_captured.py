@@ -67,7 +67,8 @@ class CapturedStep(NamedTuple):
         # A frame is large. Only a recorder reads it, and only if it cannot be drawn from seeds.
         is_read = engine.run.recorder is not None and engine.axes.direction.watches
         known = self.step.frame if is_read else Frame()
-        frame = Frame(*map_tensors(keep, (dict(known.left), dict(known.right))))
+        left, right = (map_tensors(keep, dict(factors)) for factors in (known.left, known.right))
+        frame = Frame(left, right, known.still)
         step = AppliedStep(Estimate(**map_tensors(keep, fields)), frame, engine.options())
         return step, map_tensors(keep, self.states)
 

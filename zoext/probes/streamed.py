@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from zoext._parameters.parameters import Parameters
 from zoext._runtime import interrupts
+from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
 from zoext.probes._swap import ModuleSwap, StreamedProbeError
@@ -45,6 +45,7 @@ class StreamedProbe(Probe):
         self._asked: set[int] = set()  # modules whose weights were asked for outside, in watched probes
         self._watch_next = True
         self._is_stale = False
+        self._ran_uncompiled = False
         self._sessions = 0
         self._unwatched = False
         self._has_displaced = False
@@ -123,12 +124,15 @@ class StreamedProbe(Probe):
                 self._asked |= self._swap.access.seen
             asked = not self._unwatched and not self._swap.access.seen <= self._asked
             self._is_stale = asked or (reads is not None and reads.found_alias)
+            # Compiled code ran as it is written: its loss must not be compared with those of other probes.
+            self._ran_uncompiled = reads is not None and reads.ran_uncompiled
             # A new route that ran unwatched is watched at the next probe.
             unwatched = route not in self._watched or self._is_stale
             self._watch_next = unwatched or (self._unwatched and self._watch_next)
 
     def _was_stale(self) -> bool:
-        was_stale, self._is_stale = self._is_stale, False
+        was_stale = self._is_stale or self._ran_uncompiled
+        self._is_stale = self._ran_uncompiled = False
         return was_stale
 
     def _check_displaced(self, visited: set[int], combination: Combination) -> None:
@@ -171,7 +175,7 @@ class _StreamedSession(Session):
 @contextmanager
 def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[_ReadsOutside]:
     reads = _ReadsOutside((parameters for parameters, _ in combination.terms), swap)
-    with _uncompiled(), reads:
+    with uncompiled(), reads:  # below a dispatch mode Dynamo would give up compiled frames for good
         yield reads
     if reads.names:
         names = ", ".join(sorted(reads.names))
@@ -180,14 +184,6 @@ def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[_ReadsOuts
             "that owns it was not running, so the probe would not have moved it. Have the closure read the "
             "parameter itself, or pass probe='inplace'"
         )
-
-
-def _uncompiled() -> AbstractContextManager[None]:
-    """Runs compiled code as written: below a dispatch mode Dynamo would give up its frames for good."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 class _ReadsOutside(TorchDispatchMode):
@@ -201,12 +197,14 @@ class _ReadsOutside(TorchDispatchMode):
     Attributes:
         found_alias: whether an alias of a weight was read, such as its ``data``, which does not follow.
         names: weights that an alias of them was read of although they had been displaced before.
+        ran_uncompiled: whether compiled code ran, as it is written.
     """
 
     def __init__(self, groups: Iterable[Parameters], swap: ModuleSwap) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
         self.found_alias = False
+        self.ran_uncompiled = False
         self._swap = swap
         self._held = swap.held  # since the probe began
         self._originals: dict[int, list[tuple[int, int, str, Tensor]]] = {}
@@ -225,6 +223,7 @@ class _ReadsOutside(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         run: Callable[..., Any] = func
+        self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
         if func.namespace != "zoext" and func is not _ASSIGNS_DATA:
             for value in tree_iter((args, kwargs)):
                 if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:

@@ -55,6 +55,10 @@ class WindowUpdate(Update):
         # The first windows of a run are shorter: steps that contribute nothing are put before the first step.
         rows = len(steps) - 1 + counts[-1]
         window, missing = history[-rows:], max(rows - len(history), 0)
+        if len(steps) > 1 and _changes_kind(window):  # which of its steps count depends on the step
+            for step in steps:
+                state = self.apply(direction, parameters, [step], state)
+            return state
         device = steps[0].terms.seeds.device
         eps = torch.full((), self.kernel_eps, dtype=torch.float32, device=device)
         weights = [self.weights(count) for count in counts]
@@ -111,15 +115,41 @@ def _lr(step: GroupStep) -> Tensor:
 def _by_history(
     parameters: Parameters, window: Sequence[Mapping[str, Any]]
 ) -> Iterable[tuple[list[int], tuple[bool, ...]]]:
-    """Positions of parameters, grouped by the steps of the window in which they moved; usually one group.
+    """Positions of parameters, grouped by the steps of the window that they count; usually one group.
 
     A parameter that was frozen in a step was not displaced, so the step has no estimate of its gradient.
+    Steps in which its directions were of another kind than in the last step cannot be added to it.
     """
     moved = [set(step["keys"]) for step in window]
+    frames = [_frame(step) for step in window] if _changes_kind(window) else []
     histories: dict[tuple[bool, ...], list[int]] = {}
     for position, key in enumerate(parameters.keys):
-        histories.setdefault(tuple(key in keys for keys in moved), []).append(position)
+        history = tuple(key in keys for keys in moved)
+        if frames:
+            fits = _like_the_last([frame.kind(key) for frame in frames])
+            history = tuple(took and fit for took, fit in zip(history, fits, strict=True))
+        histories.setdefault(history, []).append(position)
     return [(positions, history) for history, positions in histories.items()]
+
+
+def _changes_kind(window: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the directions of some parameters differ in kind between the steps."""
+    frames = [_frame(step) for step in window]
+    first = frames[0]
+    return any(
+        frame.left.keys() != first.left.keys()
+        or frame.right.keys() != first.right.keys()
+        or frame.still != first.still
+        for frame in frames[1:]
+    )
+
+
+def _like_the_last(kinds: Sequence[str]) -> list[bool]:
+    """Which steps have directions of the same kind as the last one; zero ones are low-rank ones."""
+    if kinds[-1] == "dense":
+        return [kind == "dense" for kind in kinds]
+    side = next((kind for kind in reversed(kinds) if kind in {"left", "right"}), "still")
+    return [kind in {side, "still"} for kind in kinds]
 
 
 def _plain(terms: Terms, parameters: Parameters) -> dict[str, Any]:
@@ -132,10 +162,16 @@ def _plain(terms: Terms, parameters: Parameters) -> dict[str, Any]:
     for side in ("left", "right"):
         if factors := getattr(terms.frame, side):
             step[side] = dict(factors)
+    if terms.frame.still:
+        step["still"] = sorted(terms.frame.still)
     return step
 
 
 def _terms(step: Mapping[str, Any], took_part: bool) -> Terms:
-    frame = Frame(left=step.get("left", {}), right=step.get("right", {}))
-    coefficients = step["coefficients"] if took_part else torch.zeros_like(step["coefficients"])
-    return Terms(step["seeds"], coefficients, frame)
+    if took_part:
+        return Terms(step["seeds"], step["coefficients"], _frame(step))
+    return Terms(step["seeds"], torch.zeros_like(step["coefficients"]), Frame())
+
+
+def _frame(step: Mapping[str, Any]) -> Frame:
+    return Frame(step.get("left", {}), step.get("right", {}), frozenset(step.get("still", ())))

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from zoext.directions import Frame
@@ -39,7 +40,8 @@ def encode(frame: Frame, offset: int) -> tuple[bytes, Place]:
     """The document of a frame whose tensors are on the CPU, and its place if written at ``offset``."""
     from safetensors.torch import save
 
-    sides = (("left", frame.left), ("right", frame.right))
+    still = {key: torch.empty(0) for key in sorted(frame.still)}
+    sides = (("left", frame.left), ("right", frame.right), ("still", still))
     data = save({f"{side}.{key}": factor for side, factors in sides for key, factor in factors.items()})
     return data, Place(offset, len(data), zlib.crc32(data))
 
@@ -53,7 +55,7 @@ def read(path: Path, place: Place) -> Frame:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
+    sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}, "still": {}}
     document = _document(path, place)
     try:
         for name, factor in load(document).items():
@@ -61,7 +63,7 @@ def read(path: Path, place: Place) -> Frame:
             sides[side][int(key)] = factor
     except (SafetensorError, KeyError, ValueError) as error:
         raise corrupted(path, place, f"it is not a document of factors ({str(error)[:80]})") from None
-    return Frame(**sides)
+    return Frame(sides["left"], sides["right"], frozenset(sides["still"]))
 
 
 def corrupted(path: Path, place: Place, how: str) -> TrajectoryError:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from zoext import noise
 from zoext._engine import AppliedStep, GroupOptions
+from zoext._parameters.shards import matrix_shape
 from zoext.directions import Frame, Step
-from zoext.directions.factored import Factored, matrix_shape
+from zoext.directions.factored import Factored
 from zoext.estimators import Estimate
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.trajectory._format import frames
@@ -124,7 +125,8 @@ class PartReplay:
     def _frame(self, step: StepRecord) -> Frame:
         if step.frame is not None:
             frame = frames.read(frames.path_beside(self.path), step.frame)
-            return Frame(left=_moved(frame.left, self._device), right=_moved(frame.right, self._device))
+            left, right = (_moved(factors, self._device) for factors in (frame.left, frame.right))
+            return Frame(left, right, frame.still)
         origin = self._direction.origin(step.number - 1)
         if self._drawn is None or self._drawn[0] != origin:
             run_seed = self.optimizer.param_groups[0]["seed"]
@@ -146,13 +148,17 @@ class PartReplay:
         for step in self._steps:
             assert step.frame is not None
             frame = frames.read(beside, step.frame)
+            moving = set(keys_in(step.setting.moves))
+            keys = [*frame.left, *frame.right, *frame.still]
+            if len(set(keys)) < len(keys) or not moving.issuperset(keys):
+                raise frames.corrupted(
+                    beside, step.frame, "its parameters are not those that move, once each"
+                )
             for side, factors in enumerate((frame.left, frame.right)):
                 for key, factor in factors.items():
-                    if (
-                        not any(first <= key < end for first, end in step.setting.moves)
-                        or not _fits(factor, tensors[key], side)
-                        or kinds.setdefault(key, (side, factor.shape)) != (side, factor.shape)
-                    ):
+                    if not _fits(factor, tensors[key], side) or kinds.setdefault(
+                        key, (side, factor.shape)
+                    ) != (side, factor.shape):
                         raise frames.corrupted(
                             beside, step.frame, f"the factor of parameter {key} does not fit it"
                         )
@@ -176,11 +182,17 @@ def _check_not_recorded(optimizer: ZerothOrderOptimizer) -> None:
 
 
 def _fits(factor: Tensor, tensor: Tensor, side: int) -> bool:
-    """Whether it is a factor of the matrix: float32, left [rank, rows] or right [rank, columns]."""
-    if factor.dtype != torch.float32 or factor.dim() != 2 or tensor.dim() < 2:
+    """Whether it is a factor of the matrix: float32, left [rank, rows] or right [rank, columns].
+
+    A stack of matrices has a factor for each of them.
+    """
+    if factor.dtype != torch.float32 or tensor.dim() < 2:
         return False
-    length = matrix_shape(tensor.shape)[side]
-    return factor.shape[1] == length and 0 < factor.shape[0] <= length
+    is_stack = factor.dim() == 3 and tensor.dim() == 3 and factor.shape[0] == tensor.shape[0]
+    if not is_stack and factor.dim() != 2:
+        return False
+    length = matrix_shape(tensor.shape[1:] if is_stack else tensor.shape)[side]
+    return factor.shape[-1] == length and 0 < factor.shape[-2] <= length
 
 
 def _moved(factors: Mapping[int, Tensor], device: torch.device) -> dict[int, Tensor]:
