@@ -77,7 +77,6 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "batch": loader[0],
         "micro_batches": loader[:2],
         "optimizer": optimizer,
-        "prepared": SimpleNamespace(optimizer=optimizer),
     }
 
 
@@ -90,6 +89,7 @@ def test_programs_run(page: str, names: dict[str, Any]) -> None:
             names["model"] = names["load_base"]()
             names["optimizer"] = zoext.MeZO(names["model"])
             Path("run.jsonl").unlink(missing_ok=True)
+        names["prepared"] = SimpleNamespace(optimizer=names["optimizer"])
         exec(block.replace("to_step=1200", "to_step=2"), names)
 
 
