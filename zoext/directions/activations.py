@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from zoext import ops
 from zoext._parameters import wrappers
 from zoext._parameters.parameters import Parameters
+from zoext._runtime.devices import moved
 from zoext.directions.base import Frame
 
 
@@ -122,8 +123,10 @@ class ActivationObserver:
         left: dict[int, Tensor] = {}
         right: dict[int, Tensor] = {}
         for layer in self._layers:
-            (left if layer.transposed else right)[layer.key] = self._scaled(self._found[layer.key].basis)
-        finite = torch.isfinite(torch.cat([subspace.values for subspace in self._found.values()])).all()
+            basis = moved(self._found[layer.key].basis, layer.module.weight.device)  # type: ignore[arg-type]
+            (left if layer.transposed else right)[layer.key] = self._scaled(basis)
+        values = [moved(subspace.values, self._seed.device) for subspace in self._found.values()]
+        finite = torch.isfinite(torch.cat(values)).all()
         return Frame(left=left, right=right), finite
 
     def _scaled(self, basis: Tensor) -> Tensor:
@@ -170,13 +173,18 @@ class ActivationObserver:
     def _iterate(self, activations: Tensor, mask: Tensor | None) -> _Subspace:
         rank = min(self._rank, activations.shape[-1])
         basis, values = ops.power_iteration(
-            activations.detach().contiguous(), mask, self._seed, rank=rank, iterations=self._iterations
+            activations.detach().contiguous(),
+            mask,
+            moved(self._seed, activations.device),
+            rank=rank,
+            iterations=self._iterations,
         )
         return _Subspace(basis, values)
 
     def _merged(self, *parts: _Subspace) -> _Subspace:
         """The leading subspace of several inputs combined, approximated from that of each input."""
-        rows = torch.cat([part.values.unsqueeze(1) * part.basis for part in parts])
+        device = parts[0].basis.device
+        rows = torch.cat([moved(part.values.unsqueeze(1) * part.basis, device) for part in parts])
         return self._iterate(rows, None)
 
 

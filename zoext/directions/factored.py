@@ -14,6 +14,8 @@ from torch import Tensor
 from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block
+from zoext._runtime.devices import moved
+from zoext.directions._parts import parts
 from zoext.directions.base import Direction, Frame, Terms, Window, decay_of, rectangle, terms_of
 from zoext.directions.dense import Gaussian
 
@@ -44,17 +46,21 @@ class Factored(Direction):
             these = parameters.take(matrices)
             seeds, coefficients = terms_of(steps)
             frames = [frame for step in steps for frame in _filled_up(step, seeds.shape[-1])]
-            ops.factored_axpy_(
-                these.tensors,
-                *_factors(these, seeds.flatten(), frames),
-                seeds,
-                coefficients,
-                decay_of(steps, decay),
-                these.keys,
-                these.spans,
-                rounding=these.rounding,
-                residuals=these.residuals,
-            )
+            factors = _factors(these, seeds.flatten(), frames)
+            decays = decay_of(steps, decay)
+            for part in parts(these.tensors, these.spans):
+                ops.factored_axpy_(
+                    part.tensors,
+                    part.rows_of(factors.left, -1),
+                    part.of(factors.right),
+                    part.here(seeds),
+                    part.here(coefficients),
+                    part.here(decays),
+                    part.of(these.keys),
+                    part.spans,
+                    rounding=these.rounding,
+                    residuals=part.rows_of(these.residuals),
+                )
 
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
         dense, matrices = _split(parameters, [terms.frame] if len(terms) else [])
@@ -63,15 +69,17 @@ class Factored(Direction):
         if matrices:
             these = parameters.take(matrices)
             factors = _factors(these, terms.seeds, [terms.frame] * len(terms))
-            ops.factored_copy_(
-                [out[i] for i in matrices],
-                these.tensors,
-                *factors,
-                terms.seeds,
-                terms.coefficients,
-                these.keys,
-                these.spans,
-            )
+            for part in parts(these.tensors, these.spans, [out[i] for i in matrices]):
+                ops.factored_copy_(
+                    part.out,
+                    part.tensors,
+                    part.rows_of(factors.left, -1),
+                    part.of(factors.right),
+                    part.here(terms.seeds),
+                    part.here(terms.coefficients),
+                    part.of(these.keys),
+                    part.spans,
+                )
 
     def window_(
         self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
@@ -85,22 +93,24 @@ class Factored(Direction):
             seeds, coefficients = rectangle(window.steps)
             frames = [step.frame for step in window.steps for _ in range(seeds.shape[1])]
             factors = _factors(these, seeds.flatten(), frames)
-            ops.factored_window_(
-                these.tensors,
-                *factors,
-                seeds,
-                coefficients,
-                window.first_weights,
-                window.second_weights,
-                lr,
-                eps,
-                decay,
-                these.keys,
-                these.spans,
-                rule=rule,
-                rounding=these.rounding,
-                residuals=these.residuals,
-            )
+            for part in parts(these.tensors, these.spans):
+                ops.factored_window_(
+                    part.tensors,
+                    part.rows_of(factors.left, -1),
+                    part.of(factors.right),
+                    part.here(seeds),
+                    part.here(coefficients),
+                    part.here(window.first_weights),
+                    part.here(window.second_weights),
+                    part.here(lr),
+                    part.here(eps),
+                    part.here(decay),
+                    part.of(these.keys),
+                    part.spans,
+                    rule=rule,
+                    rounding=these.rounding,
+                    residuals=part.rows_of(these.residuals),
+                )
 
     def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
         dense, _ = _split(parameters, [terms.frame])
@@ -149,10 +159,10 @@ def warn_of_narrow(rank: int, widths: Iterable[tuple[str, int]]) -> None:
 
 def _split(parameters: Parameters, frames: Sequence[Frame]) -> tuple[list[int], list[int]]:
     """The positions of parameters with dense directions, and of matrices that a frame holds."""
-    parts: tuple[list[int], list[int]] = ([], [])
+    split: tuple[list[int], list[int]] = ([], [])
     for position, key in enumerate(parameters.keys):
-        parts[any(frame.holds(key) for frame in frames)].append(position)
-    return parts
+        split[any(frame.holds(key) for frame in frames)].append(position)
+    return split
 
 
 def _factors(matrices: Parameters, seeds: Tensor, frames: Sequence[Frame]) -> _Factors:
@@ -161,17 +171,19 @@ def _factors(matrices: Parameters, seeds: Tensor, frames: Sequence[Frame]) -> _F
     ``seeds`` is int64 [T]; ``frames`` has an entry for each of them. For a sharded matrix, factors are drawn
     for the whole matrix and narrowed to the local block, which is m x n.
     """
-    device = seeds.device
-    pairs = zip(matrices.keys, matrices.blocks, strict=True)
-    drawn = [_empty_drawn(key, block.shape, frames, device) for key, block in pairs]
+    columns = zip(matrices.keys, matrices.blocks, matrices.tensors, strict=True)
+    drawn = [_empty_drawn(key, block.shape, frames, tensor.device) for key, block, tensor in columns]
     # Both sides use one stream, so that a layer that stores its weight transposed draws the same numbers.
     stream = ops.Stream.LEFT_FACTOR
-    spans = [ops.span_of(factor[0]) for factor in drawn]
-    for k in range(seeds.numel()):
-        ops.normal_([factor[k] for factor in drawn], seeds[k : k + 1], matrices.keys, spans, stream=stream)
+    spans = [ops.span_of(factor[0]) for factor in drawn]  # of one term
+    for part in parts(drawn, spans):
+        own = part.here(seeds)
+        for k in range(seeds.numel()):
+            here = [factor[k] for factor in part.tensors]
+            ops.normal_(here, own[k : k + 1], part.of(matrices.keys), part.spans, stream=stream)
     factors = _Factors([], [])
     for key, block, factor in zip(matrices.keys, matrices.blocks, drawn, strict=True):
-        given = _given(key, frames)
+        given = _given(key, frames, factor.device)
         is_right = any(key in frame.right for frame in frames)
         left, right = (factor, given) if is_right else (given, factor)
         factors.left.append(left if block.is_whole else _rows_of(block, left))
@@ -198,11 +210,12 @@ def _empty_drawn(key: int, shape: Sequence[int], frames: Sequence[Frame], device
     return torch.empty((len(frames), rank, length), dtype=torch.float32, device=device)
 
 
-def _given(key: int, frames: Sequence[Frame]) -> Tensor:
+def _given(key: int, frames: Sequence[Frame], device: torch.device) -> Tensor:
     """The factors that the frames hold for a matrix; a single one if all terms share it."""
     held = [frame.right.get(key, frame.left.get(key)) for frame in frames]
     known = next(factor for factor in held if factor is not None)
     if all(factor is known for factor in held):
-        return known.unsqueeze(0)
+        return moved(known, device).unsqueeze(0)
     # A matrix that was frozen when a frame was made has no factor in that frame.
-    return torch.stack([torch.zeros_like(known) if factor is None else factor for factor in held])
+    given = [torch.zeros_like(known) if factor is None else factor for factor in held]
+    return torch.stack([moved(factor, device) for factor in given])
