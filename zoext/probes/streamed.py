@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,7 +15,9 @@ from zoext._parameters.parameters import Parameters
 from zoext._runtime import interrupts
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
+from zoext.probes._memory import storage_of
 from zoext.probes._swap import ModuleSwap, StreamedProbeError
+from zoext.probes._writes import refused, uncompiled
 from zoext.probes.base import Probe, Session
 
 #: Assigning ``tensor.data`` calls this, through the dispatcher in inference mode; it reads no values.
@@ -88,7 +89,7 @@ class StreamedProbe(Probe):
                 "their weight reads are unchecked. Run the same modules at every step, or pass "
                 "probe='inplace'"
             )
-        memory.append(self._swap.memory)
+        memory.extend(self._swap.memory)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -109,6 +110,7 @@ class StreamedProbe(Probe):
         watch = unknown and not self._unwatched
         watching = _watching(combination, self._swap) if watch and len(combination) else nullcontext()
         with (
+            refused(self.module) if watch else nullcontext(),
             self._swap.displaced(combination, watch, keep_buffers) as visited,
             watching as reads,
             record(Phase.FORWARD),
@@ -171,7 +173,7 @@ class _StreamedSession(Session):
 @contextmanager
 def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[_ReadsOutside]:
     reads = _ReadsOutside((parameters for parameters, _ in combination.terms), swap)
-    with _uncompiled(), reads:
+    with uncompiled(), reads:
         yield reads
     if reads.names:
         names = ", ".join(sorted(reads.names))
@@ -180,14 +182,6 @@ def _watching(combination: Combination, swap: ModuleSwap) -> Iterator[_ReadsOuts
             "that owns it was not running, so the probe would not have moved it. Have the closure read the "
             "parameter itself, or pass probe='inplace'"
         )
-
-
-def _uncompiled() -> AbstractContextManager[None]:
-    """Runs compiled code as written: below a dispatch mode Dynamo would give up its frames for good."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 class _ReadsOutside(TorchDispatchMode):
@@ -214,8 +208,11 @@ class _ReadsOutside(TorchDispatchMode):
             for tensor, name in zip(parameters.tensors, parameters.names, strict=True):
                 original = swap.originals[id(tensor)]
                 start = original.data_ptr()
-                interval = (start, start + tensor.numel() * tensor.element_size(), name, tensor)
-                self._originals.setdefault(original.untyped_storage().data_ptr(), []).append(interval)
+                reach = sum(
+                    (n - 1) * stride for n, stride in zip(tensor.shape, original.stride(), strict=True)
+                )
+                interval = (start, start + (reach + 1) * tensor.element_size(), name, tensor)
+                self._originals.setdefault(storage_of(original), []).append(interval)
 
     def __torch_dispatch__(
         self,
@@ -225,17 +222,27 @@ class _ReadsOutside(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         run: Callable[..., Any] = func
-        if func.namespace != "zoext" and func is not _ASSIGNS_DATA:
+        if func.namespace != "zoext" and func is not _ASSIGNS_DATA and not self._swap.is_displacing:
             for value in tree_iter((args, kwargs)):
-                if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+                if isinstance(value, Tensor):
                     self._note(value)
         return run(*args, **(kwargs or {}))
 
     def _note(self, tensor: Tensor) -> None:
-        for start, end, name, parameter in self._originals.get(tensor.untyped_storage().data_ptr(), ()):
-            if start <= tensor.data_ptr() < end:
+        storage = storage_of(tensor)
+        for start, end, name, parameter in self._originals.get(storage, ()) if storage else ():
+            if start <= tensor.data_ptr() < end and self._begins_in(tensor, parameter):
                 if tensor is not parameter:
                     if id(parameter) in self._held:
                         self.names.add(name)
                     self.found_alias = True
                 self._swap.hold(parameter)
+
+    def _begins_in(self, tensor: Tensor, parameter: Tensor) -> bool:
+        """Whether the first element is one of the weight, whose rows another weight may lie between."""
+        original = self._swap.originals[id(parameter)]
+        offset = (tensor.data_ptr() - original.data_ptr()) // original.element_size()
+        for stride, size in sorted(zip(original.stride(), original.shape, strict=True), reverse=True):
+            if size > 1:
+                offset -= min(offset // stride, size - 1) * stride
+        return offset == 0
