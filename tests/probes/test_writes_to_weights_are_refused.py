@@ -159,3 +159,19 @@ def test_without_a_module_nothing_is_watched() -> None:
     optimizer = zoext.MeZO(list(model.parameters()))
     assert isinstance(optimizer.probe, zoext.InplaceProbe)
     optimizer.step(lambda: model(X).square().mean())
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_layers_that_replace_their_own_and_run_again(probe: str) -> None:
+    """As packed layers do in their first forward."""
+
+    class Repacking(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = self.weight.data.clone()
+            self.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            return super().forward(x)
+
+    model = nn.Sequential(Repacking(4, 4).requires_grad_(False), nn.Linear(4, 4))
+    optimizer = zoext.MeZO(model, probe=probe)
+    for _ in range(2):
+        optimizer.step(lambda: model(model(X)).square().mean())

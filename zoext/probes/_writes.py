@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -42,19 +43,23 @@ def refused(root: nn.Module) -> Iterator[None]:
         WeightWriteError: for a write, and for a weight that was replaced when its module begins to run.
     """
     running: Counter[nn.Module] = Counter()
+    found: list[_Weight] = []
     weights = list(_weights_of(root))
     by_module: dict[nn.Module, list[_Weight]] = {}
     for weight in weights:
         by_module.setdefault(weight.module, []).append(weight)
 
     def before(module: nn.Module, args: Any) -> None:
-        for weight in by_module.get(module, ()) if not running[module] else ():
-            if _was_replaced(weight):
-                raise _error(root, weight, "replaces")
         running[module] += 1
+        for weight in by_module.get(module, ()) if running[module] == 1 else ():
+            if _was_replaced(weight):
+                found.append(weight)
+                raise _error(root, weight, "replaces")
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         running[module] -= 1
+        if module in by_module and not found:  # what it has replaced itself is not watched any more
+            by_module[module] = [weight for weight in by_module[module] if not _was_replaced(weight)]
 
     handles = [
         register_module_forward_pre_hook(before),
@@ -64,7 +69,7 @@ def refused(root: nn.Module) -> Iterator[None]:
         with uncompiled(), _Writes(root, weights, running):
             yield
     except WeightWriteError:
-        for weight in weights:
+        for weight in chain.from_iterable(by_module.values()):
             if _was_replaced(weight):
                 weight.module._parameters[weight.name] = weight.parameter
                 weight.parameter.data = weight.data
@@ -84,6 +89,8 @@ def uncompiled() -> AbstractContextManager[None]:
 
 class _Writes(TorchDispatchMode):
     """Raises before an operator writes to a weight while the module that owns it is not running."""
+
+    supports_higher_order_operators = True  # such as flex_attention; they write to none of their arguments
 
     def __init__(self, root: nn.Module, weights: Iterable[_Weight], running: Counter[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -197,6 +197,8 @@ class _ReadsOutside(TorchDispatchMode):
         names: weights that an alias of them was read of although they had been displaced before.
     """
 
+    supports_higher_order_operators = True  # such as flex_attention
+
     def __init__(self, groups: Iterable[Parameters], swap: ModuleSwap) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
