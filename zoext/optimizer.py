@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,21 @@ from zoext._engine import (
     LossWatch,
     OpenRound,
     Recorder,
+    Replicas,
     StepEngine,
     StepExecutor,
     check_not_scaled,
     initializes_state,
-    with_current_names,
+    saved_state,
 )
 from zoext._parameters import group_options, parameters
-from zoext._parameters.precision import checked_state, own_state, rounding_of
+from zoext._parameters.precision import own_state, rounding_of
 from zoext.directions import Direction, Gaussian
-from zoext.estimators import CentralDifference, Estimate, Estimator
+from zoext.estimators import CentralDifference, Estimate, Estimator, checked_reduction
 from zoext.updates import SGD, Update
+
+if TYPE_CHECKING:  # a build of torch may lack it
+    from torch.distributed import ProcessGroup
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -64,6 +68,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         probe: "streamed" restores theta bit for bit and needs an ``nn.Module``; "inplace" restores it up
             to rounding; "auto" (default) is "streamed" if ``params`` is a module that is not compiled, and
             "inplace" otherwise. A ``Probe`` is also accepted.
+        reduction: how ``step()`` combines the estimates of several ``estimate`` calls. "mean" (default) is
+            for losses that are means over a micro-batch, "sum" for losses that are parts of the batch's loss,
+            such as those divided by the number of tokens of all micro-batches.
+        process_group: the data-parallel ranks, which train the same weights on different batches. The loss of
+            every probe is averaged over them in one collective a round, so that all ranks take the same step;
+            weights are never sent. "auto" (default) means the default process group of torch.distributed, if
+            it is initialized; None means that this process trains alone. At the first step and every 100
+            steps a digest of the weights is compared.
         nonfinite: how to handle a loss that is not finite. Such a loss never moves theta. "raise" (default)
             raises a FloatingPointError, on CUDA at the latest at the start of the next step, so that no
             step waits for the host; "skip" counts the estimate in ``nonfinite_steps`` and continues.
@@ -97,12 +109,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         probe: str | probes.Probe = "auto",
+        reduction: str = "mean",
+        process_group: ProcessGroup | str | None = "auto",
         nonfinite: str = "raise",
         precision: str = "stochastic",
     ) -> None:
         axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
         axes.check()
-        watch, rounding = LossWatch(nonfinite), rounding_of(precision)
+        watch, rounding, replicas = LossWatch(nonfinite), rounding_of(precision), Replicas(process_group)
+        checked_reduction(reduction)
         noise.signed(seed)
         whole = params if isinstance(params, nn.Module) else None
         module = whole if whole is not None else getattr(probe, "module", None)
@@ -116,7 +131,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "precision": precision,
             "update_state": {},
         }
-        self.engine = StepEngine(self, axes, module, probes.choose(probe, whole), rounding, watch)
+        chosen = probes.choose(probe, whole)
+        self.engine = StepEngine(self, axes, module, chosen, rounding, watch, replicas, reduction)
         given: Any = params if whole is None else list(whole.named_parameters())
         super().__init__(given, dict(self._own_defaults))
         axes.direction.check(module, parameters.trainable(self.param_groups))
@@ -166,8 +182,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: for a state of another recipe or precision.
-            RuntimeError: while the steps are recorded.
+            RuntimeError: while the steps are recorded, unless the state is the one that the optimizer has,
+                as when Accelerate prepares it.
         """
+        if self.recorder is not None and saved_state.same(self.state_dict(), state_dict):
+            return
         self._check_not_recorded("load_state_dict")
         # The check runs after the user's pre-hooks, which may change the state; _settle runs before the
         # user's post-hooks, which see the result.
@@ -185,34 +204,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: after an update that was only partly applied; loading such a state would hide that.
         """
-        self.engine.check_whole()
+        self.engine.run.check_whole()
         return super().state_dict()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        recipe, precision = self.engine.axes.recipe(), self._own_defaults["precision"]
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            if missing := self._own_defaults.keys() - group.keys():
-                raise ValueError(
-                    f"state_dict has no {', '.join(sorted(missing))}: it is not that of a zoext optimizer"
-                )
-            group["recipe"] = with_current_names(group["recipe"])
-            if group["recipe"] != recipe:
-                raise ValueError(
-                    f"state_dict comes from the recipe {group['recipe']}, this optimizer has {recipe}; "
-                    "build it with the same direction, estimator and update"
-                )
-            if group["precision"] != precision:
-                raise ValueError(
-                    f"state_dict comes from precision={group['precision']!r}, this optimizer has "
-                    f"{precision!r}; build it with the same"
-                )
-        state = dict(state_dict["state"])
-        for group, saved in zip(self.param_groups, groups, strict=False):
-            for tensor, name in zip(group["params"], saved["params"], strict=False):  # torch compares lengths
-                if own := state.pop(name, None):
-                    state[name] = checked_state(tensor, own)
-        return {**state_dict, "state": state, "param_groups": groups}
+        fixed = {**self._own_defaults, "recipe": self.engine.axes.recipe()}
+        return saved_state.checked(state_dict, self.param_groups, fixed)
 
     def _settle(self) -> None:
         """Moves loaded data to the devices where this optimizer uses it, and resets the engine."""

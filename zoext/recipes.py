@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import Probe
 from zoext.updates import AdamReplay
 
+if TYPE_CHECKING:  # a build of torch may lack it
+    from torch.distributed import ProcessGroup
+
 
 class Options(TypedDict, total=False):
     """Options that every recipe passes to ``ZerothOrderOptimizer``, which defines their defaults."""
@@ -21,6 +24,8 @@ class Options(TypedDict, total=False):
     weight_decay: float
     seed: int
     probe: str | Probe
+    reduction: str
+    process_group: ProcessGroup | str | None
     nonfinite: str
     precision: str
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 import zoext
 from support.faulty_runs import NAMED
 from support.graphed_runs import RECIPES, Run, same
+from support.ranks import fork, join
 from zoext._parameters.shards import block_of
 
 RANKS = 4
@@ -98,10 +97,7 @@ class Rank:
     def __init__(self, number: int, folder: Path) -> None:
         self.number = number
         self.folder = folder
-        store = distributed.FileStore(str(folder / "store"), RANKS)
-        distributed.init_process_group(
-            "gloo", store=store, rank=number, world_size=RANKS, timeout=timedelta(seconds=120)
-        )
+        join(number, RANKS, folder)
         self.meshes = Meshes(
             init_device_mesh("cpu", (4,)),
             DeviceMesh("cpu", [0, 1, 2]),
@@ -420,9 +416,9 @@ CASES["a_copy_that_differs"] = Case(a_copy_that_differs, 2)
 
 
 def run_cases(number: int, folder: Path) -> None:
-    rank = Rank(number, folder)
-    for run in RUNS[number::RANKS]:
+    for run in RUNS[number::RANKS]:  # alone: in a process group, ranks would average their losses
         record(run, folder)
+    rank = Rank(number, folder)
     distributed.barrier()
     with (folder / f"{number}.jsonl").open("w", buffering=1) as results:
         for name, case in CASES.items():
@@ -435,20 +431,5 @@ def run_cases(number: int, folder: Path) -> None:
             results.write(json.dumps([name, error]) + "\n")
 
 
-def main(folder: Path) -> int:
-    children = []
-    for number in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            try:
-                run_cases(number, folder)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(fork(RANKS, lambda number: run_cases(number, Path(sys.argv[1]))))

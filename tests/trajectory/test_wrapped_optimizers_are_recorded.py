@@ -69,7 +69,37 @@ def test_replayed_on(wrap: Callable[..., Any], tmp_path: Path) -> None:
     with zoext.Trajectory(path, recorded.optimizer):
         recorded.healthy(3)
     assert zoext.replay(wrap(run.optimizer), path) is run.optimizer
-    assert same(run.state(), recorded.state())
+    weights = [dict(each.model.named_parameters()) for each in (run, recorded)]  # a replay moves no buffer
+    assert same(*weights)
+    assert same(run.optimizer.state_dict(), recorded.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("recipe", ["mezo", "adamezo"])
+def test_a_recording_that_began_before_the_wrapper(recipe: str, tmp_path: Path) -> None:
+    """Accelerate loads the optimizer's own state, moved to its device, when it prepares an optimizer."""
+    run, path = FaultyRun(recipe), tmp_path / "run.jsonl"
+    base = copy.deepcopy(run.model)
+    with zoext.Trajectory(path, run.optimizer):
+        run.healthy(3)
+        run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        run.healthy(1)
+        other = FaultyRun(recipe).optimizer.state_dict()
+        with pytest.raises(RuntimeError, match="load_state_dict: the steps of this optimizer are recorded"):
+            run.optimizer.load_state_dict(other)
+    assert steps_in(path) == [1, 2, 3, 4]
+    assert_replays(base, path, run)
+
+
+def test_accelerate_prepares_a_recorded_optimizer(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    run, path = FaultyRun("mezo"), tmp_path / "run.jsonl"
+    base, inner = copy.deepcopy(run.model), run.optimizer
+    with zoext.Trajectory(path, inner) as trajectory:
+        run.optimizer = accelerate.Accelerator(cpu=True).prepare(inner)
+        assert inner.recorder is trajectory
+        run.healthy(3)
+    assert steps_in(path) == [1, 2, 3]
+    assert_replays(base, path, run)
 
 
 def test_the_optimizer_of_torch_is_refused(tmp_path: Path) -> None:

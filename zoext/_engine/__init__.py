@@ -8,6 +8,7 @@ from zoext._engine.estimation import Closure
 from zoext._engine.first_order import check_not_scaled, initializes_state
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import LoRAFactors, OpenRound
+from zoext._engine.replicas import Replicas
 
 __all__ = [
     "AppliedStep",
@@ -18,6 +19,7 @@ __all__ = [
     "LossWatch",
     "OpenRound",
     "Recorder",
+    "Replicas",
     "StepContext",
     "StepEngine",
     "StepExecutor",

@@ -22,6 +22,7 @@ from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.first_order import nothing_to_apply
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import Asking, OpenRound
+from zoext._engine.replicas import Replicas
 from zoext._engine.run_state import Owner, RunState
 from zoext._parameters import group_options, parameters
 from zoext._parameters.parameters import Parameters
@@ -29,7 +30,7 @@ from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
 from zoext._runtime.devices import check_not_captured
 from zoext._runtime.profiling import Phase, record
-from zoext.estimators import Estimate, average
+from zoext.estimators import Estimate, reduced
 from zoext.ops import Rounding
 from zoext.probes import Probe
 from zoext.updates import State
@@ -53,6 +54,8 @@ class StepEngine:
         probe: evaluates closures at displaced weights.
         rounding: how updates are rounded.
         watch: acts on losses that are not finite.
+        replicas: the ranks whose losses are averaged.
+        reduction: "mean" or "sum" of the pending estimates of a step.
     """
 
     def __init__(
@@ -63,12 +66,16 @@ class StepEngine:
         probe: Probe,
         rounding: Rounding,
         watch: LossWatch,
+        replicas: Replicas,
+        reduction: str,
     ) -> None:
         self.axes = axes
         self.module = module
         self.probe = probe
         self.rounding = rounding
         self.watch = watch
+        self.replicas = replicas
+        self._reduction = reduction
         self.run = RunState()
         self.groups: tuple[Parameters, ...] = ()  # the trainable tensors of each group, as of ``look``
         self._mus: tuple[float, ...] = ()
@@ -87,7 +94,8 @@ class StepEngine:
     def __getstate__(self) -> dict[str, Any]:
         """Supports copy.deepcopy of an optimizer together with its model; ``bind`` completes the copy."""
         run = RunState(last_estimate=self.run.last_estimate, is_torn=self.run.is_torn)
-        kept = {name: getattr(self, name) for name in ("axes", "module", "probe", "rounding", "watch")}
+        names = ("axes", "module", "probe", "rounding", "watch", "replicas", "_reduction")
+        kept = {name: getattr(self, name) for name in names}
         return {**kept, "run": run, "groups": (), "_mus": (), "_seeds": None}
 
     @property
@@ -194,15 +202,21 @@ class StepEngine:
         for options in self.param_groups:
             group_options.check_on_host(options)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
+        self.compare_replicas()
         return self.context(self._step_seeds(movable[0].device))
 
     def check_ready(self) -> None:
         """Raises if no step may begin: after a torn update, in an open round, or if recording would fail."""
-        self.check_whole()
+        self.run.check_whole()
         self.check_no_round()
         if self.run.recorder is not None:
             self.run.recorder.check()
         self.watch.check()  # last, because it may wait for the previous step
+
+    def compare_replicas(self) -> None:
+        """Raises a RuntimeError if another rank was seen to have other weights or options."""
+        device = next(group.device for group in self.groups if len(group))
+        self.replicas.compare(self.groups, self.param_groups, device)
 
     def context(self, seeds: StepSeeds, *, shares_random: bool = True) -> StepContext:
         """The context of a step with the parameters and scales that the engine last read."""
@@ -211,7 +225,7 @@ class StepEngine:
 
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None
-        return Estimation(context, found, lambda: self._check_unchanged("the closure began"))
+        return Estimation(context, found, self.replicas, lambda: self._check_unchanged("the closure began"))
 
     # Steps
 
@@ -240,7 +254,7 @@ class StepEngine:
             return self.compute(self._begin(), closure, states, finish, self.commit)
 
     def step_pending(self) -> AppliedStep:
-        """Applies the mean of the pending estimates."""
+        """Applies the mean or the sum of the pending estimates."""
         check_not_captured()
         self._check_between_closures()
         self.check_no_round()
@@ -250,13 +264,13 @@ class StepEngine:
         self._check_unchanged("the estimate was made, so it does not fit any more")
         options = self._checked_options()
         with torch.inference_mode(False), torch.no_grad():
-            estimate = average(pending)
+            estimate = reduced(pending, self._reduction)
             pending.clear()  # before the update: if that raises, a retry must not move a group twice
             assert self.run.frame is not None
             step = AppliedStep(estimate, self.run.frame.frame, options)
             states = [group["update_state"] for group in self.param_groups]
             with self._updating():
-                with self._tearing():
+                with self.run.tearing(self.groups):
                     moved = applying.apply(self._target, states, [step])
                 self.commit(step, moved)
         return step
@@ -285,12 +299,12 @@ class StepEngine:
                 if session.is_displaced and applying.can_restore(target):
                     phase.close()
                     with self._updating():
-                        with self._tearing():
+                        with self.run.tearing(self.groups):
                             moved = applying.restore_and_apply(target, states, step, session, estimation)
                         commit(step, moved)
                     return step
         with self._updating():
-            with self._tearing():
+            with self.run.tearing(self.groups):
                 moved = applying.apply(target, states, [step])
             session.write_buffers(estimate.finite)
             commit(step, moved)
@@ -301,10 +315,10 @@ class StepEngine:
 
         One call with several steps passes over theta once and gives the same bits as one call per step.
         """
-        self.check_whole()
+        self.run.check_whole()
         states = [group["update_state"] for group in self.param_groups]
         with interrupts.deferred():
-            with self._tearing():
+            with self.run.tearing(self.groups):
                 states = applying.apply(self._target, states, steps)
             self._count(steps, states)
 
@@ -329,27 +343,6 @@ class StepEngine:
     def _updating(self) -> Iterator[None]:
         with interrupts.deferred(), record(Phase.UPDATE):
             yield
-
-    @contextmanager
-    def _tearing(self) -> Iterator[None]:
-        """Marks the run as torn if the block raises after it has modified a parameter."""
-        before = self._versions()
-        try:
-            yield
-        except BaseException:
-            self.run.is_torn = self._versions() != before
-            raise
-
-    def _versions(self) -> list[int]:
-        return [tensor._version for group in self.groups for tensor in group.tensors]
-
-    def check_whole(self) -> None:
-        """Raises a RuntimeError after an update that raised halfway."""
-        if self.run.is_torn:
-            raise RuntimeError(
-                "an update raised when it had moved some of the parameters: it was only partly applied. "
-                "Load the weights and the state_dict of a checkpoint, or replay the trajectory on the base"
-            )
 
     # Parameters, options and seeds
 

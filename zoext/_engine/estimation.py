@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoext._engine.context import StepContext
 from zoext._engine.first_order import explained_backward
+from zoext._engine.replicas import Replicas
 from zoext._runtime.devices import moved, widest
 from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
@@ -45,11 +46,15 @@ class Estimation:
     Args:
         context: the context of the step.
         found: the frame of an earlier estimate of the same step; None determines a new one.
+        replicas: the ranks whose losses are averaged.
         check: called after every probe; raises if the probe changed the parameters.
     """
 
-    def __init__(self, context: StepContext, found: FoundFrame | None, check: Callable[[], None]) -> None:
+    def __init__(
+        self, context: StepContext, found: FoundFrame | None, replicas: Replicas, check: Callable[[], None]
+    ) -> None:
         self.context = context
+        self.replicas = replicas
         self._check = check
         self._observer: Observer | None = None
         if found is None:
@@ -98,7 +103,7 @@ class Estimation:
                     loss = self._loss_of(session, index, closure)
                     self._repeated += 1
                 losses.append(as_loss(loss, self.context.device))
-            return stacked(losses)
+            return self.replicas.mean(stacked(losses))
 
         estimate = self.complete(evaluate(self.rounds(), losses_of))
         if not self._repeated:
@@ -139,7 +144,7 @@ class Estimation:
         self._check()
         if observer is not None:
             self._observer = None
-            self._found = FoundFrame(*observer.frame())
+            self._found = FoundFrame(*self.replicas.first(*observer.frame()))
 
     def probe(self, index: int) -> tuple[Tensor, Tensor]:
         """Seeds [k] and coefficients [k] of a probe of the round."""

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from zoext._runtime.late_reads import LateReads
 from zoext.estimators import Estimate
 
 #: Consecutive estimates whose losses are all equal, before they are told.
@@ -20,10 +21,8 @@ class LossWatch:
     consecutive estimates whose losses were equal to the bit, which usually means that the closure does not
     run what the optimizer moves.
 
-    On the CPU a loss that is not finite is reported immediately. On CUDA the flags of an estimate are copied
-    to pinned memory after the forwards and checked when the next estimate begins, so no step waits for its
-    own flags, and at most one step is in flight. On other devices the next estimate reads them from the
-    device.
+    On the CPU a loss that is not finite is reported immediately, on other devices when the next estimate
+    begins: no step waits for its own flags.
     """
 
     def __init__(self, policy: str) -> None:
@@ -31,7 +30,7 @@ class LossWatch:
             raise ValueError(f"nonfinite must be 'raise' or 'skip', not {policy!r}")
         self._raises = policy == "raise"
         self._counts: Tensor | None = None  # estimates that were not finite; consecutive flat ones
-        self._travelling: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._reads = LateReads()
 
     def note(self, estimate: Estimate) -> None:
         """Registers an estimate."""
@@ -42,25 +41,13 @@ class LossWatch:
         nonfinite += ~finite
         streak += 1
         streak *= flat
-        flags = torch.stack((~finite, streak))
         if finite.device.type == "cpu" and self._raises and not finite:
             self._raise("this")
-        if not finite.is_cuda:
-            self._travelling.append((flags, None))
-            return
-        copied = torch.empty(2, dtype=torch.int64, pin_memory=True)
-        copied.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(finite.device))
-        self._travelling.append((copied, event))
+        self._reads.send(torch.stack((~finite, streak)))
 
     def check(self) -> None:
         """Raises if an earlier estimate was not finite, and warns of the ``FLAT``-th with equal losses."""
-        travelling, self._travelling = self._travelling, []
-        for flags, event in travelling:
-            if event is not None:
-                event.synchronize()
-            is_nonfinite, streak = flags.tolist()
+        for is_nonfinite, streak in self._reads.take():
             if is_nonfinite and self._raises:
                 self._raise("the previous")
             if streak == FLAT:

@@ -156,6 +156,7 @@ class Asking:
         """Accepts the losses of ``round``; returns the estimate, or None if another round follows."""
         told = self._checked(losses)
         self.estimation.check_frame("tell")
+        told = self.estimation.replicas.mean(told)
         self.round = None
         try:
             self.round = OpenRound(self, self._rounds.send(told))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from zoext._engine.applying import Recorder
 from zoext._engine.estimation import FoundFrame
 from zoext._engine.open_round import Asking, OpenRound
+from zoext._parameters.parameters import Parameters
 from zoext.estimators import Estimate
 
 
@@ -60,3 +62,25 @@ class RunState:
         """Drops the open round and the pending estimates."""
         self.pending.clear()
         self.cancel_round()
+
+    @contextmanager
+    def tearing(self, groups: Sequence[Parameters]) -> Iterator[None]:
+        """Marks the run as torn if the block raises after it has modified a parameter."""
+        before = _versions(groups)
+        try:
+            yield
+        except BaseException:
+            self.is_torn = _versions(groups) != before
+            raise
+
+    def check_whole(self) -> None:
+        """Raises a RuntimeError after an update that raised halfway."""
+        if self.is_torn:
+            raise RuntimeError(
+                "an update raised when it had moved some of the parameters: it was only partly applied. "
+                "Load the weights and the state_dict of a checkpoint, or replay the trajectory on the base"
+            )
+
+
+def _versions(groups: Sequence[Parameters]) -> list[int]:
+    return [tensor._version for group in groups for tensor in group.tensors]

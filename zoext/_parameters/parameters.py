@@ -112,9 +112,23 @@ def check(tensor: object, name: str) -> None:
         raise TypeError(f"params: {name} must be a Tensor, not {type(tensor).__name__}")
     if not tensor.requires_grad:
         return
-    obstacle = shards.obstacle(tensor) if shards.is_distributed(tensor) else None
+    obstacle = shards.obstacle(tensor) if shards.is_distributed(tensor) else _absence(tensor)
     if obstacle or (obstacle := _obstacle(shards.part_of(tensor))):
         raise ValueError(f"params: {name} {obstacle}")
+
+
+def _absence(tensor: Tensor) -> str | None:
+    """Whether a framework keeps the weight elsewhere most of the time; None if it is here."""
+    if getattr(tensor, "_fsdp_flattened", False):
+        owner = "flattened and sharded by FullyShardedDataParallel"
+    elif hasattr(tensor, "ds_id"):
+        owner = "partitioned by DeepSpeed"
+    else:
+        return None
+    return (
+        f"is {owner}, so that this process lacks its values between forwards; keep one whole replica in each "
+        "process: it takes no more memory than inference, and process_group='auto' averages the losses"
+    )
 
 
 def _obstacle(tensor: Tensor) -> str | None:

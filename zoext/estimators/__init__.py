@@ -13,9 +13,10 @@ from zoext.estimators.base import (
     Round,
     Rounds,
     assemble,
-    average,
     centre_first,
+    checked_reduction,
     evaluate,
+    reduced,
     stacked,
 )
 from zoext.estimators.differences import CentralDifference, ForwardDifference
@@ -33,8 +34,9 @@ __all__ = [
     "Round",
     "Rounds",
     "assemble",
-    "average",
     "centre_first",
+    "checked_reduction",
     "evaluate",
+    "reduced",
     "stacked",
 ]

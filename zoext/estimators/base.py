@@ -224,25 +224,32 @@ def without_gaps(losses: Tensor) -> tuple[Tensor, ...]:
     return torch.where(known, losses, mean).unbind()
 
 
-def average(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of several estimates at the same theta, such as those of the micro-batches of one step.
+def checked_reduction(reduction: str) -> str:
+    """``reduction``, if it is "mean" or "sum"."""
+    if reduction not in {"mean", "sum"}:
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    return reduction
 
-    Its ``loss_std`` is the mean of theirs.
+
+def reduced(estimates: Sequence[Estimate], reduction: str) -> Estimate:
+    """The mean or the sum of several estimates at the same theta, such as those of a step's micro-batches.
+
+    Its ``loss`` and ``loss_std`` are the mean or the sum of theirs.
     """
     if len(estimates) == 1:
         return estimates[0]
-    first = estimates[0]
+    first, divisor = estimates[0], len(estimates) if reduction == "mean" else 1
     if all(estimate.seeds is first.seeds for estimate in estimates):
         seeds = first.seeds
-        coefficients = torch.stack([estimate.coefficients for estimate in estimates]).mean(0)
+        coefficients = torch.stack([estimate.coefficients for estimate in estimates]).sum(0) / divisor
     else:
         seeds = torch.cat([estimate.seeds for estimate in estimates])
-        coefficients = torch.cat([estimate.coefficients for estimate in estimates]) / len(estimates)
+        coefficients = torch.cat([estimate.coefficients for estimate in estimates]) / divisor
     return Estimate(
         seeds=seeds,
         coefficients=coefficients,
-        loss=torch.stack([estimate.loss for estimate in estimates]).mean(),
-        loss_std=torch.stack([estimate.loss_std for estimate in estimates]).mean(),
+        loss=torch.stack([estimate.loss for estimate in estimates]).sum() / divisor,
+        loss_std=torch.stack([estimate.loss_std for estimate in estimates]).sum() / divisor,
         forwards=sum(estimate.forwards for estimate in estimates),
         finite=torch.stack([estimate.finite for estimate in estimates]).all(),
     )

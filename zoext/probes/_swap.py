@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from zoext._parameters.parameters import Parameters
-from zoext._parameters.shards import Block
 from zoext._runtime.interrupts import Signals
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Terms
+from zoext.probes import _rows
 from zoext.probes._access import AccessWatch
 from zoext.probes._buffers import BufferSwap, SwappedBuffer
 from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
@@ -24,10 +24,6 @@ from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
 
 class StreamedProbeError(RuntimeError):
     """The model cannot be streamed: it uses weights while the modules that own them are not running."""
-
-
-#: How many rows of a whole table are displaced in the time that handling a single row separately takes.
-ROW_OVERHEAD = 8
 
 
 class _Running:
@@ -319,7 +315,8 @@ class ModuleSwap:
             return None
         if running.rows is not None and output is not None:
             with record(Phase.PERTURB):
-                self._displace_rows(module, running.rows, output)
+                assert self._combination is not None
+                _rows.displace(running.rows, output, self._terms[module], self._combination.direction)
         # The output may be a view of the displaced weights, whose memory the next module will reuse.
         borrowed = _distinct(output, self._scratch.holds)
         if borrowed:
@@ -338,49 +335,11 @@ class ModuleSwap:
         return output if borrowed else None
 
     def _rows_to_read(self, module: nn.Module, args: Any) -> list[int] | None:
-        """The rows that an embedding is about to read, if displacing only those is cheaper.
-
-        The vocabulary table is often the largest module, and a batch reads a small part of it. The whole
-        table is displaced on CUDA, where the indices would have to be copied to the host, and while
-        operators are watched, because the watch would report the reads from the original table.
-        """
-        if type(module) is not nn.Embedding or module.max_norm is not None or self._buffers.finds_written:
+        # The watch would report the reads of rows from the original table.
+        if type(module) is not nn.Embedding or self._buffers.finds_written:
             return None
-        if torch.is_grad_enabled():
-            return None
-        others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
-        if others_hook or module.weight.device.type != "cpu" or id(module.weight) in self._swapped:
-            return None  # a user's hook may read the table itself
-        index = args[0] if args and isinstance(args[0], Tensor) else None
-        if index is None or index.device.type != "cpu":
-            return None
-        if not 0 < index.numel() * ROW_OVERHEAD <= module.num_embeddings:
-            return None
-        if module not in self._terms:
-            return None
-        ((parameters, terms),) = self._terms[module]
-        if terms.frame.holds(parameters.keys[0]):  # its entries depend on more than their index
-            return None
-        rows: list[int] = index.flatten().tolist()
-        return rows
-
-    def _displace_rows(self, module: nn.Module, rows: list[int], output: Tensor) -> None:
-        """Adds the combination to rows read from the original table, with the same bits as a full pass."""
-        assert self._combination is not None
-        ((parameters, terms),) = self._terms[module]
-        width = output.shape[-1]
-        tensors = output.view(-1, width).unbind(0)
-        count = len(tensors)
-        (table,), shape = parameters.owners, parameters.blocks[0].shape
-        read = Parameters(
-            tensors,
-            parameters.keys * count,
-            tuple(Block.of_shard(shape, (row, 0), (1, width)) for row in rows),
-            parameters.names * count,
-            tuple(tensor.data_ptr() for tensor in tensors),
-            (table,) * count,
-        )
-        self._combination.direction.axpy_(read, [terms])
+        is_swapped = id(module.weight) in self._swapped
+        return None if is_swapped else _rows.to_read(module, args, self._terms.get(module, []))
 
     def _restore(self, module: nn.Module) -> None:
         """Restores weights and buffers; may be called again if an interrupt cut it short."""
