@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zoext._parameters.parameters import Parameters
-from zoext._runtime.devices import widest
+from zoext._runtime.devices import moved, widest
 from zoext._runtime.late_reads import LateReads
 from zoext.directions import Frame
 
@@ -73,10 +73,13 @@ class Replicas:
             return frame, finite
         sides = [dict(sorted(side.items())) for side in (frame.left, frame.right)]
         factors = [factor for side in sides for factor in side.values()]
-        sent = torch.cat([*(factor.flatten() for factor in factors), finite.float().view(1)])
+        flat = [moved(factor.flatten(), finite.device) for factor in factors]
+        sent = torch.cat([*flat, finite.float().view(1)])
         dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
         parts = iter(sent[:-1].split([factor.numel() for factor in factors]))
-        left, right = ({key: next(parts).view_as(old) for key, old in side.items()} for side in sides)
+        left, right = (
+            {key: moved(next(parts).view_as(old), old.device) for key, old in side.items()} for side in sides
+        )
         return Frame(left, right), sent[-1] != 0
 
     def compare(
@@ -118,7 +121,7 @@ class Replicas:
 def _weights_digest(groups: Sequence[Parameters], device: torch.device) -> Tensor:
     """int64 []: a sum over the bits of all weights, each tensor with a factor of its own."""
     tensors = [tensor for group in groups for tensor in group.tensors]
-    sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in tensors])
+    sums = torch.stack([moved(_bits(tensor).sum(dtype=torch.int64), device) for tensor in tensors])
     return (sums * (2 * torch.arange(len(sums), device=device) + 1)).sum()
 
 
