@@ -161,8 +161,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if isinstance(given, set):
             raise TypeError("params must be in an order that does not change; pass a list, not a set")
         group["params"] = given = [given] if isinstance(given, Tensor) else list(given)
+        first_key = sum(len(other["params"]) for other in self.param_groups)
         named = [
-            entry if isinstance(entry, tuple) else (f"parameter {i}", entry) for i, entry in enumerate(given)
+            entry if isinstance(entry, tuple) else (f"parameter {first_key + i}", entry)
+            for i, entry in enumerate(given)
         ]
         for name, tensor in named:
             parameters.check(tensor, name)
@@ -171,8 +173,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         group_options.check({**self.defaults, **group})
         if self.param_groups:
             group["step"] = self.param_groups[0]["step"]
-        added = {"params": [tensor for _, tensor in named]}
-        parameters.check_one_device(parameters.trainable([*self.param_groups, added]))
+            # torch wants names in all groups or in none.
+            has_names = "param_names" in self.param_groups[0]
+            group["params"] = named if has_names else [tensor for _, tensor in named]
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,11 +213,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return saved_state.checked(state_dict, self.param_groups, fixed)
 
     def _settle(self) -> None:
-        """Moves loaded data to the devices of this optimizer's parameters, and resets the engine."""
+        """Moves loaded data to the devices where this optimizer uses it, and resets the engine."""
         for tensor, own in self.state.items():
             self.state[tensor] = own_state(tensor, own)
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        # As in a step: seeds and losses are where the first parameter is that moves.
+        device = next((tensor.device for tensor in tensors if tensor.requires_grad), torch.device("cpu"))
         for group in self.param_groups:
-            device = group["params"][0].device if group["params"] else torch.device("cpu")
             group["update_state"] = tree_map(partial(_to, device), group["update_state"])
         self.engine.reset()
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from support import aliasing_device, environment
-from support.runs_on_a_device import PRECISIONS, PROBES
+from support.runs_on_a_device import PRECISIONS, PROBES, SPLITS
 
 MEBIBYTE = 2**20
 
@@ -45,6 +45,14 @@ def test_steps_are_those_of_the_cpu(seen: dict[str, Any], probe: str, recipe: st
     assert run["error"] <= (2e-6 if dtype == torch.float32 else 2 * 2 * torch.finfo(dtype).eps)
     assert run["moved"] > 1e-4
     assert run["reads"] == 0, "the host waited for the device"
+
+
+@pytest.mark.parametrize("run", SPLITS)
+def test_a_model_on_two_devices(seen: dict[str, Any], run: tuple[str, str, str]) -> None:
+    """Given equal losses, steps are those of the CPU, to the rounding above."""
+    dtype = PRECISIONS[run[1]]
+    bound = 2e-6 if dtype == torch.float32 else 2 * 2 * torch.finfo(dtype).eps
+    assert seen["splits"]["/".join(run)] <= bound
 
 
 def test_a_replay_on_the_device_leaves_the_bits_of_the_run(seen: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import zoext
 from support import aliasing_device
@@ -31,6 +32,12 @@ RECIPES: dict[str, Callable[..., zoext.ZerothOrderOptimizer]] = {
 }
 PRECISIONS = {"nearest": torch.float32, "stochastic": torch.bfloat16, "residual": torch.float16}
 PROBES = {"streamed": tuple(RECIPES), "inplace": ("MeZO",)}
+SPLITS = (
+    ("MeZO", "nearest", "streamed"),
+    ("AGZO", "nearest", "streamed"),
+    ("LOZO", "stochastic", "streamed"),
+    ("AdaMeZO", "residual", "inplace"),
+)
 STEPS = 2
 
 
@@ -43,6 +50,15 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.last(self.norm(self.dropout(torch.tanh(self.first(self.table(tokens))))))
+
+
+class SplitModel(Model):
+    """A model whose parts may be on different devices."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.first(self.table(tokens.to(self.table.weight.device)))
+        hidden = self.norm(self.dropout(torch.tanh(hidden.to(self.norm.weight.device))))
+        return self.last(hidden.to(self.last.weight.device))
 
 
 def model_of(dtype: torch.dtype, device: torch.device) -> Model:
@@ -88,6 +104,40 @@ def compared(recipe: str, precision: str, probe: str, device: torch.device) -> d
         "error": max(float((a - b).abs().max()) for a, b, _ in pairs),
         "moved": max(float((a - c).abs().max()) for a, _, c in pairs),
     }
+
+
+def split(
+    recipe: str, precision: str, probe: str, placement: tuple[torch.device, torch.device]
+) -> list[Tensor]:
+    """The weights after some steps with losses that do not depend on the model; frozen ones are included."""
+    torch.manual_seed(0)
+    model = SplitModel().to(PRECISIONS[precision])
+    model.first.bias.requires_grad_(False)
+    for modules, device in zip(
+        ((model.table, model.first), (model.norm, model.last)), placement, strict=True
+    ):
+        for module in modules:
+            module.to(device)
+    optimizer = RECIPES[recipe](model, lr=1e-3, mu=1e-2, weight_decay=0.01, probe=probe, precision=precision)
+    losses = iter([1.0, 1.25, 0.75, 1.5, 1.0, 2.0] * STEPS * 2)
+    tokens = torch.arange(12).reshape(4, 3)
+    for _ in range(STEPS):
+        optimizer.step(lambda: model(tokens).float().mean() * 0 + next(losses))
+    state = tree_map(
+        lambda each: each.to("cpu", copy=True) if isinstance(each, Tensor) else each, optimizer.state_dict()
+    )
+    optimizer.load_state_dict(state)
+    optimizer.step(lambda: model(tokens).float().mean() * 0 + next(losses))
+    return [parameter.detach().cpu().float() for parameter in model.parameters()]
+
+
+def error_of_split(recipe: str, precision: str, probe: str, device: torch.device) -> float:
+    """The largest difference of the weights of a model on two devices, either first, and on the CPU."""
+    cpu = torch.device("cpu")
+    with unittest.mock.patch.object(ops, "power_iteration", reference_power_iteration):
+        expected = split(recipe, precision, probe, (cpu, cpu))
+        found = [split(recipe, precision, probe, placement) for placement in ((cpu, device), (device, cpu))]
+    return max(float((a - b).abs().max()) for each in found for a, b in zip(each, expected, strict=True))
 
 
 def recorded_and_replayed(recipe: str, precision: str, device: torch.device) -> bool:
@@ -155,8 +205,10 @@ def main(library: str) -> None:
         for recipe in ("MeZO", "AdaMeZO", "LOZO", "AGZO")
         for precision in PRECISIONS
     }
+    splits = {"/".join(run): error_of_split(*run, device) for run in SPLITS}
     seen = {
         "runs": runs,
+        "splits": splits,
         "replays": replays,
         "closures": other_closures(device),
         "allocations": {precision: largest_allocation(precision, device) for precision in PRECISIONS},

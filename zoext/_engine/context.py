@@ -41,6 +41,7 @@ class StepContext:
         groups: the trainable tensors of each parameter group; some groups may be empty.
         mus: the scale of the displacement in each parameter group.
         seeds: the seeds of the step.
+        devices: where the parameters are, frozen ones as well.
         shares_random: whether every probe starts from the same state of the global generators; False if
             the closure must not read them.
     """
@@ -50,10 +51,12 @@ class StepContext:
     groups: tuple[Parameters, ...]
     mus: tuple[float, ...]
     seeds: StepSeeds
+    devices: tuple[torch.device, ...]
     shares_random: bool = True
 
     @property
     def device(self) -> torch.device:
+        """Where seeds, coefficients and losses are; weights may also be elsewhere."""
         return next(group.device for group in self.groups if len(group))
 
     def terms(self, position: int, seeds: Tensor, coefficients: Tensor, frame: Frame) -> Terms:

@@ -202,9 +202,8 @@ class StepEngine:
         for options in self.param_groups:
             group_options.check_on_host(options)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
-        device = movable[0].device
         self.compare_replicas()
-        return self.context(self._step_seeds(device))
+        return self.context(self._step_seeds(movable[0].device))
 
     def check_ready(self) -> None:
         """Raises if no step may begin: after a torn update, in an open round, or if recording would fail."""
@@ -221,7 +220,8 @@ class StepEngine:
 
     def context(self, seeds: StepSeeds, *, shares_random: bool = True) -> StepContext:
         """The context of a step with the parameters and scales that the engine last read."""
-        return StepContext(self.axes, self.module, self.groups, self._mus, seeds, shares_random)
+        devices = parameters.devices(self.param_groups)
+        return StepContext(self.axes, self.module, self.groups, self._mus, seeds, devices, shares_random)
 
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None

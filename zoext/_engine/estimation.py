@@ -14,7 +14,7 @@ from torch import Tensor
 from zoext._engine.context import StepContext
 from zoext._engine.first_order import explained_backward
 from zoext._engine.replicas import Replicas
-from zoext._runtime.devices import widest
+from zoext._runtime.devices import moved, widest
 from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
 from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate, stacked
@@ -139,7 +139,7 @@ class Estimation:
         self._last = index
         if self.context.shares_random:
             if self._random is None:
-                self._random = RandomState(self.context.device)
+                self._random = RandomState(*self.context.devices)
             else:
                 self._random.restore()
         with (
@@ -189,7 +189,7 @@ def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor
             raise TypeError(f"{what} {must} a real number, not {loss.dtype}")
         loss = loss.detach().reshape(())
         dtype = widest(device) if loss.dtype == torch.float64 else torch.float32
-        return loss.to(device, dtype, non_blocking=True)
+        return moved(loss.to(dtype), device)
     if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
         article = "the loss as " if what == "closure" else ""
         raise TypeError(f"{what} {must} {article}a tensor of one element or a float, not {loss!r}")

@@ -197,7 +197,7 @@ def _adapter(
 ) -> LoRAFactors:
     """The factors of ``sum_t coefficients[t] left[t]^T right[t]``: [T or 1, r, m] and [T or 1, r, n]."""
     count = len(coefficients)
-    scaled = (coefficients.view(-1, 1, 1) * left).expand(count, -1, -1).flatten(0, 1)
+    scaled = (coefficients.to(left.device).view(-1, 1, 1) * left).expand(count, -1, -1).flatten(0, 1)
     other = right.expand(count, -1, -1).flatten(0, 1)
     if transposed:
         return LoRAFactors(A=scaled, B=other.T.contiguous())

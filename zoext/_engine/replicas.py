@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zoext._parameters.parameters import Parameters
-from zoext._runtime.devices import widest
+from zoext._runtime.devices import moved, widest
 from zoext._runtime.late_reads import LateReads
 from zoext.directions import Frame
 
@@ -116,7 +116,11 @@ class Replicas:
         sizes = [prod(layout.shape) if layout.side else 0 for layout in self._layouts]
         if dist.get_rank(group) == 0:
             factors = {**frame.left, **frame.right}
-            parts = [factors[key].flatten() for key, size in zip(keys, sizes, strict=True) if size]
+            parts = [
+                moved(factors[key].flatten(), finite.device)
+                for key, size in zip(keys, sizes, strict=True)
+                if size
+            ]
             sent = torch.cat([*parts, finite.float().view(1)])
         else:
             sent = torch.empty(sum(sizes) + 1, dtype=torch.float32, device=finite.device)
@@ -169,7 +173,7 @@ class Replicas:
 def _weights_digest(groups: Sequence[Parameters], device: torch.device) -> Tensor:
     """int64 []: a sum over the bits of all weights, each tensor with a factor of its own."""
     tensors = [tensor for group in groups for tensor in group.tensors]
-    sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in tensors])
+    sums = torch.stack([moved(_bits(tensor).sum(dtype=torch.int64), device) for tensor in tensors])
     return (sums * (2 * torch.arange(len(sums), device=device) + 1)).sum()
 
 

@@ -15,6 +15,13 @@ from zoext._parameters import shards
 from zoext._parameters.shards import Block
 from zoext.noise import FLOATING
 
+_ON_META = (
+    "is on the meta device, where it has no values. If Accelerate offloads it (cpu_offload, disk_offload, a "
+    'device_map with "cpu" or "disk"), load what trains onto a device, with accelerate.hooks.'
+    "remove_hook_from_module(model, recurse=True) or another device_map, or freeze it; to() and to_empty() "
+    "would lose its values. Otherwise give the model its weights first, with model.to_empty(device=...)"
+)
+
 _Row = tuple[Tensor, int, Block, str, int, Tensor]
 
 
@@ -33,6 +40,7 @@ class Parameters:
 
     @property
     def device(self) -> torch.device:
+        """That of the first tensor; others may be elsewhere."""
         return self.tensors[0].device
 
     @property
@@ -93,6 +101,11 @@ def _trainable_rows(group: dict[str, Any], first_key: int) -> Iterator[_Row]:
             yield part, key, shards.block_of(tensor), name, part.data_ptr(), tensor
 
 
+def devices(param_groups: list[dict[str, Any]]) -> tuple[torch.device, ...]:
+    """The devices of all parameters, including frozen ones."""
+    return tuple(dict.fromkeys(tensor.device for group in param_groups for tensor in group["params"]))
+
+
 def check(tensor: object, name: str) -> None:
     """Raises if a tensor cannot be moved; frozen tensors may be of any kind."""
     if not isinstance(tensor, Tensor):
@@ -126,21 +139,33 @@ def _obstacle(tensor: Tensor) -> str | None:
         kind = type(tensor.detach()).__name__
         return f"is a {kind}; only plain tensors can be moved, so freeze it with requires_grad_(False)"
     if tensor.is_meta:
-        return "is on the meta device; give the model its weights first, with model.to_empty(device=...)"
+        return _ON_META
     if tensor.layout != torch.strided:
         return f"has layout {tensor.layout}; use a dense tensor, or freeze it with requires_grad_(False)"
     if tensor.dtype not in FLOATING:
         known = ", ".join(map(str, FLOATING))
         return f"has dtype {tensor.dtype}; use one of {known}, or freeze it with requires_grad_(False)"
-    if not tensor.is_contiguous():
-        return "is not contiguous; use param.data = param.data.contiguous()"
+    if _is_overlapping(tensor):
+        return "has elements that share memory, as after expand(); use param.data = param.data.contiguous()"
     return None
 
 
+def _is_overlapping(tensor: Tensor) -> bool:
+    """Whether two elements may share memory, as in an expanded tensor."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
 def check_movable(groups: Sequence[Parameters]) -> None:
-    """Raises unless all tensors are unsharded, on one device, and of a kind that can be moved."""
+    """Raises unless all tensors are unsharded, and of a kind that can be moved."""
     check_not_sharded(groups)
-    check_one_device(groups)
     for group in groups:
         for tensor, name in zip(group.owners, group.names, strict=True):
             check(tensor, name)
@@ -155,17 +180,3 @@ def check_not_sharded(groups: Sequence[Parameters]) -> None:
                     f"params: {name} is a DTensor; sharded parameters can be replayed but not yet trained: "
                     "train the model before it is sharded, and replay that run on the shards"
                 )
-
-
-def check_one_device(groups: Sequence[Parameters]) -> None:
-    """Raises unless all tensors that move are on one device."""
-    seen: dict[torch.device, str] = {}
-    for group in groups:
-        for tensor, name in zip(group.tensors, group.names, strict=True):
-            seen.setdefault(tensor.device, name)
-    if len(seen) > 1:
-        places = ", ".join(f"{name} on {device}" for device, name in seen.items())
-        raise ValueError(
-            f"params: parameters are on several devices ({places}); move them to one, or use an optimizer "
-            "for each device"
-        )

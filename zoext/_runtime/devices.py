@@ -25,6 +25,13 @@ def _has_float64(device_type: str) -> bool:
     return True
 
 
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """``value`` on ``device``. The host waits only for what it gets itself: a CPU reads at once."""
+    if value.device == device:
+        return value
+    return value.to(device, non_blocking=device.type != "cpu")
+
+
 def get_rng_state(device: torch.device) -> Tensor | None:
     """The state of the device's generator, or None if torch has no access to one."""
     read: Any = getattr(torch.get_device_module(device), "get_rng_state", None)

@@ -11,6 +11,8 @@ from torch import Tensor
 from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block, matrix_shape
+from zoext._runtime.devices import moved
+from zoext.directions._parts import parts
 from zoext.directions.base import Frame
 
 
@@ -71,7 +73,7 @@ def operands(
 
     For a sharded matrix, factors are drawn for the whole matrix and narrowed to the local block.
     """
-    left, right = _factors(matrices, seeds, frames)
+    left, right = _factors(parameters, matrices, seeds, frames)
     residuals = [
         matrix.of(residual.view_as(parameters.tensors[matrix.position])) if residual.numel() else residual
         for matrix in (matrices if parameters.residuals else ())
@@ -88,22 +90,28 @@ def operands(
 
 
 def _factors(
-    matrices: Sequence[Matrix], seeds: Tensor, frames: Sequence[Frame]
+    parameters: Parameters, matrices: Sequence[Matrix], seeds: Tensor, frames: Sequence[Frame]
 ) -> tuple[list[Tensor], list[Tensor]]:
     is_right = {matrix.key: any(matrix.key in frame.right for frame in frames) for matrix in matrices}
-    given = {key: _given(key, frames) for key in is_right}
+    devices = {matrix.key: parameters.tensors[matrix.position].device for matrix in matrices}
+    given = {key: _given(key, frames, device) for key, device in devices.items()}
     drawn, spans = [], []
     for matrix in matrices:
         rank = given[matrix.key].shape[-2]
         length = matrix_shape(matrix.block.shape)[0 if is_right[matrix.key] else 1]
         size = rank * length
-        drawn.append(torch.empty((len(frames), rank, length), dtype=torch.float32, device=seeds.device))
+        drawn.append(
+            torch.empty((len(frames), rank, length), dtype=torch.float32, device=devices[matrix.key])
+        )
         spans.append(((matrix.entry or 0) * size, max(size, 1), 0))
     # Both sides use one stream, so that a layer that stores its weight transposed draws the same numbers.
     stream = ops.Stream.LEFT_FACTOR
     keys = [matrix.key for matrix in matrices]
-    for k in range(seeds.numel()):
-        ops.normal_([factor[k] for factor in drawn], seeds[k : k + 1], keys, spans, stream=stream)
+    for part in parts(drawn, spans):
+        own = part.here(seeds)
+        for k in range(seeds.numel()):
+            here = [factor[k] for factor in part.tensors]
+            ops.normal_(here, own[k : k + 1], part.of(keys), part.spans, stream=stream)
     lefts, rights = [], []
     for matrix, factor in zip(matrices, drawn, strict=True):
         known = given[matrix.key]
@@ -132,11 +140,12 @@ def _factor(key: int, frames: Sequence[Frame]) -> Tensor:
     return known.right[key] if key in known.right else known.left[key]
 
 
-def _given(key: int, frames: Sequence[Frame]) -> Tensor:
+def _given(key: int, frames: Sequence[Frame], device: torch.device) -> Tensor:
     """The factors that the frames hold for a parameter; a single one if all terms share it."""
     held = [frame.right.get(key, frame.left.get(key)) for frame in frames]
     known = _factor(key, frames)
     if all(factor is known for factor in held):
-        return known.unsqueeze(0)
+        return moved(known, device).unsqueeze(0)
     # A matrix that was frozen or still when a frame was made has no factor in that frame.
-    return torch.stack([torch.zeros_like(known) if factor is None else factor for factor in held])
+    given = [torch.zeros_like(known) if factor is None else factor for factor in held]
+    return torch.stack([moved(factor, device) for factor in given])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoext import ops
 from zoext._parameters import wrappers
 from zoext._runtime.compiled import runs_compiled, uncompiled
+from zoext._runtime.devices import moved
 from zoext.directions._layers import Layer, Stack
 from zoext.directions._products import Product, WatchedWeight, can_watch, watching
 from zoext.directions.base import Frame
@@ -86,7 +87,11 @@ class ActivationObserver:
                     still.add(key)
             elif found.side is not None:
                 sides[found.side][key] = self._scaled(found.basis(self._stacks.get(key)))
-        values = [subspace.values for found in self._found.values() for subspace in found.entries.values()]
+        values = [
+            moved(subspace.values, self._seed.device)
+            for found in self._found.values()
+            for subspace in found.entries.values()
+        ]
         if not values:
             values = [torch.zeros(1, device=self._seed.device)]
         finite = torch.isfinite(torch.cat(values)).all()
@@ -162,13 +167,18 @@ class ActivationObserver:
     def _iterate(self, activations: Tensor, mask: Tensor | None) -> _Subspace:
         rank = min(self._rank, activations.shape[-1])
         basis, values = ops.power_iteration(
-            activations.detach().contiguous(), mask, self._seed, rank=rank, iterations=self._iterations
+            activations.detach().contiguous(),
+            mask,
+            moved(self._seed, activations.device),
+            rank=rank,
+            iterations=self._iterations,
         )
         return _Subspace(basis, values)
 
     def _merged(self, *parts: _Subspace) -> _Subspace:
         """The leading subspace of several inputs combined, approximated from that of each input."""
-        rows = torch.cat([part.values.unsqueeze(1) * part.basis for part in parts])
+        device = parts[0].basis.device
+        rows = torch.cat([moved(part.values.unsqueeze(1) * part.basis, device) for part in parts])
         return self._iterate(rows, None)
 
 

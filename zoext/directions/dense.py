@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoext import ops
 from zoext._parameters.parameters import Parameters
+from zoext.directions._parts import parts
 from zoext.directions.base import Direction, Terms, Window, decay_of, rectangle, terms_of
 
 
@@ -16,46 +17,54 @@ class _Dense(Direction):
     distribution: ops.Distribution
 
     def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
-        ops.noise_axpy_(
-            parameters.tensors,
-            *terms_of(steps),
-            decay_of(steps, decay),
-            parameters.keys,
-            parameters.spans,
-            distribution=self.distribution,
-            rounding=parameters.rounding,
-            residuals=parameters.residuals,
-        )
+        seeds, coefficients = terms_of(steps)
+        decay = decay_of(steps, decay)
+        for part in parts(parameters.tensors, parameters.spans):
+            ops.noise_axpy_(
+                part.tensors,
+                part.here(seeds),
+                part.here(coefficients),
+                part.here(decay),
+                part.of(parameters.keys),
+                part.spans,
+                distribution=self.distribution,
+                rounding=parameters.rounding,
+                residuals=part.rows_of(parameters.residuals),
+            )
 
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
-        ops.noise_copy_(
-            out,
-            parameters.tensors,
-            terms.seeds,
-            terms.coefficients,
-            parameters.keys,
-            parameters.spans,
-            distribution=self.distribution,
-        )
+        for part in parts(parameters.tensors, parameters.spans, out):
+            ops.noise_copy_(
+                part.out,
+                part.tensors,
+                part.here(terms.seeds),
+                part.here(terms.coefficients),
+                part.of(parameters.keys),
+                part.spans,
+                distribution=self.distribution,
+            )
 
     def window_(
         self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
     ) -> None:
-        ops.noise_window_(
-            parameters.tensors,
-            *rectangle(window.steps),
-            window.first_weights,
-            window.second_weights,
-            lr,
-            eps,
-            decay,
-            parameters.keys,
-            parameters.spans,
-            rule=rule,
-            distribution=self.distribution,
-            rounding=parameters.rounding,
-            residuals=parameters.residuals,
-        )
+        seeds, coefficients = rectangle(window.steps)
+        for part in parts(parameters.tensors, parameters.spans):
+            ops.noise_window_(
+                part.tensors,
+                part.here(seeds),
+                part.here(coefficients),
+                part.here(window.first_weights),
+                part.here(window.second_weights),
+                part.here(lr),
+                part.here(eps),
+                part.here(decay),
+                part.of(parameters.keys),
+                part.spans,
+                rule=rule,
+                distribution=self.distribution,
+                rounding=parameters.rounding,
+                residuals=part.rows_of(parameters.residuals),
+            )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import matrix_shape
+from zoext.directions._parts import parts
 from zoext.directions._stacks import matrices_of, operands
 from zoext.directions.base import Direction, Frame, Terms, Window, decay_of, rectangle, terms_of
 from zoext.directions.dense import Gaussian
@@ -55,18 +56,20 @@ class Factored(Direction):
             seeds, coefficients = terms_of(steps)
             of_terms = [frame for step in steps for frame in _filled_up(step, seeds.shape[-1])]
             given = operands(these, matrices_of(these, of_terms), seeds.flatten(), of_terms)
-            ops.factored_axpy_(
-                given.tensors,
-                given.left,
-                given.right,
-                seeds,
-                coefficients,
-                decay_of(steps, decay),
-                given.keys,
-                given.spans,
-                rounding=these.rounding,
-                residuals=given.residuals,
-            )
+            decays = decay_of(steps, decay)
+            for part in parts(given.tensors, given.spans):
+                ops.factored_axpy_(
+                    part.tensors,
+                    part.rows_of(given.left, -1),
+                    part.of(given.right),
+                    part.here(seeds),
+                    part.here(coefficients),
+                    part.here(decays),
+                    part.of(given.keys),
+                    part.spans,
+                    rounding=these.rounding,
+                    residuals=part.rows_of(given.residuals),
+                )
 
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
         kinds = _kinds(parameters, [terms.frame] if len(terms) else [])
@@ -80,16 +83,18 @@ class Factored(Direction):
             frames = [terms.frame] * len(terms)
             matrices = matrices_of(these, frames)
             given = operands(these, matrices, terms.seeds, frames)
-            ops.factored_copy_(
-                [matrix.of(out[kinds.matrices[matrix.position]]) for matrix in matrices],
-                given.tensors,
-                given.left,
-                given.right,
-                terms.seeds,
-                terms.coefficients,
-                given.keys,
-                given.spans,
-            )
+            to = [matrix.of(out[kinds.matrices[matrix.position]]) for matrix in matrices]
+            for part in parts(given.tensors, given.spans, to):
+                ops.factored_copy_(
+                    part.out,
+                    part.tensors,
+                    part.rows_of(given.left, -1),
+                    part.of(given.right),
+                    part.here(terms.seeds),
+                    part.here(terms.coefficients),
+                    part.of(given.keys),
+                    part.spans,
+                )
 
     def window_(
         self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
@@ -106,23 +111,24 @@ class Factored(Direction):
             seeds, coefficients = rectangle(window.steps)
             frames = [step.frame for step in window.steps for _ in range(seeds.shape[1])]
             given = operands(these, matrices_of(these, frames), seeds.flatten(), frames)
-            ops.factored_window_(
-                given.tensors,
-                given.left,
-                given.right,
-                seeds,
-                coefficients,
-                window.first_weights,
-                window.second_weights,
-                lr,
-                eps,
-                decay,
-                given.keys,
-                given.spans,
-                rule=rule,
-                rounding=these.rounding,
-                residuals=given.residuals,
-            )
+            for part in parts(given.tensors, given.spans):
+                ops.factored_window_(
+                    part.tensors,
+                    part.rows_of(given.left, -1),
+                    part.of(given.right),
+                    part.here(seeds),
+                    part.here(coefficients),
+                    part.here(window.first_weights),
+                    part.here(window.second_weights),
+                    part.here(lr),
+                    part.here(eps),
+                    part.here(decay),
+                    part.of(given.keys),
+                    part.spans,
+                    rule=rule,
+                    rounding=these.rounding,
+                    residuals=part.rows_of(given.residuals),
+                )
 
     def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
         kinds = _kinds(parameters, [terms.frame])

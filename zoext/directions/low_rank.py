@@ -12,6 +12,7 @@ from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import matrix_shape
 from zoext._runtime.arguments import check_count
+from zoext.directions._parts import parts
 from zoext.directions.base import Frame, Step, Terms
 from zoext.directions.factored import Factored, warn_of_narrow
 
@@ -66,14 +67,15 @@ class LowRank(Factored):
         """V of every matrix, from the seed of the step at which it was last drawn."""
         right: dict[int, Tensor] = {}
         for group in step.groups:
-            for key, block in zip(group.keys, group.blocks, strict=True):
+            for key, block, tensor in zip(group.keys, group.blocks, group.tensors, strict=True):
                 if _is_matrix(block.shape):
                     columns = matrix_shape(block.shape)[1]
                     rank = min(self.rank, columns)
-                    right[key] = torch.empty((rank, columns), dtype=torch.float32, device=group.device)
-        factors = list(right.values())
-        spans = [ops.span_of(factor) for factor in factors]
-        ops.normal_(factors, step.seed, list(right), spans, stream=ops.Stream.RIGHT_FACTOR)
+                    right[key] = torch.empty((rank, columns), dtype=torch.float32, device=tensor.device)
+        factors, keys = list(right.values()), list(right)
+        for part in parts(factors, [ops.span_of(factor) for factor in factors]):
+            seed = part.here(step.seed)
+            ops.normal_(part.tensors, seed, part.of(keys), part.spans, stream=ops.Stream.RIGHT_FACTOR)
         return Frame(right=right)
 
     def gradient(self, terms: Terms) -> Terms:

@@ -66,15 +66,22 @@ class GraphedStep(StepExecutor):
             never wait for the device, and draw no random numbers (dropout).
 
     Raises:
-        ValueError: for parameters that are not on a CUDA device.
+        ValueError: for parameters that are not on one CUDA device.
     """
 
     def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[[], Tensor]) -> None:
         self._optimizer = unwrap(optimizer)
         self._closure = closure
         given = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
-        self._device = next((tensor.device for tensor in given if tensor.requires_grad), torch.device("cpu"))
+        devices = dict.fromkeys(tensor.device for tensor in given if tensor.requires_grad)
+        self._device = next(iter(devices), torch.device("cpu"))
         CudaGraph(self._device)
+        if len(devices) > 1:
+            places = ", ".join(map(str, devices))
+            raise ValueError(
+                f"GraphedStep needs all parameters on one device, not on {places}; step with "
+                "optimizer.step(closure)"
+            )
         self._inputs = StaticInputs(closure)
         self._modules: list[nn.Module] = []
         self._is_compiled = False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -28,11 +29,13 @@ class AccessWatch:
 
     @contextmanager
     def installed(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Watches ``modules`` within the block."""
+        """Watches ``modules`` within the block, except scripted ones."""
         replaced: list[tuple[nn.Module, dict[str, Any], _NotingDict]] = []
         try:
             for module in modules:
                 own = module._parameters
+                if not own or isinstance(module, torch.jit.ScriptModule):  # whose parameters are no dict
+                    continue
                 noting = _NotingDict(own)
                 noting.note = self._noting(module)
                 replaced.append((module, own, noting))
@@ -42,7 +45,8 @@ class AccessWatch:
             for module, own, noting in replaced:
                 if module.__dict__["_parameters"] is noting:
                     now = dict(noting)
-                    if list(now.items()) != list(own.items()):
+                    # Not by ==, which would compare the values of tensors.
+                    if [*map(id, now), *map(id, now.values())] != [*map(id, own), *map(id, own.values())]:
                         own.clear()
                         own.update(now)
                     module.__dict__["_parameters"] = own

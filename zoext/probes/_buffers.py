@@ -24,13 +24,12 @@ class BufferSwap:
     def __init__(self) -> None:
         self._written: set[tuple[int, str]] = set()
         self._kept: dict[tuple[nn.Module, str], Tensor] = {}
-        self._device = torch.device("cpu")
         self._keeps = False
         self.finds_written = False
 
-    def begin(self, device: torch.device, find_written: bool, keep: bool) -> None:
+    def begin(self, find_written: bool, keep: bool) -> None:
         """Begins a probe; see ``ModuleSwap.displaced``."""
-        self._device, self.finds_written, self._keeps = device, find_written, keep
+        self.finds_written, self._keeps = find_written, keep
 
     def of(self, module: nn.Module) -> list[tuple[str, Tensor]]:
         """The buffers of a module to copy: those that it has written before, or all to find these."""
@@ -39,9 +38,7 @@ class BufferSwap:
             for name, buffer in module._buffers.items()
             if buffer is not None
             and (self.finds_written or (id(module), name) in self._written)
-            and buffer.layout == torch.strided
-            and buffer.device == self._device
-            and not buffer.is_quantized
+            and _is_plain(buffer)
         ]
 
     def swap(self, module: nn.Module, scratch: Scratch) -> list[SwappedBuffer]:
@@ -79,7 +76,13 @@ class BufferSwap:
         for (module, name), value in kept.items():
             buffer = module._buffers[name]
             if buffer is not None and not buffer.is_inference():
-                buffer.copy_(torch.where(condition, value, buffer))
+                buffer.copy_(torch.where(condition.to(buffer.device), value, buffer))
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether it can point to other memory; packed buffers, and those that are offloaded, cannot."""
+    is_plain = type(buffer) in (Tensor, nn.Parameter) and buffer.layout == torch.strided
+    return is_plain and not (buffer.is_quantized or buffer.is_meta)
 
 
 def _same(now: Tensor, original: Tensor) -> bool:

@@ -20,6 +20,24 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def _is_exported(module: nn.Module) -> bool:
+    """Whether any submodule is a graph, as of torch.export, that reads the weights of modules it never calls.
+
+    A streamed probe would displace all of these for the whole closure. Graphs that were traced symbolically
+    call the modules.
+    """
+    graphs = (part for part in module.modules() if isinstance(part, torch.fx.GraphModule))
+    return any(_reads_below(graph) for graph in graphs if any(p.requires_grad for p in graph.parameters()))
+
+
+def _reads_below(module: torch.fx.GraphModule) -> bool:
+    nodes = module.graph.nodes
+    called = [module.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
+    if any(True for part in called for _ in part.parameters()):
+        return False
+    return any(node.op == "get_attr" and "." in str(node.target) for node in nodes)
+
+
 def choose(probe: str | Probe, module: nn.Module | None) -> Probe:
     """The probe for ``probe=``: "auto", "inplace", "streamed" or a ``Probe``."""
     if isinstance(probe, Probe):
@@ -31,6 +49,7 @@ def choose(probe: str | Probe, module: nn.Module | None) -> Probe:
             "probe='streamed' needs the nn.Module whose forward is streamed: pass the module as params, or "
             "probe=zoext.StreamedProbe(module) with parameter groups"
         )
-    if probe == "inplace" or module is None or (probe == "auto" and is_compiled(module)):
-        return InplaceProbe()
+    compiled = module is not None and is_compiled(module)
+    if module is None or probe == "inplace" or (probe == "auto" and (compiled or _is_exported(module))):
+        return InplaceProbe(None if compiled else module)
     return StreamedProbe(module)

@@ -29,7 +29,9 @@ def to_read(module: nn.Embedding, args: Any, own: list[tuple[Parameters, Terms]]
     if others_hook or module.weight.device.type != "cpu":
         return None  # a user's hook may read the table itself
     index = args[0] if args and isinstance(args[0], Tensor) else None
-    if index is None or not 0 < index.numel() * ROW_OVERHEAD <= module.num_embeddings:
+    if index is None or index.device.type != "cpu":
+        return None
+    if not 0 < index.numel() * ROW_OVERHEAD <= module.num_embeddings:
         return None
     if not own:
         return None

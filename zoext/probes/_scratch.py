@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoext._parameters.parameters import Parameters
+from zoext.probes._memory import storage_of
 
 ALIGNMENT = 64
 
@@ -25,24 +26,84 @@ class _Views(NamedTuple):
 
 
 class Scratch:
-    """Memory for the displaced weights of running modules: a stack, because modules nest."""
+    """Memory for the displaced weights of running modules: a stack on each device, because modules nest."""
 
     def __init__(self) -> None:
+        self._stacks: dict[torch.device, _Stack] = {}
+
+    def prepare(self, sizes: Mapping[torch.device, int]) -> None:
+        """Ensures that there are at least so many bytes on each device, and as many as were needed before."""
+        for device, size in sizes.items():
+            self._stack_of(device).prepare(size)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [stack.buffer for stack in self._stacks.values()]
+
+    @property
+    def top(self) -> dict[torch.device, int]:
+        return {device: stack.top for device, stack in self._stacks.items()}
+
+    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Uninitialised tensors like ``tensors``, of the same strides if these leave no gaps."""
+        if len(devices := {tensor.device for tensor in tensors}) == 1:
+            return self._stack_of(devices.pop()).take(tensors)
+        return [self._stack_of(tensor.device).take([tensor])[0] for tensor in tensors]
+
+    def take_again(self, parameters: Parameters) -> list[Tensor]:
+        """Like ``take``, but returns the same views at every probe for the same parameters.
+
+        Creating views costs more than filling small ones.
+        """
+        if len(devices := {tensor.device for tensor in parameters.tensors}) == 1:
+            return self._stack_of(devices.pop()).take_again(parameters)
+        return self.take(parameters.tensors)
+
+    def forget_views(self) -> None:
+        """Forgets what ``take_again`` returned, and memory on devices that may not be used any more."""
+        self._stacks = {device: stack for device, stack in self._stacks.items() if stack.top}
+
+    def users(self) -> int:
+        """The number of references to this memory, not counting those of the cached views."""
+        return sum(stack.users() for stack in self._stacks.values())
+
+    def release(self, top: Mapping[torch.device, int]) -> None:
+        for device, stack in self._stacks.items():
+            stack.release(top.get(device, 0))
+
+    def holds(self, value: object) -> bool:
+        """Whether a tensor lies in this memory."""
+        if not isinstance(value, Tensor) or value.device not in self._stacks:
+            return False
+        return self._stacks[value.device].holds(value)
+
+    def _stack_of(self, device: torch.device) -> _Stack:
+        if device not in self._stacks:
+            self._stacks[device] = _Stack(device)
+        return self._stacks[device]
+
+
+class _Stack:
+    """The memory on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._top = 0
         self._wanted = 0
         self._views: dict[tuple[int, int], _Views] = {}
         self._kept = 0
+        self._idle = self._count()  # references when no view is in use
 
-    def prepare(self, device: torch.device, size: int) -> None:
-        """Ensures that there are at least ``size`` bytes, and as many as were needed before."""
+    def prepare(self, size: int) -> None:
         if self._top:
             raise RuntimeError("a streamed probe cannot run inside another one of the same optimizer")
         size = max(size, self._wanted)
-        if self._buffer.device != device or self._buffer.numel() < size:
+        if self._buffer.device != self._device or self._buffer.numel() < size:
             self.forget_views()  # otherwise they would keep the old buffer alive
             self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._idle = self._count()
 
     @property
     def buffer(self) -> Tensor:
@@ -53,24 +114,22 @@ class Scratch:
         return self._top
 
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Uninitialised contiguous tensors like ``tensors``."""
         offset = self._top
         self._top += sum(aligned_bytes(tensor) for tensor in tensors)
         self._wanted = max(self._wanted, self._top)
         if self._top > self._buffer.numel():  # deeper nesting than before; ``prepare`` grows the buffer
-            return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+            return [empty_like(tensor) for tensor in tensors]
         views = []
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            views.append(self._buffer[offset : offset + size].view(tensor.dtype).view(tensor.shape))
+            view = self._buffer[offset : offset + size].view(tensor.dtype)
+            shape = tensor.shape
+            is_strided = not tensor.is_contiguous()
+            views.append(view.as_strided(shape, _strides(tensor)) if is_strided else view.view(shape))
             offset += aligned_bytes(tensor)
         return views
 
     def take_again(self, parameters: Parameters) -> list[Tensor]:
-        """Like ``take``, but returns the same views at every probe for the same parameters.
-
-        Creating views costs more than filling small ones.
-        """
         start = self._top
         known = self._views.get((id(parameters), start))
         if known is not None:
@@ -88,14 +147,27 @@ class Scratch:
         self._kept = 0
 
     def users(self) -> int:
-        """The number of references to this memory, not counting those of the cached views."""
-        return int(torch._C._storage_Use_Count(self._buffer.untyped_storage()._cdata)) - self._kept
+        return self._count() - self._idle - self._kept
+
+    def _count(self) -> int:
+        return int(torch._C._storage_Use_Count(self._buffer.untyped_storage()._cdata))
 
     def release(self, top: int) -> None:
         self._top = top
 
-    def holds(self, value: object) -> bool:
-        """Whether a tensor lies in this memory."""
-        if not isinstance(value, Tensor) or value.layout != torch.strided or not self._buffer.numel():
-            return False
-        return value.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
+    def holds(self, value: Tensor) -> bool:
+        return self._buffer.numel() > 0 and storage_of(value) == storage_of(self._buffer)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Like ``torch.empty_like``, but without an operator that reads ``tensor``, which would be watched."""
+    return torch.empty_strided(tensor.shape, _strides(tensor), dtype=tensor.dtype, device=tensor.device)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides in the order of those of ``tensor``, without gaps."""
+    strides, count = [0] * tensor.dim(), 1
+    for _, dim in sorted((stride, -dim) for dim, stride in enumerate(tensor.stride())):
+        strides[-dim] = count
+        count *= tensor.shape[-dim]
+    return strides

@@ -19,7 +19,7 @@ from zoext.directions import Combination, Terms
 from zoext.probes import _rows
 from zoext.probes._access import AccessWatch
 from zoext.probes._buffers import BufferSwap, SwappedBuffer
-from zoext.probes._scratch import Scratch, aligned_bytes
+from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
 
 
 class StreamedProbeError(RuntimeError):
@@ -29,7 +29,7 @@ class StreamedProbeError(RuntimeError):
 class _Running:
     """A running module: its original tensors, and the state of the scratch memory before it ran."""
 
-    def __init__(self, top: int, users: int) -> None:
+    def __init__(self, top: dict[torch.device, int], users: int) -> None:
         self.depth = 1
         self.top = top
         self.users = users
@@ -59,6 +59,7 @@ class ModuleSwap:
         self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
         self._combination: Combination | None = None
         self._visited: set[int] = set()
+        self.is_displacing = False  # reading the originals, to make the displaced weights of them
         self._untraced: tuple[Callable[..., None], Callable[..., Any]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSwap:
@@ -66,9 +67,9 @@ class ModuleSwap:
         return ModuleSwap(nn.Identity())
 
     @property
-    def memory(self) -> Tensor:
-        """The memory of displaced weights, uint8 [bytes]; reallocated when more is needed."""
-        return self._scratch.buffer
+    def memory(self) -> list[Tensor]:
+        """The memory of displaced weights, uint8 [bytes] on each device; reallocated when more is needed."""
+        return self._scratch.buffers
 
     @property
     def outside(self) -> list[str]:
@@ -99,7 +100,7 @@ class ModuleSwap:
                     handles.append(module.register_forward_hook(after, always_call=True))
             self._forget_other_owners()
             self._buffers.forget()  # those of a session that raised
-            with self.access.installed(module for module in self._root.modules() if module._parameters):
+            with self.access.installed(self._root.modules()):
                 yield
         finally:
             if self._combination is not None:
@@ -129,7 +130,7 @@ class ModuleSwap:
         remembered for later probes. With ``keep_buffers`` their new values are kept for ``write_buffers``.
         """
         self._combination = combination
-        self._buffers.begin(combination.seeds.device, find_written_buffers, keep_buffers)
+        self._buffers.begin(find_written_buffers, keep_buffers)
         self._visited = set()
         try:
             self._terms = self._terms_of_modules(combination)
@@ -240,19 +241,26 @@ class ModuleSwap:
     ) -> None:
         """Fills ``displaced`` and lets the parameters point to it; adds them to ``restored``."""
         assert self._combination is not None
-        self._combination.direction.copy_(displaced, parameters, terms)
+        self.is_displacing = True
+        try:
+            self._combination.direction.copy_(displaced, parameters, terms)
+        finally:
+            self.is_displacing = False
         for tensor, replacement in zip(parameters.tensors, displaced, strict=True):
             restored.append((tensor, self.originals[id(tensor)]))
             self._swapped.add(id(tensor))
             tensor.data = replacement
 
     def _make_room(self, combination: Combination) -> None:
-        largest = 0
+        largest: dict[torch.device, int] = {combination.seeds.device: 0}
         for module, terms in self._terms.items():
-            weights = sum(aligned_bytes(tensor) for parameters, _ in terms for tensor in parameters.tensors)
-            buffers = sum(aligned_bytes(buffer) for _, buffer in self._buffers.of(module))
-            largest = max(largest, weights + buffers)
-        self._scratch.prepare(combination.seeds.device, largest)
+            own: dict[torch.device, int] = {}
+            weights = [tensor for parameters, _ in terms for tensor in parameters.tensors]
+            for tensor in weights + [buffer for _, buffer in self._buffers.of(module)]:
+                own[tensor.device] = own.get(tensor.device, 0) + aligned_bytes(tensor)
+            for device, size in own.items():
+                largest[device] = max(largest.get(device, 0), size)
+        self._scratch.prepare(largest)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self._combination is None:  # between two probes
@@ -349,7 +357,7 @@ class ModuleSwap:
 
 
 def _like(parameters: Parameters) -> list[Tensor]:
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in parameters.tensors]
+    return [empty_like(tensor) for tensor in parameters.tensors]
 
 
 def _places(groups: Sequence[Parameters]) -> dict[int, tuple[int, Parameters]]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from zoext._parameters.parameters import Parameters
 from zoext._runtime import interrupts
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Direction, Terms
+from zoext.probes._writes import refused
 from zoext.probes.base import Probe, Session
 
 
@@ -26,7 +28,15 @@ class InplaceProbe(Probe):
 
     Needs only the parameters and no extra memory. Restores theta only up to rounding: in 16 bits the error
     grows with every step, so prefer ``StreamedProbe`` if the model is an ``nn.Module``.
+
+    Args:
+        module: the model. If it is given, the first probe raises before the closure writes to a weight of it,
+            as merging an adapter does.
     """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
+        self._is_first = True
 
     def describe(self) -> str:
         return "inplace: all weights are displaced while the closure runs, and restored up to rounding"
@@ -34,12 +44,17 @@ class InplaceProbe(Probe):
     @contextmanager
     def session(self) -> Iterator[Session]:
         with interrupts.deferred() as signals:
-            session = _InplaceSession(signals)
+            session = _InplaceSession(signals, self._guard)
             try:
                 yield session
             finally:
                 session.restore()
                 torch.clear_autocast_cache()
+
+    def _guard(self) -> AbstractContextManager[None]:
+        """Looks at every operator of the first probe."""
+        is_first, self._is_first = self._is_first, False
+        return refused(self.module) if is_first and self.module is not None else nullcontext()
 
 
 class _Displaced(NamedTuple):
@@ -51,15 +66,18 @@ class _Displaced(NamedTuple):
 
 
 class _InplaceSession(Session):
-    def __init__(self, signals: interrupts.Signals) -> None:
+    def __init__(
+        self, signals: interrupts.Signals, guard: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         super().__init__(signals)
+        self._guard = guard
         self._displaced: list[_Displaced] = []
 
     @contextmanager
     def displaced(self, combination: Combination, keep_buffers: bool = False) -> Iterator[None]:
         self._move(combination)
         torch.clear_autocast_cache()
-        with record(Phase.FORWARD):
+        with self._guard(), record(Phase.FORWARD):
             yield
 
     @property

@@ -16,7 +16,9 @@ from zoext._runtime import interrupts
 from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
+from zoext.probes._memory import storage_of
 from zoext.probes._swap import ModuleSwap, StreamedProbeError
+from zoext.probes._writes import refused
 from zoext.probes.base import Probe, Session
 
 #: Assigning ``tensor.data`` calls this, through the dispatcher in inference mode; it reads no values.
@@ -89,7 +91,7 @@ class StreamedProbe(Probe):
                 "their weight reads are unchecked. Run the same modules at every step, or pass "
                 "probe='inplace'"
             )
-        memory.append(self._swap.memory)
+        memory.extend(self._swap.memory)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -110,6 +112,7 @@ class StreamedProbe(Probe):
         watch = unknown and not self._unwatched
         watching = _watching(combination, self._swap) if watch and len(combination) else nullcontext()
         with (
+            refused(self.module) if watch else nullcontext(),
             self._swap.displaced(combination, watch, keep_buffers) as visited,
             watching as reads,
             record(Phase.FORWARD),
@@ -200,6 +203,8 @@ class _ReadsOutside(TorchDispatchMode):
         ran_uncompiled: whether compiled code ran, as it is written.
     """
 
+    supports_higher_order_operators = True  # such as flex_attention
+
     def __init__(self, groups: Iterable[Parameters], swap: ModuleSwap) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
@@ -212,8 +217,11 @@ class _ReadsOutside(TorchDispatchMode):
             for tensor, name in zip(parameters.tensors, parameters.names, strict=True):
                 original = swap.originals[id(tensor)]
                 start = original.data_ptr()
-                interval = (start, start + tensor.numel() * tensor.element_size(), name, tensor)
-                self._originals.setdefault(original.untyped_storage().data_ptr(), []).append(interval)
+                reach = sum(
+                    (n - 1) * stride for n, stride in zip(tensor.shape, original.stride(), strict=True)
+                )
+                interval = (start, start + (reach + 1) * tensor.element_size(), name, tensor)
+                self._originals.setdefault(storage_of(original), []).append(interval)
 
     def __torch_dispatch__(
         self,
@@ -224,17 +232,27 @@ class _ReadsOutside(TorchDispatchMode):
     ) -> Any:
         run: Callable[..., Any] = func
         self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
-        if func.namespace != "zoext" and func is not _ASSIGNS_DATA:
+        if func.namespace != "zoext" and func is not _ASSIGNS_DATA and not self._swap.is_displacing:
             for value in tree_iter((args, kwargs)):
-                if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+                if isinstance(value, Tensor):
                     self._note(value)
         return run(*args, **(kwargs or {}))
 
     def _note(self, tensor: Tensor) -> None:
-        for start, end, name, parameter in self._originals.get(tensor.untyped_storage().data_ptr(), ()):
-            if start <= tensor.data_ptr() < end:
+        storage = storage_of(tensor)
+        for start, end, name, parameter in self._originals.get(storage, ()) if storage else ():
+            if start <= tensor.data_ptr() < end and self._begins_in(tensor, parameter):
                 if tensor is not parameter:
                     if id(parameter) in self._held:
                         self.names.add(name)
                     self.found_alias = True
                 self._swap.hold(parameter)
+
+    def _begins_in(self, tensor: Tensor, parameter: Tensor) -> bool:
+        """Whether the first element is one of the weight, whose rows another weight may lie between."""
+        original = self._swap.originals[id(parameter)]
+        offset = (tensor.data_ptr() - original.data_ptr()) // original.element_size()
+        for stride, size in sorted(zip(original.stride(), original.shape, strict=True), reverse=True):
+            if size > 1:
+                offset -= min(offset // stride, size - 1) * stride
+        return offset == 0

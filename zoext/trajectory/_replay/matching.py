@@ -105,7 +105,7 @@ def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -
             **axes._asdict(),
             seed=header.seed,
             precision=header.precision,
-            probe=probes.InplaceProbe() if probes.is_compiled(model) else probes.StreamedProbe(model),
+            probe=probes.choose("auto", model),
         )
     except (ValueError, TypeError) as error:
         raise TrajectoryError(f"{path}: {str(error)[:500]}") from None

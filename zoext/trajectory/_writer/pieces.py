@@ -96,10 +96,12 @@ def to_host(step: AppliedStep) -> Callable[[], AppliedStep]:
             for options in step.options
         ),
     )
-    arrival = _arrival(estimate.coefficients.device)
+    factors = [*step.frame.left.values(), *step.frame.right.values()]
+    devices = {tensor.device for tensor in (estimate.coefficients, *factors)}
+    arrivals = [_arrival(device) for device in devices if device.type == "cuda"]
 
     def fetch() -> AppliedStep:
-        if arrival is not None:
+        for arrival in arrivals:
             arrival.synchronize()
         return copied
 
@@ -118,9 +120,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return host.copy_(tensor.detach(), non_blocking=True)
 
 
-def _arrival(device: torch.device) -> torch.cuda.Event | None:
-    if device.type != "cuda":
-        return None
+def _arrival(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event

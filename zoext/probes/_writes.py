@@ -1,0 +1,165 @@
+"""Refuses closures that write to weights, such as those that merge adapters and unmerge them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from zoext._runtime.compiled import uncompiled
+from zoext.probes._memory import storage_of
+
+
+class WeightWriteError(RuntimeError):
+    """The closure writes to a weight."""
+
+
+class _Weight(NamedTuple):
+    module: nn.Module
+    name: str  # in the module
+    parameter: nn.Parameter
+    data: Tensor
+    start: int  # address; 0 if it has none
+    end: int
+
+
+@contextmanager
+def refused(root: nn.Module) -> Iterator[None]:
+    """A block in which a write to a weight of ``root`` raises, before it happens.
+
+    A module may write to its own weights while it runs, as layers do that set themselves up in their first
+    forward. Weights that the closure has replaced when the block raises are put back.
+
+    Raises:
+        WeightWriteError: for a write, and for a weight that was replaced when its module begins to run.
+    """
+    running: Counter[nn.Module] = Counter()
+    found: list[_Weight] = []
+    weights = list(_weights_of(root))
+    by_module: dict[nn.Module, list[_Weight]] = {}
+    for weight in weights:
+        by_module.setdefault(weight.module, []).append(weight)
+
+    def before(module: nn.Module, args: Any) -> None:
+        running[module] += 1
+        for weight in by_module.get(module, ()) if running[module] == 1 else ():
+            if _was_replaced(weight):
+                found.append(weight)
+                raise _error(root, weight, "replaces")
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        running[module] -= 1
+        if module in by_module and not found:  # what it has replaced itself is not watched any more
+            by_module[module] = [weight for weight in by_module[module] if not _was_replaced(weight)]
+
+    handles = [
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after, always_call=True),
+    ]
+    try:
+        with uncompiled(), _Writes(root, weights, running):
+            yield
+    except WeightWriteError:
+        for weight in chain.from_iterable(by_module.values()):
+            if _was_replaced(weight):
+                weight.module._parameters[weight.name] = weight.parameter
+                weight.parameter.data = weight.data
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Writes(TorchDispatchMode):
+    """Raises before an operator writes to a weight while the module that owns it is not running."""
+
+    supports_higher_order_operators = True  # such as flex_attention; they write to none of their arguments
+
+    def __init__(self, root: nn.Module, weights: Iterable[_Weight], running: Counter[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._root = root
+        self._running = running
+        self._weights: dict[int, list[_Weight]] = {}
+        for weight in weights:
+            if weight.start:
+                self._weights.setdefault(storage_of(weight.data), []).append(weight)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        run: Callable[..., Any] = func
+        if func.namespace != "zoext":
+            for position, name in _written_arguments(func):
+                value = args[position] if position < len(args) else (kwargs or {}).get(name)
+                for tensor in tree_iter(value):
+                    if isinstance(tensor, Tensor):
+                        self._check(tensor)
+        return run(*args, **(kwargs or {}))
+
+    def _check(self, tensor: Tensor) -> None:
+        start, end = _interval(tensor)
+        known = self._weights.get(storage_of(tensor), ()) if start else ()
+        written = [weight for weight in known if start < weight.end and weight.start < end]
+        if written and not any(self._running[weight.module] for weight in written):
+            raise _error(self._root, written[0], "writes to")
+
+
+@cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    schema = getattr(func, "_schema", None)
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments if schema is not None else ())
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _weights_of(root: nn.Module) -> Iterator[_Weight]:
+    for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, parameter in dict(module._parameters).items():
+            if parameter is not None and not parameter.is_meta:  # else it is offloaded, and often replaced
+                data = parameter.data
+                yield _Weight(module, name, parameter, data, *_interval(data))
+
+
+def _interval(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first element, and behind the last; zero for tensors that have none."""
+    if not tensor.numel() or not storage_of(tensor):
+        return 0, 0
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = 1 + sum((size - 1) * stride for size, stride in places)
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+
+
+def _was_replaced(weight: _Weight) -> bool:
+    now = dict.get(weight.module._parameters, weight.name)  # not an access that a streamed probe notes
+    if now is None or now is not weight.parameter:
+        return True
+    # Trainable weights are swapped by streamed probes, and the engine checks them.
+    return not now.requires_grad and _interval(now.data)[0] != weight.start
+
+
+def _error(root: nn.Module, weight: _Weight, how: str) -> WeightWriteError:
+    prefix = next((name for name, module in root.named_modules() if module is weight.module), "")
+    name = f"{prefix}.{weight.name}" if prefix else weight.name
+    put_back = ". It is put back; load adapters again that count as merged now" if how == "replaces" else ""
+    return WeightWriteError(
+        f"closure {how} {name}, a weight of the model, which would differ between probes and not be what it "
+        "was after them. Leave adapters unmerged: without merge_adapter() and unmerge_adapter() the loss is "
+        f"the same. Change other weights between steps{put_back}"
+    )
