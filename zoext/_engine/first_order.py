@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+_STEP_OF_TRAINER = ("transformers.trainer", "training_step")
 _WITHOUT_GRAPH = "does not require grad and does not have a grad_fn"
 
 
@@ -53,6 +55,24 @@ def check_not_scaled(optimizer: Any) -> None:
         "optimizer.step(closure), with a model in bfloat16 or with weights in float16 (Accelerate and "
         "Trainer: mixed_precision='bf16' or 'no', not 'fp16')"
     )
+
+
+def check_not_trainer() -> None:
+    """Raises a RuntimeError if the step of transformers' ``Trainer`` called, itself or through Accelerate.
+
+    Only that step itself is looked for: one that a subclass defines may well be without a backward.
+    """
+    frame = inspect.currentframe()
+    for _ in range(4):
+        frame = frame.f_back if frame is not None else None
+        if frame is None:
+            return
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _STEP_OF_TRAINER:
+            raise RuntimeError(
+                "transformers.Trainer would compute gradients, which a forward-only optimizer does not use. "
+                "Replace it by zoext.integrations.transformers.ZOTrainer, which takes the same arguments, or "
+                "add ZOTrainerMixin to your subclass: class Mine(ZOTrainerMixin, SFTTrainer)"
+            )
 
 
 @contextmanager
