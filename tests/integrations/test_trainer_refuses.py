@@ -36,8 +36,9 @@ def test_by_the_arguments(name: str, value: Any, message: str, tmp_path: Path) -
 def test_several_gpus_in_one_process(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     args._n_gpu = 2
+    trainer = ZOTrainer(tiny_llama(), args, train_dataset=Ragged(8))
     with pytest.raises(ValueError, match=r"one process has 2 GPUs.*torchrun --nproc_per_node 2"):
-        ZOTrainer(tiny_llama(), args, train_dataset=Ragged(8))
+        trainer.train()
 
 
 def test_no_optimizer_and_those_of_others(tmp_path: Path) -> None:

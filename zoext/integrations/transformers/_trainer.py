@@ -37,8 +37,9 @@ class ZOTrainerMixin(_Trainer):
 
     A step makes one estimate, with the loss of the whole batch: the micro-batches of
     ``gradient_accumulation_steps`` are evaluated one after the other in the closure, so any recipe takes the
-    step of a single large batch. With several processes, each loss is averaged over them, so all take the
-    same step. The model is not wrapped in DistributedDataParallel, which would allocate memory for gradients.
+    step of a single large batch (with AGZO, up to its basis, which merges those of the micro-batches). With
+    several processes, each loss is averaged over them, so all take the same step. The model is not wrapped in
+    DistributedDataParallel, which would allocate memory for gradients.
 
     The log has, beside the mean ``loss`` of the probes:
 
@@ -67,14 +68,14 @@ class ZOTrainerMixin(_Trainer):
             raise ValueError(_SCALER)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(_sharded("DeepSpeed" if self.is_deepspeed_enabled else "FSDP"))
-        if self.args.n_gpu > 1:
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.args.n_gpu > 1:  # Trainer sets it to 1 for a model whose parts are on several
             raise ValueError(
                 f"one process has {self.args.n_gpu} GPUs, which Trainer uses by nn.DataParallel; start one "
                 f"process per GPU with `torchrun --nproc_per_node {self.args.n_gpu}`, or choose one GPU by "
                 "CUDA_VISIBLE_DEVICES"
             )
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         target: Any = self.model if model is None else model
         if self.optimizer is None and (chosen := self._chosen()):
             recipe, options = chosen
@@ -155,7 +156,7 @@ class ZOTrainerMixin(_Trainer):
             logs.pop("grad_norm", None)  # of gradients, which do not exist
             projected = float(torch.linalg.vector_norm(estimate.coefficients))
             logs["projected_gradient"] = projected
-            if isinstance(unwrap(self.optimizer).engine.axes.update, SGD):
+            if unwrap(self.optimizer).engine.axes.update == SGD():
                 logs["step_length"] = logs["learning_rate"] * projected
             logs["forwards"] = self._forwards
         super().log(logs, *args, **kwargs)
