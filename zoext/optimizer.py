@@ -23,6 +23,7 @@ from zoext._engine import (
     StepExecutor,
     check_not_scaled,
     check_not_skipping,
+    check_not_trainer,
     initializes_state,
     saved_state,
 )
@@ -265,6 +266,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             check_not_skipping(closure)
         step = self.engine.step_pending() if closure is None else self.engine.step(closure)
         return step.estimate.loss
+
+    def train(self) -> None:
+        """Has no effect. Trainers call it before a forward, for the sake of schedule-free optimizers.
+
+        Raises:
+            RuntimeError: if transformers' ``Trainer`` calls it, which would compute gradients next.
+        """
+        check_not_trainer()
 
     def estimate(self, closure: Closure) -> Estimate:
         """Evaluates the probes without moving theta.

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -94,6 +95,16 @@ def run_without_model(program: str, out: Path, options: list[str], names: set[st
     assert done.returncode == 0, done.stderr
     check_figures(read(out), names)
     return read(out)["figures"]
+
+
+def test_trainer_overhead_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, because a new one would take longer to import its packages than to measure."""
+    out = tmp_path / "figures.json"
+    line = ["trainer_overhead.py", *TINY, "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    runpy.run_path(str(BENCHMARKS / "trainer_overhead.py"), run_name="__main__")
+    check(read(out), {"step: plain loop", "step: ZOTrainer", "ZOTrainer beyond the plain loop"})
 
 
 def test_precision_tells_what_is_taken(tmp_path: Path) -> None:

@@ -5,7 +5,12 @@ from zoext._engine.axes import Axes, with_current_names
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.engine import StepEngine, StepExecutor
 from zoext._engine.estimation import Closure
-from zoext._engine.first_order import check_not_scaled, check_not_skipping, initializes_state
+from zoext._engine.first_order import (
+    check_not_scaled,
+    check_not_skipping,
+    check_not_trainer,
+    initializes_state,
+)
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import LoRAFactors, OpenRound
 from zoext._engine.replicas import Replicas
@@ -26,6 +31,7 @@ __all__ = [
     "StepSeeds",
     "check_not_scaled",
     "check_not_skipping",
+    "check_not_trainer",
     "initializes_state",
     "with_current_names",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+_STEP_OF_TRAINER = ("transformers.trainer", "training_step")
 _WITHOUT_GRAPH = "does not require grad and does not have a grad_fn"
 
 
@@ -99,6 +100,24 @@ def _module_of_lightning(closure: object) -> Any:
         return None
     module = closure.args[0] if closure.args else None
     return module if getattr(module, "automatic_optimization", False) else None
+
+
+def check_not_trainer() -> None:
+    """Raises a RuntimeError if the step of transformers' ``Trainer`` called, itself or through Accelerate.
+
+    Only that step itself is looked for: one that a subclass defines may well be without a backward.
+    """
+    frame = inspect.currentframe()
+    for _ in range(4):
+        frame = frame.f_back if frame is not None else None
+        if frame is None:
+            return
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _STEP_OF_TRAINER:
+            raise RuntimeError(
+                "transformers.Trainer would compute gradients, which a forward-only optimizer does not use. "
+                "Replace it by zoext.integrations.transformers.ZOTrainer, which takes the same arguments, or "
+                "add ZOTrainerMixin to your subclass: class Mine(ZOTrainerMixin, SFTTrainer)"
+            )
 
 
 @contextmanager
