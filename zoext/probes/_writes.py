@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
 
 from zoext._runtime.compiled import uncompiled
 from zoext.probes._memory import storage_of
@@ -61,11 +61,12 @@ def refused(root: nn.Module) -> Iterator[None]:
         if module in by_module and not found:  # what it has replaced itself is not watched any more
             by_module[module] = [weight for weight in by_module[module] if not _was_replaced(weight)]
 
-    handles = [
-        register_module_forward_pre_hook(before),
-        register_module_forward_hook(after, always_call=True),
-    ]
+    handles: list[RemovableHandle] = []
     try:
+        # Not hooks on all modules at once, of which torch.compile warns.
+        for module in by_module:
+            handles.append(module.register_forward_pre_hook(before, prepend=True))
+            handles.append(module.register_forward_hook(after, always_call=True))
         with uncompiled(), _Writes(root, weights, running):
             yield
     except WeightWriteError:
@@ -148,10 +149,11 @@ def _interval(tensor: Tensor) -> tuple[int, int]:
 
 def _was_replaced(weight: _Weight) -> bool:
     now = dict.get(weight.module._parameters, weight.name)  # not an access that a streamed probe notes
-    if now is None or now is not weight.parameter:
-        return True
-    # Trainable weights are swapped by streamed probes, and the engine checks them.
-    return not now.requires_grad and _interval(now.data)[0] != weight.start
+    # Trainable weights are swapped by streamed probes, and the engine checks them. functional_call lends
+    # modules tensors that are no parameters.
+    if weight.parameter.requires_grad or not isinstance(now, nn.Parameter):
+        return False
+    return now is not weight.parameter or _interval(now.data)[0] != weight.start
 
 
 def _error(root: nn.Module, weight: _Weight, how: str) -> WeightWriteError:
