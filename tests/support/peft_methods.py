@@ -45,8 +45,8 @@ SMALL = {
 TOKENS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+def llama(**sizes: int) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | sizes))
 
 
 def mixture() -> nn.Module:
@@ -280,7 +280,7 @@ def outcome(
     method: Method,
     built: nn.Module,
     recipe: Callable[..., zoext.ZerothOrderOptimizer],
-    estimates: int = 2,  # one that is watched, and one that is not
+    estimates: int = 3,  # two that are watched, and one that is not
 ) -> Outcome:
     """Runs estimates and a step on a copy."""
     model = copy.deepcopy(built)
