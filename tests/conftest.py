@@ -23,7 +23,9 @@ from zoext import _C, _reference
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: What an environment may lack: test files that import one of these are skipped there.
-OPTIONAL_PACKAGES = frozenset({"matplotlib", "safetensors", "scipy", "tokenizers", "tqdm", "transformers"})
+OPTIONAL_PACKAGES = frozenset(
+    {"datasets", "matplotlib", "peft", "safetensors", "scipy", "tokenizers", "tqdm", "transformers", "trl"}
+)
 
 
 class TestFile(pytest.Module):
