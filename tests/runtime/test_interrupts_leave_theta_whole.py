@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 
 import pytest
@@ -86,18 +87,23 @@ def test_at_every_line_of_a_streamed_probe() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).train()
     x = torch.randn(4, 2)
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [(tensor.detach().clone(), tensor.data_ptr()) for tensor in tensors]
+    before = [(weight.detach().clone(), weight.data_ptr()) for weight in model.parameters()]
+    old = [buffer.clone() for buffer in model.buffers()]
     files = {inplace.__file__, streamed.__file__, swap.__file__}
 
-    def estimate() -> None:
+    def estimate(model: nn.Module = model) -> None:
         zoext.MeZO(model, mu=0.5).estimate(lambda: model(x).square().mean())
 
+    estimate(twin := copy.deepcopy(model))
+    new = list(twin.buffers())
     stop_at = 1
     while is_interrupted(estimate, stop_at, files):
-        for tensor, (value, pointer) in zip(tensors, before, strict=True):
-            assert tensor.data_ptr() == pointer, stop_at
-            assert torch.equal(tensor, value), stop_at
+        for weight, (value, pointer) in zip(model.parameters(), before, strict=True):
+            assert weight.data_ptr() == pointer, stop_at
+            assert torch.equal(weight, value), stop_at
+        assert any(all(map(torch.equal, model.buffers(), known)) for known in (old, new)), stop_at
+        for buffer, value in zip(model.buffers(), old, strict=True):
+            buffer.copy_(value)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
         stop_at += 1
     assert stop_at > 300
