@@ -87,3 +87,20 @@ def test_of_other_code(compiled: Callable[[Any], Any], calls: list[int]) -> None
     before = calls[0]
     other(X)
     assert calls[0] == before + 1
+
+
+def test_layers_of_a_kind_share_their_code() -> None:
+    """However many there are: the watch for accesses adds no guard of its own to a module."""
+    torch.compiler.reset()
+    graphs = [0]
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs[0] += 1
+        return graph.forward
+
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)) for _ in range(12))).double()
+    fast = torch.compile(model, backend=backend)
+    optimizer = zoext.MeZO(model, probe="streamed")
+    for _ in range(STEPS):
+        optimizer.step(lambda: fast(X).square().mean())
+    assert 0 < graphs[0] <= 4

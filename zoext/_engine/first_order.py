@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-_STEP_OF_TRAINER = ("transformers.trainer", "training_step")
 _WITHOUT_GRAPH = "does not require grad and does not have a grad_fn"
 
 
@@ -85,13 +84,17 @@ def _accumulated_by_accelerate() -> int:
     accelerate = sys.modules.get("accelerate.optimizer")
     if accelerate is None:
         return 1
-    code = accelerate.AcceleratedOptimizer.step.__code__
+    is_caller = _is_called_by(accelerate.AcceleratedOptimizer.step)
+    return int(accelerate.GradientState().num_steps) if is_caller else 1
+
+
+def _is_called_by(function: Any) -> bool:
     frame = inspect.currentframe()
-    for _ in range(8):  # in between are this module, the optimizer, and wrappers by torch and schedulers
+    for _ in range(9):  # in between are this module, the optimizer, and wrappers by torch and schedulers
         frame = frame.f_back if frame is not None else None
-        if frame is not None and frame.f_code is code:
-            return int(accelerate.GradientState().num_steps)
-    return 1
+        if frame is not None and frame.f_code is function.__code__:
+            return True
+    return False
 
 
 def _module_of_lightning(closure: object) -> Any:
@@ -107,17 +110,13 @@ def check_not_trainer() -> None:
 
     Only that step itself is looked for: one that a subclass defines may well be without a backward.
     """
-    frame = inspect.currentframe()
-    for _ in range(4):
-        frame = frame.f_back if frame is not None else None
-        if frame is None:
-            return
-        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _STEP_OF_TRAINER:
-            raise RuntimeError(
-                "transformers.Trainer would compute gradients, which a forward-only optimizer does not use. "
-                "Replace it by zoext.integrations.transformers.ZOTrainer, which takes the same arguments, or "
-                "add ZOTrainerMixin to your subclass: class Mine(ZOTrainerMixin, SFTTrainer)"
-            )
+    transformers = sys.modules.get("transformers.trainer")
+    if transformers is not None and _is_called_by(transformers.Trainer.training_step):
+        raise RuntimeError(
+            "transformers.Trainer would compute gradients, which a forward-only optimizer does not use. "
+            "Replace it by zoext.integrations.transformers.ZOTrainer, which takes the same arguments, or "
+            "add ZOTrainerMixin to your subclass: class Mine(ZOTrainerMixin, SFTTrainer)"
+        )
 
 
 @contextmanager

@@ -55,6 +55,9 @@ class AccessWatch:
         key = id(module)
 
         def note() -> None:
+            # Dynamo would guard on what follows, and compile the forward of every module apart.
+            if torch.compiler.is_compiling():
+                return
             if self.is_active and key not in self.seen and not self._is_running(module):
                 self.seen.add(key)
 
