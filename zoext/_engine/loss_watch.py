@@ -22,7 +22,8 @@ class LossWatch:
     run what the optimizer moves.
 
     On the CPU a loss that is not finite is reported immediately, on other devices when the next estimate
-    begins: no step waits for its own flags.
+    begins: no step waits for its own flags. On devices other than CPU and CUDA, the policy "skip" waits for
+    nothing and does not notice equal losses.
     """
 
     def __init__(self, policy: str) -> None:
@@ -43,7 +44,8 @@ class LossWatch:
         streak *= flat
         if finite.device.type == "cpu" and self._raises and not finite:
             self._raise("this")
-        self._reads.send(torch.stack((~finite, streak)))
+        if self._raises or finite.device.type in ("cpu", "cuda"):  # elsewhere reading makes the host wait
+            self._reads.send(torch.stack((~finite, streak)))
 
     def check(self) -> None:
         """Raises if an earlier estimate was not finite, and warns of the ``FLAT``-th with equal losses."""
