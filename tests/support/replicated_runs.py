@@ -174,7 +174,7 @@ def sends_one_number_a_probe(rank: int) -> None:
 
     with mock.patch.object(distributed, "all_reduce", counted):
         optimizer.step(lambda: loss(net, rank, 1))
-    assert sent == [6 * 8]
+    assert sent == [(6 + 4) * 8]  # the losses of the round, and what tells ranks apart
 
 
 def trains_alone_without_a_group(rank: int) -> None:
@@ -213,7 +213,8 @@ def names_the_rank_that_differs(rank: int) -> None:
         net = model(7 + (what == "weights") * rank)
         before = flat(net)
         settings = {**SETTINGS, **({} if what == "weights" else {what: SETTINGS[what] + rank})}
-        with pytest.raises(RuntimeError, match=r"rank 1 .* has other .*(weights|options).* at step 0"):
+        message = "different seeds" if what == "seed" else "rank 1 has other weights or options .* at step 0"
+        with pytest.raises(RuntimeError, match=message):
             zoext.MeZO(net, **settings).step(lambda: loss(net, rank, 0))
         assert torch.equal(flat(net), before)
 
@@ -232,9 +233,60 @@ def finds_a_rank_that_drifts(rank: int) -> None:
     steps(range(150))
     with torch.no_grad():
         net[0].bias[3] += 1e-3 * rank
-    with pytest.raises(RuntimeError, match=r"rank 1 of the process group has other weights .* at step 200"):
+    with pytest.raises(RuntimeError, match=r"rank 1 has other weights .* at step 200"):
         steps(range(150, 300))
     assert optimizer.param_groups[0]["step"] == 200
+
+
+def finds_a_rank_that_left_out_a_step(rank: int) -> None:
+    """As a loop does that goes on after an exception, on one rank only."""
+    net = model()
+    optimizer = zoext.MeZO(net, **SETTINGS)
+
+    def take(step: int) -> None:
+        optimizer.step(lambda: loss(net, rank, step))
+
+    take(0)
+    if rank == 0:
+        optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": _advanced(optimizer)})
+    with pytest.raises(RuntimeError, match=r"ranks are at different steps .*also after an exception"):
+        take(1)
+
+
+def _advanced(optimizer: zoext.ZerothOrderOptimizer) -> list[dict[str, Any]]:
+    return [{**group, "step": group["step"] + 1} for group in optimizer.state_dict()["param_groups"]]
+
+
+def lets_a_rank_begin_again(rank: int) -> None:
+    """With an optimizer that was built anew, in the middle of a run."""
+    net = model()
+    optimizer = zoext.MeZO(net, **SETTINGS)
+    for step in range(3):
+        if rank == 1 and step == 2:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = zoext.MeZO(net, **SETTINGS)
+            optimizer.load_state_dict(state)
+        optimizer.step(lambda step=step: loss(net, rank, step))
+    check_alike(net)
+
+
+def finds_the_basis_on_the_first_rank_only(rank: int) -> None:
+    """Ranks that share out the probes of a round need not run the one that finds the basis."""
+    net = model()
+    optimizer = zoext.AGZO(net, rank=2, **SETTINGS)
+    asked = optimizer.ask()
+    losses = []
+    for i in range(len(asked)):
+        if rank == 0:
+            with asked.displaced(i):
+                loss(net, 0, 0)
+        losses.append(1.0)
+    asked = optimizer.tell(losses)
+    while asked is not None:
+        asked = optimizer.tell([0.5 + 0.1 * i for i in range(len(asked))])
+    optimizer.step()
+    check_alike(net)
+    check_moved(net)
 
 
 def handles_a_loss_that_is_nowhere_finite_alike(rank: int) -> None:
@@ -290,6 +342,9 @@ CASES |= {
         trains_in_a_given_group,
         refuses_a_group_of_others,
         names_the_rank_that_differs,
+        finds_a_rank_that_left_out_a_step,
+        lets_a_rank_begin_again,
+        finds_the_basis_on_the_first_rank_only,
         finds_a_rank_that_drifts,
         handles_a_loss_that_is_nowhere_finite_alike,
         trains_a_ddp_module,

@@ -202,7 +202,7 @@ class StepEngine:
         for options in self.param_groups:
             group_options.check_on_host(options)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
-        self.compare_replicas()
+        self.replicas.begin(self.groups, self.param_groups, movable[0].device)
         return self.context(self._step_seeds(movable[0].device))
 
     def check_ready(self) -> None:
@@ -212,11 +212,6 @@ class StepEngine:
         if self.run.recorder is not None:
             self.run.recorder.check()
         self.watch.check()  # last, because it may wait for the previous step
-
-    def compare_replicas(self) -> None:
-        """Raises a RuntimeError if another rank was seen to have other weights or options."""
-        device = next(group.device for group in self.groups if len(group))
-        self.replicas.compare(self.groups, self.param_groups, device)
 
     def context(self, seeds: StepSeeds, *, shares_random: bool = True) -> StepContext:
         """The context of a step with the parameters and scales that the engine last read."""

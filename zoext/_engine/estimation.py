@@ -63,6 +63,7 @@ class Estimation:
             if self._observer is None:
                 found = FoundFrame(context.axes.direction.frame(step), None)
         self._found = found
+        self._seen: tuple[Frame, Tensor] | None = None  # the frame that this rank has found
         self._random: RandomState | None = None  # before the first probe
         self._round: Round | None = None
         self._probes: list[tuple[Tensor, Tensor]] = []
@@ -73,7 +74,7 @@ class Estimation:
 
     def check_frame(self, what: str) -> None:
         """Raises a RuntimeError if the frame is unknown: the first probe, at theta, determines it."""
-        if self._found is None:
+        if self._found is None and self._seen is None and not self.replicas.receives:
             direction = type(self.context.axes.direction).__name__
             raise RuntimeError(
                 f"{what}: {direction} finds its basis in a forward at theta; run the model within "
@@ -104,7 +105,7 @@ class Estimation:
                     loss = self._loss_of(session, index, closure)
                     self._repeated += 1
                 losses.append(as_loss(loss, self.context.device))
-            return self.replicas.mean(stacked(losses))
+            return self.reduced(stacked(losses))
 
         estimate = self.complete(evaluate(self.rounds(), losses_of))
         if not self._repeated:
@@ -143,15 +144,22 @@ class Estimation:
             else:
                 self._random.restore()
         with (
-            observer.watching() if observer is not None else nullcontext(),
             session.displaced(combination, keep_buffers=index == self._nearest),
+            # Inside, because the session reads weights itself.
+            observer.watching() if observer is not None else nullcontext(),
         ):
             yield
         self._check()
         if observer is not None:
             self._observer, self._ran_uncompiled = None, observer.ran_uncompiled
+            self._seen = observer.frame()
+
+    def reduced(self, losses: Tensor) -> Tensor:
+        """The losses of the round, [P], over all ranks. After the first round the frame is known."""
+        if self._found is None:
             keys = [key for group in self.context.groups for key in group.keys]
-            self._found = FoundFrame(*self.replicas.first(*observer.frame(), keys))
+            self._found = FoundFrame(*self.replicas.first(self._seen, keys, self.context.device))
+        return self.replicas.mean(losses, self.context.seeds.draws)
 
     def probe(self, index: int) -> tuple[Tensor, Tensor]:
         """Seeds [k] and coefficients [k] of a probe of the round."""

@@ -157,7 +157,7 @@ class Asking:
         """Accepts the losses of ``round``; returns the estimate, or None if another round follows."""
         told = self._checked(losses)
         self.estimation.check_frame("tell")
-        told = self.estimation.replicas.mean(told)
+        told = self.estimation.reduced(told)
         self.round = None
         try:
             self.round = OpenRound(self, self._rounds.send(told))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zoext._engine import digests
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.devices import moved, widest
 from zoext._runtime.late_reads import LateReads
@@ -20,8 +19,8 @@ from zoext.directions import Frame
 #: Steps from one comparison of the replicas to the next.
 COMPARED_EVERY = 100
 
-_CHECKED = ("weights", "options (recipe, seed, step, lr, mu or weight_decay)")
-
+#: Bits of a digest whose square, added up over ranks, is exact.
+_MASKS = {torch.float64: 2**20 - 1, torch.float32: 2**8 - 1}
 
 _KINDS = ("dense", "still", "left", "right")
 
@@ -74,7 +73,8 @@ class Replicas:
             raise TypeError(f"process_group must be 'auto', None or a ProcessGroup, not {group!r}")
         self._given = group
         self._differing = LateReads()
-        self._compared: int | None = None
+        self._digest: Tensor | None = None  # of weights and options, if they are compared at this step
+        self._step = 0
         self._layouts: list[_Layout] = []  # of the first rank's last frame, by parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
@@ -90,22 +90,50 @@ class Replicas:
             return None
         return group  # type: ignore[return-value]
 
-    def mean(self, losses: Tensor) -> Tensor:
-        """The losses of a round, [P], averaged over ranks. Equal losses stay what they are, to the bit."""
+    def mean(self, losses: Tensor, seeds: Tensor) -> Tensor:
+        """The losses of a round, [P], averaged over ranks. Equal float32 losses keep their bits.
+
+        ``seeds`` are those of the step. What identifies the step, and the weights if they are compared at
+        this step, is added up in the same collective as the losses.
+        """
         group = self.group
         if group is None:
             return losses
-        total = losses.to(widest(losses.device), copy=True)
+        dtype = widest(losses.device)
+        own = torch.stack(
+            (seeds[0], self._digest if self._digest is not None else torch.zeros_like(seeds[0]))
+        )
+        own = own.bitwise_and(_MASKS[dtype]).to(dtype)
+        # Sums of values and of their squares are those of equal values only if all are equal.
+        own = torch.cat((own, own * own))
+        total = torch.cat((losses.to(dtype), own))
         dist.all_reduce(total, group=group)
-        return (total / dist.get_world_size(group)).to(losses.dtype)
+        count = dist.get_world_size(group)
+        differs = total[len(losses) :] != count * own
+        self._differing.send(torch.stack((differs[::2].any(), differs[1::2].any())))
+        if losses.device.type == "cpu":
+            self.raise_if_differing()
+        return (total[: len(losses)] / count).to(losses.dtype)
 
-    def first(self, frame: Frame, finite: Tensor, keys: Sequence[int]) -> tuple[Frame, Tensor]:
+    @property
+    def receives(self) -> bool:
+        """Whether frames come from another rank."""
+        group = self.group
+        return group is not None and dist.get_rank(group) > 0
+
+    def first(
+        self, found: tuple[Frame, Tensor] | None, keys: Sequence[int], device: torch.device
+    ) -> tuple[Frame, Tensor]:
         """The frame of the first rank, and whether the activations behind it were finite.
 
-        ``keys`` are those of all parameters that move. Ranks see different batches, so that other weights may
-        rest on the first one: which have factors is sent before the factors, and read on the host.
+        Args:
+            found: those of this rank; other ranks than the first may have none.
+            keys: those of all parameters that move. Ranks see different batches, so that other weights may
+                rest on the first one: which have factors is sent before the factors, and read on the host.
+            device: where the losses are.
         """
         group = self.group
+        frame, finite = found or (Frame(), torch.ones((), dtype=torch.bool, device=device))
         if group is None:
             return frame, finite
         source = dist.get_global_rank(group, 0)
@@ -134,62 +162,46 @@ class Replicas:
         still = frozenset(key for key, layout in pairs if layout.kind == rests)
         return Frame(sides["left"], sides["right"], still), sent[-1] != 0
 
-    def compare(
+    def begin(
         self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device
     ) -> None:
-        """Compares a digest of the weights over ranks, at the first step and every ``COMPARED_EVERY`` steps.
+        """Prepares the comparison of the ranks, before the first round of an estimate.
+
+        Weights are compared every ``COMPARED_EVERY`` steps: a condition that all ranks of a step share.
 
         Raises:
-            RuntimeError: naming a rank that differs; except on the CPU, when the next step begins.
+            RuntimeError: if the last step found a rank that differs.
         """
-        self._raise_if_differing()
-        group, step = self.group, options[0]["step"]
-        if group is None or step == self._compared:
-            return
-        if self._compared is not None and step % COMPARED_EVERY:
-            return
-        self._compared = step
-        row = torch.stack((_weights_digest(groups, device), _options_digest(options, device)))
-        rows = row.new_zeros(dist.get_world_size(group), len(row))
-        rows[dist.get_rank(group)] = row
+        self.raise_if_differing()
+        step = options[0]["step"]
+        if self.group is None or step % COMPARED_EVERY:
+            self._digest = None
+        elif self._digest is None or step != self._step:
+            self._digest = digests.of_weights(groups, device) + digests.of_options(options)
+        self._step = step
+
+    def raise_if_differing(self) -> None:
+        """Raises a RuntimeError that names a rank, if a comparison found one; all ranks find it alike."""
+        for steps_differ, weights_differ in self._differing.take():
+            if steps_differ:
+                raise RuntimeError(
+                    "process_group: ranks are at different steps or have different seeds (this one is at "
+                    f"step {self._step}), so their losses do not belong together. Have all ranks call step() "
+                    "or estimate() equally often, also after an exception, and give them the same seed"
+                )
+            if weights_differ:
+                raise RuntimeError(
+                    f"process_group: rank {self._odd_rank()} has other weights or options (recipe, lr, mu, "
+                    f"weight_decay) than rank 0 at step {self._step}. Give all ranks the same before the "
+                    "first step, after the model is wrapped or loaded; or pass process_group=None if they "
+                    "train different models"
+                )
+
+    def _odd_rank(self) -> int:
+        group, digest = self.group, self._digest
+        assert group is not None
+        assert digest is not None
+        rows = digest.new_zeros(dist.get_world_size(group))
+        rows[dist.get_rank(group)] = digest
         dist.all_reduce(rows, group=group)
-        self._differing.send(rows != rows[0])
-        if device.type == "cpu":
-            self._raise_if_differing()
-
-    def _raise_if_differing(self) -> None:
-        for rows in self._differing.take():
-            for rank, row in enumerate(rows):
-                if any(row):
-                    what = " and ".join(name for name, differs in zip(_CHECKED, row, strict=True) if differs)
-                    raise RuntimeError(
-                        f"replicas: rank {rank} of the process group has other {what} than rank 0 at step "
-                        f"{self._compared}. Give all ranks the same weights (after the model is wrapped or "
-                        "loaded), seed and options before the first step, or pass process_group=None if "
-                        "they train different models"
-                    )
-
-
-def _weights_digest(groups: Sequence[Parameters], device: torch.device) -> Tensor:
-    """int64 []: a sum over the bits of all weights, each tensor with a factor of its own."""
-    tensors = [tensor for group in groups for tensor in group.tensors]
-    sums = torch.stack([moved(_bits(tensor).sum(dtype=torch.int64), device) for tensor in tensors])
-    return (sums * (2 * torch.arange(len(sums), device=device) + 1)).sum()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().view(kinds[tensor.element_size()])
-
-
-def _options_digest(options: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
-    """int64 []; learning rates that are tensors are left out, since reading them may wait for the device."""
-    first = options[0]
-    text = repr([first[name] for name in ("recipe", "precision", "seed", "step")])
-    numbers = [
-        float(group[name])
-        for group in options
-        for name in ("lr", "mu", "weight_decay")
-        if not isinstance(group[name], Tensor)
-    ]
-    return torch.tensor(zlib.crc32(text.encode() + struct.pack(f"<{len(numbers)}d", *numbers)), device=device)
+        return int((rows != rows[0]).nonzero()[0])

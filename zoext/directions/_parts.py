@@ -61,6 +61,8 @@ def parts(
     Rows of strided tensors (channels_last, transposed) are copied, some at a time, and written back when the
     next part is asked for. An element has the index that it has in a contiguous tensor.
     """
+    if not tensors:  # all parameters of a group may be frozen
+        return
     written = tensors if out is None else out
     strided = [
         position
