@@ -257,6 +257,7 @@ def test_every_program_is_tested_and_described() -> None:
         "probe_rounding",
         "replay",
         "step_memory",
+        "trainer_overhead",
     }
     page = (BENCHMARKS / "README.md").read_text()
     assert all(f"{program}.py" in page for program in programs)

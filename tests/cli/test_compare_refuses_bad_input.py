@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.compare_command import CompareCommand, prepare
-from support.tiny_models import labelled, tiny_bert, tiny_deberta
+from support.tiny_models import labelled, tiny_bert
 from zoext.cli import main
 
 
@@ -70,13 +70,6 @@ def test_a_model_whose_loss_is_not_finite(command: CompareCommand) -> None:
     tensors["classifier.bias"][0] = float("inf")
     save_file(tensors, path, {"format": "pt"})
     assert "not finite before the first step" in command.is_refused()
-
-
-def test_a_model_that_streamed_probes_cannot_displace(command: CompareCommand) -> None:
-    tiny_deberta(command.folder / "model")
-    error = command.is_refused("--probe", "streamed")
-    assert "rel_embeddings.weight" in error
-    assert "--probe inplace" in error
 
 
 def test_a_folder_that_holds_a_comparison(command: CompareCommand) -> None:

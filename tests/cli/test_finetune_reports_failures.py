@@ -171,11 +171,7 @@ def test_a_run_without_settings(command: Command, text: str) -> None:
     assert f"{command.out / 'run.json'}: corrupted" in command.is_refused("--resume")
 
 
-def test_a_model_that_streamed_probes_cannot_displace(command: Command) -> None:
+def test_a_model_that_reads_weights_outside_their_modules(command: Command) -> None:
+    """DeBERTa reads the weight of an embedding that it never calls."""
     tiny_deberta(command.folder / "model")
-    assert main(command.arguments("--probe", "streamed")) == 2
-    said = command.capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "rel_embeddings.weight" in said
-    assert "--probe inplace" in said
-    command.works("--probe", "inplace", "--overwrite")
+    command.works("--probe", "streamed")

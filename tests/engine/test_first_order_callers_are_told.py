@@ -91,7 +91,7 @@ def test_a_loop_for_gradients_is_told_what_it_becomes() -> None:
     with pytest.raises(RuntimeError, match=r"estimate\(closure\) first, or step\(closure\)$"):
         optimizer.step()
     closure_of(model)().backward()
-    with pytest.raises(RuntimeError, match=r"by backward\(\) and step\(\), step\(lambda: loss_of"):
+    with pytest.raises(RuntimeError, match=r"replace backward\(\) and step\(\) by step\(lambda: loss_of"):
         optimizer.step()
     assert same(before, bits(model))
 
@@ -147,3 +147,21 @@ def test_a_disabled_scaler_steps() -> None:
     torch.amp.GradScaler("cpu", enabled=False).step(optimizer, closure_of(model))
     other.step(closure_of(plain))
     assert same(bits(model), bits(plain))
+
+
+def test_a_learning_rate_of_zero_takes_steps() -> None:
+    """The first step of a warm-up, in a loop that keeps gradients of zero."""
+    model = model_of()
+    optimizer = zoext.MeZO(model, lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.estimate(closure_of(model))
+    assert torch.isfinite(optimizer.step())
+    assert optimizer.param_groups[0]["step"] == 1
+
+
+def test_derivatives_without_gradients_are_told_how_to_enable_them() -> None:
+    model, x = model_of(), X.clone().requires_grad_()
+    optimizer = zoext.MeZO(model)
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad.*within torch\.enable_grad\(\)"):
+        optimizer.step(lambda: torch.autograd.grad(model(x).sum(), x)[0].square().sum())

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 import zoext
 from support.trainers import Ragged, arguments, tiny_llama, weights
+from zoext.integrations.transformers import ZOTrainerMixin
 
 
 class Own(Trainer):
@@ -51,3 +52,18 @@ def test_a_loop_may_call_train() -> None:
         each.train()
         each.step(lambda: model(torch.ones(3)).square().mean())
     assert optimizer.param_groups[0]["step"] == 2
+
+
+def test_arguments_of_zoext_are_refused(tmp_path: Path) -> None:
+    """They would be ignored, and AdamW would train."""
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"unsupported optimizer: zoext \(use ZOTrainer"):
+        trainer_of(Trainer, model, tmp_path).train()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_mixin_behind_the_trainer_is_refused() -> None:
+    with pytest.raises(TypeError, match="class Wrong: name ZOTrainerMixin before Trainer among its bases"):
+
+        class Wrong(Trainer, ZOTrainerMixin):
+            pass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 import zoext
 from support.trainers import (
@@ -74,6 +75,33 @@ def test_a_model_that_returns_means(tmp_path: Path) -> None:
         assert torch.allclose(end, ends[0][1], atol=1e-5)
 
 
+class Indifferent(Regression):
+    """Takes any keyword, as BERT, T5 and BART do, and returns a mean all the same."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **ignored: Any) -> dict[str, Tensor]:
+        return super().forward(input_ids, labels)
+
+
+class OwnMean(ZOTrainer):
+    """Returns a float, such as a reward."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, num_items_in_batch: Any = None) -> Any:
+        return float(model(**inputs)["loss"])
+
+
+@pytest.mark.parametrize("kind", [ZOTrainer, OwnMean])
+def test_a_mean_where_trainer_expects_a_share(kind: type[ZOTrainer], tmp_path: Path) -> None:
+    ends = []
+    for split in [(8, 1), *SPLITS]:
+        args = arguments(tmp_path, max_steps=2, **options(*split))
+        trainer = kind(Indifferent(), args, train_dataset=Ragged(24))
+        trainer.train()
+        ends.append(trainer)
+    for end in ends[1:]:
+        assert logs(end, "loss") == pytest.approx(logs(ends[0], "loss"), rel=1e-5)
+        assert torch.allclose(weights(end), weights(ends[0]), atol=1e-5)
+
+
 def test_compute_loss_func_is_a_sum(tmp_path: Path) -> None:
     def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         logits = outputs["logits"][:, :-1].flatten(0, 1)
@@ -113,7 +141,9 @@ def test_losses_are_those_of_a_first_order_trainer(tmp_path: Path) -> None:
     common = {**options(2, 4), "max_steps": 4, "logging_steps": 2, "learning_rate": 0.0, "zo_mu": 1e-6}
     args = arguments(tmp_path, **common)
     ours = ZOTrainer(tiny_llama(), args, train_dataset=Ragged(20))
-    first_order = Trainer(tiny_llama(), args, train_dataset=Ragged(20))
+    plain = copy.copy(args)
+    plain.optim = TrainingArguments.default_optim
+    first_order = Trainer(tiny_llama(), plain, train_dataset=Ragged(20))
     ours.train()
     first_order.train()
     assert logs(ours, "loss") == pytest.approx(

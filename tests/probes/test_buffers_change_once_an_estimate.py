@@ -173,3 +173,25 @@ def test_evaluation_works_after_training() -> None:
         in_evaluation = float((model.eval()(x).argmax(1) == labels).float().mean())
     assert in_training > 0.7
     assert abs(in_training - in_evaluation) < 0.05
+
+
+def test_ask_and_tell_write_them_when_the_estimate_is_complete() -> None:
+    """However often the probe at theta is evaluated, and not at all for a round that is cancelled."""
+    for ends in ("told", "cancelled", "not finite"):
+        model = Model()
+        optimizer = zoext.ZerothOrderOptimizer(
+            model, estimator=zoext.ForwardDifference(samples=1), probe="streamed", nonfinite="skip"
+        )
+        before, expected = buffers(model), copy.deepcopy(model)
+        with torch.no_grad():
+            loss_of(expected)()
+        asked = optimizer.ask()
+        for index in (0, 0, 1):
+            with asked.displaced(index):
+                loss_of(model)()
+        assert_equal(buffers(model), before)
+        if ends == "cancelled":
+            optimizer.cancel()
+        else:
+            optimizer.tell([0.5, float("nan") if ends == "not finite" else 0.6])
+        assert_equal(buffers(model), buffers(expected) if ends == "told" else before)

@@ -120,7 +120,7 @@ class StepEngine:
                 with self.probe.session() as session:
                     estimation = self._estimation(context)
                     estimate = estimation.run(session, closure)
-                    session.write_buffers(estimate.finite)
+                    session.take_buffers()(estimate.finite)
                 self.run.frame = estimation.found
                 self.watch.note(estimate)
         except BaseException:
@@ -301,7 +301,7 @@ class StepEngine:
         with self._updating():
             with self.run.tearing(self.groups):
                 moved = applying.apply(target, states, [step])
-            session.write_buffers(estimate.finite)
+            session.take_buffers()(estimate.finite)
             commit(step, moved)
         return step
 

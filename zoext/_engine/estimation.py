@@ -144,7 +144,7 @@ class Estimation:
             else:
                 self._random.restore()
         with (
-            session.displaced(combination, keep_buffers=index == self._nearest),
+            session.displaced(combination, keep_buffers=self.moves_buffers(index)),
             # Inside, because the session reads weights itself.
             observer.watching() if observer is not None else nullcontext(),
         ):
@@ -160,6 +160,10 @@ class Estimation:
             keys = [key for group in self.context.groups for key in group.keys]
             self._found = FoundFrame(*self.replicas.first(self._seen, keys, self.context.device))
         return self.replicas.mean(losses, self.context.seeds.draws)
+
+    def moves_buffers(self, index: int) -> bool:
+        """Whether buffers get the values that modules write in this probe of the round: the one at theta."""
+        return index == self._nearest
 
     def probe(self, index: int) -> tuple[Tensor, Tensor]:
         """Seeds [k] and coefficients [k] of a probe of the round."""

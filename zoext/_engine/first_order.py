@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
 
+_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 _WITHOUT_GRAPH = "does not require grad and does not have a grad_fn"
 
 
@@ -21,24 +24,20 @@ class BackwardInClosureError(RuntimeError):
 def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether ``step()`` is called by ``torch.distributed.checkpoint``, to create the state.
 
-    It sets gradients of zero for all parameters and an lr of zero, and expects that nothing moves.
+    It sets all learning rates to zero, and expects that nothing moves.
     """
     if any(isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu" for group in groups):
         return False  # its zero is a float, or a tensor on the host
     if any(float(group["lr"]) != 0 for group in groups):
         return False
-    gradients = [
-        parameter.grad for group in groups for parameter in group["params"] if parameter.requires_grad
-    ]
-    return bool(gradients) and all(grad is not None and not grad.any() for grad in gradients)
+    return any(frame.f_globals.get("__name__") == _CHECKPOINTS for frame in _callers())
 
 
 def nothing_to_apply(groups: Sequence[Mapping[str, Any]]) -> RuntimeError:
     """The error of a ``step()`` that no estimate precedes."""
     has_gradients = any(parameter.grad is not None for group in groups for parameter in group["params"])
     gradients = (
-        ". Gradients are not used: what a loop for a first-order optimizer does by backward() and step(), "
-        "step(lambda: loss_of(model, batch)) does alone"
+        ". Gradients are not used: replace backward() and step() by step(lambda: loss_of(model, batch))"
     )
     return RuntimeError(
         "step() has nothing to apply: call estimate(closure) first, or step(closure)"
@@ -89,12 +88,16 @@ def _accumulated_by_accelerate() -> int:
 
 
 def _is_called_by(function: Any) -> bool:
+    return any(frame.f_code is function.__code__ for frame in _callers())
+
+
+def _callers() -> Iterator[FrameType]:
+    """The next frames above; in between are this module, the optimizer, and wrappers by torch."""
     frame = inspect.currentframe()
-    for _ in range(9):  # in between are this module, the optimizer, and wrappers by torch and schedulers
+    for _ in range(10):
         frame = frame.f_back if frame is not None else None
-        if frame is not None and frame.f_code is function.__code__:
-            return True
-    return False
+        if frame is not None:
+            yield frame
 
 
 def _module_of_lightning(closure: object) -> Any:
@@ -121,12 +124,18 @@ def check_not_trainer() -> None:
 
 @contextmanager
 def explained_backward() -> Iterator[None]:
-    """Names the remedy if a closure that runs within the block calls ``backward()``."""
+    """Names the remedy if a closure that runs within the block calls ``backward()`` or ``autograd.grad``."""
     try:
         yield
     except RuntimeError as error:
-        if _WITHOUT_GRAPH not in str(error):
+        functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if _WITHOUT_GRAPH not in str(error) or not functions & {"backward", "grad"}:
             raise
+        if "backward" not in functions:
+            raise RuntimeError(
+                "closure calls torch.autograd.grad, but it runs with gradients disabled, so there is no "
+                "graph. Compute what it differentiates within torch.enable_grad()"
+            ) from error
         raise BackwardInClosureError(
             "closure computes gradients, but it runs with gradients disabled, so there is no graph. Delete "
             "its backward() line (loss.backward(), or accelerator.backward(loss)) and return the loss"

@@ -13,7 +13,7 @@ from zoext._engine.estimation import Estimation, as_loss
 from zoext._parameters import wrappers
 from zoext._runtime.profiling import Phase, record
 from zoext.estimators import Estimate, Round, stacked
-from zoext.probes import Probe
+from zoext.probes import Probe, Session
 
 
 class LoRAFactors(NamedTuple):
@@ -73,7 +73,7 @@ class OpenRound:
                     "and may have been read as they were, or compiled code ran as it is written so that "
                     "activations could be seen; evaluate this probe again"
                 )
-            session.write_buffers(torch.ones((), dtype=torch.bool, device=asking.estimation.context.device))
+            asking.keep_buffers(index, session)
 
     def adapter(self, index: int) -> dict[str, LoRAFactors]:
         """Probe ``index`` as low-rank factors, keyed by the names of the parameters in the module.
@@ -92,11 +92,12 @@ class OpenRound:
         self._check_index(index)
         estimation = self._asking.estimation
         estimation.check_frame("adapter")
-        context, frame = estimation.context, estimation.found.frame
+        context = estimation.context
         seeds, coefficients = estimation.probe(index)
         found: dict[str, LoRAFactors] = {}
         if not len(seeds):
             return found
+        frame = estimation.found.frame
         if context.module is None:
             raise ValueError(
                 "adapter: whether a weight is stored transposed depends on its module; build the optimizer "
@@ -150,6 +151,7 @@ class Asking:
         self.probe = probe
         self.closures = closures
         self._owner = owner
+        self._write_buffers: Callable[[Tensor], None] | None = None
         self._rounds = estimation.rounds()
         self.round: OpenRound | None = OpenRound(self, next(self._rounds))
 
@@ -162,8 +164,16 @@ class Asking:
         try:
             self.round = OpenRound(self, self._rounds.send(told))
         except StopIteration as done:
-            return self.estimation.complete(done.value)
+            estimate = self.estimation.complete(done.value)
+            if self._write_buffers is not None:
+                self._write_buffers(estimate.finite)
+            return estimate
         return None
+
+    def keep_buffers(self, index: int, session: Session) -> None:
+        """Keeps what the probe that moves running statistics left, until the estimate is complete."""
+        if self.estimation.moves_buffers(index):
+            self._write_buffers = session.take_buffers()
 
     def cancel(self) -> None:
         self.round = None

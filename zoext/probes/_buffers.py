@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,13 +71,17 @@ class BufferSwap:
         """Forgets what was kept."""
         self._kept = {}
 
-    def write(self, condition: Tensor) -> None:
-        """Gives buffers the values that were kept, if ``condition`` (bool []) holds on the device."""
+    def take(self) -> Callable[[Tensor], None]:
+        """Hands over what was kept: a function that writes it if its argument (bool []) holds."""
         kept, self._kept = self._kept, {}
-        for (module, name), value in kept.items():
-            buffer = module._buffers[name]
-            if buffer is not None and not buffer.is_inference():
-                buffer.copy_(torch.where(condition.to(buffer.device), value, buffer))
+
+        def write(condition: Tensor) -> None:
+            for (module, name), value in kept.items():
+                buffer = module._buffers[name]
+                if buffer is not None and not buffer.is_inference():
+                    buffer.copy_(torch.where(condition.to(buffer.device), value, buffer))
+
+        return write
 
 
 def _is_plain(buffer: Tensor) -> bool:

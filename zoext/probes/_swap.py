@@ -127,7 +127,7 @@ class ModuleSwap:
         """Runs modules with displaced weights within the block; yields the ids of the modules that ran.
 
         With ``find_written_buffers`` every buffer is replaced, and those that a module writes to are
-        remembered for later probes. With ``keep_buffers`` their new values are kept for ``write_buffers``.
+        remembered for later probes. With ``keep_buffers`` their new values are kept for ``take_buffers``.
         """
         self._combination = combination
         self._buffers.begin(find_written_buffers, keep_buffers)
@@ -351,9 +351,9 @@ class ModuleSwap:
         del self._running[module]
         self._scratch.release(running.top)
 
-    def write_buffers(self, condition: Tensor) -> None:
-        """Gives buffers the values that ``keep_buffers`` kept, if ``condition`` (bool []) holds."""
-        self._buffers.write(condition)
+    def take_buffers(self) -> Callable[[Tensor], None]:
+        """Hands over the values that ``keep_buffers`` kept; see ``Session.take_buffers``."""
+        return self._buffers.take()
 
 
 def _like(parameters: Parameters) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ class Session(ABC):
         """Displaces the model to ``theta + combination`` within the block.
 
         With ``keep_buffers``, the values that modules write to buffers in the block, such as running
-        statistics, are kept for ``write_buffers``.
+        statistics, are kept for ``take_buffers``.
         """
 
     def interruptible(self) -> AbstractContextManager[None]:
@@ -35,8 +35,12 @@ class Session(ABC):
         """Whether the last probe must be evaluated again, since weights may have been read as they were."""
         return False
 
-    def write_buffers(self, condition: Tensor) -> None:  # noqa: B027
-        """Writes the buffers that were kept, where ``condition`` (bool []) holds; also after the session."""
+    def take_buffers(self) -> Callable[[Tensor], None]:
+        """Hands over the buffers that were kept.
+
+        Returns a function that writes them if its argument (bool []) holds, also after the session.
+        """
+        return lambda condition: None
 
     @property
     def is_displaced(self) -> bool:

@@ -101,7 +101,7 @@ class StreamedProbe(Probe):
                 self._watch_next = True
         with interrupts.deferred() as signals, self._swap.hooked(signals):
             try:
-                yield _StreamedSession(signals, self._displaced, self._swap.write_buffers, self._was_stale)
+                yield _StreamedSession(signals, self._displaced, self._swap.take_buffers, self._was_stale)
             finally:
                 torch.clear_autocast_cache()
 
@@ -157,12 +157,12 @@ class _StreamedSession(Session):
         self,
         signals: interrupts.Signals,
         displaced: Callable[[Combination, bool], AbstractContextManager[None]],
-        write_buffers: Callable[[Tensor], None],
+        take_buffers: Callable[[], Callable[[Tensor], None]],
         is_to_repeat: Callable[[], bool],
     ) -> None:
         super().__init__(signals)
         self._displace = displaced
-        self._write_buffers = write_buffers
+        self._take_buffers = take_buffers
         self._is_to_repeat = is_to_repeat
 
     def displaced(self, combination: Combination, keep_buffers: bool = False) -> AbstractContextManager[None]:
@@ -171,8 +171,8 @@ class _StreamedSession(Session):
     def is_to_repeat(self) -> bool:
         return self._is_to_repeat()
 
-    def write_buffers(self, condition: Tensor) -> None:
-        self._write_buffers(condition)
+    def take_buffers(self) -> Callable[[Tensor], None]:
+        return self._take_buffers()
 
 
 @contextmanager

@@ -27,6 +27,8 @@ RECIPES: dict[str, type[ZerothOrderOptimizer]] = {
     and issubclass(member, ZerothOrderOptimizer)
     and member is not ZerothOrderOptimizer
 }
+#: Has a plain Trainer refuse the arguments, which would otherwise train with AdamW.
+_OPTIM = "zoext (use ZOTrainer, or ZOTrainerMixin before your trainer)"
 #: Options of an optimizer that other arguments set.
 _ELSEWHERE = {
     "lr": "learning_rate",
@@ -93,7 +95,10 @@ class ZOArgumentsMixin(_Arguments):
         self.zo_options = _options(self.zo_options, recipe)
         if self.learning_rate is None:
             self.learning_rate = float(inspect.signature(recipe).parameters["lr"].default)
+        if self.optim == _OPTIM:  # of arguments that were built before
+            self.optim = TrainingArguments.default_optim
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.optim = _OPTIM
 
 
 @dataclass

@@ -60,6 +60,16 @@ class ZOTrainerMixin(_Trainer):
 
     _batch: tuple[Any, ...] = ()  # the prepared micro-batches of the current step
     _forwards = 0
+    _are_shares: bool | None = None  # what compute_loss returns, once it has been tried
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[: cls.__mro__.index(ZOTrainerMixin)]:
+            if issubclass(base, Trainer) and not issubclass(base, ZOTrainerMixin):
+                raise TypeError(
+                    f"class {cls.__name__}: name ZOTrainerMixin before {base.__name__} among its bases; "
+                    "behind it, the mixin has no effect and the trainer computes gradients"
+                )
 
     def create_accelerator_and_postprocess(self) -> None:
         _check_arguments(self.args)
@@ -82,6 +92,7 @@ class ZOTrainerMixin(_Trainer):
             self.optimizer = build(recipe, target, self.get_decay_parameter_names(target), options)
         optimizer = super().create_optimizer(model)
         _check_optimizer(optimizer, target, self.accelerator.num_processes)
+        self._are_shares = None
         self._forwards = _forwards_before(self.state.log_history, self.state.global_step)
         return optimizer
 
@@ -89,13 +100,15 @@ class ZOTrainerMixin(_Trainer):
         """The optimizer that the arguments choose, and its options."""
         args = self.args
         common = {"weight_decay": args.weight_decay, "seed": args.seed}
+        if isinstance(args, ZOArgumentsMixin):
+            common["mu"] = args.zo_mu
         if self.optimizer_cls_and_kwargs is not None:
             recipe, options = self.optimizer_cls_and_kwargs
             if isinstance(recipe, type) and issubclass(recipe, ZerothOrderOptimizer):
                 return recipe, {**common, **options}
         elif isinstance(args, ZOArgumentsMixin):
             assert isinstance(args.zo_options, dict)
-            own = {"lr": args.learning_rate, "mu": args.zo_mu, **common, **args.zo_options}
+            own = {"lr": args.learning_rate, **common, **args.zo_options}
             return RECIPES[args.zo_optimizer], own
         return None
 
@@ -126,16 +139,11 @@ class ZOTrainerMixin(_Trainer):
             return torch.zeros((), device=self.args.device)  # Trainer sums what the micro-batches return
         # Only the micro-batches of this step: a callback may have ended the last epoch within a step.
         batch, self._batch = self._batch[-self.current_gradient_accumulation_steps :], ()
-        is_sum = self._returns_shares(num_items_in_batch)
+        is_sum = self._returns_shares(model, batch, num_items_in_batch)
+        counted = num_items_in_batch if is_sum else None  # given one, Trainer scales by the processes
 
         def closure() -> Tensor:
-            losses = []
-            for micro_batch in batch:
-                with self.compute_loss_context_manager():
-                    # A copy, because compute_loss may take entries out.
-                    inputs = copy.copy(micro_batch)
-                    loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-                losses.append(loss.to(torch.promote_types(loss.dtype, torch.float32)))
+            losses = [self._loss_of(model, micro_batch, counted) for micro_batch in batch]
             total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             return total if is_sum else total / len(batch)
 
@@ -143,15 +151,45 @@ class ZOTrainerMixin(_Trainer):
         self._forwards += estimate.forwards
         return estimate.loss.to(self.args.device)
 
-    def _returns_shares(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether ``compute_loss`` returns a share of the batch's loss, and not the mean of a micro-batch."""
+    def _loss_of(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
+        with self.compute_loss_context_manager():
+            # A copy, because compute_loss may take entries out.
+            loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=num_items_in_batch)
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(loss, dtype=torch.float64)
+        wide: Tensor = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        return wide
+
+    def _returns_shares(
+        self, model: nn.Module, batch: Sequence[Any], num_items_in_batch: Tensor | int | None
+    ) -> bool:
+        """Whether ``compute_loss`` returns a share of the batch's loss, and not the mean of a micro-batch.
+
+        Trainer guesses from signatures, but a model that takes any keyword may ignore ``num_items_in_batch``,
+        as an own ``compute_loss`` may. So it is tried, once, with two numbers.
+        """
         if self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return counted or self.compute_loss_func is not None
+        if num_items_in_batch is None:
+            return self.compute_loss_func is not None
+        if len(batch) == 1 and self.accelerator.num_processes == 1:
+            return True
+        if self._are_shares is None:
+            model.eval()  # no dropout, no running statistics
+            try:
+                with torch.no_grad():
+                    numbers = (num_items_in_batch, 2 * num_items_in_batch)
+                    once, twice = (float(self._loss_of(model, batch[0], number)) for number in numbers)
+            finally:
+                model.train()
+            if once == twice == 0:  # this micro-batch has no label: the next one will tell
+                return True
+            self._are_shares = abs(once - twice) > 0.01 * abs(once)
+        return self._are_shares
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        estimate = unwrap(self.optimizer).last_estimate if "loss" in logs else None
+        is_of_training = "loss" in logs and "learning_rate" in logs
+        estimate = unwrap(self.optimizer).last_estimate if is_of_training else None
         if estimate is not None:
             logs.pop("grad_norm", None)  # of gradients, which do not exist
             projected = float(torch.linalg.vector_norm(estimate.coefficients))
