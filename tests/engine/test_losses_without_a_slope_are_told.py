@@ -137,3 +137,16 @@ def test_an_adapter_that_is_not_read(how: str, probe: str) -> None:
         for _ in range(5):
             optimizer.step(closure)
     assert [str(each.message)[:20] for each in told if "equal to the bit" in str(each.message)]
+
+
+def test_warnings_name_the_line_of_the_program() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match="is more than the columns") as found:
+        optimizer = zoext.LOZO(model, rank=5)
+    assert found[0].filename == __file__
+    for _ in range(4):
+        optimizer.estimate(lambda: model(torch.ones(3)).sum() * 0)
+        optimizer.step()
+    with pytest.warns(UserWarning, match="equal to the bit") as found:
+        optimizer.estimate(lambda: model(torch.ones(3)).sum())
+    assert found[0].filename == __file__

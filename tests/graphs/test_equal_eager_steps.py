@@ -291,6 +291,6 @@ def test_the_memory_of_the_probe_stays() -> None:
     runs = []
     for graphed in (False, True):
         run = Run("mezo", graphed=graphed).steps(range(6))
-        run.optimizer.engine.probe._swap._scratch.prepare(torch.device("cpu"), 10**6)
+        run.optimizer.engine.probe._swap._scratch.prepare({torch.device("cpu"): 10**6})
         runs.append(run.steps(range(6, 9)))
     assert same(runs[0].result(), runs[1].result())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from zoext._runtime.late_reads import LateReads
+from zoext._runtime.notices import warn
 from zoext.estimators import Estimate
 
 #: Consecutive estimates whose losses are all equal, before they are told.
@@ -49,7 +48,7 @@ class LossWatch:
 
     def check(self) -> None:
         """Raises if an earlier estimate was not finite, and warns of the ``FLAT``-th with equal losses."""
-        for is_nonfinite, streak in self._reads.take():
+        for is_nonfinite, streak in self._reads.take(wait=self._raises):
             if is_nonfinite and self._raises:
                 self._raise("the previous")
             if streak == FLAT:
@@ -69,10 +68,9 @@ class LossWatch:
 
     @staticmethod
     def _warn() -> None:
-        warnings.warn(
+        warn(
             f"the losses of each of the last {FLAT} estimates were equal to the bit, so there is no slope to "
             "follow. Either the closure does not run what the optimizer moves (but another model, a copy, or "
             "an adapter that is merged or disabled), or its value does not change at this scale: it is "
-            "constant, counts (as an accuracy does), or mu is too small",
-            stacklevel=2,
+            "constant, counts (as an accuracy does), or mu is too small"
         )

@@ -29,10 +29,15 @@ class LateReads:
         event.record(torch.cuda.current_stream(values.device))
         self._travelling.append((copied, event))
 
-    def take(self) -> list[Any]:
-        """The values that were sent since the last call, as nested lists."""
-        travelling, self._travelling = self._travelling, []
-        for _, event in travelling:
+    def take(self, *, wait: bool = True) -> list[Any]:
+        """The values that were sent and not yet taken, as nested lists; without ``wait``, those here."""
+        arrived = []
+        while self._travelling:
+            values, event = self._travelling[0]
             if event is not None:
+                if not wait and not event.query():
+                    break
                 event.synchronize()
-        return [values.tolist() for values, _ in travelling]
+            arrived.append(values.tolist())
+            del self._travelling[0]
+        return arrived

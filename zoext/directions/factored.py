@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,13 +12,13 @@ from torch import Tensor
 from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import matrix_shape
+from zoext._runtime.notices import warn
 from zoext.directions._parts import parts
 from zoext.directions._stacks import matrices_of, operands
 from zoext.directions.base import Direction, Frame, Terms, Window, decay_of, rectangle, terms_of
 from zoext.directions.dense import Gaussian
 
 _DENSE = Gaussian()
-_CALLER = 5  # warn_of_narrow, check, the optimizer's and the recipe's __init__
 
 
 class _Kinds(NamedTuple):
@@ -176,10 +175,9 @@ def warn_of_narrow(rank: int, widths: Iterable[tuple[str, int]]) -> None:
     narrow = [f"{name} ({columns})" for name, columns in widths if columns < rank]
     if narrow:
         shown = ", ".join(narrow[:3]) + (f" and {len(narrow) - 3} more" if len(narrow) > 3 else "")
-        warnings.warn(
+        warn(
             f"rank={rank} is more than the columns of some matrices, whose directions have the rank of their "
-            f"columns: {shown}",
-            stacklevel=_CALLER,
+            f"columns: {shown}"
         )
 
 
