@@ -64,7 +64,7 @@ def test_bars(probe: str, dtype: torch.dtype, axes: str) -> None:
         assert extra <= MIB
         return
     # The scratch buffer stays allocated between steps; it counts all the same.
-    scratch = optimizer.engine.probe._swap._scratch._buffer.numel()  # type: ignore[attr-defined]
+    scratch = optimizer.engine.probe._swap._scratch.buffers[0].numel()  # type: ignore[attr-defined]
     assert extra + scratch <= max(weights) + MIB
     first = zoext.ZerothOrderOptimizer(model, estimator=estimator, probe=probe)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
