@@ -1,4 +1,4 @@
-"""AGZO's directions where modules rest, weights are multiplied elsewhere, and experts share a parameter."""
+"""AGZO's directions where modules are unused, weights multiplied elsewhere, and experts in one parameter."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import zoext
 from support import oracle
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block
+from zoext.directions._products import masks_of_groups
 from zoext.ops import Rounding, Stream
 
 SEED, LR, MU = 2**63 + 9, 0.5, 1e-2
@@ -62,7 +64,7 @@ def tokens(count: int, width: int, seed: int = 0, dtype: torch.dtype = torch.flo
     return (3 * strong + 0.1 * torch.randn(count, width, generator=generator)).to(dtype)
 
 
-# --- Modules that rest -------------------------------------------------------------------------------
+# --- Unused modules ----------------------------------------------------------------------------------
 
 
 def routed(model: Any, x: Tensor) -> Tensor:
@@ -100,11 +102,11 @@ def test_experts_that_get_no_token_have_zero_directions() -> None:
 def test_a_step_may_leave_out_all_layers() -> None:
     torch.manual_seed(1)
     change = moved(
-        Stepped(lambda model, x: x * model.scale, rests=nn.Linear(3, 3), scale=nn.Parameter(torch.ones(3))),
+        Stepped(lambda model, x: x * model.scale, unused=nn.Linear(3, 3), scale=nn.Parameter(torch.ones(3))),
         torch.ones(2, 3),
     )
     assert change["scale"].any()
-    assert not change["rests.weight"].any()
+    assert not change["unused.weight"].any()
 
 
 # --- Weights that are multiplied elsewhere -----------------------------------------------------------
@@ -121,7 +123,16 @@ ELSEWHERE = {
     "in parts": lambda weight, x: torch.cat([F.linear(x, part) for part in weight.chunk(3)], 1),
     "detached": lambda weight, x: F.linear(x, weight.detach().view(7, 5)),
     "twice": lambda weight, x: F.linear(x[:2], weight).sum() + F.linear(x[2:], weight).sum(),
+    "also read": lambda weight, x: F.linear(x, weight).mean() + weight.square().mean(),
+    "autocast": lambda weight, x: autocast(lambda: x.float() @ weight.float().t()),
+    "checkpointed": lambda weight, x: checkpoint(lambda x: x @ weight.t(), x, use_reentrant=False),
+    "compiled": lambda weight, x: torch.compile(lambda x: F.linear(x, weight), backend="eager")(x),
 }
+
+
+def autocast(run: Callable[[], Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return run().double()
 
 
 @pytest.mark.parametrize("how", ELSEWHERE)
@@ -140,6 +151,56 @@ def test_a_weight_multiplied_elsewhere_gets_the_subspace_of_what_it_is_multiplie
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
 
 
+def test_a_weight_multiplied_in_a_branch() -> None:
+    """Of a higher-order operator, which leaves torch's modes while it calls its functions."""
+    torch.manual_seed(1)
+    x = tokens(6, 5)
+
+    def body(model: Any, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 1e9, lambda x: x @ x.T, lambda x: F.linear(x, model.layer.weight), (x,))
+
+    model = Stepped(body, layer=nn.Linear(5, 6)).double()
+    change = moved(model, x, probe="inplace", power_iterations=5)["layer.weight"]
+    assert rank_of(change) == 1
+    assert angle_to_leading(change, x) < 1e-3
+
+
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+@pytest.mark.parametrize("direction", ["AGZO", "MeZO"])
+def test_losses_of_derivatives_are_those_of_the_model(direction: str, probe: str) -> None:
+    """Views and copies of a watched weight keep their graph."""
+    torch.manual_seed(1)
+    x = tokens(6, 5)
+
+    def body(model: Any, x: Tensor) -> Tensor:
+        hidden = torch.tanh(x @ model.a.weight.t()) + torch.tanh(x @ model.a.weight.clone().t())
+        return model.b(hidden * model.stack[1].sum())
+
+    model = Stepped(
+        body, a=nn.Linear(5, 4), b=nn.Linear(4, 2), stack=nn.Parameter(torch.randn(2, 4, 5))
+    ).double()
+    weights = [model.a.weight, model.b.weight, model.stack]
+    losses = []
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            found = torch.autograd.grad(model(x).square().sum(), weights, allow_unused=True)
+        loss = torch.stack([each.square().sum() for each in found if each is not None]).sum()
+        losses.append((len([each for each in found if each is not None]), loss.detach()))
+        return loss
+
+    _, expected = closure(), losses.pop()
+    optimizer = zoext.ZerothOrderOptimizer(
+        model,
+        direction=zoext.directions.ActivationSubspace() if direction == "AGZO" else None,
+        estimator=zoext.ForwardDifference(samples=1),
+        probe=probe,
+    )
+    optimizer.estimate(closure)
+    assert expected[0] == 3
+    assert expected in losses
+
+
 def test_a_weight_of_transformers_conv1d_is_multiplied_elsewhere() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     torch.manual_seed(1)
@@ -155,6 +216,7 @@ OTHERWISE = {
     "some columns": lambda weight, x: F.linear(x[:, :3], weight[:, :3]),
     "an index": lambda weight, x: weight[torch.tensor([1, 2])] * x[:2],
     "from the other side": lambda weight, x: torch.ones(2, 7, dtype=x.dtype) @ weight,
+    "in torch.vmap": lambda weight, x: torch.vmap(lambda row: (weight @ row).sum())(x),
 }
 
 
@@ -171,7 +233,7 @@ def test_a_weight_read_in_other_ways_is_dense(how: str, probe: str) -> None:
 
 # --- Experts in one parameter ------------------------------------------------------------------------
 
-ROUTES = torch.tensor([0, 0, 3, 3, 3, 4, 4])  # of the tokens; experts 1 and 2 rest
+ROUTES = torch.tensor([0, 0, 3, 3, 3, 4, 4])  # of the tokens; experts 1 and 2 get none
 EXPERTS = 5
 
 
@@ -256,6 +318,21 @@ def test_experts_that_store_their_weights_transposed(how: str) -> None:
             assert angle_to_leading(change[expert].T, rows) < 1e-3
 
 
+@pytest.mark.parametrize("how", ["flattened", "a row of each"])
+def test_products_that_mix_the_matrices_of_a_stack_are_dense(how: str) -> None:
+    """Such a view has two dimensions, like one of a single matrix."""
+    torch.manual_seed(1)
+    model = Stepped(
+        lambda model, x: F.linear(
+            x, model.experts.flatten(0, 1) if how == "flattened" else model.experts[:, 0]
+        ),
+        experts=nn.Parameter(torch.randn(4, 6, 3)),
+        unused=nn.Linear(3, 2),
+    ).double()
+    change = moved(model, tokens(7, 3))["experts"]
+    assert [rank_of(each) for each in change] == [3, 3, 3, 3]
+
+
 def test_parameters_of_three_dimensions_that_are_no_stacks_are_dense() -> None:
     torch.manual_seed(1)
     model = Stepped(
@@ -337,7 +414,7 @@ def test_a_part_of_a_stack_moves_as_in_the_whole(dtype: torch.dtype, transposed:
         assert torch.equal(moved_part(*cut), whole[cut])
 
 
-def test_adapters_of_what_rests_are_zero_and_stacks_have_none() -> None:
+def test_adapters_of_unused_weights_are_zero_and_stacks_have_none() -> None:
     torch.manual_seed(1)
     x = tokens(7, 5)
     experts = nn.ModuleList(nn.Linear(5, 7, bias=False) for _ in range(4))
@@ -360,3 +437,11 @@ def test_adapters_of_what_rests_are_zero_and_stacks_have_none() -> None:
             for number in range(4):
                 factors = adapters[f"experts.{number}.weight"]
                 assert (factors.B @ factors.A).any() == (number in (1, 3))
+
+
+def test_masks_select_the_rows_of_groups() -> None:
+    """As CUDA needs them, which cannot select rows without waiting."""
+    ends = [0, 3, 3, 7]
+    masks = masks_of_groups(torch.tensor(ends, dtype=torch.int32), 9)
+    rows = torch.arange(9)
+    assert [rows[mask].tolist() for mask in masks] == [[], [0, 1, 2], [], [3, 4, 5, 6]]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoext
@@ -91,6 +92,50 @@ def test_bits_are_those_of_contiguous_weights(
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
         assert not torch.equal(weight, began[name]), name
+
+
+class Multiplied(nn.Module):
+    """Weights that AGZO sees in products of the input itself, whose rounding does not depend on them.
+
+    Args:
+        order: of the dimensions in memory, slowest first.
+    """
+
+    def __init__(self, order: tuple[int, ...] = (0, 1, 2)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.square, self.wide = nn.Linear(4, 4, bias=False), nn.Linear(4, 6, bias=False)
+        self.right, self.left = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.randn(3, 4, 6))
+        for weight in self.parameters():
+            own = [dim for dim in order if dim < weight.dim()]
+            back = [own.index(dim) for dim in range(weight.dim())]
+            weight.data = weight.data.permute(own).contiguous().permute(back)
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrices = F.linear(x, self.square.weight).sum() + (x @ self.wide.weight.t()).sum()
+        stack = F.linear(x, self.right[0]) + x @ self.right.mT[2] + F.linear(x, self.right.clone()[0])
+        routes = torch.tensor([0, 2, 2, 0, 1])
+        gathered = torch.bmm(x[:, None], self.left[routes]).sum() + (x[:2] @ self.left[1, :, 1:4]).sum()
+        return matrices + stack.sum() + gathered
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 2, 0), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+def test_agzo_tells_the_sides_of_products(order: tuple[int, ...], probe: str) -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    ends = []
+    for given in ((0, 1, 2), order):
+        model = Multiplied(given)
+        optimizer = zoext.AGZO(model, lr=1e-2, mu=1e-2, seed=3, probe=probe)
+        losses = iter([1.0, 1.25, 0.75, 1.5, 1.0, 2.0, 1.0, 0.5, 0.25])
+        for _ in range(2):
+            optimizer.step(lambda model=model, losses=losses: model(x) * 0 + next(losses))
+        ends.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    began = dict(Multiplied().named_parameters())
+    for name, weight in ends[0].items():
+        assert torch.equal(ends[1][name], weight), name
+        change = (weight - began[name]).reshape(-1, *weight.shape[-2:])
+        assert all(torch.linalg.matrix_rank(each, rtol=1e-3) < 3 for each in change), name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -119,8 +119,8 @@ def takes_the_first_rank_s_experts(rank: int) -> None:
         optimizer.estimate(lambda: net(x[rank], rank))
         plain.estimate(lambda: alone(x[0], 0))
         frames = [each.engine.run.frame.frame for each in (optimizer, plain)]
-        assert frames[0].still == frames[1].still
-        assert len(frames[0].still) == 2
+        assert frames[0].unused == frames[1].unused
+        assert len(frames[0].unused) == 2
         assert frames[0].right.keys() == frames[1].right.keys()
         assert all(torch.equal(frames[0].right[key], frames[1].right[key]) for key in frames[1].right)
         optimizer.step()

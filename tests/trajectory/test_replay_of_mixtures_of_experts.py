@@ -1,4 +1,4 @@
-"""Runs of AGZO whose layers rest, are read in other ways or are experts replay and resume bit for bit."""
+"""Runs of AGZO whose layers are unused, read in other ways or are experts replay and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 9
 
 
 class Model(nn.Module):
-    """Experts that rest by turns, a stack of experts, and a layer that every step uses in another way."""
+    """Experts that are used by turns, a stack of experts, and a layer that every step uses in another way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor, step: int) -> Tensor:
         x = x.to(self.stack.dtype)
         out = F.linear(self.experts[step % 3](x), self.stack[step % 4])
-        if step % 5 != 4:  # the stack rests in part, or as a whole
+        if step % 5 != 4:  # the stack is unused in part, or as a whole
             out = out + F.linear(x, self.stack[3])
         weight = self.changing.weight
         kinds = (
@@ -150,17 +150,17 @@ def test_frames_that_do_not_fit_are_refused(how: str, tmp_path: Path) -> None:
     document = load(side.read_bytes())
     stack = next(name for name, factor in document.items() if factor.dim() == 3)
     if how == "of a frozen parameter":
-        document["still.99"] = torch.empty(0)
+        document["unused.99"] = torch.empty(0)
     elif how == "twice":
-        document[f"still.{stack.partition('.')[2]}"] = torch.empty(0)
+        document[f"unused.{stack.partition('.')[2]}"] = torch.empty(0)
     else:
         document[stack] = document[stack][1:].clone()
 
     def read(*_: Any) -> Any:
-        sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}, "still": {}}
+        sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}, "unused": {}}
         for name, factor in load(save(document)).items():
             sides[name.partition(".")[0]][int(name.partition(".")[2])] = factor
-        return zoext.directions.Frame(sides["left"], sides["right"], frozenset(sides["still"]))
+        return zoext.directions.Frame(sides["left"], sides["right"], frozenset(sides["unused"]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "read", read)

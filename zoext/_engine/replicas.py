@@ -22,7 +22,7 @@ COMPARED_EVERY = 100
 #: Bits of a digest whose square, added up over ranks, is exact.
 _MASKS = {torch.float64: 2**20 - 1, torch.float32: 2**8 - 1}
 
-_KINDS = ("dense", "still", "left", "right")
+_KINDS = ("dense", "unused", "left", "right")
 
 
 class _Layout(NamedTuple):
@@ -129,7 +129,7 @@ class Replicas:
         Args:
             found: those of this rank; other ranks than the first may have none.
             keys: those of all parameters that move. Ranks see different batches, so that other weights may
-                rest on the first one: which have factors is sent before the factors, and read on the host.
+                be unused on the first one: which have factors is sent before them, and read on the host.
             device: where the losses are.
         """
         group = self.group
@@ -157,10 +157,10 @@ class Replicas:
         for key, layout, part in zip(keys, self._layouts, sent[:-1].split(sizes), strict=True):
             if layout.side:
                 sides[layout.side][key] = part.view(layout.shape)
-        rests = _KINDS.index("still")
+        kind = _KINDS.index("unused")
         pairs = zip(keys, self._layouts, strict=True)
-        still = frozenset(key for key, layout in pairs if layout.kind == rests)
-        return Frame(sides["left"], sides["right"], still), sent[-1] != 0
+        unused = frozenset(key for key, layout in pairs if layout.kind == kind)
+        return Frame(sides["left"], sides["right"], unused), sent[-1] != 0
 
     def begin(
         self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device

@@ -1,27 +1,28 @@
-"""Code compiled by torch.compile: whether it is being called, and how to run it as it is written."""
+"""Code compiled by torch.compile: whether it is being called, and how to run it as it is written.
+
+Dynamo is imported by then: building a ``torch.optim.Optimizer`` imports it.
+"""
 
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
 
 def uncompiled() -> AbstractContextManager[None]:
     """Runs compiled code as it is written within the block."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
-        return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 def runs_compiled() -> bool:
     """Whether the caller was called by code that ``uncompiled`` keeps from running compiled."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    frame = sys._getframe(1) if dynamo is not None else None
+    names = sys.modules["torch._dynamo.eval_frame"].__dict__
+    frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals is dynamo.__dict__ and frame.f_code.co_name == "compile_wrapper":
+        if frame.f_globals is names and frame.f_code.co_name == "compile_wrapper":
             return True
-        frame = frame.f_back
+        frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -146,6 +146,6 @@ def _given(key: int, frames: Sequence[Frame], device: torch.device) -> Tensor:
     known = _factor(key, frames)
     if all(factor is known for factor in held):
         return moved(known, device).unsqueeze(0)
-    # A matrix that was frozen or still when a frame was made has no factor in that frame.
+    # A matrix that was frozen or unused when a frame was made has no factor in that frame.
     given = [torch.zeros_like(known) if factor is None else factor for factor in held]
     return torch.stack([moved(factor, device) for factor in given])

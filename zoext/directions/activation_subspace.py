@@ -33,8 +33,8 @@ class ActivationSubspace(Factored):
     Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers. A parameter [experts, d_out, d_in] or
     [experts, d_in, d_out] is a stack of them. A weight that another kind of module also uses (a head tied to
     an embedding) has dense directions. A weight that is multiplied outside its layer gets the basis of what
-    it is multiplied with; one that is read there in other ways is dense, and one that rests has a zero
-    direction.
+    it is multiplied with. One that is only read there in other ways is dense, and one that the forward does
+    not use has a zero direction.
 
     Args:
         rank: columns of A. A layer with d_in below that has a basis of rank d_in, which a UserWarning tells

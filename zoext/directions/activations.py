@@ -17,7 +17,8 @@ from zoext._parameters import wrappers
 from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext._runtime.devices import moved
 from zoext.directions._layers import Layer, Stack
-from zoext.directions._products import Product, WatchedWeight, can_watch, watching
+from zoext.directions._products import Product
+from zoext.directions._watched import ProductWatch, can_watch
 from zoext.directions.base import Frame
 
 
@@ -25,8 +26,9 @@ class ActivationObserver:
     """Runs a power iteration on the input of each layer when the layer is called.
 
     A weight that is multiplied elsewhere, such as that of an idle module or of experts in a stack, is
-    observed where it is multiplied. One that is read in other ways has dense directions, and one that is not
-    read has zero ones. All of this depends on the observed forward only, so that a run can be resumed.
+    observed where it is multiplied. Its basis is also used if the weight is read in other ways besides. One
+    that is only read in other ways has dense directions, and one that is not used has zero ones. All of this
+    depends on the observed forward only, so that a run can be resumed.
     """
 
     def __init__(
@@ -46,11 +48,8 @@ class ActivationObserver:
         self._sides = {layer.key: layer.side for layer in layers}
         self._stacks = {stack.key: stack.weight.shape[0] for stack in stacks}
         weights = {each.key: each.weight for each in layers} | {each.key: each.weight for each in stacks}
-        self._weights = {
-            key: WatchedWeight(weight, key, self._see_product)
-            for key, weight in weights.items()
-            if can_watch(weight)
-        }
+        self._watched = {key: weight for key, weight in weights.items() if can_watch(weight)}
+        self._watch = ProductWatch(self._watched, self._see_product)
         self._seed = seed
         self._rank = rank
         self._iterations = iterations
@@ -74,17 +73,17 @@ class ActivationObserver:
             for layer in self._layers:
                 hook = layer.module.register_forward_pre_hook(self._hook_of(layer), with_kwargs=True)
                 stack.callback(hook.remove)
-            stack.enter_context(watching(self._weights.values()))
+            stack.enter_context(self._watch.watching())
             yield
 
     def frame(self) -> tuple[Frame, Tensor]:
         sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
-        still = set()
+        unused = set()
         for key in (*self._sides, *self._stacks):
-            found, weight = self._found.get(key), self._weights.get(key)
+            found = self._found.get(key)
             if found is None:
-                if weight is not None and not weight.is_read:
-                    still.add(key)
+                if key in self._watched and key not in self._watch.read:
+                    unused.add(key)
             elif found.side is not None:
                 sides[found.side][key] = self._scaled(found.basis(self._stacks.get(key)))
         values = [
@@ -95,7 +94,7 @@ class ActivationObserver:
         if not values:
             values = [torch.zeros(1, device=self._seed.device)]
         finite = torch.isfinite(torch.cat(values)).all()
-        return Frame(sides["left"], sides["right"], frozenset(still)), finite
+        return Frame(sides["left"], sides["right"], frozenset(unused)), finite
 
     def _scaled(self, basis: Tensor) -> Tensor:
         return basis * (basis.shape[-1] / basis.shape[-2]) ** 0.5 if self._match_norms else basis
@@ -112,17 +111,19 @@ class ActivationObserver:
 
     def _hook_of(self, layer: Layer) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layer.key in self._weights:  # the call tells its activations, and costs less to watch
-                self._weights[layer.key].end()
+            if module is not layer.module:  # a copy that the closure made
+                return
+            self._watch.forget(layer.key)  # the call tells its activations
             self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
             entering = args[0] if args else next(iter(kwargs.values()))
-            self._add(layer.key, layer.side, None, self._subspace_of(entering))
+            with torch._C.DisableTorchFunction():  # the watch need not see the functions of the observer
+                self._add(layer.key, layer.side, None, self._subspace_of(entering))
 
         return before
 
     def _see_product(self, product: Product) -> None:
         if self._sides.get(product.key, product.side) != product.side:
-            self._weights[product.key].is_read = True
+            self._watch.read.add(product.key)
             return
         self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
         if product.entries is None:

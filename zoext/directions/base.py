@@ -23,24 +23,25 @@ class Frame:
     For each matrix (m x n) with low-rank directions, the frame maps the key of its parameter to the factor
     that is not drawn from the seed of a term: float32 [rank, n] in ``right``, or [rank, m] in ``left``. A
     parameter [entries, m, n] that is a stack of matrices has a factor for each, [entries, rank, n or m].
-    The directions of the keys in ``still`` are zero. All other parameters have dense directions.
+    ``unused`` has the keys of the weights that the forward behind the frame did not use, whose directions are
+    zero. All other parameters have dense directions.
     """
 
     left: Mapping[int, Tensor] = field(default_factory=dict)
     right: Mapping[int, Tensor] = field(default_factory=dict)
-    still: frozenset[int] = frozenset()
+    unused: frozenset[int] = frozenset()
 
     def holds(self, key: int) -> bool:
         """Whether the directions of the parameter ``key`` have low rank."""
         return key in self.left or key in self.right
 
     def kind(self, key: int) -> str:
-        """Which directions the parameter ``key`` has: "left", "right" (its factor), "still" or "dense"."""
+        """Which directions the parameter ``key`` has: "left", "right" (its factor), "unused" or "dense"."""
         if key in self.left:
             return "left"
         if key in self.right:
             return "right"
-        return "still" if key in self.still else "dense"
+        return "unused" if key in self.unused else "dense"
 
 
 @dataclass(frozen=True, slots=True)

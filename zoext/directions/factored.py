@@ -26,7 +26,7 @@ class _Kinds(NamedTuple):
 
     dense: list[int]
     matrices: list[int]
-    still: list[int]
+    unused: list[int]
 
 
 class Factored(Direction):
@@ -48,8 +48,8 @@ class Factored(Direction):
         kinds = _kinds(parameters, frames)
         if kinds.dense and self.dense_scale:
             _DENSE.axpy_(parameters.take(kinds.dense), [self._of_dense(step) for step in steps], decay)
-        if kinds.still:
-            _DENSE.axpy_(parameters.take(kinds.still), [_nothing(step) for step in steps], decay)
+        if kinds.unused:
+            _DENSE.axpy_(parameters.take(kinds.unused), [_nothing(step) for step in steps], decay)
         if kinds.matrices:
             these = parameters.take(kinds.matrices)
             seeds, coefficients = terms_of(steps)
@@ -75,8 +75,8 @@ class Factored(Direction):
         if kinds.dense:
             out_dense = [out[i] for i in kinds.dense]
             _DENSE.copy_(out_dense, parameters.take(kinds.dense), self._of_dense(terms))
-        if kinds.still:
-            _DENSE.copy_([out[i] for i in kinds.still], parameters.take(kinds.still), _nothing(terms))
+        if kinds.unused:
+            _DENSE.copy_([out[i] for i in kinds.unused], parameters.take(kinds.unused), _nothing(terms))
         if kinds.matrices:
             these = parameters.take(kinds.matrices)
             frames = [terms.frame] * len(terms)
@@ -102,9 +102,9 @@ class Factored(Direction):
         if kinds.dense and self.dense_scale:
             scaled = self._window_of_dense(window, rule)
             _DENSE.window_(parameters.take(kinds.dense), scaled, rule, lr, eps, decay)
-        if kinds.still:
+        if kinds.unused:
             nothing = replace(window, steps=[_nothing(step) for step in window.steps])
-            _DENSE.window_(parameters.take(kinds.still), nothing, rule, lr, eps, decay)
+            _DENSE.window_(parameters.take(kinds.unused), nothing, rule, lr, eps, decay)
         if kinds.matrices:
             these = parameters.take(kinds.matrices)
             seeds, coefficients = rectangle(window.steps)
@@ -147,7 +147,7 @@ class Factored(Direction):
         left, right = ([torch.zeros(0)] * len(parameters) for _ in range(2))
         for place, *found in zip(kinds.matrices, given.left, given.right, strict=True):
             left[place], right[place] = found
-        for place in kinds.still:
+        for place in kinds.unused:
             shape = matrix_shape(parameters.blocks[place].shape)
             left[place], right[place] = (terms.coefficients.new_zeros((1, 1, length)) for length in shape)
         return left, right
@@ -187,8 +187,8 @@ def _kinds(parameters: Parameters, frames: Sequence[Frame]) -> _Kinds:
     for position, key in enumerate(parameters.keys):
         if any(frame.holds(key) for frame in frames):
             kinds.matrices.append(position)
-        elif any(key in frame.still for frame in frames):
-            kinds.still.append(position)
+        elif any(key in frame.unused for frame in frames):
+            kinds.unused.append(position)
         else:
             kinds.dense.append(position)
     return kinds
@@ -200,7 +200,7 @@ def _changes_kind(parameters: Parameters, frames: Sequence[Frame]) -> bool:
         return False
     for key in parameters.keys:
         kinds = {frame.kind(key) for frame in frames}
-        if len(kinds - {"still"}) > 1 or {"dense", "still"} <= kinds:
+        if len(kinds - {"unused"}) > 1 or {"dense", "unused"} <= kinds:
             return True
     return False
 

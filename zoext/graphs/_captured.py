@@ -68,7 +68,7 @@ class CapturedStep(NamedTuple):
         is_read = engine.run.recorder is not None and engine.axes.direction.watches
         known = self.step.frame if is_read else Frame()
         left, right = (map_tensors(keep, dict(factors)) for factors in (known.left, known.right))
-        frame = Frame(left, right, known.still)
+        frame = Frame(left, right, known.unused)
         step = AppliedStep(Estimate(**map_tensors(keep, fields)), frame, engine.options())
         return step, map_tensors(keep, self.states)
 

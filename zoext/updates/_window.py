@@ -139,7 +139,7 @@ def _changes_kind(window: Sequence[Mapping[str, Any]]) -> bool:
     return any(
         frame.left.keys() != first.left.keys()
         or frame.right.keys() != first.right.keys()
-        or frame.still != first.still
+        or frame.unused != first.unused
         for frame in frames[1:]
     )
 
@@ -148,8 +148,8 @@ def _like_the_last(kinds: Sequence[str]) -> list[bool]:
     """Which steps have directions of the same kind as the last one; zero ones are low-rank ones."""
     if kinds[-1] == "dense":
         return [kind == "dense" for kind in kinds]
-    side = next((kind for kind in reversed(kinds) if kind in {"left", "right"}), "still")
-    return [kind in {side, "still"} for kind in kinds]
+    side = next((kind for kind in reversed(kinds) if kind in {"left", "right"}), "unused")
+    return [kind in {side, "unused"} for kind in kinds]
 
 
 def _plain(terms: Terms, parameters: Parameters) -> dict[str, Any]:
@@ -162,8 +162,8 @@ def _plain(terms: Terms, parameters: Parameters) -> dict[str, Any]:
     for side in ("left", "right"):
         if factors := getattr(terms.frame, side):
             step[side] = dict(factors)
-    if terms.frame.still:
-        step["still"] = sorted(terms.frame.still)
+    if terms.frame.unused:
+        step["unused"] = sorted(terms.frame.unused)
     return step
 
 
@@ -174,4 +174,4 @@ def _terms(step: Mapping[str, Any], took_part: bool) -> Terms:
 
 
 def _frame(step: Mapping[str, Any]) -> Frame:
-    return Frame(step.get("left", {}), step.get("right", {}), frozenset(step.get("still", ())))
+    return Frame(step.get("left", {}), step.get("right", {}), frozenset(step.get("unused", ())))

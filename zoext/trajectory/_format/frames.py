@@ -40,8 +40,8 @@ def encode(frame: Frame, offset: int) -> tuple[bytes, Place]:
     """The document of a frame whose tensors are on the CPU, and its place if written at ``offset``."""
     from safetensors.torch import save
 
-    still = {key: torch.empty(0) for key in sorted(frame.still)}
-    sides = (("left", frame.left), ("right", frame.right), ("still", still))
+    unused = {key: torch.empty(0) for key in sorted(frame.unused)}
+    sides = (("left", frame.left), ("right", frame.right), ("unused", unused))
     data = save({f"{side}.{key}": factor for side, factors in sides for key, factor in factors.items()})
     return data, Place(offset, len(data), zlib.crc32(data))
 
@@ -55,7 +55,7 @@ def read(path: Path, place: Place) -> Frame:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}, "still": {}}
+    sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}, "unused": {}}
     document = _document(path, place)
     try:
         for name, factor in load(document).items():
@@ -63,7 +63,7 @@ def read(path: Path, place: Place) -> Frame:
             sides[side][int(key)] = factor
     except (SafetensorError, KeyError, ValueError) as error:
         raise corrupted(path, place, f"it is not a document of factors ({str(error)[:80]})") from None
-    return Frame(sides["left"], sides["right"], frozenset(sides["still"]))
+    return Frame(sides["left"], sides["right"], frozenset(sides["unused"]))
 
 
 def corrupted(path: Path, place: Place, how: str) -> TrajectoryError:

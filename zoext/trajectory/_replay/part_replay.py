@@ -126,7 +126,7 @@ class PartReplay:
         if step.frame is not None:
             frame = frames.read(frames.path_beside(self.path), step.frame)
             left, right = (_moved(factors, self._device) for factors in (frame.left, frame.right))
-            return Frame(left, right, frame.still)
+            return Frame(left, right, frame.unused)
         origin = self._direction.origin(step.number - 1)
         if self._drawn is None or self._drawn[0] != origin:
             run_seed = self.optimizer.param_groups[0]["seed"]
@@ -149,7 +149,7 @@ class PartReplay:
             assert step.frame is not None
             frame = frames.read(beside, step.frame)
             moving = set(keys_in(step.setting.moves))
-            keys = [*frame.left, *frame.right, *frame.still]
+            keys = [*frame.left, *frame.right, *frame.unused]
             if len(set(keys)) < len(keys) or not moving.issuperset(keys):
                 raise frames.corrupted(
                     beside, step.frame, "its parameters are not those that move, once each"

@@ -90,7 +90,7 @@ def to_host(step: AppliedStep) -> Callable[[], AppliedStep]:
     copied = dataclasses.replace(
         step,
         estimate=dataclasses.replace(estimate, **copies),
-        frame=Frame(_copies(step.frame.left), _copies(step.frame.right), step.frame.still),
+        frame=Frame(_copies(step.frame.left), _copies(step.frame.right), step.frame.unused),
         options=tuple(
             options._replace(lr=_copy(options.lr)) if isinstance(options.lr, Tensor) else options
             for options in step.options
