@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
-from zoext._runtime.compiled import uncompiled
+from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext.probes._memory import storage_of
 
 
@@ -33,7 +33,7 @@ class _Weight(NamedTuple):
 
 
 @contextmanager
-def refused(root: nn.Module) -> Iterator[None]:
+def refused(root: nn.Module) -> Iterator[_Writes]:
     """A block in which a write to a weight of ``root`` raises, before it happens.
 
     A module may write to its own weights while it runs, as layers do that set themselves up in their first
@@ -67,8 +67,8 @@ def refused(root: nn.Module) -> Iterator[None]:
         for module in by_module:
             handles.append(module.register_forward_pre_hook(before, prepend=True))
             handles.append(module.register_forward_hook(after, always_call=True))
-        with uncompiled(), _Writes(root, weights, running):
-            yield
+        with uncompiled(), _Writes(root, weights, running) as writes:
+            yield writes
     except WeightWriteError:
         for weight in chain.from_iterable(by_module.values()):
             if _was_replaced(weight):
@@ -87,6 +87,7 @@ class _Writes(TorchDispatchMode):
 
     def __init__(self, root: nn.Module, weights: Iterable[_Weight], running: Counter[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.ran_uncompiled = False
         self._root = root
         self._running = running
         self._weights: dict[int, list[_Weight]] = {}
@@ -102,6 +103,7 @@ class _Writes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         run: Callable[..., Any] = func
+        self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
         if func.namespace != "zoext":
             for position, name in _written_arguments(func):
                 value = args[position] if position < len(args) else (kwargs or {}).get(name)

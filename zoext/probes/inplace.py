@@ -51,7 +51,7 @@ class InplaceProbe(Probe):
                 session.restore()
                 torch.clear_autocast_cache()
 
-    def _guard(self) -> AbstractContextManager[None]:
+    def _guard(self) -> AbstractContextManager[object]:
         """Looks at every operator of the first probe."""
         is_first, self._is_first = self._is_first, False
         return refused(self.module) if is_first and self.module is not None else nullcontext()
@@ -67,7 +67,7 @@ class _Displaced(NamedTuple):
 
 class _InplaceSession(Session):
     def __init__(
-        self, signals: interrupts.Signals, guard: Callable[[], AbstractContextManager[None]]
+        self, signals: interrupts.Signals, guard: Callable[[], AbstractContextManager[object]]
     ) -> None:
         super().__init__(signals)
         self._guard = guard

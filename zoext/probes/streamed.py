@@ -48,6 +48,7 @@ class StreamedProbe(Probe):
         self._watch_next = True
         self._is_stale = False
         self._ran_uncompiled = False
+        self._is_repetition = False
         self._sessions = 0
         self._unwatched = False
         self._has_displaced = False
@@ -111,15 +112,19 @@ class StreamedProbe(Probe):
         unknown = self._watch_next or all(modes != known for _, known in self._watched)
         watch = unknown and not self._unwatched
         watching = _watching(combination, self._swap) if watch and len(combination) else nullcontext()
+        # A probe at theta that ran uncompiled for the watch's sake is repeated without it.
+        repeats_centre, self._is_repetition = self._is_repetition and not len(combination), False
         with (
-            refused(self.module) if watch else nullcontext(),
+            refused(self.module) if watch and not repeats_centre else nullcontext() as writes,
             self._swap.displaced(combination, watch, keep_buffers) as visited,
             watching as reads,
             record(Phase.FORWARD),
         ):
             torch.clear_autocast_cache()
             yield
-        if len(combination):
+        if not len(combination):
+            self._ran_uncompiled = writes is not None and writes.ran_uncompiled
+        else:
             self._check_displaced(visited, combination)
             route = (frozenset(visited), modes)
             if watch:
@@ -135,6 +140,7 @@ class StreamedProbe(Probe):
 
     def _was_stale(self) -> bool:
         was_stale = self._is_stale or self._ran_uncompiled
+        self._is_repetition = self._ran_uncompiled
         self._is_stale = self._ran_uncompiled = False
         return was_stale
 
