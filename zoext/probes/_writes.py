@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
 from zoext._runtime.compiled import uncompiled
+from zoext.probes._hooks import Hook
 from zoext.probes._memory import storage_of
 
 
@@ -65,8 +66,8 @@ def refused(root: nn.Module) -> Iterator[None]:
     try:
         # Not hooks on all modules at once, of which torch.compile warns.
         for module in by_module:
-            handles.append(module.register_forward_pre_hook(before, prepend=True))
-            handles.append(module.register_forward_hook(after, always_call=True))
+            handles.append(module.register_forward_pre_hook(Hook(before), prepend=True))
+            handles.append(module.register_forward_hook(Hook(after), always_call=True))
         with uncompiled(), _Writes(root, weights, running):
             yield
     except WeightWriteError:
@@ -148,7 +149,7 @@ def _interval(tensor: Tensor) -> tuple[int, int]:
 
 
 def _was_replaced(weight: _Weight) -> bool:
-    now = dict.get(weight.module._parameters, weight.name)  # not an access that a streamed probe notes
+    now = weight.module._parameters.get(weight.name)
     # Trainable weights are swapped by streamed probes, and the engine checks them. functional_call lends
     # modules tensors that are no parameters.
     if weight.parameter.requires_grad or not isinstance(now, nn.Parameter):
