@@ -59,7 +59,7 @@ def test_with_a_centre_they_are_those_of_a_forward_at_theta() -> None:
         assert_equal(buffers(model), buffers(expected))
     assert model.calls == 5
     assert model.twice.num_batches_tracked == 10
-    assert model.seen.numel() == 0  # has another shape than the buffer that it replaces
+    assert model.seen.numel() == 15  # of another shape than the buffer that it replaces: it stays
 
 
 def test_without_a_centre_they_are_those_of_the_first_probe() -> None:
@@ -175,6 +175,34 @@ def test_evaluation_works_after_training() -> None:
     assert abs(in_training - in_evaluation) < 0.05
 
 
+class Rotary(nn.Module):
+    """Replaces its buffer by a longer one when it must, and remembers the length itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.cached = nn.Linear(5, 5), 2
+        self.register_buffer("cos", torch.ones(2, 5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.cached:
+            self.cached = len(x)
+            self.register_buffer("cos", torch.full((len(x), 5), 0.5), persistent=False)
+        return self.layer(x) * self.cos[: len(x)]
+
+
+@pytest.mark.parametrize("grows_at", [0, 2, 4])
+def test_a_cache_that_grows_stays_as_its_module_knows_it(grows_at: int) -> None:
+    model, other = Rotary(), Rotary()
+    optimizer = zoext.MeZO(model, lr=1e-2, mu=1e-2, seed=3, probe="streamed")
+    expected = zoext.MeZO(other, lr=1e-2, mu=1e-2, seed=3, probe="inplace")
+    for step in range(6):
+        x = X if step >= grows_at else X[:2]
+        found, wanted = (float(one.step(loss_of(m, x))) for one, m in ((optimizer, model), (expected, other)))
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert model.cos.shape == X.shape
+
+
 def test_ask_and_tell_write_them_when_the_estimate_is_complete() -> None:
     """However often the probe at theta is evaluated, and not at all for a round that is cancelled."""
     for ends in ("told", "cancelled", "not finite"):
@@ -195,3 +223,21 @@ def test_ask_and_tell_write_them_when_the_estimate_is_complete() -> None:
         else:
             optimizer.tell([0.5, float("nan") if ends == "not finite" else 0.6])
         assert_equal(buffers(model), buffers(expected) if ends == "told" else before)
+
+
+def test_a_buffer_that_was_kept_may_grow_in_a_later_probe() -> None:
+    model = Model()
+    optimizer = zoext.MeZO(model, probe="streamed")
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = loss_of(model)()
+        if calls % 2 == 0:
+            model.calls = torch.full((2,), calls)
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+        assert model.calls.shape == (2,)

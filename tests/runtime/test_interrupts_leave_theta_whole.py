@@ -101,6 +101,7 @@ def test_at_every_line_of_a_streamed_probe() -> None:
         for weight, (value, pointer) in zip(model.parameters(), before, strict=True):
             assert weight.data_ptr() == pointer, stop_at
             assert torch.equal(weight, value), stop_at
+            assert type(weight) is nn.Parameter, stop_at
         assert any(all(map(torch.equal, model.buffers(), known)) for known in (old, new)), stop_at
         for buffer, value in zip(model.buffers(), old, strict=True):
             buffer.copy_(value)

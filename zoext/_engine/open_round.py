@@ -69,9 +69,9 @@ class OpenRound:
                 yield
             if asking.estimation.is_to_repeat(session):
                 raise RuntimeError(
-                    f"displaced({index}): weights were asked for outside their modules that were not before, "
-                    "and may have been read as they were, or compiled code ran as it is written so that "
-                    "activations could be seen; evaluate this probe again"
+                    f"displaced({index}): weights were read outside their modules in a way that is not seen "
+                    "at every probe, and may have been read as they were, or compiled code ran as it is "
+                    "written so that activations could be seen; evaluate this probe again"
                 )
             asking.keep_buffers(index, session)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,13 @@ class Parameters:
     owners: tuple[Tensor, ...]  # the parameters, as modules and the optimizer's state know them
     rounding: ops.Rounding = ops.Rounding.NEAREST  # of values written to them
     residuals: tuple[Tensor, ...] = ()  # int8, one per tensor for Rounding.RESIDUAL
+    #: Whether one operator call takes them as they are: all are contiguous and on one device.
+    is_whole: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.tensors[0].device if self.tensors else None
+        is_whole = all(tensor.device == device and tensor.is_contiguous() for tensor in self.tensors)
+        object.__setattr__(self, "is_whole", is_whole)
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +72,8 @@ class Parameters:
     def same_as(self, other: Parameters) -> bool:
         """Whether the parameters are the same objects in the same memory, with the same keys."""
         if (self.keys, self.blocks, self.addresses) != (other.keys, other.blocks, other.addresses):
+            return False
+        if self.is_whole != other.is_whole:  # a square matrix may have been transposed in its memory
             return False
         if len(self.residuals) != len(other.residuals):
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -30,15 +30,17 @@ class Signals:
         finally:
             self._allowed = False
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Defers signals again within the block, inside ``allowed``."""
+        return _Held(self)
+
+    def _hold(self) -> bool:
         before, self._allowed = self._allowed, False
-        try:
-            yield
-        finally:
-            self._allowed = before
-        if before:
+        return before
+
+    def _release(self, before: bool, deliver: bool) -> None:
+        self._allowed = before
+        if before and deliver:
             self._deliver()
 
     def _install(self) -> None:
@@ -61,6 +63,21 @@ class Signals:
         while self._received:
             number, frame = self._received.pop(0)
             self._handlers[number](number, frame)
+
+
+class _Held:
+    """A class, since hooks enter it twice for each module, and a generator would cost as much as they do."""
+
+    __slots__ = ("_before", "_hold", "_release")
+
+    def __init__(self, signals: Signals) -> None:
+        self._hold, self._release = signals._hold, signals._release
+
+    def __enter__(self) -> None:
+        self._before = self._hold()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._release(self._before, kind is None)
 
 
 @contextmanager

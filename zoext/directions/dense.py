@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoext import ops
 from zoext._parameters.parameters import Parameters
+from zoext._runtime.devices import moved
 from zoext.directions._parts import parts
 from zoext.directions.base import Direction, Terms, Window, decay_of, rectangle, terms_of
 
@@ -33,6 +34,18 @@ class _Dense(Direction):
             )
 
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
+        if parameters.is_whole and all(tensor.is_contiguous() for tensor in out):
+            device = parameters.device
+            ops.noise_copy_(
+                out,
+                parameters.tensors,
+                moved(terms.seeds, device),
+                moved(terms.coefficients, device),
+                parameters.keys,
+                parameters.spans,
+                distribution=self.distribution,
+            )
+            return
         for part in parts(parameters.tensors, parameters.spans, out):
             ops.noise_copy_(
                 part.out,

@@ -28,6 +28,11 @@ class BufferSwap:
         self._keeps = False
         self.finds_written = False
 
+    @property
+    def count(self) -> int:
+        """How many buffers are known to be written."""
+        return len(self._written)
+
     def begin(self, find_written: bool, keep: bool) -> None:
         """Begins a probe; see ``ModuleSwap.displaced``."""
         self.finds_written, self._keeps = find_written, keep
@@ -52,18 +57,27 @@ class BufferSwap:
             buffer.data = copy
         return swapped
 
-    def restore(self, module: nn.Module, swapped: list[SwappedBuffer]) -> None:
-        """Lets them point to the originals again; finds those that were written, and keeps their values."""
+    def restore(self, module: nn.Module, swapped: list[SwappedBuffer], scratch: Scratch) -> None:
+        """Lets them point to the originals again; finds those that were written, and keeps their values.
+
+        A buffer that has another shape or dtype now stays, as a cache that grew: modules remember its size.
+        """
         for name, buffer, original in swapped:
             current = module._buffers.get(name)
             was_replaced = current is not buffer
             now = current if was_replaced and current is not None else buffer.data
-            buffer.data = original
-            module._buffers[name] = buffer
+            is_alike = _is_alike(now, original)
+            if is_alike or was_replaced:
+                buffer.data = original
+            if is_alike:
+                module._buffers[name] = buffer
+            else:
+                self._kept.pop((module, name), None)
+                if scratch.holds(now):
+                    module._buffers[name] = now.clone()
             # Version counters do not suffice: batch_norm updates its statistics without changing them.
             if self.finds_written and (was_replaced or not _same(now, original)):
                 self._written.add((id(module), name))
-            is_alike = now.shape == original.shape and now.dtype == original.dtype
             if self._keeps and is_alike and (id(module), name) in self._written:
                 self._kept[module, name] = now.detach().clone()
 
@@ -77,8 +91,8 @@ class BufferSwap:
 
         def write(condition: Tensor) -> None:
             for (module, name), value in kept.items():
-                buffer = module._buffers[name]
-                if buffer is not None and not buffer.is_inference():
+                buffer = module._buffers.get(name)
+                if buffer is not None and _is_alike(buffer, value) and not buffer.is_inference():
                     buffer.copy_(torch.where(condition.to(buffer.device), value, buffer))
 
         return write
@@ -91,9 +105,11 @@ def _is_plain(buffer: Tensor) -> bool:
 
 
 def _same(now: Tensor, original: Tensor) -> bool:
-    if now.shape != original.shape or now.dtype != original.dtype:
-        return False
-    return torch.equal(_bytes(now), _bytes(original))
+    return _is_alike(now, original) and torch.equal(_bytes(now), _bytes(original))
+
+
+def _is_alike(now: Tensor, original: Tensor) -> bool:
+    return now.shape == original.shape and now.dtype == original.dtype
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -12,5 +12,14 @@ def storage_of(tensor: Tensor) -> int:
         return 0
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a wrapper of other tensors
+    except RuntimeError:  # a wrapper of other tensors
         return 0
+
+
+def interval_of(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of its first element, and behind its last; zeros for tensors that have none."""
+    if not tensor.numel() or not storage_of(tensor):
+        return 0, 0
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = 1 + sum((size - 1) * stride for size, stride in places)
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()

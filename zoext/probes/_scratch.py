@@ -55,8 +55,8 @@ class Scratch:
 
         Creating views costs more than filling small ones.
         """
-        if len(devices := {tensor.device for tensor in parameters.tensors}) == 1:
-            return self._stack_of(devices.pop()).take_again(parameters)
+        if parameters.is_whole:
+            return self._stack_of(parameters.device).take_again(parameters)
         return self.take(parameters.tensors)
 
     def forget_views(self) -> None:

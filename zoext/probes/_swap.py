@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
@@ -17,8 +17,10 @@ from zoext._runtime.interrupts import Signals
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Terms
 from zoext.probes import _rows
-from zoext.probes._access import AccessWatch
 from zoext.probes._buffers import BufferSwap, SwappedBuffer
+from zoext.probes._hooks import Hook
+from zoext.probes._owners import SEES_CLASSES, Owners
+from zoext.probes._reads import ReadGuard
 from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
 
 
@@ -43,28 +45,24 @@ class ModuleSwap:
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
+        self._modules: list[nn.Module] = []  # as of the beginning of the session
         self._signals = Signals()
         self._scratch = Scratch()
         self._buffers = BufferSwap()
         self._running: dict[nn.Module, _Running] = {}
-        self.access = AccessWatch(self._running.__contains__)
+        self._room: dict[tuple[torch.device, bool, int], dict[torch.device, int]] = {}
+        self._guard = ReadGuard(self.hold)
+        self._guarded: list[Tensor] = []  # until the probe ends: weights that move
         self._held: list[tuple[Tensor, Tensor]] = []  # displaced until the probe ends, and their originals
         self._outside: dict[int, str] = {}  # the names of weights to hold, since they are read elsewhere
-        self._places: dict[int, tuple[int, Parameters]] = {}
+        self._owners = Owners()
         self._swapped: set[int] = set()
-        self._groups: list[Parameters] = []
-        self._outline: list[tuple[int, list[int]]] = []
-        self._own: dict[nn.Module, list[tuple[int, Parameters]]] = {}
         self.originals: dict[int, Tensor] = {}  # of weights that are displaced, by the ids of their tensors
         self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
         self._combination: Combination | None = None
         self._visited: set[int] = set()
         self.is_displacing = False  # reading the originals, to make the displaced weights of them
-        self._untraced: tuple[Callable[..., None], Callable[..., Any]] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSwap:
-        """A closure that copies the model copies the hooks as well: those of the copy do nothing."""
-        return ModuleSwap(nn.Identity())
+        self._hooks = Hook(self._before_forward), Hook(self._after_forward)
 
     @property
     def memory(self) -> list[Tensor]:
@@ -78,11 +76,15 @@ class ModuleSwap:
 
     def own_weights(self) -> frozenset[int]:
         """The ids of the modules that own displaced weights, as of the last combination."""
-        return frozenset(map(id, self._own))
+        return frozenset(map(id, self._owners.own))
+
+    def opening(self) -> frozenset[int]:
+        """The ids of the modules while which weights of others are not guarded."""
+        return frozenset(id(module) for module in self._owners.opened if isinstance(module, SEES_CLASSES))
 
     def modes(self) -> tuple[tuple[int, bool], ...]:
         """The id and the training mode of each module."""
-        return tuple((id(module), module.training) for module in self._root.modules())
+        return tuple((id(module), module.training) for module in self._modules)
 
     @contextmanager
     def hooked(self, signals: Signals) -> Iterator[None]:
@@ -92,33 +94,21 @@ class ModuleSwap:
         """
         handles: list[RemovableHandle] = []
         self._signals = signals
-        before, after = self._hooks()
+        self._modules = list(self._root.modules())
+        before, after = self._hooks
         try:
-            for module in self._root.modules():
-                if module._parameters or module._buffers:
+            for module in self._modules:
+                if module._parameters or module._buffers or isinstance(module, SEES_CLASSES):
                     handles.append(module.register_forward_pre_hook(before, prepend=True))
                     handles.append(module.register_forward_hook(after, always_call=True))
-            self._forget_other_owners()
+            self._owners.check(self._modules)
             self._buffers.forget()  # those of a session that raised
-            with self.access.installed(self._root.modules()):
-                yield
+            yield
         finally:
             if self._combination is not None:
                 self._end(self._combination)
             for handle in handles:
                 handle.remove()
-
-    def _hooks(self) -> tuple[Callable[..., None], Callable[..., Any]]:
-        """The hooks, which Dynamo must not trace where a compiled model calls them.
-
-        They are then the same objects in all sessions, since Dynamo compiles again for others.
-        """
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
-            return self._before_forward, self._after_forward
-        if self._untraced is None:
-            hooks = self._before_forward, self._after_forward
-            self._untraced = torch.compiler.disable(hooks[0]), torch.compiler.disable(hooks[1])
-        return self._untraced
 
     @contextmanager
     def displaced(
@@ -143,8 +133,13 @@ class ModuleSwap:
             self._make_room(combination)
             for tensor in self._outside:
                 self._hold(tensor)
-            self.access.seen.clear()
-            self.access.is_active = True
+            self._guarded = [
+                tensor
+                for parameters, _ in combination.terms
+                for tensor in parameters.tensors
+                if len(combination) and id(tensor) not in self._swapped
+            ]
+            self._guard.begin(self._guarded)
             yield self._visited
         finally:
             self._end(combination)
@@ -152,66 +147,29 @@ class ModuleSwap:
     def _end(self, combination: Combination) -> None:
         if self._combination is not combination:  # already ended by the exit of ``hooked``
             return
-        self.access.is_active = False
         for module in reversed(list(self._running)):
             with record(Phase.RESTORE):
                 self._restore(module)
+        self._guard.release(self._guarded)
         for tensor, original in self._held:
             tensor.data = original
-        self._held = []
+        self._held, self._guarded = [], []
         self._swapped.clear()
         self._combination, self._terms, self.originals = None, {}, {}
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
         if not len(combination):
             return {}
-        groups = [parameters for parameters, _ in combination.terms]
-        if len(groups) != len(self._groups) or any(
-            a is not b for a, b in zip(groups, self._groups, strict=True)
-        ):
-            self._own = self._owners(groups)
-            self._places = _places(groups)
-            self._outside = {key: name for key, name in self._outside.items() if key in self._places}
+        if self._owners.update([parameters for parameters, _ in combination.terms], self._modules):
+            places = self._owners.places
+            self._outside = {key: name for key, name in self._outside.items() if key in places}
             self._scratch.forget_views()
-            self._groups = groups
+            self._room = {}
         terms = [terms for _, terms in combination.terms]
         return {
             module: [(parameters, terms[group]) for group, parameters in own]
-            for module, own in self._own.items()
+            for module, own in self._owners.own.items()
         }
-
-    def _forget_other_owners(self) -> None:
-        """Invalidates the cached owners if modules or their parameters were replaced."""
-        outline = [
-            (id(module), list(map(id, module._parameters.values()))) for module in self._root.modules()
-        ]
-        if outline != self._outline:
-            self._outline, self._groups = outline, []
-
-    def _owners(self, groups: list[Parameters]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
-        """The parameters that each module owns directly, with the index of their group."""
-        places = {
-            id(tensor): (group, position)
-            for group, parameters in enumerate(groups)
-            for position, tensor in enumerate(parameters.tensors)
-        }
-        owners: dict[nn.Module, list[tuple[int, Parameters]]] = {}
-        missing = dict(places)
-        for module in self._root.modules():
-            positions: dict[int, list[int]] = {}
-            for parameter in module._parameters.values():
-                if id(parameter) in places:
-                    missing.pop(id(parameter), None)
-                    group, position = places[id(parameter)]
-                    positions.setdefault(group, []).append(position)
-            if positions:
-                owners[module] = [(group, groups[group].take(own)) for group, own in positions.items()]
-        for group, position in missing.values():
-            raise ValueError(
-                f"streamed probe: {groups[group].names[position]} is not a parameter of the module that is "
-                "streamed; build the optimizer again after changing the model, or pass probe='inplace'"
-            )
-        return owners
 
     @property
     def held(self) -> frozenset[int]:
@@ -220,15 +178,15 @@ class ModuleSwap:
 
     def hold(self, tensor: Tensor) -> None:
         """Displaces a weight until the probe ends, now and in later probes: it is read outside its owner."""
-        with self._signals.held():
-            self._outside[id(tensor)] = self._places[id(tensor)][1].names[0]
+        with self._signals.held(), torch.no_grad(), temporarily_clear_interpreter_stack():
+            self._outside[id(tensor)] = self._owners.places[id(tensor)][1].names[0]
             self._hold(id(tensor))
 
     def _hold(self, tensor: int) -> None:
         assert self._combination is not None
         if tensor in self._swapped or not len(self._combination):
             return
-        group, parameters = self._places[tensor]
+        group, parameters = self._owners.places[tensor]
         with record(Phase.PERTURB):
             self._swap_for(parameters, self._combination.terms[group][1], _like(parameters), self._held)
 
@@ -252,6 +210,16 @@ class ModuleSwap:
             tensor.data = replacement
 
     def _make_room(self, combination: Combination) -> None:
+        if self._buffers.finds_written:
+            self._scratch.prepare(self._largest(combination))
+            return
+        key = (combination.seeds.device, len(combination) > 0, self._buffers.count)
+        if key not in self._room:
+            self._room[key] = self._largest(combination)
+        self._scratch.prepare(self._room[key])
+
+    def _largest(self, combination: Combination) -> dict[torch.device, int]:
+        """The bytes of the largest module on each device."""
         largest: dict[torch.device, int] = {combination.seeds.device: 0}
         for module, terms in self._terms.items():
             own: dict[torch.device, int] = {}
@@ -260,7 +228,7 @@ class ModuleSwap:
                 own[tensor.device] = own.get(tensor.device, 0) + aligned_bytes(tensor)
             for device, size in own.items():
                 largest[device] = max(largest.get(device, 0), size)
-        self._scratch.prepare(largest)
+        return largest
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self._combination is None:  # between two probes
@@ -279,6 +247,7 @@ class ModuleSwap:
     def _before(self, module: nn.Module, args: Any) -> None:
         users = self._scratch.users()
         running = self._running[module] = _Running(self._scratch.top, users)
+        self._guard.release(self._owners.opened.get(module, ()))
         self._visited.add(id(module))
         running.rows = self._rows_to_read(module, args)
         if running.rows is None:
@@ -299,7 +268,8 @@ class ModuleSwap:
             else:
                 displaced = self._scratch.take(fresh.tensors)
             self._swap_for(fresh, terms, displaced, self._held if hold else running.parameters)
-        running.buffers = self._buffers.swap(module, self._scratch)
+        if module._buffers:
+            running.buffers = self._buffers.swap(module, self._scratch)
 
     def _not_yet_displaced(self, parameters: Parameters) -> Parameters:
         """Leaves out weights that a running parent shares, or that are displaced until the probe ends."""
@@ -318,7 +288,10 @@ class ModuleSwap:
                 assert self._combination is not None
                 _rows.displace(running.rows, output, self._terms[module], self._combination.direction)
         # The output may be a view of the displaced weights, whose memory the next module will reuse.
-        borrowed = _distinct(output, self._scratch.holds)
+        if isinstance(output, Tensor):
+            borrowed = [output] if self._scratch.holds(output) else []
+        else:
+            borrowed = _distinct(output, self._scratch.holds)
         if borrowed:
             output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
         with record(Phase.RESTORE):
@@ -347,7 +320,11 @@ class ModuleSwap:
         for tensor, original in running.parameters:
             tensor.data = original
             self._swapped.discard(id(tensor))
-        self._buffers.restore(module, running.buffers)
+        self._buffers.restore(module, running.buffers, self._scratch)
+        if self._guarded and (opened := self._owners.opened.get(module)):
+            if self._swapped:
+                opened = [tensor for tensor in opened if id(tensor) not in self._swapped]
+            self._guard.guard(opened)
         del self._running[module]
         self._scratch.release(running.top)
 
@@ -358,15 +335,6 @@ class ModuleSwap:
 
 def _like(parameters: Parameters) -> list[Tensor]:
     return [empty_like(tensor) for tensor in parameters.tensors]
-
-
-def _places(groups: Sequence[Parameters]) -> dict[int, tuple[int, Parameters]]:
-    """For the id of each tensor, the index of its group, and it alone."""
-    return {
-        id(tensor): (group, parameters.take([position]))
-        for group, parameters in enumerate(groups)
-        for position, tensor in enumerate(parameters.tensors)
-    }
 
 
 def _check_no_transform() -> None:

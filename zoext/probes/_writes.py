@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
 from zoext._runtime.compiled import runs_compiled, uncompiled
-from zoext.probes._memory import storage_of
+from zoext.probes._hooks import Hook
+from zoext.probes._memory import interval_of, storage_of
 
 
 class WeightWriteError(RuntimeError):
@@ -65,8 +66,8 @@ def refused(root: nn.Module) -> Iterator[_Writes]:
     try:
         # Not hooks on all modules at once, of which torch.compile warns.
         for module in by_module:
-            handles.append(module.register_forward_pre_hook(before, prepend=True))
-            handles.append(module.register_forward_hook(after, always_call=True))
+            handles.append(module.register_forward_pre_hook(Hook(before), prepend=True))
+            handles.append(module.register_forward_hook(Hook(after), always_call=True))
         with uncompiled(), _Writes(root, weights, running) as writes:
             yield writes
     except WeightWriteError:
@@ -113,7 +114,7 @@ class _Writes(TorchDispatchMode):
         return run(*args, **(kwargs or {}))
 
     def _check(self, tensor: Tensor) -> None:
-        start, end = _interval(tensor)
+        start, end = interval_of(tensor)
         known = self._weights.get(storage_of(tensor), ()) if start else ()
         written = [weight for weight in known if start < weight.end and weight.start < end]
         if written and not any(self._running[weight.module] for weight in written):
@@ -137,25 +138,16 @@ def _weights_of(root: nn.Module) -> Iterator[_Weight]:
         for name, parameter in dict(module._parameters).items():
             if parameter is not None and not parameter.is_meta:  # else it is offloaded, and often replaced
                 data = parameter.data
-                yield _Weight(module, name, parameter, data, *_interval(data))
-
-
-def _interval(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the first element, and behind the last; zero for tensors that have none."""
-    if not tensor.numel() or not storage_of(tensor):
-        return 0, 0
-    places = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = 1 + sum((size - 1) * stride for size, stride in places)
-    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+                yield _Weight(module, name, parameter, data, *interval_of(data))
 
 
 def _was_replaced(weight: _Weight) -> bool:
-    now = dict.get(weight.module._parameters, weight.name)  # not an access that a streamed probe notes
+    now = weight.module._parameters.get(weight.name)
     # Trainable weights are swapped by streamed probes, and the engine checks them. functional_call lends
     # modules tensors that are no parameters.
     if weight.parameter.requires_grad or not isinstance(now, nn.Parameter):
         return False
-    return now is not weight.parameter or _interval(now.data)[0] != weight.start
+    return now is not weight.parameter or interval_of(now.data)[0] != weight.start
 
 
 def _error(root: nn.Module, weight: _Weight, how: str) -> WeightWriteError:

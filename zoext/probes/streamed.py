@@ -16,7 +16,7 @@ from zoext._runtime import interrupts
 from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
-from zoext.probes._memory import storage_of
+from zoext.probes._memory import interval_of, storage_of
 from zoext.probes._swap import ModuleSwap, StreamedProbeError
 from zoext.probes._writes import refused
 from zoext.probes.base import Probe, Session
@@ -34,8 +34,9 @@ class StreamedProbe(Probe):
     largest module's weights.
 
     A weight that is read outside its module's ``forward`` is displaced until the closure ends, in memory of
-    its own; ``describe`` names these. The first probe finds them by watching every operator, and later ones
-    watch again whenever a different set of modules runs.
+    its own; ``describe`` names these. An alias of it that was made before the closure began, such as
+    ``weight.detach()``, cannot be displaced: the first probe watches every operator and raises at such a
+    read, and later ones watch again whenever a different set of modules runs.
     """
 
     is_exact = True
@@ -44,7 +45,7 @@ class StreamedProbe(Probe):
         self.module = module
         self._swap = ModuleSwap(module)
         self._watched: set[tuple[frozenset[int], tuple[tuple[int, bool], ...]]] = set()
-        self._asked: set[int] = set()  # modules whose weights were asked for outside, in watched probes
+        self._seen: set[int] = set()  # modules that ran in watched probes
         self._watch_next = True
         self._is_stale = False
         self._ran_uncompiled = False
@@ -129,9 +130,9 @@ class StreamedProbe(Probe):
             route = (frozenset(visited), modes)
             if watch:
                 self._watched.add(route)
-                self._asked |= self._swap.access.seen
-            asked = not self._unwatched and not self._swap.access.seen <= self._asked
-            self._is_stale = asked or (reads is not None and reads.found_alias)
+                self._seen |= visited
+            is_unseen = not self._unwatched and not visited & self._swap.opening() <= self._seen
+            self._is_stale = is_unseen or (reads is not None and reads.found_alias)
             # Compiled code ran as it is written: its loss must not be compared with those of other probes.
             self._ran_uncompiled = reads is not None and reads.ran_uncompiled
             # A new route that ran unwatched is watched at the next probe.
@@ -222,12 +223,8 @@ class _ReadsOutside(TorchDispatchMode):
         for parameters in groups:
             for tensor, name in zip(parameters.tensors, parameters.names, strict=True):
                 original = swap.originals[id(tensor)]
-                start = original.data_ptr()
-                reach = sum(
-                    (n - 1) * stride for n, stride in zip(tensor.shape, original.stride(), strict=True)
-                )
-                interval = (start, start + (reach + 1) * tensor.element_size(), name, tensor)
-                self._originals.setdefault(storage_of(original), []).append(interval)
+                known = (*interval_of(original), name, tensor)
+                self._originals.setdefault(storage_of(original), []).append(known)
 
     def __torch_dispatch__(
         self,
