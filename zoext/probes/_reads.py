@@ -112,6 +112,7 @@ _READS_NOTHING = frozenset(
     + _known(Tensor, _METHODS)
     + _known(torch, _FUNCTIONS)
 )
+_SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _READS_FIRST = frozenset(_known(Tensor, _LIKE))
 
 
@@ -172,6 +173,8 @@ class ReadGuard:
 def _run(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
     """The ``__torch_function__`` of guarded tensors."""
     kwargs = kwargs or {}
+    if func == _SETS_DATA and isinstance(args[0], _Guarded):
+        args[0]._guard.release([args[0]])  # type: ignore[list-item]  # not displaced, so that the engine finds it elsewhere
     if func not in _READS_NOTHING:
         for value in tree_iter(args[:1] if func in _READS_FIRST else (args, kwargs)):
             if isinstance(value, _Guarded):
