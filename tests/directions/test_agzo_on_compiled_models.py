@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import zoext
+from support.compiled_code import counting
 
 X = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -21,17 +22,7 @@ def calls() -> list[int]:
 
 @pytest.fixture
 def compiled(calls: list[int]) -> Callable[[Any], Any]:
-    """Compiles for a backend that counts calls and adds 1 to losses: other roundings on a large scale."""
-    torch.compiler.reset()
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            calls[0] += 1
-            return tuple(out if out.dim() else out + 1 for out in graph.forward(*arguments))
-
-        return run
-
-    return lambda what: torch.compile(what, backend=backend)
+    return counting(calls, shift=1.0)
 
 
 def model_of() -> nn.Module:

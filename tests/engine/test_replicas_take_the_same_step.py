@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from torch import nn
 
 import zoext
-from support import environment
+from support.ranks import errors_of
 from support.replicated_runs import CASES, RANKS
 
 Results = dict[str, list[str | None]]
@@ -21,21 +18,7 @@ Results = dict[str, list[str | None]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What went wrong in each case, for each rank."""
-    folder = tmp_path_factory.mktemp("replicas")
-    ended = subprocess.run(
-        [sys.executable, "-m", "support.replicated_runs", str(folder)],
-        env=environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TORCH_CPP_LOG_LEVEL="ERROR"),
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    found: Results = {}
-    for rank in range(RANKS):
-        for line in (folder / f"{rank}.jsonl").read_text().splitlines():
-            name, error = json.loads(line)
-            found.setdefault(name, []).append(error)
-    assert ended.returncode == 0, ended.stderr
-    return found
+    return errors_of("support.replicated_runs", tmp_path_factory.mktemp("replicas"), RANKS)
 
 
 @pytest.mark.parametrize("case", CASES)

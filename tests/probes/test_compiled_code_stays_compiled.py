@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import zoext
+from support.compiled_code import counting
 
 X = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 STEPS = 7  # watched: 1, 2 and 4
@@ -22,16 +23,7 @@ def calls() -> list[int]:
 
 @pytest.fixture
 def compiled(calls: list[int]) -> Callable[[Any], Any]:
-    torch.compiler.reset()
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            calls[0] += 1
-            return graph.forward(*arguments)
-
-        return run
-
-    return lambda what: torch.compile(what, backend=backend)
+    return counting(calls)
 
 
 def model_of() -> nn.Module:

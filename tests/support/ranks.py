@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 from torch import distributed
+
+from support import environment
 
 
 def fork(count: int, act: Callable[[int], None]) -> int:
@@ -33,3 +38,25 @@ def join(number: int, count: int, folder: Path) -> None:
     distributed.init_process_group(
         "gloo", store=store, rank=number, world_size=count, timeout=timedelta(seconds=120)
     )
+
+
+def errors_of(program: str, folder: Path, count: int) -> dict[str, list[str | None]]:
+    """Runs a module whose ranks write [case, error] lines to ``RANK.jsonl`` in ``folder``.
+
+    Returns what went wrong in each case, for each rank that took part.
+    """
+    ended = subprocess.run(
+        [sys.executable, "-m", program, str(folder)],
+        env=environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TORCH_CPP_LOG_LEVEL="ERROR"),
+        timeout=600,
+        capture_output=True,
+        text=True,
+    )
+    found: dict[str, list[str | None]] = {}
+    for rank in range(count):
+        lines = folder / f"{rank}.jsonl"
+        for line in lines.read_text().splitlines() if lines.exists() else ():
+            name, error = json.loads(line)
+            found.setdefault(name, []).append(error)
+    assert ended.returncode == 0, ended.stderr
+    return found

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
 from math import prod
@@ -21,8 +18,8 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 pytest.importorskip("safetensors", reason="the frames of trajectories are written with it")
 
-from support import environment
 from support.graphed_runs import same
+from support.ranks import errors_of
 from support.sharded_replays import CASES, OFTEN, RANKS, SOME_RUNS
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block, _is_consecutive
@@ -35,22 +32,7 @@ Results = dict[str, list[str | None]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What went wrong in each case, for each rank."""
-    folder = tmp_path_factory.mktemp("shards")
-    ended = subprocess.run(
-        [sys.executable, "-m", "support.sharded_replays", str(folder)],
-        env=environment(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR"),
-        timeout=600,
-        capture_output=True,
-        text=True,
-    )
-    found: Results = {}
-    for rank in range(RANKS):
-        lines = folder / f"{rank}.jsonl"
-        for line in lines.read_text().splitlines() if lines.exists() else ():
-            name, error = json.loads(line)
-            found.setdefault(name, []).append(error)
-    assert ended.returncode == 0, ended.stderr
-    return found
+    return errors_of("support.sharded_replays", tmp_path_factory.mktemp("shards"), RANKS)
 
 
 @pytest.mark.parametrize("case", CASES)

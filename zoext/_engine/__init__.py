@@ -2,15 +2,11 @@
 
 from zoext._engine.applying import AppliedStep, GroupOptions, Recorder
 from zoext._engine.axes import Axes, with_current_names
+from zoext._engine.callers import check_not_skipping, check_not_trainer, initializes_state
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.engine import StepEngine, StepExecutor
 from zoext._engine.estimation import Closure
-from zoext._engine.first_order import (
-    check_not_scaled,
-    check_not_skipping,
-    check_not_trainer,
-    initializes_state,
-)
+from zoext._engine.first_order import check_not_scaled
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import LoRAFactors, OpenRound
 from zoext._engine.replicas import Replicas

@@ -174,7 +174,7 @@ def _run(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: A
     """The ``__torch_function__`` of guarded tensors."""
     kwargs = kwargs or {}
     if func == _SETS_DATA and isinstance(args[0], _Guarded):
-        args[0]._guard.release([args[0]])  # type: ignore[list-item]  # not displaced, so that the engine finds it elsewhere
+        _release(args[0])  # not displaced, so that the engine finds it elsewhere
     if func not in _READS_NOTHING:
         for value in tree_iter(args[:1] if func in _READS_FIRST else (args, kwargs)):
             if isinstance(value, _Guarded):
@@ -187,6 +187,10 @@ def _run(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: A
 
 def _note(tensor: _Guarded) -> None:
     tensor._guard.read(tensor)  # type: ignore[arg-type]
+
+
+def _release(tensor: _Guarded) -> None:
+    tensor._guard.release([tensor])  # type: ignore[list-item]
 
 
 class _Guarded:
