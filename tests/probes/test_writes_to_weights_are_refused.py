@@ -110,6 +110,29 @@ def test_weights_that_follow_others(probe: str) -> None:
     assert torch.equal(model[1].weight, before["1.weight"])
 
 
+@pytest.mark.parametrize("probe", PROBES)
+def test_wrappers_that_write_to_what_they_wrap(probe: str) -> None:
+    """As PEFT's adapters of expert weights do, which parametrize a weight during their forward."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(4, 4).requires_grad_(False)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.base.weight.data.mul_(1.0)
+            return self.base(x) * self.scale
+
+    model = nn.Sequential(Wrapper(), nn.Linear(4, 2)).bfloat16()
+    optimizer = zoext.MeZO(model, lr=1.0, probe=probe)
+    before = bits_of(model)
+    optimizer.step(lambda: loss_of(model))
+    after = bits_of(model)
+    assert torch.equal(after["0.base.weight"], before["0.base.weight"])
+    assert not torch.equal(after["1.weight"], before["1.weight"])
+
+
 @pytest.mark.parametrize("build", [zoext.MeZO, zoext.MeZOGreedy])
 @pytest.mark.parametrize("probe", PROBES)
 def test_layers_that_write_to_their_own(probe: str, build: Callable[..., zoext.ZerothOrderOptimizer]) -> None:
@@ -151,7 +174,9 @@ def test_weights_with_two_owners() -> None:
     model[1].bias = model[0].bias
     model[0].requires_grad_(False)
     for probe in PROBES:
-        zoext.MeZO(model, probe=probe).step(lambda: model(X).square().mean())
+        before = model[2].weight.detach().clone()
+        zoext.MeZO(model, lr=1e-2, probe=probe).step(lambda: model(X).square().mean())
+        assert not torch.equal(model[2].weight, before)
 
 
 def test_without_a_module_nothing_is_watched() -> None:

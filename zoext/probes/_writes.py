@@ -26,6 +26,7 @@ class WeightWriteError(RuntimeError):
 
 class _Weight(NamedTuple):
     module: nn.Module
+    holders: list[nn.Module]  # the module and those that contain it
     name: str  # in the module
     parameter: nn.Parameter
     data: Tensor
@@ -37,8 +38,9 @@ class _Weight(NamedTuple):
 def refused(root: nn.Module) -> Iterator[_Writes]:
     """A block in which a write to a weight of ``root`` raises, before it happens.
 
-    A module may write to its own weights while it runs, as layers do that set themselves up in their first
-    forward. Weights that the closure has replaced when the block raises are put back.
+    A module may write to weights in it while it runs, as layers do that set themselves up in their first
+    forward, and wrappers that parametrize what they wrap. Weights that the closure has replaced when the
+    block raises are put back.
 
     Raises:
         WeightWriteError: for a write, and for a weight that was replaced when its module begins to run.
@@ -65,7 +67,7 @@ def refused(root: nn.Module) -> Iterator[_Writes]:
     handles: list[RemovableHandle] = []
     try:
         # Not hooks on all modules at once, of which torch.compile warns.
-        for module in by_module:
+        for module in dict.fromkeys(holder for weight in weights for holder in weight.holders):
             handles.append(module.register_forward_pre_hook(Hook(before), prepend=True))
             handles.append(module.register_forward_hook(Hook(after), always_call=True))
         with uncompiled(), _Writes(root, weights, running) as writes:
@@ -82,7 +84,7 @@ def refused(root: nn.Module) -> Iterator[_Writes]:
 
 
 class _Writes(TorchDispatchMode):
-    """Raises before an operator writes to a weight while the module that owns it is not running."""
+    """Raises before an operator writes to a weight while no module that contains it is running."""
 
     supports_higher_order_operators = True  # such as flex_attention; they write to none of their arguments
 
@@ -117,7 +119,7 @@ class _Writes(TorchDispatchMode):
         start, end = interval_of(tensor)
         known = self._weights.get(storage_of(tensor), ()) if start else ()
         written = [weight for weight in known if start < weight.end and weight.start < end]
-        if written and not any(self._running[weight.module] for weight in written):
+        if written and not any(self._running[holder] for weight in written for holder in weight.holders):
             raise _error(self._root, written[0], "writes to")
 
 
@@ -132,13 +134,17 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 def _weights_of(root: nn.Module) -> Iterator[_Weight]:
+    holders: dict[nn.Module, list[nn.Module]] = {}
+    for holder in root.modules():
+        for module in holder.modules():
+            holders.setdefault(module, []).append(holder)
     for module in root.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name, parameter in dict(module._parameters).items():
             if parameter is not None and not parameter.is_meta:  # else it is offloaded, and often replaced
                 data = parameter.data
-                yield _Weight(module, name, parameter, data, *interval_of(data))
+                yield _Weight(module, holders[module], name, parameter, data, *interval_of(data))
 
 
 def _was_replaced(weight: _Weight) -> bool:
@@ -155,7 +161,7 @@ def _error(root: nn.Module, weight: _Weight, how: str) -> WeightWriteError:
     name = f"{prefix}.{weight.name}" if prefix else weight.name
     put_back = ". It is put back; load adapters again that count as merged now" if how == "replaces" else ""
     return WeightWriteError(
-        f"closure {how} {name}, a weight of the model, which would differ between probes and not be what it "
-        "was after them. Leave adapters unmerged: without merge_adapter() and unmerge_adapter() the loss is "
-        f"the same. Change other weights between steps{put_back}"
+        f"closure {how} {name}, a weight of the model: probes would see different weights, and the change "
+        "would outlast the step. Run adapters unmerged, without merge_adapter() and unmerge_adapter(), which "
+        f"gives the same loss; update weights, such as those of an EMA, between steps{put_back}"
     )
