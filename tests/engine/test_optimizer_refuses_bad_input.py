@@ -76,7 +76,11 @@ def test_parameters_that_cannot_move(bad: object, message: str) -> None:
 
 
 def test_frozen_integers_are_welcome() -> None:
-    zoext.MeZO([parameter(), torch.ones(3, dtype=torch.int8)]).step(lambda: 1.0)
+    moving, frozen = parameter(), torch.ones(3, dtype=torch.int8)
+    before = moving.detach().clone()
+    zoext.MeZO([moving, frozen], lr=0.1).step(lambda: moving.square().sum())
+    assert not torch.equal(moving, before)
+    assert torch.equal(frozen, torch.ones(3, dtype=torch.int8))
 
 
 def test_parameter_lists() -> None:
@@ -92,7 +96,7 @@ def test_parameter_lists() -> None:
     with pytest.raises(ValueError, match="given twice"):
         zoext.MeZO([tied, parameter(), tied])
     frozen = nn.Linear(2, 2).requires_grad_(False)
-    with pytest.raises(RuntimeError, match="no parameter requires grad"):
+    with pytest.raises(RuntimeError, match="no parameter of the optimizer requires grad"):
         zoext.MeZO(frozen).step(lambda: 1.0)
 
 
@@ -236,3 +240,9 @@ def test_updates_that_divide_by_coefficients_that_cancel(update: zoext.Update) -
         return
     with pytest.raises(ValueError, match=r"update: ScalarAdam divides by .* zero for GuidingVector; use"):
         zoext.ZerothOrderOptimizer(nn.Linear(2, 1), estimator=pool, update=update)
+
+
+def test_a_loss_in_place_of_a_closure() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"closure must be a function .*, not Tensor: step\(lambda: loss_of"):
+        zoext.MeZO(model).step(model(torch.ones(3)).sum())  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import zoext
 
@@ -210,6 +210,10 @@ def test_a_state_is_loaded_where_weights_are_even_if_the_first_is_elsewhere() ->
     for _ in range(2):
         optimizer.step(lambda: model[1](torch.ones(2, 3)).square().mean())
         optimizer.load_state_dict(optimizer.state_dict())
+        state = tree_leaves(optimizer.param_groups[0]["update_state"])
+        tensors = [value for value in state if isinstance(value, Tensor)]
+        assert tensors
+        assert all(value.device == model[1].weight.device for value in tensors)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -196,7 +196,8 @@ class StepEngine:
         movable = [group for group in self.look() if len(group)]
         if not movable:
             raise RuntimeError(
-                "no parameter requires grad, so none can move; unfreeze some with requires_grad_()"
+                "no parameter of the optimizer requires grad, so none can move: unfreeze some with "
+                "requires_grad_(), or build the optimizer after adapters were added, switched or enabled"
             )
         parameters.check_movable(movable)
         for options in self.param_groups:
@@ -230,6 +231,11 @@ class StepEngine:
         A closure that returns None, as Lightning passes for ``step()``, applies the pending ones instead.
         """
         self.check_no_round()
+        if not callable(closure):
+            raise TypeError(
+                f"closure must be a function that evaluates the loss, not {type(closure).__name__}: "
+                "step(lambda: loss_of(model, batch))"
+            )
         pending, self.run.pending = self.run.pending, []
         try:
             return self._step(closure)

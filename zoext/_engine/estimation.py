@@ -29,7 +29,7 @@ class MissingLossError(TypeError):
     def __init__(self) -> None:
         super().__init__(
             "closure must return the loss as a tensor of one element or a float, not None; did it forget to "
-            "return the loss?"
+            "return the loss? (A step() of Lightning has no closure: call estimate(closure) before it)"
         )
 
 

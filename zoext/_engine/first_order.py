@@ -33,8 +33,8 @@ def check_not_scaled(optimizer: Any) -> None:
     del optimizer.grad_scale, optimizer.found_inf  # GradScaler would leave them after an error
     raise RuntimeError(
         "GradScaler.step: a forward-only optimizer has no gradients that could underflow and be scaled; call "
-        "optimizer.step(closure), with a model in bfloat16 or with weights in float16 (Accelerate and "
-        "Trainer: mixed_precision='bf16' or 'no', not 'fp16')"
+        "optimizer.step(closure), with a model in bfloat16 or with weights in float16 (Accelerate: "
+        "mixed_precision='bf16' or 'no'; transformers' Trainer: bf16=True, not fp16=True)"
     )
 
 

@@ -62,7 +62,7 @@ class LossWatch:
     @staticmethod
     def _raise(which: str) -> None:
         raise FloatingPointError(
-            f"a loss of {which} step, or what a layer was fed, was not finite; theta was not moved by it. "
+            f"a loss of {which} step, or a layer's input, was not finite; theta was not moved by it. "
             "Lower lr or mu, check the batch, or pass nonfinite='skip' to leave such steps out"
         )
 

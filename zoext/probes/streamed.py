@@ -154,8 +154,8 @@ class StreamedProbe(Probe):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise StreamedProbeError(
                 f"streamed probe: the closure ran no module that owns a weight of the optimizer ({shown}), "
-                "so nothing was displaced. Have it run that model, not another one or a copy, and no adapter "
-                "that is merged or disabled"
+                "so nothing was displaced. Have it run that model itself, not a copy, with adapters neither "
+                "merged nor disabled"
             )
 
 
