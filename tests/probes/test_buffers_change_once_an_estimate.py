@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import zoext
 
+PROBES = ("streamed", "inplace")
 X = torch.randn(16, 5, generator=torch.Generator().manual_seed(1)) * 3 + 2
 
 
@@ -46,10 +48,11 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_with_a_centre_they_are_those_of_a_forward_at_theta() -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_with_a_centre_they_are_those_of_a_forward_at_theta(probe: str) -> None:
     model = Model()
     optimizer = zoext.ZerothOrderOptimizer(
-        model, estimator=zoext.ForwardDifference(samples=2), lr=1e-2, mu=0.1, probe="streamed"
+        model, estimator=zoext.ForwardDifference(samples=2), lr=1e-2, mu=0.1, probe=probe
     )
     for _ in range(5):  # watched, and not
         expected = copy.deepcopy(model)
@@ -62,15 +65,16 @@ def test_with_a_centre_they_are_those_of_a_forward_at_theta() -> None:
     assert model.seen.numel() == 15  # of another shape than the buffer that it replaces: it stays
 
 
-def test_without_a_centre_they_are_those_of_the_first_probe() -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_without_a_centre_they_are_those_of_the_first_probe(probe: str) -> None:
     class Enough(Exception):
         pass
 
     model = Model()
-    optimizer = zoext.MeZO(model, lr=1e-2, mu=0.1, seed=3, probe="streamed")
+    optimizer = zoext.MeZO(model, lr=1e-2, mu=0.1, seed=3, probe=probe)
     for step in range(5):
         expected = copy.deepcopy(model)
-        other = zoext.MeZO(expected, mu=0.1, seed=3, probe="inplace")
+        other = zoext.MeZO(expected.named_parameters(), mu=0.1, seed=3, probe="inplace")
         other.param_groups[0]["step"] = step
 
         def only_once(expected: nn.Module = expected) -> Tensor:
@@ -85,9 +89,9 @@ def test_without_a_centre_they_are_those_of_the_first_probe() -> None:
             assert torch.allclose(found[name], wanted[name], rtol=1e-5), name
 
 
-RECIPES: dict[str, Callable[[nn.Module], zoext.ZerothOrderOptimizer]] = {
+RECIPES: dict[str, Callable[..., zoext.ZerothOrderOptimizer]] = {
     "mezo": zoext.MeZO,
-    "several samples": lambda model: zoext.MeZO(model, samples=3),
+    "several samples": partial(zoext.MeZO, samples=3),
     "agzo": zoext.AGZO,
     "lozo": zoext.LOZO,
     "gv": zoext.MeZOGV,
@@ -96,18 +100,20 @@ RECIPES: dict[str, Callable[[nn.Module], zoext.ZerothOrderOptimizer]] = {
 }
 
 
+@pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_counts_one_batch_a_step(recipe: str) -> None:
+def test_every_recipe_counts_one_batch_a_step(recipe: str, probe: str) -> None:
     model = Model()
-    optimizer = RECIPES[recipe](model)
+    optimizer = RECIPES[recipe](model, probe=probe)
     for _ in range(5):
         optimizer.step(loss_of(model))
     assert (model.calls, model.once.num_batches_tracked, model.twice.num_batches_tracked) == (5, 5, 10)
 
 
-def test_every_micro_batch_counts_and_ask_counts_one() -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_every_micro_batch_counts_and_ask_counts_one(probe: str) -> None:
     model = Model()
-    optimizer = zoext.MeZO(model)
+    optimizer = zoext.MeZO(model, probe=probe)
     optimizer.estimate(loss_of(model))
     optimizer.estimate(loss_of(model, X[:9]))
     optimizer.step()
@@ -123,9 +129,10 @@ def test_every_micro_batch_counts_and_ask_counts_one() -> None:
     assert model.once.num_batches_tracked == 3
 
 
-def test_nothing_changes_in_evaluation_or_if_a_later_forward_raises() -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_nothing_changes_in_evaluation_or_if_a_later_forward_raises(probe: str) -> None:
     model = Model()
-    optimizer = zoext.MeZO(model)
+    optimizer = zoext.MeZO(model, probe=probe)
     before = buffers(model)
     for fails_at in (1, 2, 1, 2):
         calls = 0
@@ -147,9 +154,10 @@ def test_nothing_changes_in_evaluation_or_if_a_later_forward_raises() -> None:
     assert_equal(before, buffers(model))
 
 
-def test_a_batch_that_is_not_finite_leaves_statistics_finite() -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_batch_that_is_not_finite_leaves_statistics_finite(probe: str) -> None:
     model = Model()
-    optimizer = zoext.MeZO(model, nonfinite="skip")
+    optimizer = zoext.MeZO(model, probe=probe, nonfinite="skip")
     broken = X.clone()
     broken[3, 2] = torch.nan
     for x in (X, broken, X):
@@ -191,6 +199,30 @@ class Rotary(nn.Module):
         return self.layer(x) * self.cos[: len(x)]
 
 
+@pytest.mark.parametrize("probe", PROBES)
+def test_iterations_of_buffers_do_not_differ_between_probes(probe: str) -> None:
+    """Spectral normalization iterates on its buffers: the forwards of a step must begin with the same ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    other = copy.deepcopy(model)
+    optimizer, expected = (zoext.MeZO(each, lr=1e-2, mu=1e-2, probe=probe, seed=3) for each in (model, other))
+    for _ in range(5):
+        begins = buffers(model)
+        assert begins
+
+        def from_the_same(begins: dict[str, Tensor] = begins) -> Tensor:
+            for name, buffer in other.named_buffers():
+                buffer.copy_(begins[name])
+            return loss_of(other)()
+
+        optimizer.step(loss_of(model))
+        expected.step(from_the_same)
+        assert not any(torch.equal(buffer, begins[name]) for name, buffer in model.named_buffers())
+        for one, its in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(one, its)
+
+
 @pytest.mark.parametrize("grows_at", [0, 2, 4])
 def test_a_cache_that_grows_stays_as_its_module_knows_it(grows_at: int) -> None:
     model, other = Rotary(), Rotary()
@@ -203,12 +235,13 @@ def test_a_cache_that_grows_stays_as_its_module_knows_it(grows_at: int) -> None:
     assert model.cos.shape == X.shape
 
 
-def test_ask_and_tell_write_them_when_the_estimate_is_complete() -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_ask_and_tell_write_them_when_the_estimate_is_complete(probe: str) -> None:
     """However often the probe at theta is evaluated, and not at all for a round that is cancelled."""
     for ends in ("told", "cancelled", "not finite"):
         model = Model()
         optimizer = zoext.ZerothOrderOptimizer(
-            model, estimator=zoext.ForwardDifference(samples=1), probe="streamed", nonfinite="skip"
+            model, estimator=zoext.ForwardDifference(samples=1), probe=probe, nonfinite="skip"
         )
         before, expected = buffers(model), copy.deepcopy(model)
         with torch.no_grad():
@@ -225,9 +258,10 @@ def test_ask_and_tell_write_them_when_the_estimate_is_complete() -> None:
         assert_equal(buffers(model), buffers(expected) if ends == "told" else before)
 
 
-def test_a_buffer_that_was_kept_may_grow_in_a_later_probe() -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_buffer_that_was_kept_may_grow_in_a_later_probe(probe: str) -> None:
     model = Model()
-    optimizer = zoext.MeZO(model, probe="streamed")
+    optimizer = zoext.MeZO(model, probe=probe)
     calls = 0
 
     def closure() -> Tensor:

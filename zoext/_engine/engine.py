@@ -302,6 +302,7 @@ class StepEngine:
                     with self._updating():
                         with self.run.tearing(self.groups):
                             moved = applying.restore_and_apply(target, states, step, session, estimation)
+                        session.take_buffers()(estimate.finite)
                         commit(step, moved)
                     return step
         with self._updating():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -88,14 +90,66 @@ class BufferSwap:
     def take(self) -> Callable[[Tensor], None]:
         """Hands over what was kept: a function that writes it if its argument (bool []) holds."""
         kept, self._kept = self._kept, {}
+        return partial(_write, kept)
 
-        def write(condition: Tensor) -> None:
-            for (module, name), value in kept.items():
-                buffer = module._buffers.get(name)
-                if buffer is not None and _is_alike(buffer, value) and not buffer.is_inference():
-                    buffer.copy_(torch.where(condition.to(buffer.device), value, buffer))
 
-        return write
+class BufferRestore:
+    """Puts buffers back that the forwards of ``root`` write, and keeps what one probe of a step left."""
+
+    def __init__(self, root: nn.Module | None) -> None:
+        self._root = root
+        self._written: set[tuple[nn.Module, str]] = set()
+        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
+
+    @contextmanager
+    def restored(self, find_written: bool, keep: bool) -> Iterator[None]:
+        """A block after which written buffers are what they were before, or stay if they have another shape.
+
+        With ``find_written``, all buffers are compared to find those that the block writes.
+        """
+        known = dict(self._plain_buffers(find_written))
+        before = {place: buffer.detach().clone() for place, buffer in known.items()}
+        try:
+            yield
+        finally:
+            for (module, name), buffer in known.items():
+                now, original = module._buffers.get(name), before[module, name]
+                if now is None or not _is_alike(now, original):
+                    continue
+                if find_written and (now is not buffer or not _same(now, original)):
+                    self._written.add((module, name))
+                if (module, name) in self._written:
+                    if keep:
+                        self._kept[module, name] = now.detach().clone()
+                    with torch.no_grad():
+                        buffer.copy_(original)
+                    if now is not buffer:
+                        module._buffers[name] = buffer
+
+    def forget(self) -> None:
+        """Forgets what was kept."""
+        self._kept = {}
+
+    def take(self) -> Callable[[Tensor], None]:
+        """Hands over what was kept, as ``BufferSwap.take``."""
+        kept, self._kept = self._kept, {}
+        return partial(_write, kept)
+
+    def _plain_buffers(self, all_of_them: bool) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+        places = self._written
+        if all_of_them and self._root is not None:
+            places = {(module, name) for module in self._root.modules() for name in dict(module._buffers)}
+        for module, name in places:
+            buffer = module._buffers.get(name)
+            if buffer is not None and _is_plain(buffer) and not buffer.is_inference():
+                yield (module, name), buffer
+
+
+def _write(kept: Mapping[tuple[nn.Module, str], Tensor], condition: Tensor) -> None:
+    for (module, name), value in kept.items():
+        buffer = module._buffers.get(name)
+        if buffer is not None and _is_alike(buffer, value) and not buffer.is_inference():
+            buffer.copy_(torch.where(condition.to(buffer.device), value, buffer))
 
 
 def _is_plain(buffer: Tensor) -> bool:

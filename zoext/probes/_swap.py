@@ -140,6 +140,7 @@ class ModuleSwap:
                 if len(combination) and id(tensor) not in self._swapped
             ]
             self._guard.begin(self._guarded)
+            self._count_change(combination)
             yield self._visited
         finally:
             self._end(combination)
@@ -153,9 +154,17 @@ class ModuleSwap:
         self._guard.release(self._guarded)
         for tensor, original in self._held:
             tensor.data = original
+        self._count_change(combination)
         self._held, self._guarded = [], []
         self._swapped.clear()
         self._combination, self._terms, self.originals = None, {}, {}
+
+    @staticmethod
+    def _count_change(combination: Combination) -> None:
+        """Tells modules that keep what they made of their weights, and note the versions, that it is old."""
+        if len(combination):
+            moving = [tensor for parameters, _ in combination.terms for tensor in parameters.tensors]
+            torch.autograd.graph.increment_version(moving)
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
         if not len(combination):

@@ -86,3 +86,8 @@ class Probe(ABC):
         Yields a list that holds the memory used by replays once the block has ended.
         """
         yield []
+
+
+def is_watched_session(session: int) -> bool:
+    """Whether session number ``session``, from 1, is one to watch: 1, 2, 4, 8, ..., and every 100th."""
+    return session & (session - 1) == 0 or session % 100 == 0

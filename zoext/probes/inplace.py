@@ -7,14 +7,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoext._parameters.parameters import Parameters
 from zoext._runtime import interrupts
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Direction, Terms
+from zoext.probes._buffers import BufferRestore
 from zoext.probes._writes import refused
-from zoext.probes.base import Probe, Session
+from zoext.probes.base import Probe, Session, is_watched_session
 
 
 class InplaceProbe(Probe):
@@ -31,11 +32,15 @@ class InplaceProbe(Probe):
 
     Args:
         module: the model. If it is given, the first probe raises before the closure writes to a weight of it,
-            as merging an adapter does.
+            as merging an adapter does, and buffers that it writes, such as running statistics, change once an
+            estimate. Otherwise every forward changes them.
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self.module = module
+        self._buffers = BufferRestore(module)
+        self._sessions = 0
+        self._unwatched = False
         self._is_first = True
 
     def describe(self) -> str:
@@ -43,18 +48,37 @@ class InplaceProbe(Probe):
 
     @contextmanager
     def session(self) -> Iterator[Session]:
+        self._sessions += not self._unwatched
         with interrupts.deferred() as signals:
-            session = _InplaceSession(signals, self._guard)
+            self._buffers.forget()  # those of a session that raised
+            session = _InplaceSession(signals, self._guarded, self._buffers.take)
             try:
                 yield session
             finally:
                 session.restore()
                 torch.clear_autocast_cache()
 
-    def _guard(self) -> AbstractContextManager[object]:
-        """Looks at every operator of the first probe."""
-        is_first, self._is_first = self._is_first, False
-        return refused(self.module) if is_first and self.module is not None else nullcontext()
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        self._unwatched = True
+        try:
+            yield
+        finally:
+            self._unwatched = False
+
+    @contextmanager
+    def captured(self) -> Iterator[list[Tensor]]:
+        with self.unwatched():
+            yield []
+
+    @contextmanager
+    def _guarded(self, keep_buffers: bool) -> Iterator[None]:
+        """A block after which buffers are restored; in the first probe, every operator is looked at."""
+        is_first, self._is_first = self._is_first and not self._unwatched, False
+        find_written = is_watched_session(self._sessions) and not self._unwatched
+        guard = refused(self.module) if is_first and self.module is not None else nullcontext()
+        with self._buffers.restored(find_written, keep_buffers), guard:
+            yield
 
 
 class _Displaced(NamedTuple):
@@ -67,18 +91,25 @@ class _Displaced(NamedTuple):
 
 class _InplaceSession(Session):
     def __init__(
-        self, signals: interrupts.Signals, guard: Callable[[], AbstractContextManager[object]]
+        self,
+        signals: interrupts.Signals,
+        guarded: Callable[[bool], AbstractContextManager[None]],
+        take_buffers: Callable[[], Callable[[Tensor], None]],
     ) -> None:
         super().__init__(signals)
-        self._guard = guard
+        self._guarded = guarded
+        self._take_buffers = take_buffers
         self._displaced: list[_Displaced] = []
 
     @contextmanager
     def displaced(self, combination: Combination, keep_buffers: bool = False) -> Iterator[None]:
         self._move(combination)
         torch.clear_autocast_cache()
-        with self._guard(), record(Phase.FORWARD):
+        with self._guarded(keep_buffers), record(Phase.FORWARD):
             yield
+
+    def take_buffers(self) -> Callable[[Tensor], None]:
+        return self._take_buffers()
 
     @property
     def is_displaced(self) -> bool:

@@ -19,7 +19,7 @@ from zoext.directions import Combination
 from zoext.probes._memory import interval_of, storage_of
 from zoext.probes._swap import ModuleSwap, StreamedProbeError
 from zoext.probes._writes import refused
-from zoext.probes.base import Probe, Session
+from zoext.probes.base import Probe, Session, is_watched_session
 
 #: Assigning ``tensor.data`` calls this, through the dispatcher in inference mode; it reads no values.
 _ASSIGNS_DATA = torch.ops.aten._has_compatible_shallow_copy_type.default
@@ -99,8 +99,7 @@ class StreamedProbe(Probe):
     def session(self) -> Iterator[Session]:
         if not self._unwatched:
             self._sessions += 1
-            if self._sessions & (self._sessions - 1) == 0 or self._sessions % 100 == 0:
-                self._watch_next = True
+            self._watch_next = self._watch_next or is_watched_session(self._sessions)
         with interrupts.deferred() as signals, self._swap.hooked(signals):
             try:
                 yield _StreamedSession(signals, self._displaced, self._swap.take_buffers, self._was_stale)
