@@ -201,7 +201,7 @@ class Rotary(nn.Module):
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_iterations_of_buffers_do_not_differ_between_probes(probe: str) -> None:
-    """Spectral normalization iterates on its buffers: the forwards of a step must begin with the same ones."""
+    """Spectral normalization iterates on its buffers: all forwards of a step begin with the same ones."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
     nn.utils.parametrizations.spectral_norm(model[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -160,6 +161,63 @@ def test_layers_that_write_to_their_own(probe: str, build: Callable[..., zoext.Z
         optimizer.step(lambda: model(X).square().mean())
     assert model[0].shift.abs().sum() > 0
     assert model[2].running_mean.abs().sum() > 0
+
+
+class SetsItselfUp(nn.Linear):
+    """Its bias, which trains, comes from the first batch, as in ActNorm."""
+
+    is_set_up = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_set_up:
+            self.bias.data.copy_(-x.mean())
+            self.is_set_up = True
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("build", [zoext.MeZO, zoext.MeZOGreedy, zoext.LOZO, zoext.AGZO])
+@pytest.mark.parametrize("probe", PROBES)
+def test_layers_that_write_to_weights_that_train(
+    probe: str, build: Callable[..., zoext.ZerothOrderOptimizer]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), SetsItselfUp(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    before, other = bits_of(model), copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"writes to 1\.bias, in the forward of its own"):
+        build(model, lr=1e-3, mu=1e-3, probe=probe).step(lambda: model(X).square().mean())
+    if probe == "streamed":
+        assert all(torch.equal(bits, before[name]) for name, bits in bits_of(model).items())
+    with torch.no_grad():
+        other(X)
+    set_up = other[1].bias.detach().clone()
+    optimizer = build(other, lr=1e-3, mu=1e-3, probe=probe)
+    optimizer.estimate(lambda: other(X).square().mean())
+    assert torch.allclose(other[1].bias, set_up)
+
+
+def test_embeddings_that_limit_their_norms() -> None:
+    """A streamed probe limits those of the displaced rows; one in place would leave theta elsewhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4, max_norm=0.5), nn.Linear(4, 2))
+    tokens, before = torch.tensor([[0, 1, 2]]), bits_of(model)
+
+    def closure() -> Tensor:
+        return model(tokens).square().mean()
+
+    def limited() -> Tensor:
+        rows = model[0].weight[tokens]
+        limited = rows * (0.5 / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
+        return model[1](limited).square().mean()
+
+    optimizer, other = (zoext.MeZO(model, lr=0.0, mu=1e-2, probe="streamed", seed=3) for _ in range(2))
+    for _ in range(5):  # in watched steps, and in others
+        expected = float(other.estimate(limited).coefficients)
+        assert float(optimizer.estimate(closure).coefficients) == pytest.approx(expected, rel=1e-3)
+        optimizer.step()
+        other.step()
+        assert all(torch.equal(bits, before[name]) for name, bits in bits_of(model).items())
+    with pytest.raises(RuntimeError, match=r"0\.weight.* set max_norm=None"):
+        zoext.MeZO(model, probe="inplace").step(closure)
 
 
 def test_weights_with_two_owners() -> None:

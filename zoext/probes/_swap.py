@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -305,7 +306,10 @@ class ModuleSwap:
             output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
         with record(Phase.RESTORE):
             self._restore(module)
-        if self._scratch.users() > running.users + len(borrowed) and not torch.is_grad_enabled():
+        has_raised = output is None and sys.exc_info()[0] is not None  # then views live on in the traceback
+        if has_raised or torch.is_grad_enabled():
+            return output if borrowed else None
+        if self._scratch.users() > running.users + len(borrowed):
             names = ", ".join(
                 name for parameters, _ in self._terms.get(module, ()) for name in parameters.names
             )

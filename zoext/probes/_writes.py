@@ -38,9 +38,9 @@ class _Weight(NamedTuple):
 def refused(root: nn.Module) -> Iterator[_Writes]:
     """A block in which a write to a weight of ``root`` raises, before it happens.
 
-    A module may write to weights in it while it runs, as layers do that set themselves up in their first
-    forward, and wrappers that parametrize what they wrap. Weights that the closure has replaced when the
-    block raises are put back.
+    A module may write to frozen weights in it while it runs, as layers do that set themselves up in their
+    first forward, and wrappers that parametrize what they wrap. Weights that the closure has replaced when
+    the block raises are put back.
 
     Raises:
         WeightWriteError: for a write, and for a weight that was replaced when its module begins to run.
@@ -94,6 +94,7 @@ class _Writes(TorchDispatchMode):
         self._root = root
         self._running = running
         self._weights: dict[int, list[_Weight]] = {}
+        self._trains = [weight for weight in weights if weight.parameter.requires_grad]
         for weight in weights:
             if weight.start:
                 self._weights.setdefault(storage_of(weight.data), []).append(weight)
@@ -112,15 +113,27 @@ class _Writes(TorchDispatchMode):
                 value = args[position] if position < len(args) else (kwargs or {}).get(name)
                 for tensor in tree_iter(value):
                     if isinstance(tensor, Tensor):
-                        self._check(tensor)
+                        self._check(tensor, func)
         return run(*args, **(kwargs or {}))
 
-    def _check(self, tensor: Tensor) -> None:
+    def _check(self, tensor: Tensor, func: Any) -> None:
         start, end = interval_of(tensor)
         known = self._weights.get(storage_of(tensor), ()) if start else ()
         written = [weight for weight in known if start < weight.end and weight.start < end]
         if written and not any(self._running[holder] for weight in written for holder in weight.holders):
             raise _error(self._root, written[0], "writes to")
+        trained = [weight for weight in written if weight.parameter.requires_grad]
+        # To a displaced copy, which a streamed probe throws away. Repeating this one does no harm.
+        if not trained and func is not torch.ops.aten.embedding_renorm_.default:
+            running = (weight for weight in self._trains if self._running[weight.module])
+            trained = [weight for weight in running if _overlaps(weight.parameter, start, end)]
+        if trained:
+            raise _own_error(self._root, trained[0])
+
+
+def _overlaps(tensor: Tensor, start: int, end: int) -> bool:
+    its_start, its_end = interval_of(tensor)
+    return its_start > 0 and start < its_end and its_start < end
 
 
 @cache
@@ -157,11 +170,24 @@ def _was_replaced(weight: _Weight) -> bool:
 
 
 def _error(root: nn.Module, weight: _Weight, how: str) -> WeightWriteError:
-    prefix = next((name for name, module in root.named_modules() if module is weight.module), "")
-    name = f"{prefix}.{weight.name}" if prefix else weight.name
     put_back = ". It is put back; load adapters again that count as merged now" if how == "replaces" else ""
     return WeightWriteError(
-        f"closure {how} {name}, a weight of the model: probes would see different weights, and the change "
-        "would outlast the step. Run adapters unmerged, without merge_adapter() and unmerge_adapter(), which "
-        f"gives the same loss; update weights, such as those of an EMA, between steps{put_back}"
+        f"closure {how} {_name_of(weight, root)}, a weight of the model: probes would see different weights, "
+        "and the change would outlast the step. Run adapters unmerged, without merge_adapter() and "
+        "unmerge_adapter(), which gives the same loss; update weights, such as those of an EMA, between "
+        f"steps{put_back}"
     )
+
+
+def _own_error(root: nn.Module, weight: _Weight) -> WeightWriteError:
+    return WeightWriteError(
+        f"closure writes to {_name_of(weight, root)}, in the forward of its own module: the weight is "
+        "displaced then, so the write would be lost or keep a part of the displacement. If the module sets "
+        "itself up in its first forward, run it once before the first step; otherwise freeze the weight with "
+        "requires_grad_(False). For nn.Embedding, set max_norm=None"
+    )
+
+
+def _name_of(weight: _Weight, root: nn.Module) -> str:
+    prefix = next((name for name, module in root.named_modules() if module is weight.module), "")
+    return f"{prefix}.{weight.name}" if prefix else weight.name
