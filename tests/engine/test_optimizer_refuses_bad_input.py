@@ -146,7 +146,10 @@ def test_closures_that_change_the_parameters(probe: str, change: str) -> None:
             model[1].bias.data = elsewhere
         return loss
 
-    with pytest.raises(RuntimeError, match=r"parameters .* changed since the closure began"):
+    name = {"add": "new", "freeze": r"0\.weight", "move": r"1\.bias"}[change]
+    with pytest.raises(
+        RuntimeError, match=rf"parameters .* changed since the closure began: {name}\. If a mod"
+    ):
         optimizer.step(closure)
     if (probe, change) == ("inplace", "move"):
         return  # the displacement stayed behind in the old memory, and no one can know that

@@ -373,9 +373,12 @@ class StepEngine:
         known = self.groups
         if self.look() is not known or self._mus != tuple(group["mu"] for group in self.param_groups):
             self.run.cancel()
+            changed = parameters.changed_names(known, self.groups)
+            names = f": {', '.join(changed[:3])}" if changed else ""
             raise RuntimeError(
                 "the optimizer's parameters (their list, their memory or requires_grad) or a group's mu "
-                f"changed since {since}"
+                f"changed since {since}{names}. If a module casts or moves its weights in its first forward, "
+                "run the model once before the first step"
             )
 
     def _step_seeds(self, device: torch.device) -> StepSeeds:

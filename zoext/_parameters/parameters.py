@@ -81,6 +81,15 @@ class Parameters:
         return all(a is b for a, b in pairs)
 
 
+def changed_names(before: Iterable[Parameters], now: Iterable[Parameters]) -> list[str]:
+    """The names of parameters that are in other memory, or in one of the two only."""
+    places = [
+        {place for group in groups for place in zip(group.names, group.addresses, strict=True)}
+        for groups in (before, now)
+    ]
+    return sorted({name for name, _ in places[0] ^ places[1]})
+
+
 def _from_rows(rows: Iterable[_Row]) -> Parameters:
     columns = tuple(zip(*rows, strict=True)) or ((),) * 6
     return Parameters(*columns)  # type: ignore[arg-type]
