@@ -47,7 +47,7 @@ def signs(count: int, *, seed: int = SEED, key: int = 0) -> NDArray[np.float64]:
 
 
 def rounding_bits(count: int, *, seed: int = SEED, key: int = 0) -> NDArray[np.float64]:
-    """Of the oracle, which the operators equal to the bit, in 0 .. 65535."""
+    """Of the oracle, whose bits the operators reproduce, in 0 .. 65535."""
     return oracle.rounding_bits(seed, key, np.arange(count, dtype=np.uint64)).astype(np.float64)
 
 

@@ -343,7 +343,9 @@ def row(method: Method, mezo: Outcome, agzo: Outcome) -> str:
     """The line of the page's table."""
     displaced = "while its module runs"
     if mezo.held:
-        displaced = "until the closure ends" if mezo.held == mezo.trainable else "both"
+        displaced = "until the closure ends"
+        if mezo.held != mezo.trainable:
+            displaced = f"some {displaced}"
     return f"| {method.name} | `{method.config}` | {displaced} | {'no' if agzo.error else 'yes'} |\n"
 
 

@@ -17,7 +17,7 @@ class LossWatch:
     """Looks at the losses of every estimate: at those that are not finite, and those that are all equal.
 
     Counts estimates that were not finite, and raises if the policy is "raise". Warns after ``FLAT``
-    consecutive estimates whose losses were equal to the bit, which usually means that the closure does not
+    consecutive estimates whose losses were bit-identical, which usually means that the closure does not
     run what the optimizer moves.
 
     On the CPU a loss that is not finite is reported immediately, on other devices when the next estimate
@@ -69,7 +69,7 @@ class LossWatch:
     @staticmethod
     def _warn() -> None:
         warn(
-            f"the losses of each of the last {FLAT} estimates were equal to the bit, so there is no slope to "
+            f"the losses of each of the last {FLAT} estimates were bit-identical, so there is no slope to "
             "follow. Either the closure does not run what the optimizer moves (but another model, a copy, or "
             "an adapter that is merged or disabled), or its value does not change at this scale: it is "
             "constant, counts (as an accuracy does), or mu is too small"

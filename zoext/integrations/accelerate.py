@@ -29,7 +29,7 @@ class ZOAccelerator(Accelerator):  # type: ignore[misc]
                 loss = optimizer.step(lambda batch: model(**batch).loss, batch)
 
     The arguments are those of ``accelerate.Accelerator``. Delete ``accelerator.backward(loss)``; calls of
-    ``clip_grad_norm_``, ``clip_grad_value_`` and ``optimizer.zero_grad`` do no harm. ``prepare`` does not
+    ``clip_grad_norm_``, ``clip_grad_value_`` and ``optimizer.zero_grad`` have no effect. ``prepare`` does not
     wrap a model in DistributedDataParallel, which would allocate gradients: it copies the weights of the
     main process to the others.
 

@@ -123,7 +123,7 @@ class _Writes(TorchDispatchMode):
         if written and not any(self._running[holder] for weight in written for holder in weight.holders):
             raise _error(self._root, written[0], "writes to")
         trained = [weight for weight in written if weight.parameter.requires_grad]
-        # To a displaced copy, which a streamed probe throws away. Repeating this one does no harm.
+        # To a displaced copy, which a streamed probe throws away. This one may be repeated.
         if not trained and func is not torch.ops.aten.embedding_renorm_.default:
             running = (weight for weight in self._trains if self._running[weight.module])
             trained = [weight for weight in running if _overlaps(weight.parameter, start, end)]

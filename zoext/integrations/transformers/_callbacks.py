@@ -28,7 +28,8 @@ class TrajectoryCallback(TrainerCallback):
         notes: plain JSON data to keep in the header of the file.
 
     Raises:
-        As ``Trajectory``, when training begins.
+        FileExistsError: when training begins at step 0, if ``path`` exists.
+        ValueError, TrajectoryError: as ``Trajectory``.
     """
 
     def __init__(
@@ -46,12 +47,18 @@ class TrajectoryCallback(TrainerCallback):
         if not state.is_world_process_zero or self.trajectory is not None:
             return
         optimizer = unwrap(kwargs["optimizer"])
+        is_continued = optimizer.param_groups[0]["step"] > 0
+        if self.path.exists() and not is_continued:
+            raise FileExistsError(
+                f"path: {self.path} exists; give another path, or continue the run that it records with "
+                "train(resume_from_checkpoint=True)"
+            )
         self.trajectory = Trajectory(
             self.path,
             optimizer,
             frames=self._frames,
             notes=self._notes,
-            resume=optimizer.param_groups[0]["step"] > 0 and self.path.exists(),
+            resume=is_continued and self.path.exists(),
         )
 
     def on_train_end(
