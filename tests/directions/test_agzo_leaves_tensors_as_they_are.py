@@ -160,3 +160,30 @@ def test_an_interrupted_closure() -> None:
         optimizer.step(closure)
     assert not torch.overrides._get_current_function_mode_stack()
     assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+
+
+@pytest.mark.parametrize("change", ["lost", "left"])
+def test_an_interrupt_while_torch_changes_its_stack_of_modes(change: str) -> None:
+    """torch takes the top mode off the stack to call it, or to enter one of its own."""
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    model, mode = Model(), Mode()
+    optimizer = zoext.AGZO(model)
+
+    def closure() -> Tensor:
+        loss_of(model)
+        if change == "lost":
+            torch._C._pop_torch_function_stack()
+        else:
+            Mode().__enter__()
+        raise KeyboardInterrupt
+
+    with mode:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(closure)
+        assert torch.overrides._get_current_function_mode_stack() == [mode]
+        optimizer.step(lambda: loss_of(model))
+    assert not torch.overrides._get_current_function_mode_stack()

@@ -55,10 +55,14 @@ class ProductWatch(TorchFunctionMode):
         self.read.clear()
         for key, weight in self._weights.items():
             self._show(weight, Shown(weight, key, weight.detach()))
+        depth = torch._C._len_torch_function_stack()
+        self.__enter__()
         try:
-            with self:
-                yield
+            yield
         finally:
+            # torch takes modes off the stack to call them; an interrupt may keep it from putting them back.
+            while torch._C._len_torch_function_stack() > depth:
+                torch._C._pop_torch_function_stack()
             self._shown.clear()
 
     def forget(self, key: int) -> None:
