@@ -56,7 +56,7 @@ class ProductWatch(TorchFunctionMode):
         for key, weight in self._weights.items():
             self._show(weight, Shown(weight, key, weight.detach()))
         depth = torch._C._len_torch_function_stack()
-        self.__enter__()
+        torch._C._push_on_torch_function_stack(self)
         try:
             yield
         finally:
