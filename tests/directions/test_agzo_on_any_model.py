@@ -99,6 +99,24 @@ def test_experts_that_get_no_token_have_zero_directions() -> None:
     assert not change["b.weight"].any()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("probe", ["streamed", "inplace"])
+def test_weights_without_elements(probe: str) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "none": nn.Linear(0, 3), "nothing": nn.Linear(3, 0)})
+    before = model["used"].weight.detach().clone()
+    optimizer = zoext.AGZO(model, lr=1e-2, probe=probe)
+    x = torch.randn(5, 4)
+
+    def closure() -> torch.Tensor:
+        hidden = model["used"](x) + model["none"](x[:, :0])
+        return hidden.square().mean() + model["nothing"](hidden).sum()
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert not torch.equal(model["used"].weight, before)
+
+
 def test_a_step_may_leave_out_all_layers() -> None:
     torch.manual_seed(1)
     change = moved(

@@ -69,6 +69,19 @@ def test_of_what_is_probed(
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_buffers_of_a_model_that_is_probed_in_place(compiled: Callable[[Any], Any], calls: list[int]) -> None:
+    """Iterations of spectral normalization: all forwards of a step begin with the same buffers."""
+    models = []
+    for _ in range(2):
+        model = model_of()
+        nn.utils.parametrizations.spectral_norm(model[0])
+        models.append(model)
+    fast = compiled(models[0])
+    found = slopes_of(fast, lambda: fast(X).square().mean(), "auto", calls)
+    expected = slopes_of(models[1], lambda: models[1](X).square().mean(), "streamed", None)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_of_other_code(compiled: Callable[[Any], Any], calls: list[int]) -> None:
     model, other = model_of(), compiled(lambda x: torch.tanh(x) + 1)
 

@@ -89,3 +89,22 @@ def test_slopes_are_right_with_either(kind: str) -> None:
             assert all(map(torch.equal, model.parameters(), before))
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-6)
     assert slopes[0] != 0
+
+
+@pytest.mark.parametrize("how", ["whole", "a part"])
+def test_scripted_models_cannot_be_streamed(how: str) -> None:
+    scripted = torch.jit.script(raw())
+    model = scripted if how == "whole" else nn.ModuleDict({"part": scripted, "other": nn.Linear(3, 3)})
+    name = "the module" if how == "whole" else "part"
+    with pytest.raises(TypeError, match=f"streamed probe: {name} is compiled by torch.jit.*probe='inplace'"):
+        zoext.MeZO(model, probe="streamed")
+    assert isinstance(zoext.MeZO(model).probe, zoext.InplaceProbe)
+
+
+def test_scripted_parts_without_tensors_are_streamed() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.ReLU())).double()
+    slopes = []
+    for probe in ("streamed", "inplace"):
+        optimizer = zoext.MeZO(model, probe=probe, seed=3)
+        slopes.append(float(optimizer.estimate(lambda: model(X).square().mean()).coefficients))
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-6)

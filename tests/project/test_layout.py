@@ -22,6 +22,9 @@ NOT_OURS = {
     "_cdata",  # of a storage: tells storages apart
     "_foreach_copy_",  # torch
     "_functorch",  # torch._C: nothing public tells whether a transform is active
+    "_len_torch_function_stack",  # torch._C: nothing public tells which modes are on it
+    "_pop_torch_function_stack",
+    "_push_on_torch_function_stack",
     "_forward_hooks",  # of a module
     "_forward_pre_hooks",  # of a module
     "_getframe",  # sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 
@@ -13,6 +14,15 @@ def compiled() -> tuple[type[nn.Module], ...]:
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
     found: tuple[type[nn.Module], ...] = (dynamo.OptimizedModule,) if dynamo else ()
     return found
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether any submodule is compiled or scripted, so that its code may not use swapped weights."""
+    kinds: tuple[type, ...] = (torch.jit.ScriptModule, *compiled())
+    return any(
+        isinstance(part, kinds) or getattr(part, "_compiled_call_impl", None) is not None
+        for part in module.modules()
+    )
 
 
 def conv1d() -> tuple[type[nn.Module], ...]:

@@ -61,7 +61,7 @@ def linear_layers(module: nn.Module, groups: Sequence[Parameters]) -> list[Layer
             elif id(parameter) in names:
                 key, name = names[id(parameter)]
                 layers.append(Layer(part, name, key, linear == "transposed"))
-    return [layer for layer in layers if id(layer.module.weight) not in used_otherwise]
+    return [layer for layer in layers if id(layer.weight) not in used_otherwise and layer.weight.numel()]
 
 
 def stacks(module: nn.Module, groups: Sequence[Parameters]) -> list[Stack]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext._engine import AppliedStep, GroupOptions, StepEngine, StepExecutor
+from zoext._parameters.wrappers import is_compiled
 from zoext._runtime import interrupts
 from zoext.estimators import Estimate
 from zoext.graphs._capturable import HostWaits, NotedHostWaits, capturable
@@ -18,7 +19,6 @@ from zoext.graphs._captured import CapturedStep, Inputs, lr_dtype, map_tensors
 from zoext.graphs._cuda_graph import CaptureError, CudaGraph
 from zoext.graphs._static_inputs import StaticInputs, place_of
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
-from zoext.probes import is_compiled
 from zoext.updates import State
 
 #: Steps without a graph before the capture, as in torch, so that lazy initialization is complete.

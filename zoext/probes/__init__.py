@@ -1,6 +1,6 @@
 """Probes evaluate the loss at ``theta + combination`` and restore theta afterwards."""
 
-from zoext.probes._choice import choose, is_compiled
+from zoext.probes._choice import choose
 from zoext.probes._swap import StreamedProbeError
 from zoext.probes.base import Probe, Session
 from zoext.probes.inplace import InplaceProbe
@@ -13,5 +13,4 @@ __all__ = [
     "StreamedProbe",
     "StreamedProbeError",
     "choose",
-    "is_compiled",
 ]

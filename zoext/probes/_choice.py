@@ -11,15 +11,6 @@ from zoext.probes.inplace import InplaceProbe
 from zoext.probes.streamed import StreamedProbe
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether any submodule is compiled or scripted, so that its code may not use swapped weights."""
-    kinds: tuple[type, ...] = (torch.jit.ScriptModule, *wrappers.compiled())
-    return any(
-        isinstance(part, kinds) or getattr(part, "_compiled_call_impl", None) is not None
-        for part in module.modules()
-    )
-
-
 def _is_exported(module: nn.Module) -> bool:
     """Whether any submodule is a graph, as of torch.export, that reads the weights of modules it never calls.
 
@@ -49,7 +40,8 @@ def choose(probe: str | Probe, module: nn.Module | None) -> Probe:
             "probe='streamed' needs the nn.Module whose forward is streamed: pass the module as params, or "
             "probe=zoext.StreamedProbe(module) with parameter groups"
         )
-    compiled = module is not None and is_compiled(module)
-    if module is None or probe == "inplace" or (probe == "auto" and (compiled or _is_exported(module))):
-        return InplaceProbe(None if compiled else module)
+    if module is None or probe == "inplace":
+        return InplaceProbe(module)
+    if probe == "auto" and (wrappers.is_compiled(module) or _is_exported(module)):
+        return InplaceProbe(module)
     return StreamedProbe(module)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext._parameters.parameters import Parameters
+from zoext._parameters.wrappers import is_compiled
 from zoext._runtime import interrupts
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Direction, Terms
@@ -31,9 +32,9 @@ class InplaceProbe(Probe):
     grows with every step, so prefer ``StreamedProbe`` if the model is an ``nn.Module``.
 
     Args:
-        module: the model. If it is given, the first probe raises before the closure writes to a weight of it,
-            as merging an adapter does, and buffers that it writes, such as running statistics, change once an
-            estimate. Otherwise every forward changes them.
+        module: the model. If it is given, buffers that it writes, such as running statistics, change once an
+            estimate, and not in every forward. The first probe raises before the closure writes to a weight
+            of it, as merging an adapter does, unless the model is compiled.
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
@@ -76,7 +77,9 @@ class InplaceProbe(Probe):
         """A block after which buffers are restored; in the first probe, every operator is looked at."""
         is_first, self._is_first = self._is_first and not self._unwatched, False
         find_written = is_watched_session(self._sessions) and not self._unwatched
-        guard = refused(self.module) if is_first and self.module is not None else nullcontext()
+        # Under the watch, compiled code would run as it is written.
+        is_seen = is_first and self.module is not None and not is_compiled(self.module)
+        guard = refused(self.module) if is_seen and self.module is not None else nullcontext()
         with self._buffers.restored(find_written, keep_buffers), guard:
             yield
 

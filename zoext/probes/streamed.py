@@ -37,11 +37,24 @@ class StreamedProbe(Probe):
     its own; ``describe`` names these. An alias of it that was made before the closure began, such as
     ``weight.detach()``, cannot be displaced: the first probe watches every operator and raises at such a
     read, and later ones watch again whenever a different set of modules runs.
+
+    Args:
+        module: the model.
+
+    Raises:
+        TypeError: if a part of it is compiled by ``torch.jit``.
     """
 
     is_exact = True
 
     def __init__(self, module: nn.Module) -> None:
+        for name, part in module.named_modules():
+            has_tensors = part._parameters or part._buffers
+            if has_tensors and isinstance(part, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]
+                raise TypeError(
+                    f"streamed probe: {name or 'the module'} is compiled by torch.jit, which runs no hooks; "
+                    "pass probe='inplace'"
+                )
         self.module = module
         self._swap = ModuleSwap(module)
         self._watched: set[tuple[frozenset[int], tuple[tuple[int, bool], ...]]] = set()
