@@ -37,7 +37,7 @@ PROGRAMS: dict[str, tuple[list[Path], str]] = {
 }
 BUILDS = {
     "optimised": ["-O2", "-DNDEBUG"],
-    "sanitized": ["-O1", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "sanitized": ["-O0", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 
 

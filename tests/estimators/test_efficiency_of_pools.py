@@ -5,7 +5,7 @@ MeZO 1 in 2 forwards, and the values below for guiding vectors (elite ratio 1/2)
 analysis of arXiv 2601.04710's rules. Directions are drawn from the noise field; d is 2000, the loss is
 quadratic, mu small.
 
-The standard error of each mean is asserted to be below 1.25 %, so that a deviation of 5 % is four standard
+The standard error of each mean is asserted to be below 1.75 %, so that a deviation of 7 % is four standard
 errors: a false alarm in 16,000 cases, had the seeds not been fixed.
 """
 
@@ -67,7 +67,7 @@ CASES = [
 
 @pytest.mark.parametrize(("estimator", "forwards", "expected"), CASES, ids=lambda value: str(value))
 def test_squared_cosine(estimator: zoext.Estimator, forwards: int, expected: float) -> None:
-    samples = {1: 24_000, 2: 24_000, 4: 12_000}.get(estimator.draws, 6_000)
+    samples = {1: 12_000, 2: 12_000, 4: 6_000}.get(estimator.draws, 3_000)
     values = torch.tensor(list(squared_cosines(estimator, forwards, samples))) * DIMENSION
-    assert values.std() / len(values) ** 0.5 < 0.0125 * expected
-    assert values.mean().item() == pytest.approx(expected, rel=0.05)
+    assert values.std() / len(values) ** 0.5 < 0.0175 * expected
+    assert values.mean().item() == pytest.approx(expected, rel=0.07)

@@ -11,7 +11,7 @@ from torch import nn
 
 import zoext
 
-STEPS = 1500
+STEPS = 700
 
 
 @pytest.mark.parametrize("direction", [zoext.Gaussian(), zoext.Rademacher()])
