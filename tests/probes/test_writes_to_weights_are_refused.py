@@ -183,7 +183,7 @@ def test_layers_that_write_to_weights_that_train(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), SetsItselfUp(4, 4), nn.Tanh(), nn.Linear(4, 2))
     before, other = bits_of(model), copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match=r"writes to 1\.bias, in the forward of its own"):
+    with pytest.raises(RuntimeError, match=r"writes to 1\.bias in a forward, while it is"):
         build(model, lr=1e-3, mu=1e-3, probe=probe).step(lambda: model(X).square().mean())
     if probe == "streamed":
         assert all(torch.equal(bits, before[name]) for name, bits in bits_of(model).items())
@@ -193,6 +193,41 @@ def test_layers_that_write_to_weights_that_train(
     optimizer = build(other, lr=1e-3, mu=1e-3, probe=probe)
     optimizer.estimate(lambda: other(X).square().mean())
     assert torch.allclose(other[1].bias, set_up)
+
+
+class Rescaled(nn.Module):
+    """Divides weights of its layers once, as RWKV does for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.is_rescaled = nn.Linear(4, 4), nn.Linear(4, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_rescaled:
+            with torch.no_grad():
+                self.last.weight.div_(2)
+            self.is_rescaled = True
+        return self.last(self.first(x)) * 2
+
+
+@pytest.mark.parametrize("build", [zoext.MeZO, zoext.MeZOGreedy, zoext.AGZO])
+@pytest.mark.parametrize("probe", PROBES)
+def test_models_that_write_to_weights_of_their_layers(
+    probe: str, build: Callable[..., zoext.ZerothOrderOptimizer]
+) -> None:
+    torch.manual_seed(0)
+    model = Rescaled()
+    before = model.last.weight.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"writes to last\.weight in a forward, while it is displaced.*once"
+    ):
+        build(model, probe=probe).step(lambda: model(X).square().mean())
+    assert torch.allclose(model.last.weight, before, rtol=0, atol=1e-6)
+    model.is_rescaled = False
+    with torch.no_grad():
+        model(X)
+    build(model, probe=probe).step(lambda: model(X).square().mean())
+    assert torch.allclose(model.last.weight, before / 2, rtol=1e-3)
 
 
 def test_embeddings_that_limit_their_norms() -> None:

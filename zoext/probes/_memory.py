@@ -16,6 +16,12 @@ def storage_of(tensor: Tensor) -> int:
         return 0
 
 
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have addresses in common."""
+    (start, end), (its_start, its_end) = interval_of(one), interval_of(other)
+    return start > 0 and its_start > 0 and start < its_end and its_start < end
+
+
 def interval_of(tensor: Tensor) -> tuple[int, int]:
     """The addresses of its first element, and behind its last; zeros for tensors that have none."""
     if not tensor.numel() or not storage_of(tensor):

@@ -20,6 +20,7 @@ from zoext.directions import Combination, Terms
 from zoext.probes import _rows
 from zoext.probes._buffers import BufferSwap, SwappedBuffer
 from zoext.probes._hooks import Hook
+from zoext.probes._memory import overlap
 from zoext.probes._owners import SEES_CLASSES, Owners
 from zoext.probes._reads import ReadGuard
 from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
@@ -180,6 +181,13 @@ class ModuleSwap:
             module: [(parameters, terms[group]) for group, parameters in own]
             for module, own in self._owners.own.items()
         }
+
+    def displaced_at(self, tensor: Tensor) -> Tensor | None:
+        """The weight in whose displaced copy a tensor lies; None if it lies elsewhere."""
+        swapped = list(self._held)
+        if self._scratch.holds(tensor):
+            swapped += [pair for running in self._running.values() for pair in running.parameters]
+        return next((weight for weight, _ in swapped if overlap(weight, tensor)), None)
 
     @property
     def held(self) -> frozenset[int]:

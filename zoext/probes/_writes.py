@@ -34,9 +34,13 @@ class _Weight(NamedTuple):
     end: int
 
 
+#: The weight in whose displaced copy a tensor lies; None if it lies elsewhere.
+DisplacedAt = Callable[[Tensor], Tensor | None]
+
+
 @contextmanager
-def refused(root: nn.Module) -> Iterator[_Writes]:
-    """A block in which a write to a weight of ``root`` raises, before it happens.
+def refused(root: nn.Module, displaced_at: DisplacedAt = lambda tensor: None) -> Iterator[_Writes]:
+    """A block in which a write to a weight of ``root``, or to a displaced copy, raises before it happens.
 
     A module may write to frozen weights in it while it runs, as layers do that set themselves up in their
     first forward, and wrappers that parametrize what they wrap. Weights that the closure has replaced when
@@ -70,7 +74,7 @@ def refused(root: nn.Module) -> Iterator[_Writes]:
         for module in dict.fromkeys(holder for weight in weights for holder in weight.holders):
             handles.append(module.register_forward_pre_hook(Hook(before), prepend=True))
             handles.append(module.register_forward_hook(Hook(after), always_call=True))
-        with uncompiled(), _Writes(root, weights, running) as writes:
+        with uncompiled(), _Writes(root, weights, running, displaced_at) as writes:
             yield writes
     except WeightWriteError:
         for weight in chain.from_iterable(by_module.values()):
@@ -88,13 +92,20 @@ class _Writes(TorchDispatchMode):
 
     supports_higher_order_operators = True  # such as flex_attention; they write to none of their arguments
 
-    def __init__(self, root: nn.Module, weights: Iterable[_Weight], running: Counter[nn.Module]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        weights: Iterable[_Weight],
+        running: Counter[nn.Module],
+        displaced_at: DisplacedAt,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ran_uncompiled = False
         self._root = root
         self._running = running
+        self._displaced_at = displaced_at
         self._weights: dict[int, list[_Weight]] = {}
-        self._trains = [weight for weight in weights if weight.parameter.requires_grad]
+        self._trains = {id(weight.parameter): weight for weight in weights if weight.parameter.requires_grad}
         for weight in weights:
             if weight.start:
                 self._weights.setdefault(storage_of(weight.data), []).append(weight)
@@ -122,18 +133,12 @@ class _Writes(TorchDispatchMode):
         written = [weight for weight in known if start < weight.end and weight.start < end]
         if written and not any(self._running[holder] for weight in written for holder in weight.holders):
             raise _error(self._root, written[0], "writes to")
-        trained = [weight for weight in written if weight.parameter.requires_grad]
+        trained = next((weight for weight in written if weight.parameter.requires_grad), None)
         # To a displaced copy, which a streamed probe throws away. This one may be repeated.
-        if not trained and func is not torch.ops.aten.embedding_renorm_.default:
-            running = (weight for weight in self._trains if self._running[weight.module])
-            trained = [weight for weight in running if _overlaps(weight.parameter, start, end)]
-        if trained:
-            raise _own_error(self._root, trained[0])
-
-
-def _overlaps(tensor: Tensor, start: int, end: int) -> bool:
-    its_start, its_end = interval_of(tensor)
-    return its_start > 0 and start < its_end and its_start < end
+        if trained is None and func is not torch.ops.aten.embedding_renorm_.default:
+            trained = self._trains.get(id(self._displaced_at(tensor)))
+        if trained is not None:
+            raise _displaced_error(self._root, trained)
 
 
 @cache
@@ -179,12 +184,12 @@ def _error(root: nn.Module, weight: _Weight, how: str) -> WeightWriteError:
     )
 
 
-def _own_error(root: nn.Module, weight: _Weight) -> WeightWriteError:
+def _displaced_error(root: nn.Module, weight: _Weight) -> WeightWriteError:
     return WeightWriteError(
-        f"closure writes to {_name_of(weight, root)}, in the forward of its own module: the weight is "
-        "displaced then, so the write would be lost or keep a part of the displacement. If the module sets "
-        "itself up in its first forward, run it once before the first step; otherwise freeze the weight with "
-        "requires_grad_(False). For nn.Embedding, set max_norm=None"
+        f"closure writes to {_name_of(weight, root)} in a forward, while it is displaced: the write would be "
+        "lost or keep a part of the displacement. If the model sets itself up in its first forward, run it "
+        "once before the first step; otherwise freeze the weight with requires_grad_(False). For "
+        "nn.Embedding, set max_norm=None"
     )
 
 

@@ -128,7 +128,9 @@ class StreamedProbe(Probe):
         # A probe at theta that ran uncompiled for the watch's sake is repeated without it.
         repeats_centre, self._is_repetition = self._is_repetition and not len(combination), False
         with (
-            refused(self.module) if watch and not repeats_centre else nullcontext() as writes,
+            refused(self.module, self._swap.displaced_at)
+            if watch and not repeats_centre
+            else nullcontext() as writes,
             self._swap.displaced(combination, watch, keep_buffers) as visited,
             watching as reads,
             record(Phase.FORWARD),
