@@ -24,7 +24,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: What an environment may lack: test files that import one of these are skipped there.
 OPTIONAL_PACKAGES = frozenset(
-    {"datasets", "matplotlib", "peft", "safetensors", "scipy", "tokenizers", "tqdm", "transformers", "trl"}
+    {
+        "accelerate",
+        "datasets",
+        "lightning",
+        "matplotlib",
+        "peft",
+        "safetensors",
+        "scipy",
+        "tokenizers",
+        "tqdm",
+        "transformers",
+        "trl",
+    }
 )
 
 
