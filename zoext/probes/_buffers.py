@@ -21,12 +21,28 @@ class SwappedBuffer(NamedTuple):
     original: Tensor
 
 
-class BufferSwap:
+class _KeptBuffers:
+    """The values that one probe of a step left in buffers."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def forget(self) -> None:
+        """Forgets what was kept."""
+        self._kept = {}
+
+    def take(self) -> Callable[[Tensor], None]:
+        """Hands over what was kept: a function that writes it if its argument (bool []) holds."""
+        kept, self._kept = self._kept, {}
+        return partial(_write, kept)
+
+
+class BufferSwap(_KeptBuffers):
     """Gives running modules copies of the buffers they write, and keeps what one probe of a step left."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._written: set[tuple[int, str]] = set()
-        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
         self._keeps = False
         self.finds_written = False
 
@@ -83,23 +99,14 @@ class BufferSwap:
             if self._keeps and is_alike and (id(module), name) in self._written:
                 self._kept[module, name] = now.detach().clone()
 
-    def forget(self) -> None:
-        """Forgets what was kept."""
-        self._kept = {}
 
-    def take(self) -> Callable[[Tensor], None]:
-        """Hands over what was kept: a function that writes it if its argument (bool []) holds."""
-        kept, self._kept = self._kept, {}
-        return partial(_write, kept)
-
-
-class BufferRestore:
+class BufferRestore(_KeptBuffers):
     """Puts buffers back that the forwards of ``root`` write, and keeps what one probe of a step left."""
 
     def __init__(self, root: nn.Module | None) -> None:
+        super().__init__()
         self._root = root
         self._written: set[tuple[nn.Module, str]] = set()
-        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
 
     @contextmanager
     def restored(self, find_written: bool, keep: bool) -> Iterator[None]:
@@ -125,15 +132,6 @@ class BufferRestore:
                         buffer.copy_(original)
                     if now is not buffer:
                         module._buffers[name] = buffer
-
-    def forget(self) -> None:
-        """Forgets what was kept."""
-        self._kept = {}
-
-    def take(self) -> Callable[[Tensor], None]:
-        """Hands over what was kept, as ``BufferSwap.take``."""
-        kept, self._kept = self._kept, {}
-        return partial(_write, kept)
 
     def _plain_buffers(self, all_of_them: bool) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
         places = self._written

@@ -60,6 +60,7 @@ class Probe(ABC):
 
     #: Whether theta is restored bit for bit, so that a run can be replayed without its probes.
     is_exact: ClassVar[bool] = False
+    _unwatched = False
 
     @abstractmethod
     def session(self) -> AbstractContextManager[Session]:
@@ -77,7 +78,11 @@ class Probe(ABC):
     @contextmanager
     def unwatched(self) -> Iterator[None]:
         """Disables watching within the block, so that sessions read nothing on the host."""
-        yield
+        self._unwatched = True
+        try:
+            yield
+        finally:
+            self._unwatched = False
 
     @contextmanager
     def captured(self) -> Iterator[list[Tensor]]:
@@ -85,7 +90,8 @@ class Probe(ABC):
 
         Yields a list that holds the memory used by replays once the block has ended.
         """
-        yield []
+        with self.unwatched():
+            yield []
 
 
 def is_watched_session(session: int) -> bool:

@@ -41,7 +41,6 @@ class InplaceProbe(Probe):
         self.module = module
         self._buffers = BufferRestore(module)
         self._sessions = 0
-        self._unwatched = False
         self._is_first = True
 
     def describe(self) -> str:
@@ -58,19 +57,6 @@ class InplaceProbe(Probe):
             finally:
                 session.restore()
                 torch.clear_autocast_cache()
-
-    @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        self._unwatched = True
-        try:
-            yield
-        finally:
-            self._unwatched = False
-
-    @contextmanager
-    def captured(self) -> Iterator[list[Tensor]]:
-        with self.unwatched():
-            yield []
 
     @contextmanager
     def _guarded(self, keep_buffers: bool) -> Iterator[None]:

@@ -30,8 +30,7 @@ class StreamedProbe(Probe):
 
     Theta is never written to, so it keeps every bit. Buffers that a module writes to, such as running
     statistics, change once an estimate: as in the forward at theta, or else in the first one. The displaced
-    weights are stored in a scratch buffer as large as the
-    largest module's weights.
+    weights are stored in a scratch buffer as large as the largest module's weights.
 
     A weight that is read outside its module's ``forward`` is displaced until the closure ends, in memory of
     its own; ``describe`` names these. An alias of it that was made before the closure began, such as
@@ -64,7 +63,6 @@ class StreamedProbe(Probe):
         self._ran_uncompiled = False
         self._is_repetition = False
         self._sessions = 0
-        self._unwatched = False
         self._has_displaced = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,14 +83,6 @@ class StreamedProbe(Probe):
     @property
     def is_to_watch(self) -> bool:
         return self._watch_next
-
-    @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        self._unwatched = True
-        try:
-            yield
-        finally:
-            self._unwatched = False
 
     @contextmanager
     def captured(self) -> Iterator[list[Tensor]]:
