@@ -18,7 +18,6 @@ from zoext._engine import (
     LossWatch,
     OpenRound,
     Recorder,
-    Replicas,
     StepEngine,
     StepExecutor,
     check_not_scaled,
@@ -30,11 +29,13 @@ from zoext._engine import (
 from zoext._parameters import group_options, parameters
 from zoext._parameters.precision import own_state, rounding_of
 from zoext.directions import Direction, Gaussian
+from zoext.distributed import Ranks
 from zoext.estimators import CentralDifference, Estimate, Estimator, checked_reduction
 from zoext.updates import SGD, Update
 
 if TYPE_CHECKING:  # a build of torch may lack it
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -76,8 +77,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         process_group: the data-parallel ranks, which train the same weights on different batches. The loss of
             every probe is averaged over them in one collective a round, so that all ranks take the same step;
             weights are never sent. "auto" (default) means the default process group of torch.distributed, if
-            it is initialized; None means that this process trains alone. At the first step and every 100
-            steps a digest of the weights is compared.
+            it is initialized; None means that this process trains alone. A ``DeviceMesh`` whose dimensions
+            are named "data" and "probe" stands for both groups. At the first step and every 100 steps a
+            digest of the weights is compared.
+        probe_group: the probe-parallel ranks, which have the same batch; the probes of each round are dealt
+            out over them. None (default) means that each rank evaluates all probes.
         nonfinite: how to handle a loss that is not finite. Such a loss never moves theta. "raise" (default)
             raises a FloatingPointError, on CUDA at the latest at the start of the next step, so that no
             step waits for the host; "skip" counts the estimate in ``nonfinite_steps`` and continues.
@@ -112,13 +116,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         probe: str | probes.Probe = "auto",
         reduction: str = "mean",
-        process_group: ProcessGroup | str | None = "auto",
+        process_group: ProcessGroup | DeviceMesh | str | None = "auto",
+        probe_group: ProcessGroup | None = None,
         nonfinite: str = "raise",
         precision: str = "stochastic",
     ) -> None:
         axes = Axes(direction or Gaussian(), estimator or CentralDifference(), update or SGD())
         axes.check()
-        watch, rounding, replicas = LossWatch(nonfinite), rounding_of(precision), Replicas(process_group)
+        watch, rounding, ranks = (
+            LossWatch(nonfinite),
+            rounding_of(precision),
+            Ranks(process_group, probe_group),
+        )
         checked_reduction(reduction)
         noise.signed(seed)
         whole = params if isinstance(params, nn.Module) else None
@@ -134,7 +143,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "update_state": {},
         }
         chosen = probes.choose(probe, whole)
-        self.engine = StepEngine(self, axes, module, chosen, rounding, watch, replicas, reduction)
+        ranks.check(chosen.is_exact)
+        self.engine = StepEngine(self, axes, module, chosen, rounding, watch, ranks, reduction)
         given: Any = params if whole is None else list(whole.named_parameters())
         super().__init__(given, dict(self._own_defaults))
         axes.direction.check(module, parameters.trainable(self.param_groups))

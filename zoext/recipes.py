@@ -15,6 +15,7 @@ from zoext.updates import AdamReplay
 
 if TYPE_CHECKING:  # a build of torch may lack it
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Options(TypedDict, total=False):
@@ -25,7 +26,8 @@ class Options(TypedDict, total=False):
     seed: int
     probe: str | Probe
     reduction: str
-    process_group: ProcessGroup | str | None
+    process_group: ProcessGroup | DeviceMesh | str | None
+    probe_group: ProcessGroup | None
     nonfinite: str
     precision: str
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,8 +40,29 @@ def join(number: int, count: int, folder: Path) -> None:
     )
 
 
+Case = Callable[[int], None]
+
+
+def run_cases(cases: Mapping[str, Case], count: int) -> int:
+    """Runs all cases on each of ``count`` ranks, and writes what went wrong for ``errors_of``."""
+    folder = Path(sys.argv[1])
+
+    def run(number: int) -> None:
+        join(number, count, folder)
+        with (folder / f"{number}.jsonl").open("w", buffering=1) as results:
+            for name, act in cases.items():
+                error = None
+                try:
+                    act(number)
+                except Exception:
+                    error = traceback.format_exc()
+                results.write(json.dumps([name, error]) + "\n")
+
+    return fork(count, run)
+
+
 def errors_of(program: str, folder: Path, count: int) -> dict[str, list[str | None]]:
-    """Runs a module whose ranks write [case, error] lines to ``RANK.jsonl`` in ``folder``.
+    """Runs a module that calls ``run_cases``.
 
     Returns what went wrong in each case, for each rank that took part.
     """

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 import zoext
 from support.graphed_runs import RECIPES
-from support.ranks import fork, join
+from support.ranks import Case, run_cases
 
 RANKS = 2
 #: Their directions depend on activations, which differ from rank to rank.
@@ -174,7 +169,7 @@ def sends_one_number_a_probe(rank: int) -> None:
 
     with mock.patch.object(distributed, "all_reduce", counted):
         optimizer.step(lambda: loss(net, rank, 1))
-    assert sent == [(6 + 4) * 8]  # the losses of the round, and what tells ranks apart
+    assert sent == [(6 + 8) * 8]  # the losses of the round, and what tells ranks apart: 64 + 8 P bytes
 
 
 def trains_alone_without_a_group(rank: int) -> None:
@@ -324,7 +319,6 @@ def refuses_fsdp1(rank: int) -> None:
                 zoext.MeZO(given)
 
 
-Case = Callable[[int], None]
 CASES: dict[str, Case] = {
     f"both batches, {recipe}, {probe}": partial(takes_the_step_of_both_batches, recipe, probe)
     for recipe in RECIPES
@@ -353,23 +347,5 @@ CASES |= {
 }
 
 
-@contextmanager
-def _reported(name: str, results: Any) -> Iterator[None]:
-    error = None
-    try:
-        yield
-    except Exception:
-        error = traceback.format_exc()
-    results.write(json.dumps([name, error]) + "\n")
-
-
-def run_cases(folder: Path, number: int) -> None:
-    join(number, RANKS, folder)
-    with (folder / f"{number}.jsonl").open("w", buffering=1) as results:
-        for name, act in CASES.items():
-            with _reported(name, results):
-                act(number)
-
-
 if __name__ == "__main__":
-    sys.exit(fork(RANKS, partial(run_cases, Path(sys.argv[1]))))
+    sys.exit(run_cases(CASES, RANKS))

@@ -9,7 +9,6 @@ from zoext._engine.estimation import Closure
 from zoext._engine.first_order import check_not_scaled
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import LoRAFactors, OpenRound
-from zoext._engine.replicas import Replicas
 
 __all__ = [
     "AppliedStep",
@@ -20,7 +19,6 @@ __all__ = [
     "LossWatch",
     "OpenRound",
     "Recorder",
-    "Replicas",
     "StepContext",
     "StepEngine",
     "StepExecutor",

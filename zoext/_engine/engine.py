@@ -22,7 +22,6 @@ from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.first_order import nothing_to_apply
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import Asking, OpenRound
-from zoext._engine.replicas import Replicas
 from zoext._engine.run_state import Owner, RunState
 from zoext._parameters import group_options, parameters
 from zoext._parameters.parameters import Parameters
@@ -30,6 +29,7 @@ from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
 from zoext._runtime.devices import check_not_captured
 from zoext._runtime.profiling import Phase, record
+from zoext.distributed import Ranks
 from zoext.estimators import Estimate, reduced
 from zoext.ops import Rounding
 from zoext.probes import Probe
@@ -54,7 +54,7 @@ class StepEngine:
         probe: evaluates closures at displaced weights.
         rounding: how updates are rounded.
         watch: acts on losses that are not finite.
-        replicas: the ranks whose losses are averaged.
+        ranks: the ranks that take the step together.
         reduction: "mean" or "sum" of the pending estimates of a step.
     """
 
@@ -66,7 +66,7 @@ class StepEngine:
         probe: Probe,
         rounding: Rounding,
         watch: LossWatch,
-        replicas: Replicas,
+        ranks: Ranks,
         reduction: str,
     ) -> None:
         self.axes = axes
@@ -74,7 +74,7 @@ class StepEngine:
         self.probe = probe
         self.rounding = rounding
         self.watch = watch
-        self.replicas = replicas
+        self.ranks = ranks
         self._reduction = reduction
         self.run = RunState()
         self.groups: tuple[Parameters, ...] = ()  # the trainable tensors of each group, as of ``look``
@@ -94,7 +94,7 @@ class StepEngine:
     def __getstate__(self) -> dict[str, Any]:
         """Supports copy.deepcopy of an optimizer together with its model; ``bind`` completes the copy."""
         run = RunState(last_estimate=self.run.last_estimate, is_torn=self.run.is_torn)
-        names = ("axes", "module", "probe", "rounding", "watch", "replicas", "_reduction")
+        names = ("axes", "module", "probe", "rounding", "watch", "ranks", "_reduction")
         kept = {name: getattr(self, name) for name in names}
         return {**kept, "run": run, "groups": (), "_mus": (), "_seeds": None}
 
@@ -203,7 +203,7 @@ class StepEngine:
         for options in self.param_groups:
             group_options.check_on_host(options)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
-        self.replicas.begin(self.groups, self.param_groups, movable[0].device)
+        self.ranks.begin(self.groups, self.param_groups, movable[0].device)
         return self.context(self._step_seeds(movable[0].device))
 
     def check_ready(self) -> None:
@@ -221,7 +221,7 @@ class StepEngine:
 
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None
-        return Estimation(context, found, self.replicas, lambda: self._check_unchanged("the closure began"))
+        return Estimation(context, found, self.ranks, lambda: self._check_unchanged("the closure began"))
 
     # Steps
 

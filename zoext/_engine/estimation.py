@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -13,14 +14,16 @@ from torch import Tensor
 
 from zoext._engine.context import StepContext
 from zoext._engine.first_order import explained_backward
-from zoext._engine.replicas import Replicas
 from zoext._runtime.devices import moved, widest
 from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
-from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate, stacked
+from zoext.distributed import Ranks
+from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate
 from zoext.probes import Session
 
-Closure = Callable[[], Tensor | float]
+#: The loss, or the loss and its weight in the average over ranks.
+Loss = Tensor | float | tuple[Tensor | float, Tensor | float]
+Closure = Callable[[], Loss]
 
 
 class MissingLossError(TypeError):
@@ -46,15 +49,15 @@ class Estimation:
     Args:
         context: the context of the step.
         found: the frame of an earlier estimate of the same step; None determines a new one.
-        replicas: the ranks whose losses are averaged.
+        ranks: the ranks that take the step together.
         check: called after every probe; raises if the probe changed the parameters.
     """
 
     def __init__(
-        self, context: StepContext, found: FoundFrame | None, replicas: Replicas, check: Callable[[], None]
+        self, context: StepContext, found: FoundFrame | None, ranks: Ranks, check: Callable[[], None]
     ) -> None:
         self.context = context
-        self.replicas = replicas
+        self.ranks = ranks
         self._check = check
         self._observer: Observer | None = None
         if found is None:
@@ -74,7 +77,7 @@ class Estimation:
 
     def check_frame(self, what: str) -> None:
         """Raises a RuntimeError if the frame is unknown: the first probe, at theta, determines it."""
-        if self._found is None and self._seen is None and not self.replicas.receives:
+        if self._found is None and self._seen is None and not self.ranks.receives:
             direction = type(self.context.axes.direction).__name__
             raise RuntimeError(
                 f"{what}: {direction} finds its basis in a forward at theta; run the model within "
@@ -97,17 +100,23 @@ class Estimation:
         """Evaluates ``closure`` at each probe in turn, and returns the estimate."""
 
         def losses_of(pending: Round) -> Tensor:
-            self.begin(pending)
-            losses = []
-            for index in range(len(pending)):
-                loss = self._loss_of(session, index, closure)
-                while self.is_to_repeat(session):
-                    loss = self._loss_of(session, index, closure)
-                    self._repeated += 1
-                losses.append(as_loss(loss, self.context.device))
-            return self.reduced(stacked(losses))
+            dealt = self.ranks.dealt(len(pending))
+            self.begin(pending, dealt)
+            try:
+                own = {index: self._evaluated(session, index, closure) for index in dealt}
+                weight = _common_weight([weight for _, weight in own.values()])
+            except Exception:
+                self.ranks.fail(len(pending), self.context.seeds.draws)
+                raise
+            losses = self.ranks.losses({index: loss for index, (loss, _) in own.items()}, len(pending))
+            return self.reduced(losses, weight, own[dealt[0]][0])
 
-        estimate = self.complete(evaluate(self.rounds(), losses_of))
+        try:
+            estimate = self.complete(evaluate(self.rounds(), losses_of))
+        except Exception:
+            if self.ranks.probes is not None and self._random is not None:
+                self._random.restore()  # ranks got differently far
+            raise
         if not self._repeated:
             return estimate
         return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
@@ -117,18 +126,28 @@ class Estimation:
         ran_uncompiled, self._ran_uncompiled = self._ran_uncompiled, False
         return session.is_to_repeat() or ran_uncompiled
 
-    def _loss_of(self, session: Session, index: int, closure: Closure) -> Tensor | float:
+    def _evaluated(self, session: Session, index: int, closure: Closure) -> tuple[Tensor, Tensor | None]:
+        """The loss at a probe, and its weight if the closure returns one."""
+        found = self._loss_of(session, index, closure)
+        while self.is_to_repeat(session):
+            found = self._loss_of(session, index, closure)
+            self._repeated += 1
+        loss, weight = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        device = self.context.device
+        return as_loss(loss, device), None if weight is None else as_weight(weight, device)
+
+    def _loss_of(self, session: Session, index: int, closure: Closure) -> Loss:
         with self.displaced(session, index), session.interruptible(), explained_backward():
             loss = closure()
             if loss is None:
                 raise MissingLossError
         return loss
 
-    def begin(self, pending: Round) -> None:
-        """Makes ``pending`` the round that ``displaced`` refers to."""
+    def begin(self, pending: Round, evaluated: Sequence[int]) -> None:
+        """Makes ``pending``, of which this rank evaluates some probes, the round of ``displaced``."""
         is_first = self._round is None
         self._round, self._probes = pending, list(pending.probes())
-        centre = next((index for index, (seeds, _) in enumerate(self._probes) if not len(seeds)), 0)
+        centre = next((index for index in evaluated if not len(self._probes[index][0])), evaluated[0])
         self._nearest = centre if is_first else None
 
     @contextmanager
@@ -154,12 +173,13 @@ class Estimation:
             self._observer, self._ran_uncompiled = None, observer.ran_uncompiled
             self._seen = observer.frame()
 
-    def reduced(self, losses: Tensor) -> Tensor:
-        """The losses of the round, [P], over all ranks. After the first round the frame is known."""
+    def reduced(self, losses: Tensor, weight: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+        """The losses of the round, [P], over all ranks: see ``Ranks.mean``. Then the frame is known."""
+        losses = self.ranks.mean(losses, self.context.seeds.draws, weight, first=first)
         if self._found is None:
             keys = [key for group in self.context.groups for key in group.keys]
-            self._found = FoundFrame(*self.replicas.first(self._seen, keys, self.context.device))
-        return self.replicas.mean(losses, self.context.seeds.draws)
+            self._found = FoundFrame(*self.ranks.first(self._seen, keys, self.context.device))
+        return losses
 
     def moves_buffers(self, index: int) -> bool:
         """Whether buffers get the values that modules write in this probe of the round: the one at theta."""
@@ -206,3 +226,34 @@ def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor
         article = "the loss as " if what == "closure" else ""
         raise TypeError(f"{what} {must} {article}a tensor of one element or a float, not {loss!r}")
     return torch.full((), float(loss), dtype=widest(device), device=device)
+
+
+def as_weight(weight: object, device: torch.device) -> Tensor:
+    """The weight of a loss as a tensor [] on ``device``."""
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1 or weight.is_complex():
+            raise ValueError(
+                f"closure: the weight of the loss must be one real number, not a tensor of shape "
+                f"{tuple(weight.shape)} and {weight.dtype}"
+            )
+        return moved(weight.detach().reshape(()).to(widest(device)), device)
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
+        raise ValueError(f"closure: the weight of the loss must be a number of at least 0, not {weight!r}")
+    return torch.full((), float(weight), dtype=widest(device), device=device)
+
+
+def _common_weight(weights: Sequence[Tensor | None]) -> Tensor | None:
+    """The weight of all losses of a round; NaN if they differ, so that no weight of the model moves."""
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return None
+    if len(given) != len(weights):
+        raise TypeError("closure: it returned (loss, weight) at some probes and a loss alone at others")
+    stacked = torch.stack(given)
+    is_right = ((stacked == given[0]) & (stacked >= 0)).all()
+    if stacked.device.type == "cpu" and not is_right:
+        raise ValueError(
+            "closure: the weight of the loss must be at least 0 and the same at all probes, not "
+            f"{stacked.tolist()}"
+        )
+    return torch.where(is_right, given[0], torch.nan)

@@ -43,7 +43,7 @@ class OpenRound:
         self.seeds = pending.seeds
         self.coefficients = pending.coefficients
         self._asking = asking
-        asking.estimation.begin(pending)
+        asking.estimation.begin(pending, range(len(pending)))
 
     def __len__(self) -> int:
         """The number of probes, P."""

@@ -174,7 +174,7 @@ class GraphedStep(StepExecutor):
 
     def _replay(self, engine: StepEngine, captured: CapturedStep) -> Tensor:
         engine.check_ready()
-        engine.replicas.raise_if_differing()
+        engine.ranks.raise_if_differing()
         if rebound := self._inputs.rebound():
             raise RuntimeError(
                 f"closure: {', '.join(sorted(rebound))} is not what it was when the step was captured, and "

@@ -73,7 +73,7 @@ class ZOAccelerator(Accelerator):  # type: ignore[misc]
         if isinstance(optimizer, ZOAcceleratedOptimizer):
             return optimizer
         inner = unwrap(optimizer)
-        if self.num_processes > 1 and inner.engine.replicas.group is None:
+        if self.num_processes > 1 and inner.engine.ranks.data is None:
             raise ValueError(
                 f"{self.num_processes} processes train, whose weights would diverge; pass "
                 "process_group='auto' to the optimizer, which averages the losses over them"
@@ -146,7 +146,7 @@ class ZOAcceleratedOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         shares = shares_of(
             [each.weight for each in group],
             self.accelerator_state.device,
-            self.optimizer.engine.replicas.group,
+            self.optimizer.engine.ranks.data,
         )
         return self.optimizer.step(lambda: mean_loss([each.run() for each in group], shares))
 

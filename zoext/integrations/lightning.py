@@ -169,7 +169,7 @@ class ZOModuleMixin:
         if optimizer is None:
             return not_run(self.device)
         group, run.group = run.group, []
-        shares = shares_of([each.weight for each in group], self.device, optimizer.engine.replicas.group)
+        shares = shares_of([each.weight for each in group], self.device, optimizer.engine.ranks.data)
         logs = Logs(cast("nn.Module", self), [samples(each.args[1]) for each in group])
         outputs: list[Any] = []  # of the last micro-batch in the first probe
 
@@ -286,7 +286,7 @@ def _check_trainer(trainer: Any, optimizer: ZerothOrderOptimizer) -> None:
             f"Trainer(strategy=...): {strategy.__name__} does not keep whole weights in each process, which "
             "the probes displace; pass strategy='ddp' or 'auto'"
         )
-    if trainer.world_size > 1 and optimizer.engine.replicas.group is None:
+    if trainer.world_size > 1 and optimizer.engine.ranks.data is None:
         raise ValueError(
             f"the Trainer runs {trainer.world_size} processes, whose weights would diverge; pass "
             "process_group='auto' to the optimizer, which averages the losses over them"

@@ -248,7 +248,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, process
             f"optimizers: {strange} of the {len(moved)} parameters that the optimizer moves are not the "
             "model's; build it from the model that the trainer gets, after adapters were added to it"
         )
-    if processes > 1 and ours.engine.replicas.group is None:
+    if processes > 1 and ours.engine.ranks.data is None:
         raise ValueError(
             f"optimizers: process_group=None lets each of the {processes} processes train a model of its "
             "own; leave it out"

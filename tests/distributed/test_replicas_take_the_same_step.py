@@ -29,7 +29,7 @@ def test_in_processes(case: str, results: Results) -> None:
 
 @pytest.mark.parametrize("group", ["world", 0, object()])
 def test_groups_of_another_kind_are_refused(group: object) -> None:
-    with pytest.raises(TypeError, match="process_group must be 'auto', None or a ProcessGroup"):
+    with pytest.raises(TypeError, match="process_group must be 'auto', None, a ProcessGroup or a DeviceMesh"):
         zoext.MeZO(nn.Linear(3, 2), process_group=group)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,209 @@
+"""Runs whose probes are dealt out over ranks, or whose losses have weights: the cases of its test."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import zoext
+from support.graphed_runs import RECIPES
+from support.ranks import Case, run_cases
+
+RANKS, STEPS = 4, 20
+SETTINGS = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(7, 11), nn.GELU(), nn.Dropout(0.2), nn.Linear(11, 5), nn.Linear(5, 3))
+
+
+def loss(net: nn.Module, batch: int, rows: int = 6) -> Tensor:
+    x = torch.randn(rows, 7, generator=torch.Generator().manual_seed(batch))
+    return net(x).square().mean()
+
+
+def flat(net: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def check_alike(net: nn.Module, group: Any = None) -> None:
+    found = [torch.empty_like(flat(net)) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(found, flat(net), group=group)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def equals_one_process(size: int, recipe: str, rank: int) -> None:
+    """To the bit, also the generators that dropout reads."""
+    group = distributed.new_group(list(range(size)))
+    if rank >= size:
+        return
+    net, alone = model(), model()
+    dealt = RECIPES[recipe](net, process_group=None, probe_group=group, **SETTINGS)
+    plain = RECIPES[recipe](alone, process_group=None, **SETTINGS)
+    states = []
+    for optimizer, its in ((dealt, net), (plain, alone)):
+        torch.manual_seed(3)
+        for step in range(STEPS):
+            optimizer.step(lambda its=its, step=step: loss(its, step))
+        states.append(torch.get_rng_state())
+    assert torch.equal(flat(net), flat(alone))
+    assert torch.equal(*states)
+    assert not torch.equal(flat(net), flat(model()))
+
+
+def equals_one_process_on_both_batches(recipe: str, rank: int) -> None:
+    """A mesh of two ranks with batches of their own, and two that share their probes."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))
+    mine = mesh.get_local_rank("data")
+    net, alone = model().eval(), model().eval()
+    dealt = RECIPES[recipe](net, process_group=mesh, **SETTINGS)
+    plain = RECIPES[recipe](alone, process_group=None, **SETTINGS)
+    for step in range(STEPS):
+        dealt.step(lambda step=step: loss(net, 2 * step + mine))
+        plain.step(
+            lambda step=step: (
+                torch.stack([loss(alone, 2 * step + each).double() for each in range(2)]).mean().float()
+            )
+        )
+    assert torch.equal(flat(net), flat(alone))
+    check_alike(net)
+
+
+def evaluates_a_share(rank: int) -> None:
+    """The calls of each rank: those of one process, divided, and one more where batches are compared."""
+    for pool, expected in ((8, [2, 2, 2, 2]), (6, [2, 2, 1, 1]), (2, [1, 1, 1, 1])):
+        net, calls = model(), 0
+        optimizer = zoext.ZerothOrderOptimizer(
+            net, estimator=zoext.GreedyPool(pool_size=pool), probe_group=distributed.group.WORLD, **SETTINGS
+        )
+        optimizer.step(lambda net=net: loss(net, 0))
+
+        def closure(net: nn.Module = net) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return loss(net, 1)
+
+        optimizer.step(closure)
+        rounds = optimizer.last_estimate.forwards
+        assert sum(expected) >= pool
+        assert calls <= expected[rank] + rounds - pool, (pool, calls)
+
+
+def finds_ranks_with_other_batches(rank: int) -> None:
+    net = model()
+    optimizer = zoext.MeZO(net, probe_group=distributed.group.WORLD, **SETTINGS)
+    with pytest.raises(RuntimeError, match=r"probe_group: ranks have different losses .* the same batch"):
+        optimizer.step(lambda: loss(net, rank))
+    assert torch.equal(flat(net), flat(model()))
+
+
+def tells_of_a_closure_that_raised(groups: str, rank: int) -> None:
+    """All ranks end the step, whoever raised, and may go on."""
+    options: dict[str, Any] = {}
+    if groups == "probes":
+        options = {"probe_group": distributed.group.WORLD}
+    elif groups == "both":
+        options = {"process_group": init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))}
+    for recipe in ("mezo", "agzo", "greedy"):
+        net = model()
+        optimizer = RECIPES[recipe](net, **options, **SETTINGS)
+        for at in (0, 3, 2):
+            before = flat(net)
+
+            def closure(net: nn.Module = net, at: int = at) -> Tensor:
+                if rank == at:
+                    raise ValueError("no data")
+                return loss(net, 0)
+
+            expected = ValueError if rank == at else RuntimeError
+            with pytest.raises(
+                expected, match="no data" if rank == at else "the closure of .* raised at step"
+            ):
+                optimizer.step(closure)
+            assert torch.equal(flat(net), before)
+            optimizer.step(lambda net=net: loss(net, 1))
+            check_alike(net)
+
+
+def weighs_losses(rank: int) -> None:
+    """The step of the whole batch, whose parts have 1, 2, 3 and no rows."""
+    rows = [1, 2, 3, 0]
+    net, alone = model().eval(), model().eval()
+    optimizer = zoext.MeZO(net, samples=2, **SETTINGS)
+    plain = zoext.MeZO(alone, samples=2, process_group=None, **SETTINGS)
+    for step in range(3):
+        as_tensor = torch.tensor(rows[rank]) if step else rows[rank]
+        optimizer.step(lambda step=step, weight=as_tensor: (loss(net, 4 * step + rank, rows[rank]), weight))
+        plain.step(
+            lambda step=step: sum(
+                loss(alone, 4 * step + each, rows[each]).double() * rows[each] / 6 for each in range(3)
+            ).float()
+        )
+        torch.testing.assert_close(
+            optimizer.last_estimate.coefficients, plain.last_estimate.coefficients, rtol=1e-3, atol=1e-4
+        )
+        alone.load_state_dict(net.state_dict())
+    check_alike(net)
+
+
+def refuses_weights_on_some_ranks(rank: int) -> None:
+    net = model()
+    optimizer = zoext.MeZO(net, **SETTINGS)
+    with pytest.raises(RuntimeError, match=r"some ranks return \(loss, weight\) and others a loss alone"):
+        optimizer.step(lambda: (loss(net, 0), 2) if rank == 2 else loss(net, 0))
+    optimizer.step(lambda: (loss(net, 0), 2))
+
+
+def refuses_groups_that_do_not_fit(rank: int) -> None:
+    for given in ({"probe": "inplace"}, {"params": list(model().parameters())}):
+        with pytest.raises(ValueError, match="probe_group: probes in place restore the weights up to rounding"):
+            zoext.MeZO(**{"params": model(), "probe_group": distributed.group.WORLD, **given})
+    part = distributed.new_group([0, 1])
+    if rank < 2:
+        with pytest.raises(ValueError, match="process_group: it must be given if the ranks of probe_group"):
+            zoext.MeZO(model(), probe_group=part)
+    else:
+        with pytest.raises(ValueError, match="probe_group: this rank is not one of its ranks"):
+            zoext.MeZO(model(), probe_group=part)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    with pytest.raises(ValueError, match=r"must be named 'data' and 'probe', not \('data', 'model'\)"):
+        zoext.MeZO(model(), process_group=mesh)
+    zoext.MeZO(model(), process_group=mesh["data"])
+    with pytest.raises(ValueError, match="probe_group: process_group is a mesh"):
+        zoext.MeZO(model(), process_group=mesh["data"], probe_group=distributed.group.WORLD)
+
+
+CASES: dict[str, Case] = {
+    f"{size} ranks, {recipe}": partial(equals_one_process, size, recipe)
+    for size in (2, 3, 4)
+    for recipe in RECIPES
+}
+CASES |= {
+    f"mesh, {recipe}": partial(equals_one_process_on_both_batches, recipe)
+    for recipe in RECIPES
+    if "agzo" not in recipe  # whose basis is that of one batch
+}
+CASES |= {
+    f"raised, {groups}": partial(tells_of_a_closure_that_raised, groups)
+    for groups in ("data", "probes", "both")
+}
+CASES |= {
+    act.__name__: act
+    for act in (
+        evaluates_a_share,
+        finds_ranks_with_other_batches,
+        weighs_losses,
+        refuses_weights_on_some_ranks,
+        refuses_groups_that_do_not_fit,
+    )
+}
+
+if __name__ == "__main__":
+    sys.exit(run_cases(CASES, RANKS))

@@ -1,0 +1,267 @@
+"""The ranks that take the steps of a run together: with batches of their own, or with probes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zoext._parameters.parameters import Parameters
+from zoext._runtime.devices import widest
+from zoext._runtime.late_reads import LateReads
+from zoext.directions import Frame
+from zoext.distributed import _digests
+from zoext.distributed._frames import FrameBroadcast
+from zoext.distributed._groups import groups_of
+from zoext.distributed._sums import CheckedSum, Found, Identity
+from zoext.estimators import stacked
+
+if TYPE_CHECKING:  # a build of torch may lack them
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+#: Steps from one comparison of the ranks to the next.
+COMPARED_EVERY = 100
+#: The largest standard deviation, relative to the mean, of the losses of ranks with the same batch.
+_NOISE = 1e-3
+
+
+class Ranks:
+    """The ranks of a run.
+
+    Data-parallel ranks have batches of their own, and the losses of each probe are averaged over them.
+    Probe-parallel ranks have the same batch, and the probes of a round are dealt out over them. All ranks
+    move their weights alike. A round takes one collective of a few numbers for each kind; weights are never
+    sent. Directions that depend on activations are those of the first rank.
+
+    Args:
+        process_group: the data-parallel ranks: "auto" for the default process group, if there is one when a
+            step begins; None for no other ranks; a process group; or a ``DeviceMesh`` whose dimensions are
+            named "data" and "probe".
+        probe_group: the probe-parallel ranks; None if there are no others.
+    """
+
+    def __init__(
+        self, process_group: ProcessGroup | DeviceMesh | str | None, probe_group: ProcessGroup | None = None
+    ) -> None:
+        self._groups = groups_of(process_group, probe_group)
+        self._sums = {"probe_group": CheckedSum(), "process_group": CheckedSum()}
+        self._frames = FrameBroadcast()
+        self._batches = LateReads()
+        self._digest: Tensor | None = None  # of weights and options, if they are compared at this step
+        self._is_first = False  # whether the next round is the first of an estimate
+        self._step = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return Ranks(*self._groups)  # a process group cannot be copied
+
+    def check(self, is_exact: bool) -> None:
+        """Raises a ValueError if probes are dealt out that do not restore weights bit for bit."""
+        if self._groups.probes is not None and not is_exact:
+            raise ValueError(
+                "probe_group: probes in place restore the weights up to rounding, which differs between ranks "
+                "with other probes; pass the module and probe='streamed'"
+            )
+
+    @property
+    def data(self) -> ProcessGroup | None:
+        """The ranks of this step that have other batches; None if there is no other."""
+        group = self._groups.data
+        if group == "auto":
+            is_there = self._groups.probes is None and dist.is_available() and dist.is_initialized()
+            group = dist.group.WORLD if is_there else None
+        return _of_several(group)
+
+    @property
+    def probes(self) -> ProcessGroup | None:
+        """The ranks of this step that evaluate other probes; None if there is no other."""
+        return _of_several(self._groups.probes)
+
+    # A round
+
+    def dealt(self, count: int) -> Sequence[int]:
+        """The probes of a round of ``count`` that this rank evaluates.
+
+        Every rank evaluates one at least, so that its random generators and running statistics move on. When
+        ranks are compared, all of them evaluate the first, which shows whether they have the same batch.
+        """
+        share = self._share(count)
+        if self.probes is None or (share and not self._compares_batches):
+            return share
+        return share if 0 in share else (0, *share)
+
+    def losses(self, own: Mapping[int, Tensor], count: int) -> Tensor:
+        """The losses of a round, [P]: those of this rank's share, and zeros for the others."""
+        share = self._share(count)
+        zero = torch.zeros_like(next(iter(own.values())))
+        return stacked([own[index] if index in share else zero for index in range(count)])
+
+    def _share(self, count: int) -> range:
+        if (group := self.probes) is None:
+            return range(count)
+        return range(dist.get_rank(group), count, dist.get_world_size(group))
+
+    @property
+    def _compares_batches(self) -> bool:
+        return self._is_first and self._digest is not None
+
+    def mean(
+        self, losses: Tensor, seeds: Tensor, weight: Tensor | None = None, *, first: Tensor | None = None
+    ) -> Tensor:
+        """The losses of a round, [P], averaged over ranks. Equal float32 losses keep their bits.
+
+        What identifies the step, and the weights if they are compared at this step, is added up in the same
+        collective as the losses.
+
+        Args:
+            losses: those of this rank, [P].
+            seeds: those of the step.
+            weight: of the losses of this rank in the average, []; None if all ranks count alike.
+            first: the loss of the first probe in ``dealt``, []; None if ``losses`` are not a share.
+        """
+        return self._mean(losses, seeds, weight, first, None)
+
+    def fail(self, count: int, seeds: Tensor) -> None:
+        """Takes part in the collectives of a round of ``count`` whose closure raised on this rank."""
+        if self.data is None and self.probes is None:
+            return
+        failed = CheckedSum.failure(dist.get_rank(), seeds.device)
+        losses = torch.full((count,), torch.nan, dtype=failed.dtype, device=seeds.device)
+        try:
+            self._mean(losses, seeds, None, losses[0], failed)
+        except RuntimeError:  # as on the other ranks; the error of the closure says more
+            return
+
+    def _mean(
+        self,
+        losses: Tensor,
+        seeds: Tensor,
+        weight: Tensor | None,
+        first: Tensor | None,
+        failed: Tensor | None,
+    ) -> Tensor:
+        data, probes = self.data, self.probes if first is not None else None
+        if data is None and probes is None:
+            return losses
+        identity = Identity(seeds[0], self._digest, weight is not None)
+        sums = losses.to(widest(losses.device))
+        if probes is not None and first is not None:
+            seen = first.to(sums.dtype).view(1)
+            values = torch.cat((sums, seen, seen * seen))
+            values, failed = self._sums["probe_group"].of(values, identity, failed, probes)
+            sums = values[:-2]
+            if self._compares_batches:
+                mean, square = values[-2:] / dist.get_world_size(probes)
+                self._batches.send(square - mean * mean > (_NOISE * mean) ** 2)
+        if data is not None:
+            own = torch.ones_like(sums[:1]) if weight is None else weight.to(sums.dtype).view(1)
+            weighed = torch.where(own == 0, torch.zeros_like(sums), sums * own)  # a rank without data has NaN
+            values = torch.cat((weighed, own))
+            values, _ = self._sums["process_group"].of(values, identity, failed, data)
+            sums = values[:-1] / values[-1]
+        self._is_first = False
+        if losses.device.type == "cpu":
+            self.raise_if_differing()
+        return sums.to(losses.dtype)
+
+    # The frame of a step
+
+    @property
+    def receives(self) -> bool:
+        """Whether frames come from another rank."""
+        groups = (self.data, self.probes)
+        return any(group is not None and dist.get_rank(group) > 0 for group in groups)
+
+    def first(
+        self, found: tuple[Frame, Tensor] | None, keys: Sequence[int], device: torch.device
+    ) -> tuple[Frame, Tensor]:
+        """The frame of the first rank, and whether the activations behind it were finite.
+
+        Args:
+            found: those of this rank; other ranks than the first may have none.
+            keys: those of all parameters that move.
+            device: where the losses are.
+        """
+        for group in (self.data, self.probes):
+            if group is not None:
+                found = self._frames.first(found, keys, device, group)
+        return found or (Frame(), torch.ones((), dtype=torch.bool, device=device))
+
+    # Whether the ranks belong together
+
+    def begin(
+        self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device
+    ) -> None:
+        """Prepares the comparison of the ranks, before the first round of an estimate.
+
+        Weights are compared every ``COMPARED_EVERY`` steps: a condition that all ranks of a step share.
+
+        Raises:
+            RuntimeError: if the last step found a rank that differs.
+        """
+        self.raise_if_differing()
+        step = options[0]["step"]
+        if (self.data is None and self.probes is None) or step % COMPARED_EVERY:
+            self._digest = None
+        elif self._digest is None or step != self._step:
+            self._digest = _digests.of_weights(groups, device) + _digests.of_options(options)
+        self._step, self._is_first = step, True
+
+    def raise_if_differing(self) -> None:
+        """Raises a RuntimeError that names a rank, if a sum found one; all ranks of the sum find it alike."""
+        # All before any is raised: naming a rank takes a collective.
+        errors = [
+            self._error(name, group, found)
+            for name, group in (("probe_group", self.probes), ("process_group", self.data))
+            for found in self._sums[name].take()
+        ]
+        if any(self._batches.take()):
+            errors.append(
+                f"probe_group: ranks have different losses at the same weights at step {self._step}. Give "
+                "all of them the same batch and the same random seed; other batches are for process_group"
+            )
+        if errors:
+            raise RuntimeError(errors[0])
+
+    def _error(self, name: str, group: ProcessGroup | None, found: Found) -> str:
+        if found.steps_differ:
+            return (
+                f"{name}: ranks are at different steps or have different seeds (this one is at step "
+                f"{self._step}), so their losses do not belong together. Have all ranks call step() or "
+                "estimate() equally often, also after an exception, and give them the same seed"
+            )
+        if found.weights_differ:
+            return (
+                f"{name}: rank {self._odd_rank(group)} has other weights or options (recipe, lr, mu, "
+                f"weight_decay) than rank 0 at step {self._step}. Give all ranks the same before the first "
+                "step, after the model is wrapped or loaded; or pass process_group=None if they train "
+                "different models"
+            )
+        if found.failed:
+            which = f"rank {found.failed_rank}" if found.failed == 1 else f"{found.failed} ranks"
+            return (
+                f"{name}: the closure of {which} raised at step {self._step}; see the error there. The step "
+                "moved no weight"
+            )
+        return (
+            f"{name}: some ranks return (loss, weight) and others a loss alone at step {self._step}; return "
+            "a pair on all ranks or on none"
+        )
+
+    def _odd_rank(self, group: ProcessGroup | None) -> int:
+        digest = self._digest
+        assert group is not None
+        assert digest is not None
+        rows = digest.new_zeros(dist.get_world_size(group))
+        rows[dist.get_rank(group)] = digest
+        dist.all_reduce(rows, group=group)
+        return int((rows != rows[0]).nonzero()[0])
+
+
+def _of_several(group: Any) -> ProcessGroup | None:
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    return group  # type: ignore[no-any-return]
