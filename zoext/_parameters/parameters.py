@@ -182,8 +182,7 @@ def _is_overlapping(tensor: Tensor) -> bool:
 
 
 def check_movable(groups: Sequence[Parameters]) -> None:
-    """Raises unless all tensors are unsharded, and of a kind that can be moved."""
-    check_not_sharded(groups)
+    """Raises unless all tensors are of a kind that can be moved."""
     for group in groups:
         for tensor, name in zip(group.owners, group.names, strict=True):
             check(tensor, name)
@@ -195,6 +194,5 @@ def check_not_sharded(groups: Sequence[Parameters]) -> None:
         for tensor, name in zip(group.owners, group.names, strict=True):
             if shards.is_distributed(tensor):
                 raise ValueError(
-                    f"params: {name} is a DTensor; sharded parameters can be replayed but not yet trained: "
-                    "train the model before it is sharded, and replay that run on the shards"
+                    f"params: {name} is a DTensor; steps of sharded parameters cannot be recorded yet"
                 )

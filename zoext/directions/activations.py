@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext import ops
-from zoext._parameters import wrappers
+from zoext._parameters import shards, wrappers
 from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext._runtime.devices import moved
 from zoext.directions._layers import Layer, Stack
@@ -113,6 +113,11 @@ class ActivationObserver:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is not layer.module:  # a copy that the closure made
                 return
+            if shards.is_distributed(layer.weight):  # FSDP2 has gathered its own by now
+                raise ValueError(
+                    f"ActivationSubspace: {layer.name} is a DTensor while its layer runs, as with tensor "
+                    "parallelism, so that no rank sees all of the activations; use FSDP2 or another direction"
+                )
             self._watch.forget(layer.key)  # the call tells its activations
             self.ran_uncompiled = self.ran_uncompiled or runs_compiled()
             entering = args[0] if args else next(iter(kwargs.values()))

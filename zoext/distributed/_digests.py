@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.devices import moved
 
@@ -18,11 +19,15 @@ _CHUNK = 2**20
 
 
 def of_weights(groups: Sequence[Parameters], device: torch.device) -> Tensor:
-    """int64 []: a sum over the bits of all weights, with another factor for each chunk of each tensor."""
+    """int64 []: a sum over the bits of all weights, with another factor for each chunk of each tensor.
+
+    Sharded weights, of which ranks have different parts, are left out.
+    """
     sums = [
         moved(chunk.sum(dtype=torch.int64), device)
         for group in groups
-        for tensor in group.tensors
+        for tensor, owner in zip(group.tensors, group.owners, strict=True)
+        if not shards.is_distributed(owner)
         for chunk in _chunks(tensor.detach())
     ]
     factors = 2 * torch.arange(len(sums), device=device) + 1

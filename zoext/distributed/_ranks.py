@@ -62,7 +62,7 @@ class Ranks:
         """Raises a ValueError if probes are dealt out that do not restore weights bit for bit."""
         if self._groups.probes is not None and not is_exact:
             raise ValueError(
-                "probe_group: probes in place restore the weights up to rounding, which differs between ranks "
+                "probe_group: probes in place restore weights up to rounding, which differs between ranks "
                 "with other probes; pass the module and probe='streamed'"
             )
 

@@ -13,6 +13,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.interrupts import Signals
 from zoext._runtime.profiling import Phase, record
@@ -125,6 +126,7 @@ class ModuleSwap:
         self._buffers.begin(find_written_buffers, keep_buffers)
         self._visited = set()
         try:
+            _check_not_sharded(combination)
             self._terms = self._terms_of_modules(combination)
             # Read here, not in the hooks: a dispatch mode that watches operators would see those reads.
             self.originals = {
@@ -356,6 +358,15 @@ class ModuleSwap:
 
 def _like(parameters: Parameters) -> list[Tensor]:
     return [empty_like(tensor) for tensor in parameters.tensors]
+
+
+def _check_not_sharded(combination: Combination) -> None:
+    for parameters, _ in combination.terms:
+        for name, owner in zip(parameters.names, parameters.owners, strict=True):
+            if shards.is_distributed(owner):
+                raise StreamedProbeError(
+                    f"streamed probe: {name} is a DTensor, of which ranks have parts; pass probe='inplace'"
+                )
 
 
 def _check_no_transform() -> None:

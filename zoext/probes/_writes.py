@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
+from zoext._parameters import shards
 from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext.probes._hooks import Hook
 from zoext.probes._memory import interval_of, storage_of
@@ -160,7 +161,8 @@ def _weights_of(root: nn.Module) -> Iterator[_Weight]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name, parameter in dict(module._parameters).items():
-            if parameter is not None and not parameter.is_meta:  # else it is offloaded, and often replaced
+            # Offloaded and sharded ones are often replaced.
+            if parameter is not None and not parameter.is_meta and not shards.is_distributed(parameter):
                 data = parameter.data
                 yield _Weight(module, holders[module], name, parameter, data, *interval_of(data))
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.wrappers import is_compiled
 from zoext._runtime import interrupts
@@ -51,7 +52,7 @@ class InplaceProbe(Probe):
         self._sessions += not self._unwatched
         with interrupts.deferred() as signals:
             self._buffers.forget()  # those of a session that raised
-            session = _InplaceSession(signals, self._guarded, self._buffers.take)
+            session = _InplaceSession(signals, self.module, self._guarded, self._buffers.take)
             try:
                 yield session
             finally:
@@ -82,10 +83,12 @@ class _InplaceSession(Session):
     def __init__(
         self,
         signals: interrupts.Signals,
+        module: nn.Module | None,
         guarded: Callable[[bool], AbstractContextManager[None]],
         take_buffers: Callable[[], Callable[[Tensor], None]],
     ) -> None:
         super().__init__(signals)
+        self._module = module
         self._guarded = guarded
         self._take_buffers = take_buffers
         self._displaced: list[_Displaced] = []
@@ -93,6 +96,7 @@ class _InplaceSession(Session):
     @contextmanager
     def displaced(self, combination: Combination, keep_buffers: bool = False) -> Iterator[None]:
         self._move(combination)
+        self._reshard()
         torch.clear_autocast_cache()
         with self._guarded(keep_buffers), record(Phase.FORWARD):
             yield
@@ -106,6 +110,11 @@ class _InplaceSession(Session):
 
     def settle(self) -> None:
         del self._displaced[0]
+
+    def _reshard(self) -> None:
+        """Has FSDP2 gather weights again, which does not see that the parts have moved."""
+        if self._module is not None:
+            shards.reshard(self._module)
 
     def _move(self, combination: Combination) -> None:
         """Moves theta from its current place to the combination; updates ``_displaced`` after each kernel."""
@@ -131,3 +140,4 @@ class _InplaceSession(Session):
                 direction, parameters, terms = self._displaced[-1]
                 direction.axpy_(parameters, [Terms(terms.seeds, -terms.coefficients, terms.frame)])
                 self._displaced.pop()
+        self._reshard()

@@ -1,0 +1,142 @@
+"""Training of sharded models: the cases of ``test_sharded_models_train``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import zoext
+from support.graphed_runs import RECIPES
+from support.ranks import Case, run_cases
+from support.sharded_replays import KINDS, LAYOUTS, RANKS, Meshes
+
+STEPS = 20
+GATHERED = [name for name in LAYOUTS if name.startswith("FSDP2") and "tensor" not in name]
+
+
+def meshes() -> Meshes:
+    return Meshes(
+        init_device_mesh("cpu", (4,)),
+        DeviceMesh("cpu", [0, 1, 2]),
+        DeviceMesh("cpu", [0, 1]),
+        init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns")),
+    )
+
+
+def model_of(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(7)
+    layers = nn.Linear(7, 11), nn.GELU(), nn.LayerNorm(11), nn.Linear(11, 5), nn.GELU(), nn.Linear(5, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def optimizer_of(recipe: str, kind: str, model: nn.Module, **options: Any) -> zoext.ZerothOrderOptimizer:
+    settings = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5, "precision": KINDS[kind][1]}
+    return RECIPES[recipe](model, probe="inplace", **settings, **options)
+
+
+def given_losses() -> Iterator[float]:
+    """The same numbers in every run, as a forward that is split over ranks rounds in its own way."""
+    return (1.0 + 0.01 * ((7 * number) % 11) for number in count())
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(6, 7, generator=torch.Generator().manual_seed(step)).to(dtype)
+    return model(x).float().square().mean()
+
+
+def closures(model: nn.Module, runs: bool) -> Callable[[int], Callable[[], Any]]:
+    losses = given_losses()
+    return lambda step: (lambda: loss_of(model, step)) if runs else (lambda: next(losses))
+
+
+def trains_as_the_unsharded_model(layout: str, recipe: str, kind: str, rank: int) -> None:
+    """All parameters have the bits of an unsharded run after each of twenty steps."""
+    of = meshes()
+    spread, ranks = LAYOUTS[layout]
+    group = distributed.new_group(list(range(ranks)))
+    if rank >= ranks:
+        return
+    dtype, _ = KINDS[kind]
+    model, alone = model_of(dtype), model_of(dtype)
+    spread(model, of)
+    sharded = optimizer_of(recipe, kind, model, process_group=group)
+    plain = optimizer_of(recipe, kind, alone, process_group=None)
+    closure, its = (closures(each, layout in GATHERED) for each in (model, alone))
+    for step in range(STEPS):
+        loss = sharded.step(closure(step))
+        assert torch.equal(loss, plain.step(its(step))), step
+        if step in (0, STEPS - 1):
+            for (name, part), whole in zip(model.named_parameters(), alone.parameters(), strict=True):
+                assert torch.equal(part.full_tensor(), whole), (step, name)
+    assert not any(map(torch.equal, alone.parameters(), model_of(dtype).parameters()))
+    if layout in GATHERED:
+        with torch.no_grad():
+            assert torch.equal(loss_of(model, 0), loss_of(alone, 0))
+
+
+def has_batches_of_its_own(rank: int) -> None:
+    """FSDP2 is data parallel: the loss is the mean over the ranks."""
+    model, alone = model_of(torch.float32), model_of(torch.float32)
+    fully_shard(model[0])
+    fully_shard(model)
+    sharded = zoext.MeZO(model, lr=3e-3, mu=1e-2)
+    plain = zoext.MeZO(alone, lr=3e-3, mu=1e-2, probe="inplace", process_group=None)
+    for step in range(3):
+        sharded.step(lambda step=step: loss_of(model, 4 * step + rank))
+        plain.step(
+            lambda step=step: (
+                torch.stack([loss_of(alone, 4 * step + each).double() for each in range(RANKS)])
+                .mean()
+                .float()
+            )
+        )
+    for part, whole in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(part.full_tensor(), whole)
+
+
+def refuses_to_stream(rank: int) -> None:
+    model = model_of(torch.float32)
+    fully_shard(model)
+    assert isinstance(zoext.MeZO(model).probe, zoext.InplaceProbe)
+    with pytest.raises(zoext.StreamedProbeError, match=r"0\.weight is a DTensor.*probe='inplace'"):
+        zoext.MeZO(model, probe="streamed").step(lambda: loss_of(model, 0))
+
+
+def refuses_agzo_over_tensor_parallelism(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    model = model_of(torch.float32)
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+    with pytest.raises(ValueError, match=r"0\.weight is a DTensor while its layer runs.*use FSDP2"):
+        zoext.AGZO(model).step(lambda: loss_of(model, 0))
+
+
+def runs() -> Iterator[tuple[str, str, str]]:
+    """Every recipe with each layout that it can have, and kinds of weights in turn."""
+    for number, recipe in enumerate(RECIPES):
+        for layout in LAYOUTS:
+            if layout in GATHERED or "agzo" not in recipe:  # which observes a forward
+                yield layout, recipe, list(KINDS)[number % len(KINDS)]
+
+
+CASES: dict[str, Case] = {
+    f"{layout}: {recipe} {kind}": partial(trains_as_the_unsharded_model, layout, recipe, kind)
+    for layout, recipe, kind in runs()
+}
+CASES |= {
+    act.__name__: act
+    for act in (has_batches_of_its_own, refuses_to_stream, refuses_agzo_over_tensor_parallelism)
+}
+
+if __name__ == "__main__":
+    sys.exit(run_cases(CASES, RANKS))
