@@ -14,6 +14,9 @@ from torch import Tensor
 
 from zoext import _C, ops
 
+#: Raised whenever a bit of the noise field, of rounding or of an update changes.
+NOISE_FIELD = 2
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -29,7 +29,7 @@ from zoext._engine import (
 from zoext._parameters import group_options, parameters
 from zoext._parameters.precision import own_state, rounding_of
 from zoext.directions import Direction, Gaussian
-from zoext.distributed import Ranks
+from zoext.distributed import ElasticGroup, sharing_of
 from zoext.estimators import CentralDifference, Estimate, Estimator, checked_reduction
 from zoext.updates import SGD, Update
 
@@ -79,7 +79,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             weights are never sent. "auto" (default) means the default process group of torch.distributed, if
             it is initialized; None means that this process trains alone. A ``DeviceMesh`` whose dimensions
             are named "data" and "probe" stands for both groups. At the first step and every 100 steps a
-            digest of the weights is compared.
+            digest of the weights is compared. An ``ElasticGroup`` stands for processes that may come and go.
         probe_group: the probe-parallel ranks, which have the same batch; the probes of each round are dealt
             out over them. None (default) means that each rank evaluates all probes.
         nonfinite: how to handle a loss that is not finite. Such a loss never moves theta. "raise" (default)
@@ -116,7 +116,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         probe: str | probes.Probe = "auto",
         reduction: str = "mean",
-        process_group: ProcessGroup | DeviceMesh | str | None = "auto",
+        process_group: ProcessGroup | DeviceMesh | ElasticGroup | str | None = "auto",
         probe_group: ProcessGroup | None = None,
         nonfinite: str = "raise",
         precision: str = "stochastic",
@@ -126,7 +126,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         watch, rounding, ranks = (
             LossWatch(nonfinite),
             rounding_of(precision),
-            Ranks(process_group, probe_group),
+            sharing_of(process_group, probe_group),
         )
         checked_reduction(reduction)
         noise.signed(seed)
@@ -143,7 +143,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "update_state": {},
         }
         chosen = probes.choose(probe, whole)
-        ranks.check(chosen.is_exact)
+        ranks.check(is_exact=chosen.is_exact, watches=axes.direction.watches)
         self.engine = StepEngine(self, axes, module, chosen, rounding, watch, ranks, reduction)
         given: Any = params if whole is None else list(whole.named_parameters())
         super().__init__(given, dict(self._own_defaults))
@@ -331,17 +331,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """
         return self.engine.ask()
 
-    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | None:
+    def tell(self, losses: Tensor | Sequence[float | Tensor | None]) -> OpenRound | None:
         """Accepts the losses of the open round, and returns the next round.
 
         Args:
             losses: one loss for each probe, in the order of the probes: a tensor [P], or P numbers. Python
                 floats are treated as float64; pass ``torch.tensor(losses)`` to get the bits of float32
-                losses.
+                losses. None stands for a loss that did not come back: the estimate is made without it.
 
         Returns:
             The next round, or None once the estimate is complete. ``step()`` then applies the mean of all
-            pending estimates.
+            pending estimates. If too many losses are None, the first round again.
 
         Raises:
             RuntimeError: if no round is open, or if the list of parameters, their memory, ``requires_grad``

@@ -163,9 +163,7 @@ def refuses_weights_on_some_ranks(rank: int) -> None:
 
 def refuses_groups_that_do_not_fit(rank: int) -> None:
     for given in ({"probe": "inplace"}, {"params": list(model().parameters())}):
-        with pytest.raises(
-            ValueError, match="probe_group: probes in place restore weights up to rounding"
-        ):
+        with pytest.raises(ValueError, match="probe_group: probes in place restore weights up to rounding"):
             zoext.MeZO(**{"params": model(), "probe_group": distributed.group.WORLD, **given})
     part = distributed.new_group([0, 1])
     if rank < 2:

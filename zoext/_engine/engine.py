@@ -21,7 +21,7 @@ from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.first_order import nothing_to_apply
 from zoext._engine.loss_watch import LossWatch
-from zoext._engine.open_round import Asking, OpenRound
+from zoext._engine.open_round import Asking, OpenRound, Told
 from zoext._engine.run_state import Owner, RunState
 from zoext._parameters import group_options, parameters, shards
 from zoext._parameters.parameters import Parameters
@@ -29,7 +29,7 @@ from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
 from zoext._runtime.devices import check_not_captured
 from zoext._runtime.profiling import Phase, record
-from zoext.distributed import Ranks
+from zoext.distributed import Sharing
 from zoext.estimators import Estimate, reduced
 from zoext.ops import Rounding
 from zoext.probes import Probe
@@ -66,7 +66,7 @@ class StepEngine:
         probe: Probe,
         rounding: Rounding,
         watch: LossWatch,
-        ranks: Ranks,
+        ranks: Sharing,
         reduction: str,
     ) -> None:
         self.axes = axes
@@ -141,7 +141,7 @@ class StepEngine:
         assert asking.round is not None
         return asking.round
 
-    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> OpenRound | None:
+    def tell(self, losses: Told) -> OpenRound | None:
         """See ``ZerothOrderOptimizer.tell``."""
         asking = self.run.asking
         if asking is None or asking.round is None:

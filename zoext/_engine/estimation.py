@@ -14,10 +14,11 @@ from torch import Tensor
 
 from zoext._engine.context import StepContext
 from zoext._engine.first_order import explained_backward
+from zoext._engine.missing_losses import MissingLosses
 from zoext._runtime.devices import moved, widest
 from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
-from zoext.distributed import Ranks
+from zoext.distributed import EstimateRestart, Share, Sharing
 from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate
 from zoext.probes import Session
 
@@ -54,7 +55,7 @@ class Estimation:
     """
 
     def __init__(
-        self, context: StepContext, found: FoundFrame | None, ranks: Ranks, check: Callable[[], None]
+        self, context: StepContext, found: FoundFrame | None, ranks: Sharing, check: Callable[[], None]
     ) -> None:
         self.context = context
         self.ranks = ranks
@@ -74,6 +75,7 @@ class Estimation:
         self._repeated = 0
         self._ran_uncompiled = False
         self._nearest: int | None = None  # of the first round
+        self._missing = MissingLosses()
 
     def check_frame(self, what: str) -> None:
         """Raises a RuntimeError if the frame is unknown: the first probe, at theta, determines it."""
@@ -105,21 +107,33 @@ class Estimation:
             try:
                 own = {index: self._evaluated(session, index, closure) for index in dealt}
                 weight = _common_weight([weight for _, weight in own.values()])
-            except Exception:
-                self.ranks.fail(len(pending), self.context.seeds.draws)
+            except Exception as error:
+                self.ranks.fail(len(pending), self.context.seeds.draws, error)
                 raise
-            losses = self.ranks.losses({index: loss for index, (loss, _) in own.items()}, len(pending))
-            return self.reduced(losses, weight, own[dealt[0]][0])
+            losses = {index: loss for index, (loss, _) in own.items()}
+            return self.reduced(Share(losses, len(pending), weight))
 
         try:
-            estimate = self.complete(evaluate(self.rounds(), losses_of))
+            estimate = self._completed(losses_of)
         except Exception:
-            if self.ranks.probes is not None and self._random is not None:
+            if self.ranks.divides_probes and self._random is not None:
                 self._random.restore()  # ranks got differently far
             raise
         if not self._repeated:
             return estimate
         return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
+
+    def _completed(self, losses_of: Callable[[Round], Tensor]) -> Estimate:
+        while True:
+            try:
+                return self.complete(evaluate(self.rounds(), losses_of))
+            except EstimateRestart:
+                self.restart()
+
+    def restart(self) -> None:
+        """Forgets the rounds so far, which other processes took part in than are left."""
+        self._round, self._missing = None, MissingLosses()
+        self.ranks.restart()
 
     def is_to_repeat(self, session: Session) -> bool:
         """Whether the last probe must be evaluated again to be comparable with the others."""
@@ -147,8 +161,10 @@ class Estimation:
         """Makes ``pending``, of which this rank evaluates some probes, the round of ``displaced``."""
         is_first = self._round is None
         self._round, self._probes = pending, list(pending.probes())
-        centre = next((index for index in evaluated if not len(self._probes[index][0])), evaluated[0])
-        self._nearest = centre if is_first else None
+        centre = next((index for index in evaluated if not len(self._probes[index][0])), None)
+        self._nearest = next(iter(evaluated), None) if centre is None else centre
+        if not is_first:
+            self._nearest = None
 
     @contextmanager
     def displaced(self, session: Session, index: int) -> Iterator[None]:
@@ -173,13 +189,16 @@ class Estimation:
             self._observer, self._ran_uncompiled = None, observer.ran_uncompiled
             self._seen = observer.frame()
 
-    def reduced(self, losses: Tensor, weight: Tensor | None = None, first: Tensor | None = None) -> Tensor:
-        """The losses of the round, [P], over all ranks: see ``Ranks.mean``. Then the frame is known."""
-        losses = self.ranks.mean(losses, self.context.seeds.draws, weight, first=first)
+    def reduced(self, share: Share) -> Tensor:
+        """The losses of the round, [P], that all processes go on with. Then the frame is known."""
+        losses = self.ranks.exchanged(share, self.context.seeds.draws)
+        assert self._round is not None
+        averages = self.context.axes.estimator.averages
+        self._missing = self._missing.after(self._round, losses, averages=averages)
         if self._found is None:
             keys = [key for group in self.context.groups for key in group.keys]
             self._found = FoundFrame(*self.ranks.first(self._seen, keys, self.context.device))
-        return losses
+        return losses.values
 
     def moves_buffers(self, index: int) -> bool:
         """Whether buffers get the values that modules write in this probe of the round: the one at theta."""
@@ -197,7 +216,9 @@ class Estimation:
         )
 
     def complete(self, estimate: Estimate) -> Estimate:
-        """The estimate, with zero coefficients if the activations behind its frame were not finite."""
+        """The estimate of the losses that are there; zero if activations behind its frame were not finite."""
+        if self._missing.lost:
+            estimate = self._missing.without(estimate, averages=self.context.axes.estimator.averages)
         finite = self.found.finite
         if finite is None:
             return estimate

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from zoext._engine.estimation import Estimation, as_loss
 from zoext._parameters import wrappers
 from zoext._runtime.profiling import Phase, record
-from zoext.estimators import Estimate, Round, stacked
+from zoext.distributed import EstimateRestart, Share
+from zoext.estimators import Estimate, Round
 from zoext.probes import Probe, Session
+
+#: The losses of a round: None for one that did not come back.
+Told = Tensor | Sequence[float | Tensor | None]
 
 
 class LoRAFactors(NamedTuple):
@@ -155,11 +159,17 @@ class Asking:
         self._rounds = estimation.rounds()
         self.round: OpenRound | None = OpenRound(self, next(self._rounds))
 
-    def tell(self, losses: Tensor | Sequence[float | Tensor]) -> Estimate | None:
+    def tell(self, losses: Told) -> Estimate | None:
         """Accepts the losses of ``round``; returns the estimate, or None if another round follows."""
-        told = self._checked(losses)
+        share = self._checked(losses)
         self.estimation.check_frame("tell")
-        told = self.estimation.reduced(told)
+        try:
+            told = self.estimation.reduced(share)
+        except EstimateRestart:
+            self.estimation.restart()
+            self._rounds = self.estimation.rounds()
+            self.round = OpenRound(self, next(self._rounds))
+            return None
         self.round = None
         try:
             self.round = OpenRound(self, self._rounds.send(told))
@@ -178,7 +188,7 @@ class Asking:
     def cancel(self) -> None:
         self.round = None
 
-    def _checked(self, losses: Tensor | Sequence[float | Tensor]) -> Tensor:
+    def _checked(self, losses: Told) -> Share:
         assert self.round is not None
         count = len(self.round)
         is_array = isinstance(losses, Tensor) or hasattr(losses, "__array__")
@@ -188,7 +198,15 @@ class Asking:
         if isinstance(given, Tensor) or not getattr(given, "shape", (1,)) or len(given) != count:
             kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{len(given)}"
             raise ValueError(f"losses must be one for each of the {count} probes of the round, not {kind}")
-        return stacked([as_loss(loss, self.estimation.context.device, "losses: each") for loss in given])
+        device = self.estimation.context.device
+        found = {
+            index: as_loss(loss, device, "losses: each")
+            for index, loss in enumerate(given)
+            if loss is not None
+        }
+        if not found:
+            raise ValueError("losses: all are None; tell those that came back, or call cancel()")
+        return Share(found, count, is_whole=True)
 
 
 def _transposed(module: nn.Module | None) -> set[int]:

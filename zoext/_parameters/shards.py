@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from zoext import ops
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
@@ -69,9 +71,16 @@ def part_of(tensor: Tensor) -> Tensor:
 def block_of(tensor: Tensor) -> Block:
     """The place of ``part_of(tensor)`` in the whole parameter; requires that ``obstacle`` is None."""
     if is_distributed(tensor):
-        sizes, offsets = _local_shape_and_offset(tensor)
-        return Block.of_shard(tensor.shape, offsets, sizes)
+        return _block_of_shard(tensor.shape, tensor.device_mesh, tensor.placements)
     return Block.of_whole(tensor)
+
+
+@lru_cache(maxsize=2**14)  # this runs for every parameter at every step, and torch takes long
+def _block_of_shard(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Block:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return Block.of_shard(shape, offsets, sizes)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,10 @@ from torch import Tensor
 from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.devices import moved
+from zoext.noise import NOISE_FIELD
 
+#: Options of a parameter group that ranks must have alike.
+NUMBERS = ("lr", "mu", "weight_decay")
 #: Elements that are added up at a time, as int64.
 _CHUNK = 2**20
 
@@ -34,20 +36,30 @@ def of_weights(groups: Sequence[Parameters], device: torch.device) -> Tensor:
     return (torch.stack(sums) * factors).sum() if sums else torch.zeros((), dtype=torch.int64, device=device)
 
 
+def of_recipe(options: Sequence[Mapping[str, Any]]) -> int:
+    """Of what a run has once: its recipe, seed and step, and the version of the noise field."""
+    first = options[0]
+    return _number_of([NOISE_FIELD, *(first[name] for name in ("recipe", "precision", "seed", "step"))])
+
+
 def of_options(options: Sequence[Mapping[str, Any]]) -> int:
-    """Of the options of all parameter groups.
+    """Of the options of all parameter groups, and how many parameters each has.
 
     Learning rates that are tensors are left out, since reading them may wait for the device.
     """
-    first = options[0]
-    text = repr([first[name] for name in ("recipe", "precision", "seed", "step")])
-    numbers = [
-        float(group[name])
-        for group in options
-        for name in ("lr", "mu", "weight_decay")
-        if not isinstance(group[name], Tensor)
-    ]
-    return zlib.crc32(text.encode() + struct.pack(f"<{len(numbers)}d", *numbers))
+    return _number_of(
+        [
+            (
+                len(group["params"]),
+                [float(group[name]).hex() for name in NUMBERS if not isinstance(group[name], Tensor)],
+            )
+            for group in options
+        ]
+    )
+
+
+def _number_of(plain: Sequence[Any]) -> int:
+    return zlib.crc32(repr(plain).encode())
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:

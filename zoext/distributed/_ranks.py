@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from zoext.directions import Frame
 from zoext.distributed import _digests
 from zoext.distributed._frames import FrameBroadcast
 from zoext.distributed._groups import groups_of
+from zoext.distributed._sharing import Losses, Share, Sharing
 from zoext.distributed._sums import CheckedSum, Found, Identity
 from zoext.estimators import stacked
 
@@ -25,11 +27,13 @@ if TYPE_CHECKING:  # a build of torch may lack them
 
 #: Steps from one comparison of the ranks to the next.
 COMPARED_EVERY = 100
+#: What is compared, as in "rank 1 has other weights than rank 0".
+_COMPARED = ("another recipe, seed or version", "other options (lr, mu, weight_decay)", "other weights")
 #: The largest standard deviation, relative to the mean, of the losses of ranks with the same batch.
 _NOISE = 1e-3
 
 
-class Ranks:
+class Ranks(Sharing):
     """The ranks of a run.
 
     Data-parallel ranks have batches of their own, and the losses of each probe are averaged over them.
@@ -51,15 +55,14 @@ class Ranks:
         self._sums = {"probe_group": CheckedSum(), "process_group": CheckedSum()}
         self._frames = FrameBroadcast()
         self._batches = LateReads()
-        self._digest: Tensor | None = None  # of weights and options, if they are compared at this step
+        self._digests: Tensor | None = None  # int64 [3], as in ``_COMPARED``, if compared at this step
         self._is_first = False  # whether the next round is the first of an estimate
         self._step = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return Ranks(*self._groups)  # a process group cannot be copied
 
-    def check(self, is_exact: bool) -> None:
-        """Raises a ValueError if probes are dealt out that do not restore weights bit for bit."""
+    def check(self, *, is_exact: bool, watches: bool) -> None:
         if self._groups.probes is not None and not is_exact:
             raise ValueError(
                 "probe_group: probes in place restore weights up to rounding, which differs between ranks "
@@ -68,7 +71,6 @@ class Ranks:
 
     @property
     def data(self) -> ProcessGroup | None:
-        """The ranks of this step that have other batches; None if there is no other."""
         group = self._groups.data
         if group == "auto":
             is_there = self._groups.probes is None and dist.is_available() and dist.is_initialized()
@@ -80,10 +82,14 @@ class Ranks:
         """The ranks of this step that evaluate other probes; None if there is no other."""
         return _of_several(self._groups.probes)
 
+    @property
+    def divides_probes(self) -> bool:
+        return self.probes is not None
+
     # A round
 
     def dealt(self, count: int) -> Sequence[int]:
-        """The probes of a round of ``count`` that this rank evaluates.
+        """See ``Sharing.dealt``.
 
         Every rank evaluates one at least, so that its random generators and running statistics move on. When
         ranks are compared, all of them evaluate the first, which shows whether they have the same batch.
@@ -93,12 +99,6 @@ class Ranks:
             return share
         return share if 0 in share else (0, *share)
 
-    def losses(self, own: Mapping[int, Tensor], count: int) -> Tensor:
-        """The losses of a round, [P]: those of this rank's share, and zeros for the others."""
-        share = self._share(count)
-        zero = torch.zeros_like(next(iter(own.values())))
-        return stacked([own[index] if index in share else zero for index in range(count)])
-
     def _share(self, count: int) -> range:
         if (group := self.probes) is None:
             return range(count)
@@ -106,26 +106,33 @@ class Ranks:
 
     @property
     def _compares_batches(self) -> bool:
-        return self._is_first and self._digest is not None
+        return self._is_first and self._digests is not None
 
-    def mean(
-        self, losses: Tensor, seeds: Tensor, weight: Tensor | None = None, *, first: Tensor | None = None
-    ) -> Tensor:
-        """The losses of a round, [P], averaged over ranks. Equal float32 losses keep their bits.
+    def exchanged(self, share: Share, seeds: Tensor) -> Losses:
+        """The losses averaged over ranks. Equal float32 losses keep their bits.
 
         What identifies the step, and the weights if they are compared at this step, is added up in the same
         collective as the losses.
-
-        Args:
-            losses: those of this rank, [P].
-            seeds: those of the step.
-            weight: of the losses of this rank in the average, []; None if all ranks count alike.
-            first: the loss of the first probe in ``dealt``, []; None if ``losses`` are not a share.
         """
-        return self._mean(losses, seeds, weight, first, None)
+        if share.is_whole:
+            return self._told(share, seeds)
+        first = next(iter(share.losses.values()))
+        own, zero = self._share(share.size), torch.zeros_like(first)
+        losses = stacked([share.losses[i] if i in own else zero for i in range(share.size)])
+        return Losses(self._mean(losses, seeds, share.weight, first, None))
 
-    def fail(self, count: int, seeds: Tensor) -> None:
-        """Takes part in the collectives of a round of ``count`` whose closure raised on this rank."""
+    def _told(self, share: Share, seeds: Tensor) -> Losses:
+        missing = tuple(index for index in range(share.size) if index not in share.losses)
+        if missing and self.data is not None:
+            raise ValueError(
+                "losses: None, for a loss that did not come back, is for one process that tells; the ranks "
+                "of a process group must tell all losses"
+            )
+        gap = torch.full((), torch.nan, device=seeds.device)
+        losses = stacked([share.losses.get(index, gap) for index in range(share.size)])
+        return Losses(self._mean(losses, seeds, share.weight, None, None), missing, len(missing))
+
+    def fail(self, count: int, seeds: Tensor, error: Exception) -> None:
         if self.data is None and self.probes is None:
             return
         failed = CheckedSum.failure(dist.get_rank(), seeds.device)
@@ -146,7 +153,8 @@ class Ranks:
         data, probes = self.data, self.probes if first is not None else None
         if data is None and probes is None:
             return losses
-        identity = Identity(seeds[0], self._digest, weight is not None)
+        digest = None if self._digests is None else self._digests.sum()
+        identity = Identity(seeds[0], digest, weight is not None)
         sums = losses.to(widest(losses.device))
         if probes is not None and first is not None:
             seen = first.to(sums.dtype).view(1)
@@ -171,20 +179,13 @@ class Ranks:
 
     @property
     def receives(self) -> bool:
-        """Whether frames come from another rank."""
         groups = (self.data, self.probes)
         return any(group is not None and dist.get_rank(group) > 0 for group in groups)
 
     def first(
         self, found: tuple[Frame, Tensor] | None, keys: Sequence[int], device: torch.device
     ) -> tuple[Frame, Tensor]:
-        """The frame of the first rank, and whether the activations behind it were finite.
-
-        Args:
-            found: those of this rank; other ranks than the first may have none.
-            keys: those of all parameters that move.
-            device: where the losses are.
-        """
+        """The frame of the first rank: see ``Sharing.first``."""
         for group in (self.data, self.probes):
             if group is not None:
                 found = self._frames.first(found, keys, device, group)
@@ -205,9 +206,10 @@ class Ranks:
         self.raise_if_differing()
         step = options[0]["step"]
         if (self.data is None and self.probes is None) or step % COMPARED_EVERY:
-            self._digest = None
-        elif self._digest is None or step != self._step:
-            self._digest = _digests.of_weights(groups, device) + _digests.of_options(options)
+            self._digests = None
+        elif self._digests is None or step != self._step:
+            numbers = torch.tensor([_digests.of_recipe(options), _digests.of_options(options)], device=device)
+            self._digests = torch.cat((numbers, _digests.of_weights(groups, device).view(1)))
         self._step, self._is_first = step, True
 
     def raise_if_differing(self) -> None:
@@ -235,9 +237,8 @@ class Ranks:
             )
         if found.weights_differ:
             return (
-                f"{name}: rank {self._odd_rank(group)} has other weights or options (recipe, lr, mu, "
-                f"weight_decay) than rank 0 at step {self._step}. Give all ranks the same before the first "
-                "step, after the model is wrapped or loaded; or pass process_group=None if they train "
+                f"{name}: {self._odd_ranks(group)} at step {self._step}. Give all ranks the same before the "
+                "first step, after the model is wrapped or loaded; or pass process_group=None if they train "
                 "different models"
             )
         if found.failed:
@@ -251,14 +252,21 @@ class Ranks:
             "a pair on all ranks or on none"
         )
 
-    def _odd_rank(self, group: ProcessGroup | None) -> int:
-        digest = self._digest
+    def _odd_ranks(self, group: ProcessGroup | None) -> str:
+        """Which ranks differ from most, or from the first one if no more are alike, and in what."""
         assert group is not None
-        assert digest is not None
-        rows = digest.new_zeros(dist.get_world_size(group))
-        rows[dist.get_rank(group)] = digest
+        assert self._digests is not None
+        rows = self._digests.new_zeros((dist.get_world_size(group), len(_COMPARED)))
+        rows[dist.get_rank(group)] = self._digests
         dist.all_reduce(rows, group=group)
-        return int((rows != rows[0]).nonzero()[0])
+        found = [tuple(row) for row in rows.tolist()]
+        expected = Counter(found).most_common(1)[0][0]
+        odd = [rank for rank, row in enumerate(found) if row != expected]
+        ranks = ", ".join(map(str, odd[:5])) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
+        columns = zip(_COMPARED, *(found[rank] for rank in (odd[0], found.index(expected))), strict=True)
+        what = " and ".join(name for name, own, other in columns if own != other)
+        has = f"rank {ranks} has" if len(odd) == 1 else f"ranks {ranks} have"
+        return f"{has} {what} than rank {found.index(expected)}"
 
 
 def _of_several(group: Any) -> ProcessGroup | None:

@@ -91,6 +91,8 @@ class Estimate:
             all losses if there is only one of these.
         forwards: how many times the closure ran.
         finite: bool [], whether all losses that the coefficients depend on were finite.
+        missing: how many losses did not come back in time from other processes (``ElasticGroup``, or None
+            passed to ``tell``). The estimate is made without them.
     """
 
     seeds: Tensor
@@ -99,6 +101,7 @@ class Estimate:
     loss_std: Tensor
     forwards: int
     finite: Tensor
+    missing: int = 0
 
 
 class Estimator(ABC):
@@ -117,6 +120,8 @@ class Estimator(ABC):
 
     #: Whether the coefficients of an estimate sum to zero for all losses.
     coefficients_cancel: ClassVar[bool] = False
+    #: Whether the estimate is an average over draws, each of which can be left out.
+    averages: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -252,4 +257,5 @@ def reduced(estimates: Sequence[Estimate], reduction: str) -> Estimate:
         loss_std=torch.stack([estimate.loss_std for estimate in estimates]).sum() / divisor,
         forwards=sum(estimate.forwards for estimate in estimates),
         finite=torch.stack([estimate.finite for estimate in estimates]).all(),
+        missing=sum(estimate.missing for estimate in estimates),
     )

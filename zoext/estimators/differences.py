@@ -20,6 +20,8 @@ class CentralDifference(Estimator):
     ``2 * samples`` forwards per step; the loss is the mean over all of them.
     """
 
+    averages = True
+
     samples: int = 1
 
     def __post_init__(self) -> None:
@@ -44,6 +46,8 @@ class ForwardDifference(Estimator):
     ``samples + 1`` forwards per step. For many samples this is about half the cost of a central difference,
     with an error of order mu from the curvature along the direction. The loss is the mean over all forwards.
     """
+
+    averages = True
 
     samples: int = 1
 

@@ -5,8 +5,9 @@ run began with. The other names are for programs that read a trajectory themselv
 as the ``zoext`` command does.
 """
 
+from zoext.noise import NOISE_FIELD
 from zoext.trajectory._format.fields import Fields, TrajectoryError, VersionError
-from zoext.trajectory._format.header import NOISE_FIELD, Header
+from zoext.trajectory._format.header import Header
 from zoext.trajectory._format.reading import Part, last_whole_step, open_recording, read_until
 from zoext.trajectory._optimizers import remembers
 from zoext.trajectory._replay.replaying import replay, replay_parts

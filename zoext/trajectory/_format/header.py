@@ -14,14 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from zoext._engine import Axes, with_current_names
 from zoext._parameters import shards
+from zoext.noise import NOISE_FIELD
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.trajectory import _optimizers
 from zoext.trajectory._format.fields import Fields, VersionError, is_hexadecimal, is_integer, shown
 
 FORMAT = "zoext trajectory"
 VERSION = 1
-#: Raised whenever a bit of the noise field, of rounding or of an update changes.
-NOISE_FIELD = 2
 
 _PIECE = 2**26  # bytes of a digest that are copied from a device at a time
 

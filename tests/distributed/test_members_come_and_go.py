@@ -1,0 +1,254 @@
+"""The members of an elastic group may be slow, fail and join, and all that remain have the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+import zoext
+from support import environment
+from support.elastic_runs import flat, loss, model
+from support.graphed_runs import RECIPES
+from zoext.distributed import ElasticGroup
+
+SETTINGS: dict[str, Any] = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5}
+
+
+@pytest.mark.parametrize("shares", ["batches", "probes"])
+def test_kills_delays_and_joins_lose_nothing(shares: str, tmp_path: Path) -> None:
+    """Every decision is that of losses at the right weights, and all weights follow from the decisions."""
+    pytest.importorskip("safetensors", reason="the frames of trajectories are written with it")
+    ended = subprocess.run(
+        [sys.executable, "-m", "support.elastic_runs", shares, str(tmp_path)],
+        env=environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TORCH_CPP_LOG_LEVEL="ERROR"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    counts = json.loads(ended.stdout.splitlines()[-1])
+    assert sum(counts.values()) >= 25
+    assert min(counts.values()) >= 6
+
+
+Act = Callable[[int, zoext.ZerothOrderOptimizer, nn.Module], Any]
+
+
+def in_threads(count: int, act: Act, recipe: str = "mezo", **options: Any) -> list[Any]:
+    """What ``act(member, optimizer, model)`` returns or raises in each of the members."""
+    store = distributed.HashStore()
+    found: list[Any] = [None] * count
+    nets = [model() for _ in range(count)]  # before the threads, which share torch's generator
+
+    def run(member: int) -> None:
+        net = nets[member]
+        given = {"deadline": 3.0, **options}
+        try:
+            group = ElasticGroup(store, members=count, member=member, **given)
+            found[member] = act(member, RECIPES[recipe](net, process_group=group, **SETTINGS), net)
+        except Exception as error:
+            found[member] = error
+
+    threads = [threading.Thread(target=run, args=(member,)) for member in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "agzo" not in name])
+def test_probes_of_a_round_equal_one_process(recipe: str) -> None:
+    def train(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
+        for step in range(5):
+            optimizer.step(lambda step=step: loss(net, "probes", step, 0))
+        return flat(net)
+
+    alone = model()
+    expected = train(0, RECIPES[recipe](alone, process_group=None, **SETTINGS), alone)
+    assert in_threads(3, train, recipe, shares="probes") == [expected] * 3
+    assert expected != flat(model())
+
+
+@pytest.mark.parametrize("recipe", ["mezo", "greedy", "gv"])
+def test_batches_of_their_own_are_averaged(recipe: str) -> None:
+    rows = [1, 2, 3]
+
+    def batch(net: nn.Module, step: int, member: int) -> Tensor:
+        x = torch.randn(rows[member], 7, generator=torch.Generator().manual_seed(10 * step + member))
+        return net(x).square().mean()
+
+    def train(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
+        for step in range(5):
+            optimizer.step(lambda step=step: (batch(net, step, member), rows[member]))
+        return flat(net)
+
+    alone = model()
+    plain = RECIPES[recipe](alone, process_group=None, **SETTINGS)
+    for step in range(5):
+        plain.step(
+            lambda step=step: torch.tensor(
+                math.fsum(float(batch(alone, step, each)) * rows[each] for each in range(3)) / 6,
+                dtype=torch.float64,
+            ).float()
+        )
+    assert in_threads(3, train, recipe) == [flat(alone)] * 3
+
+
+def test_a_lost_member_raises_on_all_within_the_deadline_if_asked() -> None:
+    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> tuple[str, float]:
+        optimizer.step(lambda: loss(net, "batches", 0, member))
+        before, began = flat(net), time.monotonic()
+        if member == 1:
+            return "", 0.0
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.step(lambda: loss(net, "batches", 1, member))
+        assert flat(net) == before
+        return str(raised.value), time.monotonic() - began
+
+    for found in in_threads(3, act, lost="raise", deadline=1.0)[::2]:
+        message, seconds = found
+        assert "at step 1, member 1 did not answer within the deadline. No weight has moved" in message
+        assert seconds < 10  # the deadline is one; a busy machine adds
+
+
+@pytest.mark.parametrize("lost", ["continue", "raise"])
+def test_a_closure_that_raises_is_told_or_left_out(lost: str) -> None:
+    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
+        def closure() -> Tensor:
+            if member == 2 and optimizer.param_groups[0]["step"] == 1 and not failed:
+                failed.append(1)
+                raise ValueError("no data")
+            return loss(net, "batches", optimizer.param_groups[0]["step"], member)
+
+        failed: list[int] = []
+        optimizer.step(closure)
+        if member == 2 or lost == "raise":
+            match = (
+                "no data"
+                if member == 2
+                else "at step 1, member 2 failed: its closure raised ValueError: no data"
+            )
+            with pytest.raises(ValueError if member == 2 else RuntimeError, match=match):
+                optimizer.step(closure)
+        while optimizer.param_groups[0]["step"] < 5:
+            optimizer.step(closure)
+        return flat(net)
+
+    first, *others = in_threads(3, act, "greedy", lost=lost)
+    assert isinstance(first, list), first
+    assert others == [first] * 2
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("weights", "other weights"),
+        ("lr", r"other options \(lr, mu, weight_decay\)"),
+        ("seed", "another seed"),
+        ("pair", "closures that return other things"),
+    ],
+)
+def test_a_member_that_differs_is_named(what: str, message: str) -> None:
+    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> str:
+        odd = member == 1
+        if odd and what == "weights":
+            with torch.no_grad():
+                net[0].bias[2] += 1e-3
+        elif odd and what in {"lr", "seed"}:
+            optimizer.param_groups[0][what] *= 2
+        before = flat(net)
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.step(
+                lambda: (
+                    (loss(net, "batches", 0, member), 1)
+                    if odd and what == "pair"
+                    else loss(net, "batches", 0, member)
+                )
+            )
+        assert flat(net) == before
+        if odd:
+            with pytest.raises(RuntimeError, match="member 1 is not one of this run"):
+                optimizer.step(lambda: loss(net, "batches", 0, member))
+        return str(raised.value)
+
+    for found in in_threads(3, act, lost="raise")[::2]:
+        assert isinstance(found, str), found
+        assert "member 1 failed: it has" in found
+
+    def goes_on(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> str:
+        if member == 1:
+            return act(member, optimizer, net)
+        optimizer.step(lambda: loss(net, "batches", 0, member))
+        return str(optimizer.last_estimate.missing)
+
+    found = in_threads(3, goes_on)
+    assert found[::2] == ["4", "4"], found
+    assert "member 1 is not one of this run: it has" in str(found[1])
+    import re
+
+    assert re.search(message, str(found[1]))
+
+
+def test_a_loss_that_is_not_finite_anywhere_moves_no_member() -> None:
+    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> bool:
+        before = flat(net)
+        with pytest.raises(FloatingPointError):
+            optimizer.step(lambda: loss(net, "batches", 0, member) * (math.nan if member else 1))
+        return flat(net) == before
+
+    assert in_threads(2, act) == [True, True]
+
+
+def test_a_process_that_is_too_late_must_replay() -> None:
+    store = distributed.HashStore()
+    net = model()
+    optimizer = zoext.MeZO(net, process_group=ElasticGroup(store, members=1, member=0), **SETTINGS)
+    for step in range(3):
+        optimizer.step(lambda step=step: loss(net, "batches", step, 0))
+    store.delete_key("zoext/run/decision/0/0/0")  # as after 10,000 steps
+    late = zoext.MeZO(model(), process_group=ElasticGroup(store, members=1), **SETTINGS)
+    with pytest.raises(
+        RuntimeError, match=r"this member is at step 0 and the run at step 3.*replay the trajectory"
+    ):
+        late.step(lambda: loss(net, "batches", 0, 1))
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    group = ElasticGroup(distributed.HashStore(), members=2, member=1)
+    with pytest.raises(ValueError, match="probes in place .* elastic group"):
+        zoext.MeZO(model(), probe="inplace", process_group=group)
+    with pytest.raises(ValueError, match="and not the activations that this direction depends on"):
+        zoext.AGZO(model(), process_group=group)
+    with pytest.raises(ValueError, match="probe_group: process_group is an ElasticGroup"):
+        zoext.MeZO(model(), process_group=group, probe_group=group)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cannot be copied"):
+        __import__("copy").deepcopy(zoext.MeZO(model(), process_group=group))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"members": 0}, "members"),
+        ({"member": 2}, r"member must be in 0 .. 1, or None to join a run, not 2"),
+        ({"shares": "losses"}, "shares must be 'batches' or 'probes'"),
+        ({"lost": "skip"}, "lost must be 'continue' or 'raise'"),
+        ({"deadline": 0.0}, "deadline must be positive and finite, not 0.0"),
+        ({"clip": math.inf}, "clip must be positive and finite"),
+        ({"timeout": -1.0}, "timeout must be positive and finite"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ElasticGroup(distributed.HashStore(), **{"members": 2, "member": 0, **options})

@@ -1,0 +1,124 @@
+"""How the processes of a run share the probes and the losses of a round."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoext._parameters.parameters import Parameters
+from zoext.directions import Frame
+
+if TYPE_CHECKING:  # a build of torch may lack it
+    from torch.distributed import ProcessGroup
+
+
+class Share(NamedTuple):
+    """The losses of a round that this process has.
+
+    Attributes:
+        losses: [] each, by the index of the probe.
+        size: how many probes the round has, P.
+        weight: of these losses in the average over processes, []; None if the closure returns none.
+        is_whole: whether they are all losses of the round that there are, whoever evaluated them.
+    """
+
+    losses: Mapping[int, Tensor]
+    size: int
+    weight: Tensor | None = None
+    is_whole: bool = False
+
+
+class Losses(NamedTuple):
+    """The losses of a round that all processes go on with.
+
+    Attributes:
+        values: [P], NaN for probes in ``missing``.
+        missing: the probes that nobody's loss came back for in time.
+        lost: how many losses did not come back in time, over all processes.
+    """
+
+    values: Tensor
+    missing: tuple[int, ...] = ()
+    lost: int = 0
+
+
+class EstimateRestart(Exception):
+    """The rounds of this estimate must be evaluated again: other processes take part than when it began."""
+
+
+class Sharing(ABC):
+    """Divides rounds over processes and combines their losses, so that all of them take the same step."""
+
+    @property
+    @abstractmethod
+    def data(self) -> ProcessGroup | None:
+        """The ranks with other batches, whose losses are reduced in a collective; None if there are none."""
+
+    @property
+    @abstractmethod
+    def divides_probes(self) -> bool:
+        """Whether processes evaluate different probes of a round."""
+
+    @property
+    @abstractmethod
+    def receives(self) -> bool:
+        """Whether frames come from another process."""
+
+    @abstractmethod
+    def check(self, *, is_exact: bool, watches: bool) -> None:
+        """Raises a ValueError for probes or directions that cannot be shared.
+
+        Args:
+            is_exact: whether the probe restores weights bit for bit.
+            watches: whether directions depend on activations.
+        """
+
+    @abstractmethod
+    def begin(
+        self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device
+    ) -> None:
+        """Begins an estimate; raises a RuntimeError if the processes were found not to belong together."""
+
+    @abstractmethod
+    def dealt(self, count: int) -> Sequence[int]:
+        """The probes of a round of ``count`` that this process evaluates."""
+
+    @abstractmethod
+    def exchanged(self, share: Share, seeds: Tensor) -> Losses:
+        """The losses of the round, after all processes have called this.
+
+        Args:
+            share: those of this process.
+            seeds: those of the step, int64.
+
+        Raises:
+            EstimateRestart: if the estimate must begin again.
+            RuntimeError: if the processes do not belong together, or one of them failed.
+        """
+
+    def restart(self) -> None:  # noqa: B027
+        """Called before the rounds of an estimate are evaluated again."""
+
+    @abstractmethod
+    def fail(self, count: int, seeds: Tensor, error: Exception) -> None:
+        """Tells the others that the closure raised ``error`` in a round of ``count`` on this process."""
+
+    @abstractmethod
+    def first(
+        self, found: tuple[Frame, Tensor] | None, keys: Sequence[int], device: torch.device
+    ) -> tuple[Frame, Tensor]:
+        """The frame of the step, and whether the activations behind it were finite.
+
+        Args:
+            found: those of this process; it may have none.
+            keys: those of all parameters that move.
+            device: where the losses are.
+        """
+
+    @abstractmethod
+    def raise_if_differing(self) -> None:
+        """Raises a RuntimeError that names a rank, if a round found one that differs."""
