@@ -76,6 +76,20 @@ def equals_one_process_on_both_batches(recipe: str, rank: int) -> None:
     check_alike(net)
 
 
+def equals_two_ranks_without_dealt_probes(recipe: str, rank: int) -> None:
+    """To the bit: directions that depend on activations follow from both batches."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))
+    mine = mesh.get_local_rank("data")
+    net, plain_net = model().eval(), model().eval()
+    dealt = RECIPES[recipe](net, process_group=mesh, **SETTINGS)
+    plain = RECIPES[recipe](plain_net, process_group=mesh["data"], **SETTINGS)
+    for step in range(STEPS):
+        for optimizer, its in ((dealt, net), (plain, plain_net)):
+            optimizer.step(lambda its=its, step=step: loss(its, 2 * step + mine))
+    assert torch.equal(flat(net), flat(plain_net))
+    check_alike(net)
+
+
 def evaluates_a_share(rank: int) -> None:
     """The calls of each rank: those of one process, divided, and one more where batches are compared."""
     for pool, expected in ((8, [2, 2, 2, 2]), (6, [2, 2, 1, 1]), (2, [1, 1, 1, 1])):
@@ -188,7 +202,12 @@ CASES: dict[str, Case] = {
 CASES |= {
     f"mesh, {recipe}": partial(equals_one_process_on_both_batches, recipe)
     for recipe in RECIPES
-    if "agzo" not in recipe  # whose basis is that of one batch
+    if "agzo" not in recipe  # whose basis is found from parts of the batch
+}
+CASES |= {
+    f"mesh, {recipe}": partial(equals_two_ranks_without_dealt_probes, recipe)
+    for recipe in RECIPES
+    if "agzo" in recipe
 }
 CASES |= {
     f"raised, {groups}": partial(tells_of_a_closure_that_raised, groups)

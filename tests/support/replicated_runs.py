@@ -32,10 +32,6 @@ def loss(net: nn.Module, rank: int, step: int) -> Tensor:
     return net(torch.randn(6, 7, generator=generator)).square().mean()
 
 
-def loss_of_both(net: nn.Module, step: int) -> Tensor:
-    return torch.stack([loss(net, rank, step).double() for rank in range(RANKS)]).mean().float()
-
-
 def flat(net: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
@@ -73,57 +69,6 @@ def takes_the_step_of_both_batches(recipe: str, probe: str, rank: int) -> None:
     check_moved(net)
     if recipe not in WATCHING:
         assert torch.equal(flat(net), flat(alone))
-
-
-def takes_the_first_rank_s_basis(rank: int) -> None:
-    """The subspace is that of one process that sees the first rank's batch."""
-    net, alone = model(), model()
-    optimizer = zoext.AGZO(net, rank=2, **SETTINGS)
-    plain = zoext.AGZO(alone, rank=2, process_group=None, **SETTINGS)
-    optimizer.estimate(lambda: loss(net, rank, 0))
-    plain.estimate(lambda: loss(alone, 0, 0))
-    bases = [each.engine.run.frame.frame.right for each in (optimizer, plain)]
-    assert bases[0].keys() == bases[1].keys() == {0, 2, 6}
-    assert all(torch.equal(bases[0][key], bases[1][key]) for key in bases[0])
-
-
-class Experts(nn.Module):
-    """Each rank uses other experts, of a list and of a stack, and reads a weight in another way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
-        self.stack = nn.Parameter(torch.randn(4, 5, 3))
-        self.read = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor, rank: int) -> Tensor:
-        out = nn.functional.linear(self.experts[rank](x), self.stack[1 + rank])
-        weight = self.read.weight
-        return out.square().mean() + (weight.square().mean() if rank else (x[:, :3] @ weight.T).mean())
-
-
-def takes_the_first_rank_s_experts(rank: int) -> None:
-    torch.manual_seed(3)
-    net = Experts()
-    alone = copy.deepcopy(net)
-    x = [torch.randn(6, 4, generator=torch.Generator().manual_seed(each)) for each in range(RANKS)]
-    for update in (zoext.SGD(), zoext.AdamReplay(horizon=2)):
-        axes = {"direction": zoext.ActivationSubspace(rank=2), "update": update}
-        optimizer = zoext.ZerothOrderOptimizer(net, **axes, **SETTINGS)
-        plain = zoext.ZerothOrderOptimizer(alone, process_group=None, **axes, **SETTINGS)
-        optimizer.estimate(lambda: net(x[rank], rank))
-        plain.estimate(lambda: alone(x[0], 0))
-        frames = [each.engine.run.frame.frame for each in (optimizer, plain)]
-        assert frames[0].unused == frames[1].unused
-        assert len(frames[0].unused) == 2
-        assert frames[0].right.keys() == frames[1].right.keys()
-        assert all(torch.equal(frames[0].right[key], frames[1].right[key]) for key in frames[1].right)
-        optimizer.step()
-        for number in range(3):
-            mine = (rank + number) % RANKS
-            optimizer.step(lambda mine=mine: net(x[mine], mine))
-        check_alike(net)
-        alone.load_state_dict(net.state_dict())
 
 
 def micro_batches(reduction: str, rank: int) -> None:
@@ -269,25 +214,6 @@ def lets_a_rank_begin_again(rank: int) -> None:
     check_alike(net)
 
 
-def finds_the_basis_on_the_first_rank_only(rank: int) -> None:
-    """Ranks that share out the probes of a round need not run the one that finds the basis."""
-    net = model()
-    optimizer = zoext.AGZO(net, rank=2, **SETTINGS)
-    asked = optimizer.ask()
-    losses = []
-    for i in range(len(asked)):
-        if rank == 0:
-            with asked.displaced(i):
-                loss(net, 0, 0)
-        losses.append(1.0)
-    asked = optimizer.tell(losses)
-    while asked is not None:
-        asked = optimizer.tell([0.5 + 0.1 * i for i in range(len(asked))])
-    optimizer.step()
-    check_alike(net)
-    check_moved(net)
-
-
 def handles_a_loss_that_is_nowhere_finite_alike(rank: int) -> None:
     """A loss that is not finite on one rank moves no rank."""
     for recipe in ("mezo", "greedy", "agzo"):
@@ -332,8 +258,6 @@ CASES |= {f"micro-batches, {kind}": partial(micro_batches, kind) for kind in ("m
 CASES |= {
     act.__name__: act
     for act in (
-        takes_the_first_rank_s_basis,
-        takes_the_first_rank_s_experts,
         asks_and_tells,
         sends_one_number_a_probe,
         trains_alone_without_a_group,
@@ -342,7 +266,6 @@ CASES |= {
         names_the_rank_that_differs,
         finds_a_rank_that_left_out_a_step,
         lets_a_rank_begin_again,
-        finds_the_basis_on_the_first_rank_only,
         finds_a_rank_that_drifts,
         handles_a_loss_that_is_nowhere_finite_alike,
         trains_a_ddp_module,

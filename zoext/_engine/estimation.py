@@ -62,12 +62,12 @@ class Estimation:
         self._check = check
         self._observer: Observer | None = None
         if found is None:
-            step = Step(context.seeds.frame, context.groups)
+            step = Step(context.seeds.frame, context.groups, is_part=ranks.data is not None)
             self._observer = context.axes.direction.observer(context.module, step)
             if self._observer is None:
                 found = FoundFrame(context.axes.direction.frame(step), None)
         self._found = found
-        self._seen: tuple[Frame, Tensor] | None = None  # the frame that this rank has found
+        self._has_seen = False  # whether the observer has seen its forward
         self._random: RandomState | None = None  # before the first probe
         self._round: Round | None = None
         self._probes: list[tuple[Tensor, Tensor]] = []
@@ -79,12 +79,15 @@ class Estimation:
 
     def check_frame(self, what: str) -> None:
         """Raises a RuntimeError if the frame is unknown: the first probe, at theta, determines it."""
-        if self._found is None and self._seen is None and not self.ranks.receives:
-            direction = type(self.context.axes.direction).__name__
-            raise RuntimeError(
-                f"{what}: {direction} finds its basis in a forward at theta; run the model within "
-                "displaced(0) of the first round before"
-            )
+        if self._found is None and not self._has_seen and not self.ranks.receives:
+            raise self._error_without_frame(what)
+
+    def _error_without_frame(self, what: str) -> RuntimeError:
+        direction = type(self.context.axes.direction).__name__
+        return RuntimeError(
+            f"{what}: {direction} finds its basis in a forward at theta; run the model within "
+            "displaced(0) of the first round before"
+        )
 
     @property
     def found(self) -> FoundFrame:
@@ -169,7 +172,7 @@ class Estimation:
     @contextmanager
     def displaced(self, session: Session, index: int) -> Iterator[None]:
         """Displaces theta to probe ``index`` of the round within the block."""
-        observer = self._observer
+        observer = None if self._has_seen else self._observer
         frame = self._found.frame if self._found is not None else Frame()
         combination = self.context.combination(*self._probes[index], frame)
         self._last = index
@@ -186,8 +189,7 @@ class Estimation:
             yield
         self._check()
         if observer is not None:
-            self._observer, self._ran_uncompiled = None, observer.ran_uncompiled
-            self._seen = observer.frame()
+            self._has_seen, self._ran_uncompiled = True, observer.ran_uncompiled
 
     def reduced(self, share: Share) -> Tensor:
         """The losses of the round, [P], that all processes go on with. Then the frame is known."""
@@ -196,8 +198,12 @@ class Estimation:
         averages = self.context.axes.estimator.averages
         self._missing = self._missing.after(self._round, losses, averages=averages)
         if self._found is None:
+            assert self._observer is not None  # which the frame comes from if it is not drawn
             keys = [key for group in self.context.groups for key in group.keys]
-            self._found = FoundFrame(*self.ranks.first(self._seen, keys, self.context.device))
+            found = self.ranks.frame(self._observer, self._has_seen, keys, self.context.device, share.weight)
+            if found is None:
+                raise self._error_without_frame("tell")
+            self._found, self._observer = FoundFrame(*found), None
         return losses.values
 
     def moves_buffers(self, index: int) -> bool:

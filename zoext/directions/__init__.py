@@ -5,6 +5,7 @@ tensors, and moves parameters by the moments of a window of combinations. It doe
 learning rates.
 """
 
+from zoext.directions._subspaces import kind_of
 from zoext.directions.activation_subspace import ActivationSubspace
 from zoext.directions.base import Combination, Direction, Frame, Observer, Step, Terms, Window
 from zoext.directions.dense import Gaussian, Rademacher
@@ -22,4 +23,5 @@ __all__ = [
     "Step",
     "Terms",
     "Window",
+    "kind_of",
 ]

@@ -30,6 +30,10 @@ class ActivationSubspace(Factored):
     one more forward. All estimates of a step, such as those of its micro-batches, share the basis of the
     first.
 
+    Over data-parallel ranks, A is a basis of the leading part of the inputs of all ranks, whose tokens count
+    alike. Each rank keeps ``2 rank + 6`` vectors of its own inputs, from which all find the same bits. A
+    weight that only some ranks use has the basis of theirs.
+
     Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers. A parameter [experts, d_out, d_in] or
     [experts, d_in, d_out] is a stack of them. A weight that another kind of module also uses (a head tied to
     an embedding) has dense directions. A weight that is multiplied outside its layer gets the basis of what
@@ -98,6 +102,7 @@ class ActivationSubspace(Factored):
             iterations=self.power_iterations,
             mask=self.mask,
             match_norms=self.balance == "matched",
+            is_part=step.is_part,
         )
 
     def _weights(

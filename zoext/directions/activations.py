@@ -1,12 +1,11 @@
-"""Observes the inputs of linear layers, and keeps only an orthonormal basis of each."""
+"""Observes the inputs of linear layers, and keeps only their leading subspaces."""
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext._runtime.devices import moved
 from zoext.directions._layers import Layer, Stack
 from zoext.directions._products import Product
+from zoext.directions._subspaces import Found, Subspace, kind_of
 from zoext.directions._watched import ProductWatch, can_watch
 from zoext.directions.base import Frame
 
@@ -29,6 +29,9 @@ class ActivationObserver:
     observed where it is multiplied. Its basis is also used if the weight is read in other ways besides. One
     that is only read in other ways has dense directions, and one that is not used has zero ones. All of this
     depends on the observed forward only, so that a run can be resumed.
+
+    If ``is_part``, the forward sees a part of the batch. The observer then keeps more vectors than the rank,
+    from which ``merged`` finds the subspaces of the whole batch.
     """
 
     def __init__(
@@ -42,22 +45,25 @@ class ActivationObserver:
         iterations: int,
         mask: str | None,
         match_norms: bool,
+        is_part: bool,
     ) -> None:
         self._root = wrappers.unwrapped(root)
         self._layers = layers
         self._sides = {layer.key: layer.side for layer in layers}
         self._stacks = {stack.key: stack.weight.shape[0] for stack in stacks}
         weights = {each.key: each.weight for each in layers} | {each.key: each.weight for each in stacks}
+        self._shapes = {key: weight.shape for key, weight in weights.items()}
         self._watched = {key: weight for key, weight in weights.items() if can_watch(weight)}
         self._watch = ProductWatch(self._watched, self._see_product)
         self._seed = seed
         self._rank = rank
+        self._kept = _kept_of_part(rank) if is_part else rank  # vectors
         self._iterations = iterations
         self._mask_name = mask
         self._match_norms = match_norms
         self._mask: Tensor | None = None
-        self._found: dict[int, _Found] = {}
-        self._last: tuple[weakref.ref[Tensor], int, _Subspace] | None = None
+        self._found: dict[int, Found] = {}
+        self._last: tuple[weakref.ref[Tensor], int, Subspace] | None = None
         self.ran_uncompiled = False
 
     @contextmanager
@@ -76,25 +82,58 @@ class ActivationObserver:
             stack.enter_context(self._watch.watching())
             yield
 
+    # The frame of the activations that this process has seen
+
     def frame(self) -> tuple[Frame, Tensor]:
         sides: dict[str, dict[int, Tensor]] = {"left": {}, "right": {}}
         unused = set()
-        for key in (*self._sides, *self._stacks):
-            found = self._found.get(key)
-            if found is None:
-                if key in self._watched and key not in self._watch.read:
-                    unused.add(key)
-            elif found.side is not None:
-                sides[found.side][key] = self._scaled(found.basis(self._stacks.get(key)))
+        for key, uses in self.uses.items():
+            kind = kind_of(uses)
+            if kind in sides:
+                sides[kind][key] = self._scaled(self._found[key].basis(self._stacks.get(key)))
+            elif kind == "unused":
+                unused.add(key)
+        return Frame(sides["left"], sides["right"], frozenset(unused)), self.finite
+
+    @property
+    def finite(self) -> Tensor:
         values = [
             moved(subspace.values, self._seed.device)
             for found in self._found.values()
             for subspace in found.entries.values()
         ]
         if not values:
-            values = [torch.zeros(1, device=self._seed.device)]
-        finite = torch.isfinite(torch.cat(values)).all()
-        return Frame(sides["left"], sides["right"], frozenset(unused)), finite
+            return torch.ones((), dtype=torch.bool, device=self._seed.device)
+        return torch.isfinite(torch.cat(values)).all()
+
+    @property
+    def uses(self) -> Mapping[int, Set[str]]:
+        return {key: self._uses_of(key) for key in (*self._sides, *self._stacks)}
+
+    def _uses_of(self, key: int) -> set[str]:
+        found = self._found.get(key)
+        is_read = key not in self._watched or key in self._watch.read
+        return (found.sides if found is not None else set()) | ({"other"} if is_read else set())
+
+    # The frame of the activations that several processes have seen
+
+    def sketch(self, key: int, side: str) -> Tensor:
+        found = self._found.get(key)
+        if found is not None and found.sides == {side}:
+            return moved(found.rows(self._stacks.get(key)), self._seed.device)
+        *entries, m, n = self._shapes[key]
+        width = n if side == "right" else m
+        return torch.zeros((*entries, min(self._kept, width), width), device=self._seed.device)
+
+    def merged(self, sketches: Tensor) -> tuple[Tensor, Tensor]:
+        is_stack = sketches.dim() == 4
+        matrices = sketches.unbind(1) if is_stack else (sketches,)
+        found = [self._iterate(parts.flatten(0, 1), None) for parts in matrices]
+        bases = [each.basis[: self._rank] for each in found]
+        finite = torch.isfinite(torch.cat([each.values for each in found])).all()
+        return self._scaled(torch.stack(bases) if is_stack else bases[0]), finite
+
+    # While the forward runs
 
     def _scaled(self, basis: Tensor) -> Tensor:
         return basis * (basis.shape[-1] / basis.shape[-2]) ** 0.5 if self._match_norms else basis
@@ -141,16 +180,15 @@ class ActivationObserver:
                 subspace = self._iterate(product.rows, product.mask[number].contiguous())
             self._add(product.key, product.side, entry, subspace)
 
-    def _add(self, key: int, side: str, entry: int | None, subspace: _Subspace) -> None:
-        found = self._found.setdefault(key, _Found(side))
-        if found.side != side:
-            found.side = None
+    def _add(self, key: int, side: str, entry: int | None, subspace: Subspace) -> None:
+        found = self._found.setdefault(key, Found())
+        found.sides.add(side)
         seen = found.entries.get(entry)
         if seen is not None and seen is not subspace:  # the layer runs again, or shares its weight
-            subspace = self._merged(seen, subspace) if seen.basis.shape == subspace.basis.shape else seen
+            subspace = self._joined(seen, subspace) if seen.basis.shape == subspace.basis.shape else seen
         found.entries[entry] = subspace
 
-    def _subspace_of(self, activations: Tensor, is_masked: bool = True) -> _Subspace:
+    def _subspace_of(self, activations: Tensor, is_masked: bool = True) -> Subspace:
         if activations.is_inference():  # has no version counter to detect changes by
             return self._iterate(activations, self._mask_of(activations) if is_masked else None)
         # Query, key and value projections have the same input: one power iteration serves them all. The
@@ -170,8 +208,8 @@ class ActivationObserver:
         mask = self._mask.reshape(rows).contiguous()
         return mask.to(activations.device, non_blocking=True)
 
-    def _iterate(self, activations: Tensor, mask: Tensor | None) -> _Subspace:
-        rank = min(self._rank, activations.shape[-1])
+    def _iterate(self, activations: Tensor, mask: Tensor | None) -> Subspace:
+        rank = min(self._kept, activations.shape[-1])
         basis, values = ops.power_iteration(
             activations.detach().contiguous(),
             mask,
@@ -179,34 +217,15 @@ class ActivationObserver:
             rank=rank,
             iterations=self._iterations,
         )
-        return _Subspace(basis, values)
+        return Subspace(basis, values)
 
-    def _merged(self, *parts: _Subspace) -> _Subspace:
+    def _joined(self, *parts: Subspace) -> Subspace:
         """The leading subspace of several inputs combined, approximated from that of each input."""
         device = parts[0].basis.device
-        rows = torch.cat([moved(part.values.unsqueeze(1) * part.basis, device) for part in parts])
+        rows = torch.cat([moved(part.rows, device) for part in parts])
         return self._iterate(rows, None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Subspace:
-    basis: Tensor
-    values: Tensor
-
-
-@dataclass(slots=True)
-class _Found:
-    """The subspaces of a matrix, or of the entries of a stack that saw activations."""
-
-    side: str | None  # None if it was used from both sides
-    entries: dict[int | None, _Subspace] = field(default_factory=dict)
-
-    def basis(self, count: int | None) -> Tensor:
-        """[rank, d], or [count, rank, d] for a stack, with zeros for entries that saw nothing."""
-        if count is None:
-            return self.entries[None].basis
-        some = next(iter(self.entries.values())).basis
-        stacked = some.new_zeros((count, *some.shape))
-        for entry, subspace in self.entries.items():
-            stacked[entry] = subspace.basis
-        return stacked
+def _kept_of_part(rank: int) -> int:
+    """How many vectors of a part of a batch are kept: what leads in the batch need not lead in each part."""
+    return 2 * rank + 6

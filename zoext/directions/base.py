@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
@@ -91,24 +91,51 @@ class Step:
     """The step for which a frame is made: the parameters that move, and the seed of the frame.
 
     ``seed`` is int64 [1] on their device: that of draw 0 of the step that ``Direction.origin`` returns.
+    ``is_part`` tells whether other processes see other parts of the batch.
     """
 
     seed: Tensor
     groups: Sequence[Parameters]
+    is_part: bool = False
 
 
 class Observer(Protocol):
-    """Makes the frame of a step from a forward at theta."""
+    """Makes the frame of a step from a forward at theta.
+
+    ``frame`` is the frame of this process alone. Processes with parts of a batch exchange ``uses``. Where
+    these tell that a parameter has a factor, it is ``merged`` from the ``sketch`` of each process.
+    """
 
     def watching(self) -> AbstractContextManager[None]:
         """Context manager to run that forward in."""
 
-    def frame(self) -> tuple[Frame, Tensor]:
-        """The frame, and whether the values that it was computed from were finite (bool [])."""
-
     @property
     def ran_uncompiled(self) -> bool:
         """Whether that forward ran compiled code as it is written, whose losses are rounded differently."""
+
+    def frame(self) -> tuple[Frame, Tensor]:
+        """The frame, and ``finite``."""
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether the values that the frame is computed from were finite (bool [])."""
+
+    @property
+    def uses(self) -> Mapping[int, Set[str]]:
+        """How the forward used each parameter that may have a factor, by key.
+
+        "left" and "right" are the factors that it determined, and "other" is anything else. The keys and
+        their order are the same in all processes, and ``kind_of`` tells which directions follow.
+        """
+
+    def sketch(self, key: int, side: str) -> Tensor:
+        """What the forward tells of a factor: float32 [rows, d], or [entries, rows, d] for a stack.
+
+        The shape is the same in all processes. Zeros if the forward did not determine the factor.
+        """
+
+    def merged(self, sketches: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor that follows from the sketches of all processes, stacked, and whether it is finite."""
 
 
 class Direction(ABC):

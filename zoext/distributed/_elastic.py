@@ -14,7 +14,7 @@ from torch import Tensor
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.arguments import check_count
 from zoext._runtime.devices import widest
-from zoext.directions import Frame
+from zoext.directions import Frame, Observer
 from zoext.distributed import _digests
 from zoext.distributed._decisions import Decision, Place, Post, Rules, Shares
 from zoext.distributed._ledger import Ledger
@@ -226,10 +226,15 @@ class ElasticRanks(Sharing):
         if decision.error is not None:  # as on the other members
             self._decided, self._is_open = decision, False
 
-    def first(
-        self, found: tuple[Frame, Tensor] | None, keys: Sequence[int], device: torch.device
-    ) -> tuple[Frame, Tensor]:
-        return found or (Frame(), torch.ones((), dtype=torch.bool, device=device))
+    def frame(
+        self,
+        observer: Observer,
+        has_seen: bool,
+        keys: Sequence[int],
+        device: torch.device,
+        weight: Tensor | None = None,
+    ) -> tuple[Frame, Tensor] | None:
+        raise RuntimeError("the members of an elastic group do not share activations: see check()")
 
     def raise_if_differing(self) -> None:
         """Nothing is found later than in the round itself."""

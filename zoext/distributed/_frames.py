@@ -1,4 +1,4 @@
-"""Sends the frame of a step, its factors that depend on activations, from the first rank to the others."""
+"""Sends the frame of a step, its factors that depend on activations, to the ranks that share its batch."""
 
 from __future__ import annotations
 
@@ -56,22 +56,28 @@ class FrameBroadcast:
         keys: Sequence[int],
         device: torch.device,
         group: dist.ProcessGroup,
-    ) -> tuple[Frame, Tensor]:
+    ) -> tuple[Frame, Tensor] | None:
         """The frame of the first rank of ``group``, and whether the activations behind it were finite.
+
+        None if the first rank has none.
 
         Args:
             found: those of this rank; other ranks than the first may have none.
-            keys: those of all parameters that move. Ranks see different batches, so that other weights may
-                be unused on the first one: which have factors is sent before them, and read on the host.
+            keys: those of all parameters that move. Which have factors depends on the forward of the first
+                rank: this is sent before them, and read on the host.
             device: where the losses are.
             group: the ranks.
         """
         frame, finite = found or (Frame(), torch.ones((), dtype=torch.bool, device=device))
         source = dist.get_global_rank(group, 0)
         if not (finite.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph keeps what it was
-            table = torch.tensor([_Layout.of(frame, key) for key in keys], device=finite.device)
+            rows = [_Layout(int(found is not None)), *(_Layout.of(frame, key) for key in keys)]
+            table = torch.tensor(rows, device=finite.device)
             dist.broadcast(table, source, group=group)
-            self._layouts = [_Layout(*row) for row in table.tolist()]
+            (has_frame, *_), *layouts = table.tolist()
+            if not has_frame:
+                return None
+            self._layouts = [_Layout(*row) for row in layouts]
         sizes = [prod(layout.shape) if layout.side else 0 for layout in self._layouts]
         if dist.get_rank(group) == 0:
             factors = {**frame.left, **frame.right}

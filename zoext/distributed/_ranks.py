@@ -13,11 +13,12 @@ from torch import Tensor
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.devices import widest
 from zoext._runtime.late_reads import LateReads
-from zoext.directions import Frame
+from zoext.directions import Frame, Observer
 from zoext.distributed import _digests
 from zoext.distributed._frames import FrameBroadcast
 from zoext.distributed._groups import groups_of
 from zoext.distributed._sharing import Losses, Share, Sharing
+from zoext.distributed._sketches import SketchExchange
 from zoext.distributed._sums import CheckedSum, Found, Identity
 from zoext.estimators import stacked
 
@@ -39,7 +40,7 @@ class Ranks(Sharing):
     Data-parallel ranks have batches of their own, and the losses of each probe are averaged over them.
     Probe-parallel ranks have the same batch, and the probes of a round are dealt out over them. All ranks
     move their weights alike. A round takes one collective of a few numbers for each kind; weights are never
-    sent. Directions that depend on activations are those of the first rank.
+    sent. Directions that depend on activations follow from those of all batches.
 
     Args:
         process_group: the data-parallel ranks: "auto" for the default process group, if there is one when a
@@ -53,6 +54,7 @@ class Ranks(Sharing):
     ) -> None:
         self._groups = groups_of(process_group, probe_group)
         self._sums = {"probe_group": CheckedSum(), "process_group": CheckedSum()}
+        self._sketches = SketchExchange()
         self._frames = FrameBroadcast()
         self._batches = LateReads()
         self._digests: Tensor | None = None  # int64 [3], as in ``_COMPARED``, if compared at this step
@@ -179,17 +181,25 @@ class Ranks(Sharing):
 
     @property
     def receives(self) -> bool:
-        groups = (self.data, self.probes)
-        return any(group is not None and dist.get_rank(group) > 0 for group in groups)
+        return self.data is not None or (self.probes is not None and dist.get_rank(self.probes) > 0)
 
-    def first(
-        self, found: tuple[Frame, Tensor] | None, keys: Sequence[int], device: torch.device
-    ) -> tuple[Frame, Tensor]:
-        """The frame of the first rank: see ``Sharing.first``."""
-        for group in (self.data, self.probes):
-            if group is not None:
-                found = self._frames.first(found, keys, device, group)
-        return found or (Frame(), torch.ones((), dtype=torch.bool, device=device))
+    def frame(
+        self,
+        observer: Observer,
+        has_seen: bool,
+        keys: Sequence[int],
+        device: torch.device,
+        weight: Tensor | None = None,
+    ) -> tuple[Frame, Tensor] | None:
+        """Of the batches of all data-parallel ranks; probe-parallel ranks get that of the first of them."""
+        if self.data is not None:
+            counts = torch.ones((), dtype=torch.bool, device=device) if weight is None else weight != 0
+            found = self._sketches.frame(observer, has_seen, counts, self.data)
+        else:
+            found = observer.frame() if has_seen else None
+        if self.probes is not None:
+            found = self._frames.first(found, keys, device, self.probes)
+        return found
 
     # Whether the ranks belong together
 

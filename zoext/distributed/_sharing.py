@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoext._parameters.parameters import Parameters
-from zoext.directions import Frame
+from zoext.directions import Frame, Observer
 
 if TYPE_CHECKING:  # a build of torch may lack it
     from torch.distributed import ProcessGroup
@@ -66,7 +66,7 @@ class Sharing(ABC):
     @property
     @abstractmethod
     def receives(self) -> bool:
-        """Whether frames come from another process."""
+        """Whether frames may come from other processes, if this one does not run the forward that finds them."""
 
     @abstractmethod
     def check(self, *, is_exact: bool, watches: bool) -> None:
@@ -108,15 +108,24 @@ class Sharing(ABC):
         """Tells the others that the closure raised ``error`` in a round of ``count`` on this process."""
 
     @abstractmethod
-    def first(
-        self, found: tuple[Frame, Tensor] | None, keys: Sequence[int], device: torch.device
-    ) -> tuple[Frame, Tensor]:
+    def frame(
+        self,
+        observer: Observer,
+        has_seen: bool,
+        keys: Sequence[int],
+        device: torch.device,
+        weight: Tensor | None = None,
+    ) -> tuple[Frame, Tensor] | None:
         """The frame of the step, and whether the activations behind it were finite.
 
+        None if no process has seen activations.
+
         Args:
-            found: those of this process; it may have none.
+            observer: of this process.
+            has_seen: whether its forward has run.
             keys: those of all parameters that move.
             device: where the losses are.
+            weight: of the losses of this process, []; with 0, its activations do not count.
         """
 
     @abstractmethod
