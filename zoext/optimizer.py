@@ -217,7 +217,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: after an update that was only partly applied; loading such a state would hide that.
         """
         self.engine.run.check_whole()
-        return super().state_dict()
+        return saved_state.packed(super().state_dict())
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         fixed = {**self._own_defaults, "recipe": self.engine.axes.recipe()}
@@ -271,6 +271,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if isinstance(closure, StepExecutor):
             return closure.advance(self.engine)
         if closure is None and initializes_state(self.param_groups):
+            self.engine.look()  # which creates residuals
             return torch.full((), torch.nan)
         if closure is not None:
             check_not_skipping(closure)

@@ -43,9 +43,13 @@ def join(number: int, count: int, folder: Path) -> None:
 Case = Callable[[int], None]
 
 
-def run_cases(cases: Mapping[str, Case], count: int) -> int:
-    """Runs all cases on each of ``count`` ranks, and writes what went wrong for ``errors_of``."""
-    folder = Path(sys.argv[1])
+def run_cases(cases: Mapping[str, Case], count: int, folder: Path | None = None) -> int:
+    """Runs all cases on each of ``count`` ranks, and writes what went wrong for ``errors_in``.
+
+    Returns:
+        The largest exit status.
+    """
+    folder = folder or Path(sys.argv[1])
 
     def run(number: int) -> None:
         join(number, count, folder)
@@ -73,11 +77,16 @@ def errors_of(program: str, folder: Path, count: int) -> dict[str, list[str | No
         capture_output=True,
         text=True,
     )
+    assert ended.returncode == 0, ended.stderr
+    return errors_in(folder, count)
+
+
+def errors_in(folder: Path, count: int) -> dict[str, list[str | None]]:
+    """What ``run_cases`` wrote to ``folder``."""
     found: dict[str, list[str | None]] = {}
     for rank in range(count):
         lines = folder / f"{rank}.jsonl"
         for line in lines.read_text().splitlines() if lines.exists() else ():
             name, error = json.loads(line)
             found.setdefault(name, []).append(error)
-    assert ended.returncode == 0, ended.stderr
     return found

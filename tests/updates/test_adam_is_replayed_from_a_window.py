@@ -121,7 +121,7 @@ def test_the_window_is_small_and_part_of_state_dict() -> None:
     for _ in range(6):
         optimizer.step(lambda: model(torch.ones(30, dtype=torch.bfloat16)).float().square().mean())
     (group,) = optimizer.state_dict()["param_groups"]
-    window = group["update_state"]["window"]
+    window = group["update_state"][0]["window"]
     assert len(window) == 4
     for entry in window:
         keys = entry.pop("keys")
@@ -166,7 +166,7 @@ def test_states_that_were_saved_do_not_change_later() -> None:
     model = nn.Linear(3, 2)
     optimizer = zoext.AdaMeZO(model, horizon=2)
     optimizer.step(lambda: model(torch.ones(3)).sum())
-    saved = optimizer.state_dict()["param_groups"][0]["update_state"]
+    saved = optimizer.state_dict()["param_groups"][0]["update_state"][0]
     seeds = [entry["seeds"].clone() for entry in saved["window"]]
     optimizer.step(lambda: model(torch.ones(3)).sum())
     assert len(saved["window"]) == 1

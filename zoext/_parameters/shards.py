@@ -68,6 +68,28 @@ def part_of(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def with_part(tensor: Tensor, part: Tensor) -> Tensor:
+    """A tensor of the shape of ``tensor`` whose part on this rank is ``part``, sharing its memory.
+
+    It is a DTensor if ``tensor`` is one, so that checkpoints know its place in the whole.
+    """
+    if not is_distributed(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def is_spread_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, and are sharded over the same ranks in the same way."""
+    if not is_distributed(a) or not is_distributed(b):
+        return is_distributed(a) == is_distributed(b) and a.shape == b.shape
+    return (a.shape, a.device_mesh, a.placements) == (b.shape, b.device_mesh, b.placements)
+
+
 def block_of(tensor: Tensor) -> Block:
     """The place of ``part_of(tensor)`` in the whole parameter; requires that ``obstacle`` is None."""
     if is_distributed(tensor):
