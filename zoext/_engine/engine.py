@@ -9,6 +9,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ class StepEngine:
     def _begin(self) -> StepContext:
         """Runs all checks that need no probe, and returns the context of the step."""
         check_not_captured()
-        self.check_ready()
+        self.check_ready(recorder=not self.ranks.are_several)  # else in a round, see Estimation
         if self.run.pending:
             self._check_unchanged("the first estimate of this step was made")
         movable = [group for group in self.look() if len(group)]
@@ -206,12 +207,12 @@ class StepEngine:
         self.ranks.begin(self.groups, self.param_groups, movable[0].device)
         return self.context(self._step_seeds(movable[0].device))
 
-    def check_ready(self) -> None:
+    def check_ready(self, *, recorder: bool = True) -> None:
         """Raises if no step may begin: after a torn update, in an open round, or if recording would fail."""
         self.run.check_whole()
         self.check_no_round()
-        if self.run.recorder is not None:
-            self.run.recorder.check()
+        if recorder:
+            self.run.check_recorder()
         self.watch.check()  # last, because it may wait for the previous step
 
     def context(self, seeds: StepSeeds, *, shares_random: bool = True) -> StepContext:
@@ -221,7 +222,8 @@ class StepEngine:
 
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None
-        return Estimation(context, found, self.ranks, lambda: self._check_unchanged("the closure began"))
+        check = partial(self._check_unchanged, "the closure began")
+        return Estimation(context, found, self.ranks, check, self.run.check_recorder)
 
     # Steps
 

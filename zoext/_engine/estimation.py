@@ -52,14 +52,23 @@ class Estimation:
         found: the frame of an earlier estimate of the same step; None determines a new one.
         ranks: the ranks that take the step together.
         check: called after every probe; raises if the probe changed the parameters.
+        check_recorder: raises if the step could not be recorded. It is called if there are several ranks,
+            which learn of it when they exchange the losses of a round. This is after its probes, because the
+            forwards of sharded models need all ranks.
     """
 
     def __init__(
-        self, context: StepContext, found: FoundFrame | None, ranks: Sharing, check: Callable[[], None]
+        self,
+        context: StepContext,
+        found: FoundFrame | None,
+        ranks: Sharing,
+        check: Callable[[], None],
+        check_recorder: Callable[[], None],
     ) -> None:
         self.context = context
         self.ranks = ranks
         self._check = check
+        self._check_recorder = check_recorder
         self._observer: Observer | None = None
         if found is None:
             step = Step(context.seeds.frame, context.groups, is_part=ranks.data is not None)
@@ -110,6 +119,8 @@ class Estimation:
             try:
                 own = {index: self._evaluated(session, index, closure) for index in dealt}
                 weight = _common_weight([weight for _, weight in own.values()])
+                if self.ranks.are_several:
+                    self._check_recorder()
             except Exception as error:
                 self.ranks.fail(len(pending), self.context.seeds.draws, error)
                 raise
@@ -190,6 +201,16 @@ class Estimation:
         self._check()
         if observer is not None:
             self._has_seen, self._ran_uncompiled = True, observer.ran_uncompiled
+
+    def told(self, share: Share) -> Tensor:
+        """``reduced``, of the losses of a whole round that the caller computed."""
+        try:
+            if self.ranks.are_several:
+                self._check_recorder()
+        except Exception as error:
+            self.ranks.fail(share.size, self.context.seeds.draws, error, is_dealt=False)
+            raise
+        return self.reduced(share)
 
     def reduced(self, share: Share) -> Tensor:
         """The losses of the round, [P], that all processes go on with. Then the frame is known."""

@@ -164,7 +164,7 @@ class Asking:
         share = self._checked(losses)
         self.estimation.check_frame("tell")
         try:
-            told = self.estimation.reduced(share)
+            told = self.estimation.told(share)
         except EstimateRestart:
             self.estimation.restart()
             self._rounds = self.estimation.rounds()

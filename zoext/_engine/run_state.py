@@ -52,6 +52,11 @@ class RunState:
         """The round that ``ask`` or ``tell`` returned, until its losses are passed to ``tell``."""
         return self.asking.round if self.asking is not None else None
 
+    def check_recorder(self) -> None:
+        """Raises if the next step could not be recorded."""
+        if self.recorder is not None:
+            self.recorder.check()
+
     def cancel_round(self) -> None:
         """Drops the open round."""
         if self.asking is not None:

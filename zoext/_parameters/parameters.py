@@ -186,13 +186,3 @@ def check_movable(groups: Sequence[Parameters]) -> None:
     for group in groups:
         for tensor, name in zip(group.owners, group.names, strict=True):
             check(tensor, name)
-
-
-def check_not_sharded(groups: Sequence[Parameters]) -> None:
-    """Raises for DTensors, of which this rank may hold only a part."""
-    for group in groups:
-        for tensor, name in zip(group.owners, group.names, strict=True):
-            if shards.is_distributed(tensor):
-                raise ValueError(
-                    f"params: {name} is a DTensor; steps of sharded parameters cannot be recorded yet"
-                )

@@ -120,6 +120,7 @@ class ElasticRanks(Sharing):
 
     data: ProcessGroup | None = None
     receives = False
+    are_several = False  # they wait until the deadline only
 
     def __init__(self, group: ElasticGroup) -> None:
         self._group = group
@@ -217,7 +218,7 @@ class ElasticRanks(Sharing):
         self._place = Place(self._at.step, self._at.estimate + 1)
         self._members = self._decided.next_members
 
-    def fail(self, count: int, seeds: Tensor, error: Exception) -> None:
+    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
         if self._known is not None or not self._takes_part:
             return
         post = Post({}, failed=f"{type(error).__name__}: {error}"[:200])

@@ -88,6 +88,10 @@ class Ranks(Sharing):
     def divides_probes(self) -> bool:
         return self.probes is not None
 
+    @property
+    def are_several(self) -> bool:
+        return self.data is not None or self.probes is not None
+
     # A round
 
     def dealt(self, count: int) -> Sequence[int]:
@@ -134,13 +138,13 @@ class Ranks(Sharing):
         losses = stacked([share.losses.get(index, gap) for index in range(share.size)])
         return Losses(self._mean(losses, seeds, share.weight, None, None), missing, len(missing))
 
-    def fail(self, count: int, seeds: Tensor, error: Exception) -> None:
-        if self.data is None and self.probes is None:
+    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
+        if not self.are_several:
             return
         failed = CheckedSum.failure(dist.get_rank(), seeds.device)
         losses = torch.full((count,), torch.nan, dtype=failed.dtype, device=seeds.device)
         try:
-            self._mean(losses, seeds, None, losses[0], failed)
+            self._mean(losses, seeds, None, losses[0] if is_dealt else None, failed)
         except RuntimeError:  # as on the other ranks; the error of the closure says more
             return
 
@@ -215,7 +219,7 @@ class Ranks(Sharing):
         """
         self.raise_if_differing()
         step = options[0]["step"]
-        if (self.data is None and self.probes is None) or step % COMPARED_EVERY:
+        if not self.are_several or step % COMPARED_EVERY:
             self._digests = None
         elif self._digests is None or step != self._step:
             numbers = torch.tensor([_digests.of_recipe(options), _digests.of_options(options)], device=device)
@@ -254,8 +258,8 @@ class Ranks(Sharing):
         if found.failed:
             which = f"rank {found.failed_rank}" if found.failed == 1 else f"{found.failed} ranks"
             return (
-                f"{name}: the closure of {which} raised at step {self._step}; see the error there. The step "
-                "moved no weight"
+                f"{name}: the closure of {which} raised at step {self._step}, or the step could not be "
+                "recorded; see the error there. The step moved no weight"
             )
         return (
             f"{name}: some ranks return (loss, weight) and others a loss alone at step {self._step}; return "

@@ -60,6 +60,11 @@ class Sharing(ABC):
 
     @property
     @abstractmethod
+    def are_several(self) -> bool:
+        """Whether other ranks wait for this one in the collectives of a step."""
+
+    @property
+    @abstractmethod
     def divides_probes(self) -> bool:
         """Whether processes evaluate different probes of a round."""
 
@@ -104,8 +109,15 @@ class Sharing(ABC):
         """Called before the rounds of an estimate are evaluated again."""
 
     @abstractmethod
-    def fail(self, count: int, seeds: Tensor, error: Exception) -> None:
-        """Tells the others that the closure raised ``error`` in a round of ``count`` on this process."""
+    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
+        """Takes part in a round of ``count`` that raised ``error`` on this process, so that none waits for it.
+
+        Args:
+            count: how many probes the round has.
+            seeds: those of the step.
+            error: what was raised.
+            is_dealt: whether the probes were dealt out, and not evaluated by a caller that tells losses.
+        """
 
     @abstractmethod
     def frame(

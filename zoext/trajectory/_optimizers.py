@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from zoext import noise
-from zoext._parameters import wrappers
+from zoext._parameters import shards, wrappers
 from zoext._parameters.precision import RESIDUAL
 from zoext.optimizer import ZerothOrderOptimizer
 
@@ -39,5 +39,5 @@ def remembers(optimizer: ZerothOrderOptimizer) -> bool:
 
     It does for an update with a window (AdaMeZO) and for ``precision="residual"`` after the first step.
     """
-    residuals = (state[RESIDUAL] for state in optimizer.state.values() if RESIDUAL in state)
+    residuals = (shards.part_of(state[RESIDUAL]) for state in optimizer.state.values() if RESIDUAL in state)
     return any(group["update_state"] for group in optimizer.param_groups) or any(map(Tensor.any, residuals))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoext.optimizer import unwrap
@@ -44,22 +45,23 @@ class TrajectoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # With auto_find_batch_size, training begins again after a batch that was too large.
-        if not state.is_world_process_zero or self.trajectory is not None:
+        if self.trajectory is not None:
             return
         optimizer = unwrap(kwargs["optimizer"])
         is_continued = optimizer.param_groups[0]["step"] > 0
-        if self.path.exists() and not is_continued:
+        try:
+            self.trajectory = Trajectory(
+                self.path,
+                optimizer,
+                frames=self._frames,
+                notes=self._notes,
+                resume=is_continued and _is_on_first_process(self.path, args),
+            )
+        except FileExistsError:
             raise FileExistsError(
                 f"path: {self.path} exists; give another path, or continue the run that it records with "
                 "train(resume_from_checkpoint=True)"
-            )
-        self.trajectory = Trajectory(
-            self.path,
-            optimizer,
-            frames=self._frames,
-            notes=self._notes,
-            resume=is_continued and self.path.exists(),
-        )
+            ) from None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,3 +73,11 @@ class TrajectoryCallback(TrainerCallback):
         if self.trajectory is not None:
             self.trajectory.close()
             self.trajectory = None
+
+
+def _is_on_first_process(path: Path, args: TrainingArguments) -> bool:
+    """Whether the file exists there; processes on other machines may not have it."""
+    exists = torch.tensor(int(path.exists()), device=args.device)
+    if args.world_size > 1:
+        torch.distributed.broadcast(exists, 0)
+    return bool(exists)

@@ -73,7 +73,7 @@ class RecordedParameter:
         """A message if ``tensor`` has other weights than the run began with. A collective for a DTensor."""
         if not self.digest:
             return None
-        return None if digest(shards.whole(tensor)) == self.digest else "has other weights"
+        return None if digest(tensor) == self.digest else "has other weights"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class Header:
         cls, optimizer: ZerothOrderOptimizer, frames: bool, notes: Mapping[str, Any], *, digests: bool = True
     ) -> Header:
         """The header of a recording of ``optimizer`` that begins now; digests read all weights once.
+
+        With digests of DTensors it is a collective, in which ``gather`` is the part of ranks that need none.
 
         Raises:
             ValueError: for a lazy parameter.
@@ -208,11 +210,12 @@ def _dtype(fields: Fields) -> str:
 def digest(tensor: Tensor) -> str:
     """A hash of the dtype, the shape and the bits of a tensor: 32 hexadecimal digits.
 
-    Empty for one of which there are no plain bits to read: on the meta device, sparse, quantized, or of a
-    class of its own.
+    That of a DTensor is the one of the whole, for which it is a collective. Empty for a tensor of which there
+    are no plain bits to read: on the meta device, sparse, quantized, or of a class of its own.
     """
     if not _has_plain_bits(tensor):
         return ""
+    tensor = shards.whole(tensor)
     sha256 = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     for piece in flat.split(_PIECE):
@@ -220,6 +223,15 @@ def digest(tensor: Tensor) -> str:
     return sha256.hexdigest()[:32]
 
 
+def gather(optimizer: ZerothOrderOptimizer) -> None:
+    """Takes part in the collectives of the digests of all parameters, one after the other."""
+    for group in _optimizers.named_groups(optimizer):
+        for _, _, tensor in group:
+            if _has_plain_bits(tensor):
+                shards.whole(tensor)
+
+
 def _has_plain_bits(tensor: Tensor) -> bool:
+    tensor = shards.part_of(tensor)
     is_plain = type(tensor.detach()) is Tensor and tensor.layout == torch.strided
     return is_plain and not (tensor.is_meta or tensor.is_quantized)

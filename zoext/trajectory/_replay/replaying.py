@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from zoext._parameters import shards
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
+from zoext.trajectory._agreement import Agreement
 from zoext.trajectory._format.reading import Part, read_until
-from zoext.trajectory._replay.agreement import agreed
 from zoext.trajectory._replay.part_replay import PartReplay
 
 StrPath = str | os.PathLike[str]
@@ -70,7 +70,7 @@ def replay(
     if to_step is not None and (isinstance(to_step, bool) or not isinstance(to_step, int)):
         raise TypeError(f"to_step must be an integer, not {to_step!r}")
     target = target if isinstance(target, nn.Module) else unwrap(target)
-    with agreed(_tensors(target)):
+    with Agreement.of_shards(_tensors(target)).reached():
         parts = [read_until(each, to_step) for each in paths]
     return replay_parts(target, parts)
 
@@ -78,10 +78,10 @@ def replay(
 def replay_parts(target: nn.Module | torch.optim.Optimizer, parts: Sequence[Part]) -> ZerothOrderOptimizer:
     """Like ``replay``, for trajectories that ``read_until`` has read already."""
     target = target if isinstance(target, nn.Module) else unwrap(target)
-    tensors = _tensors(target)
-    with agreed(tensors, on=" ".join(part.sha256 for part in parts)):
+    agreement = Agreement.of_shards(_tensors(target))
+    with agreement.reached(" ".join(part.sha256 for part in parts)):
         replays = [PartReplay(target, part) for part in parts]
-    with agreed(tensors):
+    with agreement.reached():
         for each in replays:
             each.check_weights()
     for each in replays:

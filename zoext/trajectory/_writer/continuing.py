@@ -13,6 +13,7 @@ from zoext.trajectory import _optimizers
 from zoext.trajectory._format import frames, lines
 from zoext.trajectory._format.fields import TrajectoryError
 from zoext.trajectory._format.header import Header, RecordedParameter
+from zoext.trajectory._format.header import digest as digest_of
 from zoext.trajectory._format.reading import open_recording
 from zoext.trajectory._format.steps import Setting
 
@@ -73,16 +74,31 @@ def _check_place(path: Path) -> None:
         )
 
 
-def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End:
-    """Moves all lines after the current step of ``optimizer``, and their frames, to files ``NAME.cut``.
+class Continuation(NamedTuple):
+    """A trajectory up to the step where it is continued; nothing was changed yet.
 
-    Files of that name are replaced. If the process is killed here, the next call gives the same result.
+    Attributes:
+        path: its file.
+        header: its first line.
+        at_beginning: whether it is continued from the step where it begins, where its header has digests of
+            the weights.
+        size: of the file up to that step, in bytes.
+        end: the end up to that step.
+    """
+
+    path: Path
+    header: Header
+    at_beginning: bool
+    size: int
+    end: End
+
+
+def find(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> Continuation:
+    """Reads a trajectory up to the current step of ``optimizer``.
 
     Raises:
         TrajectoryError: if the trajectory or its side file is corrupted before that step, ends before it,
-            belongs to another run or other weights, or was begun without the frames that are wanted. Nothing
-            was changed.
-        OSError: if the lines after that step cannot be saved. None is lost.
+            belongs to another run, or was begun without the frames that are wanted.
     """
     recording = open_recording(path)
     _check_same_run(path, recording.header, optimizer)
@@ -107,15 +123,26 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
             f"{path}: begins with step {at}, but the optimizer is at step {wanted}; load a checkpoint of "
             f"step {at} or later, or record to another path"
         )
-    if wanted == recording.header.step:
-        _check_same_weights(path, recording.header, optimizer)
-    ends = [(path, last.end)]
-    if recording.header.frames:
+    end = End(last.checksum, used if recording.header.frames else None, setting)
+    return Continuation(path, recording.header, wanted == recording.header.step, last.end, end)
+
+
+def cut(found: Continuation) -> None:
+    """Moves all lines after the step, and their frames, to files ``NAME.cut``.
+
+    Files of that name are replaced. If the process is killed here, the next call gives the same result.
+
+    Raises:
+        OSError: if the lines after that step cannot be saved. None is lost.
+    """
+    path = found.path
+    ends = [(path, found.size)]
+    if found.end.frames is not None:
         beside = frames.path_beside(path)
-        if not used:
+        if not found.end.frames:
             _make(beside)  # missing if the run was killed before it was created
-        ends.insert(0, (beside, used))
-    if _has_line_after(path, last.end):
+        ends.insert(0, (beside, found.end.frames))
+    if _has_line_after(path, found.size):
         for file, size in ends:
             if file.stat().st_size > size:
                 atomic.copy_tail(file, size, file.with_name(f"{file.name}.cut"))
@@ -124,7 +151,6 @@ def cut(path: Path, optimizer: ZerothOrderOptimizer, frames_wanted: bool) -> End
         if file == path:
             _end_line(path, size)
         atomic.sync(file)
-    return End(last.checksum, used if recording.header.frames else None, setting)
 
 
 def _end_line(path: Path, size: int) -> None:
@@ -140,15 +166,19 @@ def _has_line_after(path: Path, end: int) -> bool:
         return file.readline(lines.LONGEST).endswith(b"\n")
 
 
-def _check_same_weights(path: Path, header: Header, optimizer: ZerothOrderOptimizer) -> None:
-    # Possible only at the step where recording began: the file has no other digests.
+def check_weights(found: Continuation, optimizer: ZerothOrderOptimizer) -> None:
+    """Raises a TrajectoryError unless the weights are those that the trajectory begins with.
+
+    It is a collective for DTensors, in which ``header.gather`` is the part of ranks without the file.
+    """
+    header = found.header
     tensors = [tensor for group in _optimizers.named_groups(optimizer) for _, _, tensor in group]
-    for parameter, tensor in zip(header.parameters, tensors, strict=True):
-        mismatch = parameter.weights_mismatch(tensor)
-        if mismatch is not None:
+    for parameter, digest in zip(header.parameters, list(map(digest_of, tensors)), strict=True):
+        if parameter.digest and parameter.digest != digest:
             raise TrajectoryError(
-                f"{path}: {parameter.name} {mismatch} than the run had at step {header.step}, where it "
-                "began, so it could not be replayed; load the weights of that run, or record to another path"
+                f"{found.path}: {parameter.name} has other weights than the run had at step {header.step}, "
+                "where it began, so it could not be replayed; load the weights of that run, or record to "
+                "another path"
             )
 
 

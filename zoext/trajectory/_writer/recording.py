@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,15 +14,12 @@ from typing import Any, Self
 import torch
 
 from zoext._engine import AppliedStep
-from zoext._parameters import parameters
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.trajectory import _optimizers
-from zoext.trajectory._format import frames as side_file
+from zoext.trajectory._agreement import Agreement
 from zoext.trajectory._format.header import Header
 from zoext.trajectory._format.steps import ranges
-from zoext.trajectory._writer import continuing
-from zoext.trajectory._writer.background import BackgroundWriter
-from zoext.trajectory._writer.owned_file import OwnedFile
+from zoext.trajectory._writer import opening
 from zoext.trajectory._writer.pieces import Pieces
 
 
@@ -42,6 +38,13 @@ class Trajectory:
     A background thread writes the lines, so a step waits neither for the disk nor for the device, and a step
     reaches the disk within a second. While the disk stalls, unwritten steps are kept in memory without a
     limit.
+
+    If several ranks take the steps together, by ``process_group``, ``probe_group`` or sharded parameters, all
+    of them create the trajectory, and the first one writes it. It has global shapes and the digests of whole
+    weights, so it replays on one process and on any number of ranks. If the first rank cannot create the
+    file, all raise. If it cannot write, the next step raises on all ranks, before it moves a weight. (With
+    ``GraphedStep``, the others wait for the first until the ``timeout`` of their process group.) ``flush``
+    and ``close`` concern the first rank alone.
 
     Args:
         path: the file to write. It must not exist, except with ``resume``.
@@ -64,9 +67,10 @@ class Trajectory:
     Raises:
         FileExistsError: if ``path`` exists, without ``resume``.
         ValueError: if earlier steps of the optimizer would be missing from the recording, if the optimizer is
-            already recorded, and for sharded parameters.
+            already recorded, and if ranks that hold parts of the parameters do not exchange losses.
         TypeError: for an optimizer that is not zoext's.
-        TrajectoryError: for a file that cannot be continued. It is unchanged.
+        TrajectoryError: for a file that cannot be continued. It is unchanged. Also if another rank raised, or
+            records another run.
         BlockingIOError: if another recording has the file open. The file is locked until ``close`` or the end
             of the process. On a file system without locks, a second recording is detected when it writes.
         OSError: if the file cannot be written, or was moved, removed or replaced. A failed background write
@@ -85,48 +89,37 @@ class Trajectory:
         resume: bool = False,
     ) -> None:
         self.path = Path(path)
-        optimizer = unwrap(optimizer)
-        if optimizer.recorder is not None:
-            raise ValueError("optimizer: its steps are recorded already; close that trajectory first")
-        parameters.check_not_sharded(parameters.trainable(optimizer.param_groups))
-        self._optimizer = optimizer
-        watches = optimizer.engine.axes.direction.watches
-        if watches and not frames and not resume:
-            warnings.warn(
-                "the bases of AGZO come from data and not from seeds, so this trajectory cannot be replayed; "
-                "record them with frames=True",
-                stacklevel=2,
-            )
-        if not optimizer.engine.probe.is_exact and not resume:
-            warnings.warn(
-                "probe='inplace' restores the weights only to rounding, and the trajectory does not record "
-                "the error: a replay will be near the run, but not equal to it. Pass the module as params, "
-                "or probe=StreamedProbe(module)",
-                stacklevel=2,
-            )
-        with ExitStack() as opened:
-            if resume:
-                file = opened.enter_context(OwnedFile(self.path))
-                end = continuing.cut(self.path, optimizer, frames and watches)
-            else:
+        self._optimizer = optimizer = unwrap(optimizer)
+        agreement = Agreement.of_run(optimizer)
+        is_first = agreement.is_first
+        with_frames = frames and optimizer.engine.axes.direction.watches
+        with agreement.reached(_outline_of_run(optimizer, with_frames, resume)):
+            if optimizer.recorder is not None:
+                raise ValueError("optimizer: its steps are recorded already; close that trajectory first")
+            if is_first and not resume:
+                _warn_if_inexact(optimizer, frames)
+            if not resume:
                 _check_fresh(optimizer)
-                notes = _checked(notes or {})
-                end = continuing.begin(self.path, Header.of(optimizer, frames and watches, notes))
-                file = opened.enter_context(OwnedFile(self.path))
-            files = [file]
-            if end.frames is not None:
-                files.insert(0, opened.enter_context(OwnedFile(side_file.path_beside(self.path))))
-            self._writer = BackgroundWriter(*files)
-            opened.pop_all()  # the writer closes them
-        self._pieces = Pieces(self.path, end)
+            notes = _checked(notes or {})
+        if resume:
+            opened = opening.resume(self.path, optimizer, agreement, is_first=is_first, frames=with_frames)
+        else:
+            opened = opening.begin(
+                self.path, optimizer, agreement, is_first=is_first, frames=with_frames, notes=notes
+            )
+        self._writer, self._pieces = None, None  # on another rank than the first
+        if opened is not None:
+            self._writer, end = opened
+            self._pieces = Pieces(self.path, end)
         self._step = optimizer.param_groups[0]["step"]
         self._outline = _outline(optimizer)
         optimizer.recorder = self
 
     def check(self) -> None:
-        """Raises if the next step could not be recorded. The optimizer calls it before a step."""
+        """Raises if the next step could not be recorded. The optimizer calls it before it moves a weight."""
         try:
-            self._writer.check()
+            if self._writer is not None:
+                self._writer.check()
         except OSError as error:
             remedy = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Fix this"
             raise OSError(
@@ -145,19 +138,22 @@ class Trajectory:
 
     def record(self, step: AppliedStep) -> None:
         """Records a step. The optimizer calls it after the step."""
-        moves = ranges(key for group in self._optimizer.engine.groups for key in group.keys)
-        self._writer.put(self._pieces.of(self._step + 1, step, moves))
+        if self._writer is not None and self._pieces is not None:
+            moves = ranges(key for group in self._optimizer.engine.groups for key in group.keys)
+            self._writer.put(self._pieces.of(self._step + 1, step, moves))
         self._step += 1  # last, so that check() reports a step that could not be recorded
 
     def flush(self) -> None:
         """Waits until all steps so far are on the disk."""
-        self._writer.flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         """Ends the recording; the optimizer continues without it. If it raises, it can be called again."""
         if self._optimizer.recorder is self:
             self._optimizer.recorder = None
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +167,28 @@ class Trajectory:
             if error is None:
                 raise
             error.add_note(f"{refusal}; fix this and close() the trajectory again")
+
+
+def _warn_if_inexact(optimizer: ZerothOrderOptimizer, frames: bool) -> None:
+    if optimizer.engine.axes.direction.watches and not frames:
+        warnings.warn(
+            "the bases of AGZO come from data and not from seeds, so this trajectory cannot be replayed; "
+            "record them with frames=True",
+            stacklevel=3,
+        )
+    if not optimizer.engine.probe.is_exact:
+        warnings.warn(
+            "probe='inplace' restores the weights only to rounding, and the trajectory does not record the "
+            "error: a replay will be near the run, but not equal to it. Pass the module as params, or "
+            "probe=StreamedProbe(module)",
+            stacklevel=3,
+        )
+
+
+def _outline_of_run(optimizer: ZerothOrderOptimizer, frames: bool, resume: bool) -> str:
+    """What must be the same on all ranks."""
+    record = Header.of(optimizer, frames, {}, digests=False).record()
+    return json.dumps([record, resume])
 
 
 def _outline(optimizer: ZerothOrderOptimizer) -> list[object]:
