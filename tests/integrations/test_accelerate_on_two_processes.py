@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import zoext
 from support.accelerate_loops import RECIPES, accelerator, loss_of, net, plain_run, weights_of
 from support.accelerate_loops import loader as loader_of
 from support.ranks import fork
@@ -30,6 +31,11 @@ def test_two_processes_are_one_large_batch(recipe: str, size: int, tmp_path: Pat
         os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="localhost")
         with accelerator(gradient_accumulation_steps=4 // size) as each:
             model = net()
+            dealt = zoext.MeZO(model, probe_group=torch.distributed.group.WORLD)
+            with pytest.raises(
+                ValueError, match="probe_group: Accelerate gives every process a batch of its own"
+            ):
+                each.prepare(dealt)
             if rank:
                 torch.nn.init.zeros_(model[0].weight)  # prepare gives it the weights of rank 0
             model, optimizer, data = each.prepare(model, RECIPES[recipe](model), loader_of(size))

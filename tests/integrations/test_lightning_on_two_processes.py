@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import zoext
 from support.lightning_modules import RECIPES, Module, fit, loader, plain_run, weights_of
 
 
@@ -41,3 +42,11 @@ def test_two_processes_are_one_large_batch(recipe: str, size: int, accumulate: i
     torch.testing.assert_close(first["weights"], weights, rtol=1e-4, atol=2e-6)
     told = first["losses"][first["losses"].isfinite()]
     torch.testing.assert_close(told, torch.tensor(losses), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_probes_cannot_be_dealt_out() -> None:
+    """The ranks of a probe group need the same batch."""
+    module = Module(lambda module: zoext.MeZO(module, probe_group=torch.distributed.group.WORLD))
+    with pytest.raises(Exception, match="probe_group: the Trainer gives every process a batch of its own"):
+        fit(module, 4, strategy="ddp_fork", devices=2)

@@ -58,3 +58,7 @@ def check_that_separate_runs_are_refused(folder: Path) -> None:
     trainer = ZOTrainer(model, arguments(folder), train_dataset=Ragged(24), optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="process_group=None lets each of the 2 processes train"):
         trainer.train()
+    optimizer = zoext.MeZO(model, probe_group=distributed.group.WORLD)
+    trainer = ZOTrainer(model, arguments(folder), train_dataset=Ragged(24), optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=r"Trainer gives every process a batch of its own.*leave it out"):
+        trainer.train()

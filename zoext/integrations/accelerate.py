@@ -68,11 +68,18 @@ class ZOAccelerator(Accelerator):  # type: ignore[misc]
 
         Raises:
             TypeError: for another optimizer.
-            ValueError: if several processes train, and the optimizer has ``process_group=None``.
+            ValueError: if several processes train, and the optimizer has ``process_group=None`` or deals its
+                probes out over them, for which their batches would have to be the same.
         """
         if isinstance(optimizer, ZOAcceleratedOptimizer):
             return optimizer
         inner = unwrap(optimizer)
+        if inner.engine.ranks.probes is not None:
+            raise ValueError(
+                "probe_group: Accelerate gives every process a batch of its own, and the ranks of this group "
+                "(the dimension 'probe' of a mesh) need the same one; leave it out, which averages the "
+                "losses over all processes, or train without an Accelerator"
+            )
         if self.num_processes > 1 and inner.engine.ranks.data is None:
             raise ValueError(
                 f"{self.num_processes} processes train, whose weights would diverge; pass "

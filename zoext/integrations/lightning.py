@@ -286,6 +286,12 @@ def _check_trainer(trainer: Any, optimizer: ZerothOrderOptimizer) -> None:
             f"Trainer(strategy=...): {strategy.__name__} does not keep whole weights in each process, which "
             "the probes displace; pass strategy='ddp' or 'auto'"
         )
+    if optimizer.engine.ranks.probes is not None:
+        raise ValueError(
+            "probe_group: the Trainer gives every process a batch of its own, and the ranks of this group "
+            "(the dimension 'probe' of a mesh) need the same one; leave it out, which averages the losses "
+            "over all processes, or train without a Trainer"
+        )
     if trainer.world_size > 1 and optimizer.engine.ranks.data is None:
         raise ValueError(
             f"the Trainer runs {trainer.world_size} processes, whose weights would diverge; pass "

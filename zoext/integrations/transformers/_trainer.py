@@ -248,6 +248,12 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, process
             f"optimizers: {strange} of the {len(moved)} parameters that the optimizer moves are not the "
             "model's; build it from the model that the trainer gets, after adapters were added to it"
         )
+    if ours.engine.ranks.probes is not None:
+        raise ValueError(
+            "optimizers: Trainer gives every process a batch of its own, and the ranks of probe_group (the "
+            "dimension 'probe' of a mesh) need the same one; leave it out, which averages the losses over "
+            "all processes, or write the loop yourself"
+        )
     if processes > 1 and ours.engine.ranks.data is None:
         raise ValueError(
             f"optimizers: process_group=None lets each of the {processes} processes train a model of its "
