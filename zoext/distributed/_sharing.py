@@ -71,7 +71,7 @@ class Sharing(ABC):
     @property
     @abstractmethod
     def receives(self) -> bool:
-        """Whether frames may come from other processes, if this one does not run the forward that finds them."""
+        """Whether frames may come from other processes, without the forward that finds them."""
 
     @abstractmethod
     def check(self, *, is_exact: bool, watches: bool) -> None:
@@ -110,7 +110,7 @@ class Sharing(ABC):
 
     @abstractmethod
     def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
-        """Takes part in a round of ``count`` that raised ``error`` on this process, so that none waits for it.
+        """Takes part in a round that raised ``error`` on this process, so that no other waits for it.
 
         Args:
             count: how many probes the round has.
