@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -351,6 +352,34 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             FloatingPointError: for losses that are not finite, with ``nonfinite="raise"``.
         """
         return self.engine.tell(losses)
+
+    @contextmanager
+    def displaced(
+        self, seeds: Tensor | Sequence[int], coefficients: Tensor | Sequence[float]
+    ) -> Iterator[None]:
+        """A block in which theta is at ``theta + mu * sum_k coefficients[k] D(seeds[k])``.
+
+        With it a process evaluates a probe that another one asked for, as ``OpenRound.displaced`` does there:
+
+            with optimizer.displaced([seed], [-1.0]):
+                loss = loss_of(model)
+
+        The result has the bits of the other process if both optimizers have the same direction, weights, mu
+        and step, which directions with a lazily drawn factor depend on. Theta is restored when the block
+        ends, and buffers that modules write are too. Random numbers are the caller's: seed the global
+        generators before each block.
+
+        Args:
+            seeds: [K], int64 or Python integers of 64 bits. Without any, theta is not displaced.
+            coefficients: [K], finite.
+
+        Raises:
+            TypeError, ValueError: for other arguments.
+            RuntimeError: for directions that a forward at theta determines (``ActivationSubspace``), while a
+                round is open, if such blocks are nested, and in the cases listed for ``OpenRound.displaced``.
+        """
+        with self.engine.displaced(seeds, coefficients):
+            yield
 
     def cancel(self) -> None:
         """Drops the open round, if there is one; completed estimates stay pending."""

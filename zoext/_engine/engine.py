@@ -22,16 +22,16 @@ from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.first_order import nothing_to_apply
 from zoext._engine.loss_watch import LossWatch
-from zoext._engine.open_round import Asking, OpenRound, Told
+from zoext._engine.open_round import Asking, OpenRound, Told, checked_pairs, displaced
 from zoext._engine.run_state import Owner, RunState
 from zoext._parameters import group_options, parameters, shards
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
-from zoext._runtime.devices import check_not_captured
+from zoext._runtime.devices import check_not_captured, moved
 from zoext._runtime.profiling import Phase, record
 from zoext.distributed import Sharing
-from zoext.estimators import Estimate, reduced
+from zoext.estimators import Estimate, Round, reduced
 from zoext.ops import Rounding
 from zoext.probes import Probe
 from zoext.updates import State
@@ -162,6 +162,21 @@ class StepEngine:
                 raise
         self.run.pending.append(estimate)
         return None
+
+    @contextmanager
+    def displaced(
+        self, seeds: Tensor | Sequence[int], coefficients: Tensor | Sequence[float]
+    ) -> Iterator[None]:
+        """See ``ZerothOrderOptimizer.displaced``."""
+        pairs = checked_pairs(seeds, coefficients)
+        with self.closures(), record(Phase.ESTIMATE):
+            context = self._begin()
+            estimation = self._estimation(context)
+            estimation.check_frame("displaced")
+            seeds, coefficients = (moved(each, context.device) for each in pairs)
+            estimation.begin(Round.along_sums(seeds, coefficients.unsqueeze(0)), range(1))
+            with self.probe.session() as session, displaced(estimation, session, 0):
+                yield
 
     def check_no_round(self) -> None:
         """Raises a RuntimeError while ``ask`` waits for losses."""

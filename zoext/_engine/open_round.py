@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoext import noise
 from zoext._engine.estimation import Estimation, as_loss
 from zoext._parameters import wrappers
 from zoext._runtime.profiling import Phase, record
@@ -69,14 +70,8 @@ class OpenRound:
         self._check_index(index)
         asking = self._asking
         with asking.closures(), record(Phase.ESTIMATE), asking.probe.session() as session:
-            with asking.estimation.displaced(session, index), session.interruptible():
+            with displaced(asking.estimation, session, index):
                 yield
-            if asking.estimation.is_to_repeat(session):
-                raise RuntimeError(
-                    f"displaced({index}): weights were read outside their modules in a way that is not seen "
-                    "at every probe, and may have been read as they were, or compiled code ran as it is "
-                    "written so that activations could be seen; evaluate this probe again"
-                )
             asking.keep_buffers(index, session)
 
     def adapter(self, index: int) -> dict[str, LoRAFactors]:
@@ -207,6 +202,41 @@ class Asking:
         if not found:
             raise ValueError("losses: all are None; tell those that came back, or call cancel()")
         return Share(found, count, is_whole=True)
+
+
+@contextmanager
+def displaced(estimation: Estimation, session: Session, index: int) -> Iterator[None]:
+    """Displaces the model to probe ``index`` of the round of ``estimation`` within the block.
+
+    Raises:
+        RuntimeError: if the block must be evaluated again, or changed the parameters.
+    """
+    with estimation.displaced(session, index), session.interruptible():
+        yield
+    if estimation.is_to_repeat(session):
+        raise RuntimeError(
+            f"displaced({index}): weights were read outside their modules in a way that is not seen "
+            "at every probe, and may have been read as they were, or compiled code ran as it is "
+            "written so that activations could be seen; evaluate this probe again"
+        )
+
+
+def checked_pairs(
+    seeds: Tensor | Sequence[int], coefficients: Tensor | Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Checks seeds and coefficients; returns int64 [K] and float32 [K]."""
+    if not isinstance(seeds, Tensor):
+        seeds = torch.tensor([noise.signed(seed) for seed in seeds], dtype=torch.int64)
+    if seeds.dtype != torch.int64 or seeds.dim() != 1:
+        raise ValueError(f"seeds must be int64 [K], not {seeds.dtype} {list(seeds.shape)}")
+    coefficients = torch.as_tensor(coefficients, dtype=torch.float32)
+    if coefficients.shape != seeds.shape:
+        raise ValueError(
+            f"coefficients must be [{len(seeds)}], one for each seed, not {list(coefficients.shape)}"
+        )
+    if not bool(torch.isfinite(coefficients).all()):
+        raise ValueError(f"coefficients must be finite, not {coefficients.tolist()}")
+    return seeds, coefficients
 
 
 def _transposed(module: nn.Module | None) -> set[int]:
