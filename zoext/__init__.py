@@ -17,7 +17,7 @@ from zoext.graphs import GraphedStep
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.probes import InplaceProbe, Probe, StreamedProbe, StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
-from zoext.trajectory import Trajectory, TrajectoryError, replay
+from zoext.trajectory import Follower, Trajectory, TrajectoryError, replay
 from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "Direction",
     "Estimate",
     "Estimator",
+    "Follower",
     "ForwardDifference",
     "Gaussian",
     "GraphedStep",

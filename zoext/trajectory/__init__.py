@@ -7,9 +7,10 @@ as the ``zoext`` command does.
 
 from zoext.noise import NOISE_FIELD
 from zoext.trajectory._format.fields import Fields, TrajectoryError, VersionError
-from zoext.trajectory._format.header import Header
+from zoext.trajectory._format.header import Header, weights_digest
 from zoext.trajectory._format.reading import Part, last_whole_step, open_recording, read_until
 from zoext.trajectory._optimizers import remembers
+from zoext.trajectory._replay.following import Follower
 from zoext.trajectory._replay.replaying import replay, replay_parts
 from zoext.trajectory._writer.owned_file import OwnedFile
 from zoext.trajectory._writer.recording import Trajectory
@@ -17,6 +18,7 @@ from zoext.trajectory._writer.recording import Trajectory
 __all__ = [
     "NOISE_FIELD",
     "Fields",
+    "Follower",
     "Header",
     "OwnedFile",
     "Part",
@@ -29,4 +31,5 @@ __all__ = [
     "remembers",
     "replay",
     "replay_parts",
+    "weights_digest",
 ]

@@ -231,6 +231,19 @@ def gather(optimizer: ZerothOrderOptimizer) -> None:
                 shards.whole(tensor)
 
 
+def weights_digest(optimizer: ZerothOrderOptimizer) -> str:
+    """A hash of all parameters of an optimizer, to compare those of two processes: 32 hexadecimal digits.
+
+    It reads all weights once. Parameters without plain bits, such as frozen quantized ones, do not count, and
+    names do not either.
+    """
+    sha256 = hashlib.sha256()
+    for group in _optimizers.named_groups(optimizer):
+        for _, _, tensor in group:
+            sha256.update(digest(tensor).encode())
+    return sha256.hexdigest()[:32]
+
+
 def _has_plain_bits(tensor: Tensor) -> bool:
     tensor = shards.part_of(tensor)
     is_plain = type(tensor.detach()) is Tensor and tensor.layout == torch.strided

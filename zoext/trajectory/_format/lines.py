@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -48,18 +49,22 @@ def encode(record: dict[str, Any], previous: int) -> tuple[bytes, int]:
     return line, checksum
 
 
-def read(path: Path) -> Iterator[Line]:
+def read(path: Path, after: Line | None = None) -> Iterator[Line]:
     """Reads and checks the lines of a file, without the last one if it is torn.
 
-    A last line that lacks only its newline counts as complete.
+    A last line that lacks only its newline counts as complete. With ``after``, a line that was read before,
+    only the lines behind it are read.
 
     Raises:
         TrajectoryError: for a corrupted line.
         OSError: if the file cannot be read.
     """
-    checksum = end = 0
+    number, checksum, end = (after.number, after.checksum, after.end) if after is not None else (0, 0, 0)
     with path.open("rb") as file:
-        number = 0
+        # The newline of the last line may be missing.
+        if file.seek(0, os.SEEK_END) < end - 1:
+            raise TrajectoryError(f"{path}: is shorter than it was when line {number} was read; it was cut")
+        file.seek(end)
         while line := file.readline(LONGEST):
             number += 1
             if not line.endswith(b"\n"):

@@ -91,7 +91,17 @@ def open_recording(path: Path) -> Recording:
     if first is None:
         raise TrajectoryError(f"{path}: has no header: the file is empty or its only line is torn")
     header = Header.parse(first.record, f"{path}: line 1")
-    return Recording(path, header, first, _steps(path, header, read))
+    return Recording(path, header, first, _steps(header, read, path, None))
+
+
+def read_on(
+    path: Path, header: Header, line: Line, step: StepRecord | None
+) -> Iterator[tuple[StepRecord, Line]]:
+    """Reads what was appended since ``line`` was the last one, that of ``step`` (None: the header).
+
+    Raises like ``Recording.rest``, and if the file was cut.
+    """
+    return _steps(header, lines.read(path, line), path, step)
 
 
 def last_whole_step(path: Path) -> int | None:
@@ -105,11 +115,14 @@ def last_whole_step(path: Path) -> int | None:
     return last
 
 
-def _steps(path: Path, header: Header, read: Iterator[Line]) -> Iterator[tuple[StepRecord, Line]]:
+def _steps(
+    header: Header, read: Iterator[Line], path: Path, last: StepRecord | None
+) -> Iterator[tuple[StepRecord, Line]]:
     groups, keys = len(header.groups), len(header.parameters)
-    setting = None
-    offset = 0  # in the side file
-    for number, line in enumerate(read, header.step + 1):
+    setting = last.setting if last is not None else None
+    # In the side file.
+    offset = last.frame.offset + last.frame.length if last is not None and last.frame is not None else 0
+    for number, line in enumerate(read, (header.step if last is None else last.number) + 1):
         where = f"{path}: line {line.number}"
         step = StepRecord.parse(line.record, where, groups, keys, setting)
         if step.number != number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
 
@@ -38,18 +39,15 @@ class PartReplay:
             _check_not_recorded(target)
         header, path = part.header, part.path
         self.path = path
-        self.is_exact = header.exact
         self._header = header
-        self._steps = part.steps
+        self._steps: Sequence[StepRecord] = part.steps
         self._drawn: tuple[int, Frame] | None = None
         if isinstance(target, ZerothOrderOptimizer):
             matching.check_optimizer(header, target, path)
             groups = [group["params"] for group in target.param_groups]
         else:
             groups = matching.find(header, target, path)
-        # The parameters that any step moves: the replay must be able to move all of them, or it moves none.
-        moves = {key for ranges in {step.setting.moves for step in part.steps} for key in keys_in(ranges)}
-        matching.check_movable(header, groups, moves, path)
+        moves = self._check_movable(groups)
         with matching.moving(groups, moves if self._steps else matching.movable(groups)):
             if isinstance(target, ZerothOrderOptimizer):
                 self.optimizer = target
@@ -58,6 +56,44 @@ class PartReplay:
         self._direction = self.optimizer.engine.axes.direction
         if header.frames or self._direction.watches:
             self._check_frames()
+
+    def take(self, steps: Sequence[StepRecord]) -> None:
+        """Makes ``run`` apply these steps next, which follow those that it has applied.
+
+        Raises:
+            TrajectoryError: if they do not match the target.
+            RuntimeError: if the optimizer has taken steps of its own, or if its steps are being recorded.
+        """
+        _check_not_recorded(self.optimizer)
+        at = self.optimizer.param_groups[0]["step"]
+        if steps and at != steps[0].number - 1:
+            raise RuntimeError(
+                f"{self.path}: step {steps[0].number} comes next, but the optimizer is at step {at}: it has "
+                "moved on its own; load the weights that the run began with, and replay again"
+            )
+        before, self._steps = self._steps, steps
+        try:
+            self._check_movable(self._groups)
+            if self._header.frames or self._direction.watches:
+                self._check_frames()
+        except BaseException:
+            self._steps = before
+            raise
+
+    def _check_movable(self, groups: matching.Groups) -> set[int]:
+        """The keys that any step moves: the replay must be able to move all of them, or it moves none."""
+        moves = {key for ranges in {step.setting.moves for step in self._steps} for key in keys_in(ranges)}
+        matching.check_movable(self._header, groups, moves, self.path)
+        return moves
+
+    def warn_if_inexact(self, stacklevel: int) -> None:
+        """Warns if the replay cannot reproduce the bits of the run."""
+        if not self._header.exact:
+            warnings.warn(
+                f"{self.path}: the in-place probes of this run restored the weights only to rounding, and "
+                "the file does not record the error: the replay is near the run, but not equal to it",
+                stacklevel=stacklevel + 1,
+            )
 
     @property
     def progress(self) -> str:
@@ -75,7 +111,14 @@ class PartReplay:
         matching.check_weights(self._header, self._groups, self.path)
 
     def run(self) -> None:
-        """Applies the steps."""
+        """Applies the steps. An error that it raises has a note that tells which weights are left."""
+        try:
+            self._run()
+        except BaseException as error:
+            error.add_note(f"{self.path}: {self.progress}")
+            raise
+
+    def _run(self) -> None:
         engine, groups = self.optimizer.engine, self._groups
         engine.run.cancel()  # estimates at the weights before the replay
         at_once = AT_ONCE_FACTORED if isinstance(self._direction, Factored) else AT_ONCE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,18 +84,9 @@ def replay_parts(target: nn.Module | torch.optim.Optimizer, parts: Sequence[Part
         for each in replays:
             each.check_weights()
     for each in replays:
-        if not each.is_exact:
-            warnings.warn(
-                f"{each.path}: the in-place probes of this run restored the weights only to rounding, and "
-                "the file does not record the error: the replay is near the run, but not equal to it",
-                stacklevel=3,
-            )
+        each.warn_if_inexact(stacklevel=3)
     for each in replays:
-        try:
-            each.run()
-        except BaseException as error:
-            error.add_note(f"{each.path}: {each.progress}")
-            raise
+        each.run()
     return replays[-1].optimizer
 
 
