@@ -119,6 +119,7 @@ class ElasticRanks(Sharing):
     """The part of one member in the rounds of a run."""
 
     data: ProcessGroup | None = None
+    probes: ProcessGroup | None = None
     receives = False
     are_several = False  # they wait until the deadline only
 

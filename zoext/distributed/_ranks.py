@@ -81,7 +81,6 @@ class Ranks(Sharing):
 
     @property
     def probes(self) -> ProcessGroup | None:
-        """The ranks of this step that evaluate other probes; None if there is no other."""
         return _of_several(self._groups.probes)
 
     @property

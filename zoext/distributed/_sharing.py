@@ -60,6 +60,11 @@ class Sharing(ABC):
 
     @property
     @abstractmethod
+    def probes(self) -> ProcessGroup | None:
+        """The ranks with other probes, likewise."""
+
+    @property
+    @abstractmethod
     def are_several(self) -> bool:
         """Whether other ranks wait for this one in the collectives of a step."""
 
