@@ -223,7 +223,7 @@ class TestWhatIsRefused:
         with pytest.raises(TypeError, match=r"losses must be a tensor \[2\] or a list of numbers"):
             self.optimizer.tell(losses)
 
-    @pytest.mark.parametrize("losses", [[1.0, None], ["a", 1.0], [1.0, 1j]])
+    @pytest.mark.parametrize("losses", [[1.0, [2.0]], ["a", 1.0], [1.0, 1j]])
     def test_losses_that_are_no_numbers(self, losses: Any) -> None:
         self.optimizer.ask()
         with pytest.raises(TypeError, match="losses: each must be"):

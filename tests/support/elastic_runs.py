@@ -24,7 +24,7 @@ from zoext.distributed._decisions import Decision, Place
 from zoext.distributed._ledger import Ledger
 from zoext.trajectory import last_whole_step
 
-MEMBERS, EVENTS, DEADLINE = 4, 26, 0.4
+MEMBERS, EVENTS, DEADLINE = 4, 26, 0.3
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5}
 RECIPES = {
     "batches": lambda net, **options: zoext.AdaMeZO(net, horizon=3, **SETTINGS, **options),
@@ -104,7 +104,7 @@ class Churn:
         self._wait_for(lambda: (ledger.latest() or 0) >= 3)
         for _ in range(EVENTS):
             self._event()
-            time.sleep(self._random.uniform(0.05, 0.5))
+            time.sleep(self._random.uniform(0.02, 0.25))
         self._wait_for(lambda: self._all_take_part(ledger))
         self._store.set("last", str((ledger.latest() or 0) + 30))
         for child in self._live:
@@ -126,7 +126,7 @@ class Churn:
             self._live.remove(child)
         else:
             os.kill(child, signal.SIGSTOP)
-            time.sleep(DEADLINE * self._random.uniform(0.2, 2.5))
+            time.sleep(DEADLINE * self._random.uniform(0.2, 2))
             os.kill(child, signal.SIGCONT)
 
     def _start(self, member: int | None, replays: bool = False) -> None:
