@@ -114,7 +114,7 @@ class StepEngine:
 
     def estimate(self, closure: Closure) -> Estimate:
         """See ``ZerothOrderOptimizer.estimate``."""
-        self.check_no_round()
+        self.run.check_no_round()
         try:
             with self.closures(), record(Phase.ESTIMATE):
                 context = self._begin()
@@ -147,7 +147,7 @@ class StepEngine:
         asking = self.run.asking
         if asking is None or asking.round is None:
             raise RuntimeError("tell() was called without an open round; call ask() first")
-        self._check_between_closures()
+        self.run.check_between_closures()
         self._check_unchanged("ask(); the round is cancelled, so call ask() again")
         with torch.inference_mode(False), torch.no_grad():
             estimate = asking.tell(losses)
@@ -170,7 +170,7 @@ class StepEngine:
         """See ``ZerothOrderOptimizer.displaced``."""
         pairs = checked_pairs(seeds, coefficients)
         with self.closures(), record(Phase.ESTIMATE):
-            context = self._begin()
+            context = self._begin(is_shared=False)
             estimation = self._estimation(context)
             estimation.check_frame("displaced")
             seeds, coefficients = (moved(each, context.device) for each in pairs)
@@ -178,17 +178,10 @@ class StepEngine:
             with self.probe.session() as session, displaced(estimation, session, 0):
                 yield
 
-    def check_no_round(self) -> None:
-        """Raises a RuntimeError while ``ask`` waits for losses."""
-        if self.run.open_round is not None:
-            raise RuntimeError(
-                "a round is open: pass its losses to tell() until that returns None, or call cancel() first"
-            )
-
     @contextmanager
     def closures(self) -> Iterator[None]:
         """The block in which closures run, with gradients disabled; raises if it is nested."""
-        self._check_between_closures()
+        self.run.check_between_closures()
         self.run.is_estimating = True
         try:
             # Inference mode is off because later steps use tensors that are created here.
@@ -197,35 +190,27 @@ class StepEngine:
         finally:
             self.run.is_estimating = False
 
-    def _check_between_closures(self) -> None:
-        if self.run.is_estimating:
-            raise RuntimeError(
-                "the optimizer was called by its own closure, or within displaced(); call it between steps"
-            )
+    def _begin(self, *, is_shared: bool = True) -> StepContext:
+        """Runs all checks that need no probe, and returns the context of the step.
 
-    def _begin(self) -> StepContext:
-        """Runs all checks that need no probe, and returns the context of the step."""
+        ``is_shared`` tells whether an estimate begins, which other processes take part in.
+        """
         check_not_captured()
         self.check_ready(recorder=not self.ranks.are_several)  # else in a round, see Estimation
         if self.run.pending:
             self._check_unchanged("the first estimate of this step was made")
         movable = [group for group in self.look() if len(group)]
-        if not movable:
-            raise RuntimeError(
-                "no parameter of the optimizer requires grad, so none can move: unfreeze some with "
-                "requires_grad_(), or build the optimizer after adapters were added, switched or enabled"
-            )
         parameters.check_movable(movable)
-        for options in self.param_groups:
-            group_options.check_on_host(options)
+        group_options.check_on_host(*self.param_groups)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
-        self.ranks.begin(self.groups, self.param_groups, movable[0].device)
+        if is_shared:
+            self.ranks.begin(self.groups, self.param_groups, movable[0].device)
         return self.context(self._step_seeds(movable[0].device))
 
     def check_ready(self, *, recorder: bool = True) -> None:
         """Raises if no step may begin: after a torn update, in an open round, or if recording would fail."""
         self.run.check_whole()
-        self.check_no_round()
+        self.run.check_no_round()
         if recorder:
             self.run.check_recorder()
         self.watch.check()  # last, because it may wait for the previous step
@@ -247,7 +232,7 @@ class StepEngine:
 
         A closure that returns None, as Lightning passes for ``step()``, applies the pending ones instead.
         """
-        self.check_no_round()
+        self.run.check_no_round()
         if not callable(closure):
             raise TypeError(
                 f"closure must be a function that evaluates the loss, not {type(closure).__name__}: "
@@ -274,8 +259,8 @@ class StepEngine:
     def step_pending(self) -> AppliedStep:
         """Applies the mean or the sum of the pending estimates."""
         check_not_captured()
-        self._check_between_closures()
-        self.check_no_round()
+        self.run.check_between_closures()
+        self.run.check_no_round()
         pending = self.run.pending
         if not pending:
             raise nothing_to_apply(self.param_groups)
@@ -386,8 +371,7 @@ class StepEngine:
         return tuple(GroupOptions(group["lr"], mu, float(group["weight_decay"])) for group, mu in groups)
 
     def _checked_options(self) -> tuple[GroupOptions, ...]:
-        for options in self.param_groups:
-            group_options.check_on_host(options)
+        group_options.check_on_host(*self.param_groups)
         return self.options()
 
     def _check_unchanged(self, since: str) -> None:
@@ -406,12 +390,9 @@ class StepEngine:
         """The seeds of the current step. All estimates of the step share the same tensors."""
         step = self.param_groups[0]["step"]
         if self._seeds is None or self._seeds[0] != step or not self.run.pending:
-            self._seeds = (step, self.empty_seeds(device))
+            self._seeds = (step, StepSeeds.empty(self.axes.estimator.draws, device))
             self.fill_seeds(self._seeds[1])
         return self._seeds[1]
-
-    def empty_seeds(self, device: torch.device) -> StepSeeds:
-        return StepSeeds.empty(self.axes.estimator.draws, device)
 
     def fill_seeds(self, seeds: StepSeeds) -> None:
         """Writes the seeds of the current step."""

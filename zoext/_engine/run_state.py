@@ -78,6 +78,20 @@ class RunState:
             self.is_torn = _versions(groups) != before
             raise
 
+    def check_no_round(self) -> None:
+        """Raises a RuntimeError while ``ask`` waits for losses."""
+        if self.open_round is not None:
+            raise RuntimeError(
+                "a round is open: pass its losses to tell() until that returns None, or call cancel() first"
+            )
+
+    def check_between_closures(self) -> None:
+        """Raises a RuntimeError within a closure."""
+        if self.is_estimating:
+            raise RuntimeError(
+                "the optimizer was called by its own closure, or within displaced(); call it between steps"
+            )
+
     def check_whole(self) -> None:
         """Raises a RuntimeError after an update that raised halfway."""
         if self.is_torn:

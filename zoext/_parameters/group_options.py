@@ -22,10 +22,9 @@ def check(options: Mapping[str, Any]) -> None:
         _check("lr", float(lr))
 
 
-def check_on_host(options: Mapping[str, Any]) -> None:
+def check_on_host(*groups: Mapping[str, Any]) -> None:
     """Like ``check``, but skips an lr on another device, which it would have to wait for."""
-    for name in _POSITIVE:
-        value = options[name]
+    for name, value in ((name, options[name]) for options in groups for name in _POSITIVE):
         if name != "lr" or not isinstance(value, Tensor):
             _check(name, value)
         elif value.device.type == "cpu" and value.numel() == 1:

@@ -182,7 +182,12 @@ def _is_overlapping(tensor: Tensor) -> bool:
 
 
 def check_movable(groups: Sequence[Parameters]) -> None:
-    """Raises unless all tensors are of a kind that can be moved."""
+    """Raises unless there are tensors and all of them are of a kind that can be moved."""
+    if not groups:
+        raise RuntimeError(
+            "no parameter of the optimizer requires grad, so none can move: unfreeze some with "
+            "requires_grad_(), or build the optimizer after adapters were added, switched or enabled"
+        )
     for group in groups:
         for tensor, name in zip(group.owners, group.names, strict=True):
             check(tensor, name)

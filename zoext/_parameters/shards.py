@@ -99,9 +99,7 @@ def block_of(tensor: Tensor) -> Block:
 
 @lru_cache(maxsize=2**14)  # this runs for every parameter at every step, and torch takes long
 def _block_of_shard(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Block:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    sizes, offsets = _local_shape_and_offset(shape, mesh, placements)
     return Block.of_shard(shape, offsets, sizes)
 
 
@@ -127,9 +125,16 @@ def obstacle(tensor: DTensor) -> str | None:
     The result is the same on all ranks, except for a rank outside the mesh and for parts of nonstandard
     sizes.
     """
+    held = tuple(part_of(tensor).shape)
+    return _obstacle_of(tensor.shape, tensor.device_mesh, tensor.placements, held)
+
+
+@lru_cache(maxsize=2**14)
+def _obstacle_of(
+    shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...], held: tuple[int, ...]
+) -> str | None:
     from torch.distributed.tensor import Replicate
 
-    placements = tensor.placements
     has = f"has the placements {', '.join(map(repr, placements))}"
     remedy = "; redistribute() it to Shard(0), or freeze it with requires_grad_(False)"
     if not all(isinstance(placement, Replicate) or _is_shard(placement) for placement in placements):
@@ -137,12 +142,12 @@ def obstacle(tensor: DTensor) -> str | None:
     cut = sorted({_dim(placement) for placement in placements if _is_shard(placement)})
     if len(cut) > 2 or (len(cut) == 2 and cut[0] != 0):
         return f"{has}, which cut it along dimensions other than the first and one more{remedy}"
-    if not all(_is_consecutive(tensor, dim) for dim in cut):
+    if not all(_is_consecutive(shape, mesh, placements, dim) for dim in cut):
         return f"{has}, whose parts are not consecutive{remedy}"
-    if tensor.device_mesh.get_coordinate() is None:
+    if mesh.get_coordinate() is None:
         return "is on a mesh that this rank is no part of; give each rank the modules that it has a part of"
-    expected, held = _local_shape_and_offset(tensor)[0], part_of(tensor).shape
-    if tuple(held) != tuple(expected):
+    expected = _local_shape_and_offset(shape, mesh, placements)[0]
+    if held != tuple(expected):
         return (
             f"{has} and is {list(held)} on this rank, not {list(expected)}; make it with distribute_tensor()"
         )
@@ -160,18 +165,19 @@ def _dim(placement: Placement) -> int:
     return dim
 
 
-def _local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _local_shape_and_offset(
+    shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return compute_local_shape_and_global_offset(shape, mesh, placements)
 
 
-def _is_consecutive(tensor: DTensor, dim: int) -> bool:
+def _is_consecutive(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...], dim: int) -> bool:
     """Whether each rank's part is consecutive along ``dim``; strided shards (FSDP2 over TP) may not be."""
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    placements, mesh = tensor.placements, tensor.device_mesh.shape
     if not any(isinstance(placement, _StridedShard) for placement in placements):
         return True
     # torch gives the first offset and the size of each part. If a part is not consecutive, another part
@@ -180,13 +186,13 @@ def _is_consecutive(tensor: DTensor, dim: int) -> bool:
     ranges = []
     axes = [
         range(size if _is_shard(placement) and _dim(placement) == dim else 1)
-        for size, placement in zip(mesh, placements, strict=True)
+        for size, placement in zip(mesh.shape, placements, strict=True)
     ]
     for coordinate in product(*axes):
         sizes, offsets = _compute_local_shape_and_global_offset(
-            tensor.shape, mesh, list(coordinate), placements
+            shape, mesh.shape, list(coordinate), placements
         )
         if sizes[dim]:
             ranges.append((offsets[dim], offsets[dim] + sizes[dim]))
     ends = [0, *(end for _, end in sorted(ranges))]
-    return [begin for begin, _ in sorted(ranges)] == ends[:-1] and ends[-1] == tensor.shape[dim]
+    return [begin for begin, _ in sorted(ranges)] == ends[:-1] and ends[-1] == shape[dim]

@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
         groups = engine.param_groups
         device = next(group.device for group in engine.groups if len(group))
         return cls(
-            engine.empty_seeds(device),
+            StepSeeds.empty(engine.axes.estimator.draws, device),
             # A float becomes a float64, so that its product with the weight decay is rounded in the same way.
             [torch.empty((), dtype=lr_dtype(group), device=device) for group in groups],
             [map_tensors(torch.empty_like, group["update_state"]) for group in groups],
