@@ -24,7 +24,7 @@ from zoext._engine.first_order import nothing_to_apply
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import Asking, OpenRound, Told, checked_pairs, displaced
 from zoext._engine.run_state import Owner, RunState
-from zoext._parameters import group_options, parameters, shards
+from zoext._parameters import gathering, group_options, parameters
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
@@ -350,7 +350,7 @@ class StepEngine:
                 yield
             finally:
                 if self.module is not None:
-                    shards.reshard(self.module)
+                    gathering.reshard(self.module)
 
     # Parameters, options and seeds
 

@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoext import ops
 
@@ -90,6 +90,11 @@ def is_spread_alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.device_mesh, a.placements) == (b.shape, b.device_mesh, b.placements)
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """The tensor in which a DTensor keeps its part, of which ``part_of`` may return a view."""
+    return tensor._local_tensor if is_distributed(tensor) else tensor
+
+
 def block_of(tensor: Tensor) -> Block:
     """The place of ``part_of(tensor)`` in the whole parameter; requires that ``obstacle`` is None."""
     if is_distributed(tensor):
@@ -109,14 +114,6 @@ def whole(tensor: Tensor) -> Tensor:
         with torch.no_grad():
             return tensor.full_tensor()
     return tensor
-
-
-def reshard(module: nn.Module) -> None:
-    """Makes FSDP2 free the weights it gathered for a forward: updates do not reach these copies."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for part in module.modules() if fsdp is not None else ():
-        if isinstance(part, fsdp.FSDPModule):  # type: ignore[union-attr]
-            part.reshard()
 
 
 def obstacle(tensor: DTensor) -> str | None:

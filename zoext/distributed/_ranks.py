@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.devices import widest
 from zoext._runtime.late_reads import LateReads
@@ -215,8 +216,11 @@ class Ranks(Sharing):
 
         Raises:
             RuntimeError: if the last step found a rank that differs.
+            ValueError: if ranks that evaluate other probes have parts of the same parameter.
         """
         self.raise_if_differing()
+        if self.probes is not None:
+            _check_not_dealt_out(groups, dist.get_process_group_ranks(self.probes))
         step = options[0]["step"]
         if not self.are_several or step % COMPARED_EVERY:
             self._digests = None
@@ -286,3 +290,21 @@ def _of_several(group: Any) -> ProcessGroup | None:
     if group is None or dist.get_world_size(group) == 1:
         return None
     return group  # type: ignore[no-any-return]
+
+
+def _check_not_dealt_out(groups: Sequence[Parameters], ranks: Sequence[int]) -> None:
+    """Raises for a DTensor on several of these ranks, whose forwards would join parts of different probes."""
+    shared: dict[DeviceMesh, bool] = {}
+    for parameters in groups:
+        for name, owner in zip(parameters.names, parameters.owners, strict=True):
+            if not shards.is_distributed(owner):
+                continue
+            mesh = owner.device_mesh
+            if mesh not in shared:
+                shared[mesh] = len(set(mesh.mesh.flatten().tolist()).intersection(ranks)) > 1
+            if shared[mesh]:
+                raise ValueError(
+                    f"probe_group: {name} is sharded over ranks that would evaluate other probes, so that "
+                    "a forward would join parts of different weights; shard the model over other ranks than "
+                    "those of probe_group, or leave probe_group out"
+                )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from zoext._parameters import shards, wrappers
+from zoext._parameters import wrappers
 from zoext.probes.base import Probe
 from zoext.probes.inplace import InplaceProbe
 from zoext.probes.streamed import StreamedProbe
@@ -29,10 +29,6 @@ def _reads_below(module: torch.fx.GraphModule) -> bool:
     return any(node.op == "get_attr" and "." in str(node.target) for node in nodes)
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    return any(map(shards.is_distributed, module.parameters()))
-
-
 def choose(probe: str | Probe, module: nn.Module | None) -> Probe:
     """The probe for ``probe=``: "auto", "inplace", "streamed" or a ``Probe``."""
     if isinstance(probe, Probe):
@@ -46,6 +42,6 @@ def choose(probe: str | Probe, module: nn.Module | None) -> Probe:
         )
     if module is None or probe == "inplace":
         return InplaceProbe(module)
-    if probe == "auto" and (wrappers.is_compiled(module) or _is_exported(module) or _is_sharded(module)):
+    if probe == "auto" and (wrappers.is_compiled(module) or _is_exported(module)):
         return InplaceProbe(module)
     return StreamedProbe(module)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block
 from zoext.directions import Direction, Terms
@@ -23,7 +24,7 @@ def to_read(module: nn.Embedding, args: Any, own: list[tuple[Parameters, Terms]]
 
     On CUDA the indices would have to be copied to the host, so the whole table is displaced there.
     """
-    if module.max_norm is not None or torch.is_grad_enabled():
+    if module.max_norm is not None or torch.is_grad_enabled() or shards.is_distributed(module.weight):
         return None
     others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
     if others_hook or module.weight.device.type != "cpu":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Terms
 from zoext.probes import _rows
 from zoext.probes._buffers import BufferSwap, SwappedBuffer
+from zoext.probes._gathers import GatherSwap
 from zoext.probes._hooks import Hook
 from zoext.probes._memory import overlap
 from zoext.probes._owners import SEES_CLASSES, Owners
@@ -31,6 +32,14 @@ class StreamedProbeError(RuntimeError):
     """The model cannot be streamed: it uses weights while the modules that own them are not running."""
 
 
+class _Swapped(NamedTuple):
+    """A parameter that points to displaced values."""
+
+    parameter: Tensor
+    local: Tensor  # the tensor that points to them: for a DTensor, its part
+    original: Tensor
+
+
 class _Running:
     """A running module: its original tensors, and the state of the scratch memory before it ran."""
 
@@ -38,7 +47,7 @@ class _Running:
         self.depth = 1
         self.top = top
         self.users = users
-        self.parameters: list[tuple[Tensor, Tensor]] = []
+        self.parameters: list[_Swapped] = []
         self.buffers: list[SwappedBuffer] = []
         self.rows: list[int] | None = None
 
@@ -52,15 +61,16 @@ class ModuleSwap:
         self._signals = Signals()
         self._scratch = Scratch()
         self._buffers = BufferSwap()
+        self._gathers = GatherSwap(self._scratch)
         self._running: dict[nn.Module, _Running] = {}
         self._room: dict[tuple[torch.device, bool, int], dict[torch.device, int]] = {}
         self._guard = ReadGuard(self.hold)
         self._guarded: list[Tensor] = []  # until the probe ends: weights that move
-        self._held: list[tuple[Tensor, Tensor]] = []  # displaced until the probe ends, and their originals
+        self._held: list[_Swapped] = []  # until the probe ends
         self._outside: dict[int, str] = {}  # the names of weights to hold, since they are read elsewhere
         self._owners = Owners()
         self._swapped: set[int] = set()
-        self.originals: dict[int, Tensor] = {}  # of weights that are displaced, by the ids of their tensors
+        self.originals: dict[int, Tensor] = {}  # of weights that are displaced, by their ids
         self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
         self._combination: Combination | None = None
         self._visited: set[int] = set()
@@ -100,13 +110,14 @@ class ModuleSwap:
         self._modules = list(self._root.modules())
         before, after = self._hooks
         try:
-            for module in self._modules:
-                if module._parameters or module._buffers or isinstance(module, SEES_CLASSES):
-                    handles.append(module.register_forward_pre_hook(before, prepend=True))
-                    handles.append(module.register_forward_hook(after, always_call=True))
-            self._owners.check(self._modules)
-            self._buffers.forget()  # those of a session that raised
-            yield
+            with self._gathers.hooked(self._modules, signals):
+                for module in self._modules:
+                    if module._parameters or module._buffers or isinstance(module, SEES_CLASSES):
+                        handles.append(module.register_forward_pre_hook(before, prepend=True))
+                        handles.append(module.register_forward_hook(after, always_call=True))
+                self._owners.check(self._modules)
+                self._buffers.forget()  # those of a session that raised
+                yield
         finally:
             if self._combination is not None:
                 self._end(self._combination)
@@ -126,22 +137,23 @@ class ModuleSwap:
         self._buffers.begin(find_written_buffers, keep_buffers)
         self._visited = set()
         try:
-            _check_not_sharded(combination)
             self._terms = self._terms_of_modules(combination)
             # Read here, not in the hooks: a dispatch mode that watches operators would see those reads.
             self.originals = {
-                id(tensor): tensor.data
+                id(owner): tensor.data
                 for parameters, _ in combination.terms
-                for tensor in parameters.tensors
+                for owner, tensor in zip(parameters.owners, parameters.tensors, strict=True)
             }
+            if len(combination):
+                self._gathers.begin(self._fill, self._owners)
             self._make_room(combination)
             for tensor in self._outside:
                 self._hold(tensor)
             self._guarded = [
-                tensor
+                owner
                 for parameters, _ in combination.terms
-                for tensor in parameters.tensors
-                if len(combination) and id(tensor) not in self._swapped
+                for owner in parameters.owners
+                if len(combination) and id(owner) not in self._swapped
             ]
             self._guard.begin(self._guarded)
             self._count_change(combination)
@@ -156,24 +168,26 @@ class ModuleSwap:
             with record(Phase.RESTORE):
                 self._restore(module)
         self._guard.release(self._guarded)
-        for tensor, original in self._held:
-            tensor.data = original
+        for swapped in self._held:
+            swapped.local.data = swapped.original
         self._count_change(combination)
         self._held, self._guarded = [], []
         self._swapped.clear()
         self._combination, self._terms, self.originals = None, {}, {}
+        self._gathers.end()
 
     @staticmethod
     def _count_change(combination: Combination) -> None:
         """Tells modules that keep what they made of their weights, and note the versions, that it is old."""
         if len(combination):
-            moving = [tensor for parameters, _ in combination.terms for tensor in parameters.tensors]
+            moving = [owner for parameters, _ in combination.terms for owner in parameters.owners]
             torch.autograd.graph.increment_version(moving)
 
     def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
         if not len(combination):
             return {}
-        if self._owners.update([parameters for parameters, _ in combination.terms], self._modules):
+        groups = [parameters for parameters, _ in combination.terms]
+        if self._owners.update(groups, self._modules, self._gathers.managed):
             places = self._owners.places
             self._outside = {key: name for key, name in self._outside.items() if key in places}
             self._scratch.forget_views()
@@ -181,53 +195,62 @@ class ModuleSwap:
         terms = [terms for _, terms in combination.terms]
         return {
             module: [(parameters, terms[group]) for group, parameters in own]
-            for module, own in self._owners.own.items()
+            for module, own in self._owners.swapped.items()
         }
 
     def displaced_at(self, tensor: Tensor) -> Tensor | None:
         """The weight in whose displaced copy a tensor lies; None if it lies elsewhere."""
         swapped = list(self._held)
         if self._scratch.holds(tensor):
-            swapped += [pair for running in self._running.values() for pair in running.parameters]
-        return next((weight for weight, _ in swapped if overlap(weight, tensor)), None)
+            swapped += [each for running in self._running.values() for each in running.parameters]
+        return next((each.parameter for each in swapped if overlap(each.local, tensor)), None)
 
     @property
     def held(self) -> frozenset[int]:
         """The ids of the weights that are displaced until the probe ends."""
-        return frozenset(id(tensor) for tensor, _ in self._held)
+        return frozenset(id(swapped.parameter) for swapped in self._held)
 
-    def hold(self, tensor: Tensor) -> None:
+    def hold(self, parameter: Tensor) -> None:
         """Displaces a weight until the probe ends, now and in later probes: it is read outside its owner."""
         with self._signals.held(), torch.no_grad(), temporarily_clear_interpreter_stack():
-            self._outside[id(tensor)] = self._owners.places[id(tensor)][1].names[0]
-            self._hold(id(tensor))
+            self._outside[id(parameter)] = self._owners.places[id(parameter)][1].names[0]
+            self._hold(id(parameter))
 
-    def _hold(self, tensor: int) -> None:
+    def _hold(self, parameter: int) -> None:
         assert self._combination is not None
-        if tensor in self._swapped or not len(self._combination):
+        if parameter in self._swapped or not len(self._combination):
             return
-        group, parameters = self._owners.places[tensor]
+        group, parameters = self._owners.places[parameter]
+        if parameter in self._gathers.managed:
+            displaced = [self._gathers.hold(parameters.owners[0], parameters.tensors[0])]
+        else:
+            displaced = _like(parameters)
         with record(Phase.PERTURB):
-            self._swap_for(parameters, self._combination.terms[group][1], _like(parameters), self._held)
+            self._swap_for(parameters, self._combination.terms[group][1], displaced, self._held)
 
     def _swap_for(
-        self,
-        parameters: Parameters,
-        terms: Terms,
-        displaced: list[Tensor],
-        restored: list[tuple[Tensor, Tensor]],
+        self, parameters: Parameters, terms: Terms, displaced: list[Tensor], restored: list[_Swapped]
     ) -> None:
         """Fills ``displaced`` and lets the parameters point to it; adds them to ``restored``."""
+        self._write(displaced, parameters, terms)
+        for owner, replacement in zip(parameters.owners, displaced, strict=True):
+            local = shards.local_of(owner)
+            restored.append(_Swapped(owner, local, self.originals[id(owner)]))
+            self._swapped.add(id(owner))
+            local.data = replacement
+
+    def _fill(self, displaced: Sequence[Tensor], parameters: Parameters, group: int) -> None:
+        """Fills ``displaced`` with parameters of a group of the combination."""
+        assert self._combination is not None
+        self._write(displaced, parameters, self._combination.terms[group][1])
+
+    def _write(self, displaced: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
         assert self._combination is not None
         self.is_displacing = True
         try:
             self._combination.direction.copy_(displaced, parameters, terms)
         finally:
             self.is_displacing = False
-        for tensor, replacement in zip(parameters.tensors, displaced, strict=True):
-            restored.append((tensor, self.originals[id(tensor)]))
-            self._swapped.add(id(tensor))
-            tensor.data = replacement
 
     def _make_room(self, combination: Combination) -> None:
         if self._buffers.finds_written:
@@ -240,7 +263,7 @@ class ModuleSwap:
 
     def _largest(self, combination: Combination) -> dict[torch.device, int]:
         """The bytes of the largest module on each device."""
-        largest: dict[torch.device, int] = {combination.seeds.device: 0}
+        largest = {combination.seeds.device: 0, **self._gathers.largest()}
         for module, terms in self._terms.items():
             own: dict[torch.device, int] = {}
             weights = [tensor for parameters, _ in terms for tensor in parameters.tensors]
@@ -275,6 +298,7 @@ class ModuleSwap:
                 self._displace(module, running)
 
     def _displace(self, module: nn.Module, running: _Running) -> None:
+        self._check_not_gathered(module)
         # Derivatives of the model read its weights again, after this forward.
         hold = torch.is_grad_enabled()
         for parameters, terms in self._terms.get(module, ()):
@@ -291,9 +315,19 @@ class ModuleSwap:
         if module._buffers:
             running.buffers = self._buffers.swap(module, self._scratch)
 
+    def _check_not_gathered(self, module: nn.Module) -> None:
+        """Raises for weights that an FSDPModule gathered that is not one of the modules here."""
+        for name, owner in self._owners.sharded.get(module, ()) if module in self._terms else ():
+            if all(parameter is not owner for parameter in module._parameters.values()):
+                raise StreamedProbeError(
+                    f"streamed probe: {name} was gathered by an FSDPModule that is no part of the model of "
+                    "the optimizer, so that it was not displaced; pass the whole model, to which fully_shard "
+                    "was applied, or probe='inplace'"
+                )
+
     def _not_yet_displaced(self, parameters: Parameters) -> Parameters:
         """Leaves out weights that a running parent shares, or that are displaced until the probe ends."""
-        fresh = [i for i, tensor in enumerate(parameters.tensors) if id(tensor) not in self._swapped]
+        fresh = [i for i, owner in enumerate(parameters.owners) if id(owner) not in self._swapped]
         return parameters if len(fresh) == len(parameters) else parameters.take(fresh)
 
     def _after(self, module: nn.Module, output: Any) -> Any:
@@ -340,13 +374,13 @@ class ModuleSwap:
     def _restore(self, module: nn.Module) -> None:
         """Restores weights and buffers; may be called again if an interrupt cut it short."""
         running = self._running[module]
-        for tensor, original in running.parameters:
-            tensor.data = original
-            self._swapped.discard(id(tensor))
+        for swapped in running.parameters:
+            swapped.local.data = swapped.original
+            self._swapped.discard(id(swapped.parameter))
         self._buffers.restore(module, running.buffers, self._scratch)
         if self._guarded and (opened := self._owners.opened.get(module)):
             if self._swapped:
-                opened = [tensor for tensor in opened if id(tensor) not in self._swapped]
+                opened = [parameter for parameter in opened if id(parameter) not in self._swapped]
             self._guard.guard(opened)
         del self._running[module]
         self._scratch.release(running.top)
@@ -358,15 +392,6 @@ class ModuleSwap:
 
 def _like(parameters: Parameters) -> list[Tensor]:
     return [empty_like(tensor) for tensor in parameters.tensors]
-
-
-def _check_not_sharded(combination: Combination) -> None:
-    for parameters, _ in combination.terms:
-        for name, owner in zip(parameters.names, parameters.owners, strict=True):
-            if shards.is_distributed(owner):
-                raise StreamedProbeError(
-                    f"streamed probe: {name} is a DTensor, of which ranks have parts; pass probe='inplace'"
-                )
 
 
 def _check_no_transform() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoext._parameters import shards
+from zoext._parameters import gathering
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.wrappers import is_compiled
 from zoext._runtime import interrupts
@@ -114,7 +114,7 @@ class _InplaceSession(Session):
     def _reshard(self) -> None:
         """Has FSDP2 gather weights again, which does not see that the parts have moved."""
         if self._module is not None:
-            shards.reshard(self._module)
+            gathering.reshard(self._module)
 
     def _move(self, combination: Combination) -> None:
         """Moves theta from its current place to the combination; updates ``_displaced`` after each kernel."""

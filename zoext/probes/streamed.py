@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._runtime import interrupts
 from zoext._runtime.compiled import runs_compiled, uncompiled
@@ -225,10 +226,13 @@ class _ReadsOutside(TorchDispatchMode):
         self._held = swap.held  # since the probe began
         self._originals: dict[int, list[tuple[int, int, str, Tensor]]] = {}
         for parameters in groups:
-            for tensor, name in zip(parameters.tensors, parameters.names, strict=True):
-                original = swap.originals[id(tensor)]
-                known = (*interval_of(original), name, tensor)
-                self._originals.setdefault(storage_of(original), []).append(known)
+            for parameter, name in zip(parameters.owners, parameters.names, strict=True):
+                original = swap.originals[id(parameter)]
+                start, end = interval_of(original)
+                storage = storage_of(original)
+                if not original.numel():  # a rank without a part: it must find what the others find
+                    start, end = storage, storage + 1
+                self._originals.setdefault(storage, []).append((start, end, name, parameter))
 
     def __torch_dispatch__(
         self,
@@ -245,11 +249,13 @@ class _ReadsOutside(TorchDispatchMode):
                     self._note(value)
         return run(*args, **(kwargs or {}))
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, value: Tensor) -> None:
+        tensor = shards.local_of(value)
         storage = storage_of(tensor)
+        address = tensor.data_ptr() if tensor.numel() else storage
         for start, end, name, parameter in self._originals.get(storage, ()) if storage else ():
-            if start <= tensor.data_ptr() < end and self._begins_in(tensor, parameter):
-                if tensor is not parameter:
+            if start <= address < end and self._begins_in(tensor, parameter):
+                if value is not parameter and tensor is not shards.local_of(parameter):
                     if id(parameter) in self._held:
                         self.names.add(name)
                     self.found_alias = True

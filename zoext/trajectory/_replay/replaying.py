@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zoext._parameters import shards
+from zoext._parameters import gathering
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.trajectory._agreement import Agreement
 from zoext.trajectory._format.reading import Part, read_until
@@ -94,7 +94,7 @@ def _tensors(target: nn.Module | ZerothOrderOptimizer) -> list[Tensor]:
     """The parameters of ``target``, after those that FSDP gathered for a forward were sharded again."""
     module = target if isinstance(target, nn.Module) else target.engine.module
     if module is not None:
-        shards.reshard(module)
+        gathering.reshard(module)
     if isinstance(target, nn.Module):
         return list(target.parameters())
     return [tensor for group in target.param_groups for tensor in group["params"]]
