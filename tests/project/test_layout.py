@@ -18,9 +18,11 @@ NOT_OURS = {
     "_ArgumentGroup",  # argparse: the type of what add_argument_group() returns
     "_C",  # torch
     "_DisableTorchDispatch",  # torch._C: nothing public hides an operator from the modes that watch operators
+    "_all_gather_result",  # FSDP2: no public hook runs when it reads shards
     "_buffers",  # of a module: named_buffers() leaves out what is shared
     "_cdata",  # of a storage: tells storages apart
     "_foreach_copy_",  # torch
+    "_fsdp_param_group",  # FSDP2
     "_functorch",  # torch._C: nothing public tells whether a transform is active
     "_len_torch_function_stack",  # torch._C: nothing public tells which modes are on it
     "_pop_torch_function_stack",
@@ -28,12 +30,17 @@ NOT_OURS = {
     "_forward_hooks",  # of a module
     "_forward_pre_hooks",  # of a module
     "_getframe",  # sys
+    "_get_fsdp_state",  # FSDP2
     "_has_compatible_shallow_copy_type",  # torch.ops.aten
     "_is_profiler_enabled",  # torch.autograd.profiler
+    "_local_tensor",  # of a DTensor: to_local() may return a view
     "_modules",  # of a module: named_children() leaves out what is shared
     "_orig_mod",  # of what torch.compile returns
     "_parameters",  # of a module: named_parameters() leaves out what is shared
+    "_sharded_param_data",  # FSDP2
     "_storage_Use_Count",  # torch._C
+    "_to_sharded",  # FSDP2
+    "_training_state",  # FSDP2
     "_version",  # of a tensor
 }
 #: Public methods of every NamedTuple.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -29,3 +33,8 @@ def interval_of(tensor: Tensor) -> tuple[int, int]:
     places = zip(tensor.shape, tensor.stride(), strict=True)
     reach = 1 + sum((size - 1) * stride for size, stride in places)
     return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+
+
+def distinct(output: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+    """The values in a nested structure that ``wanted`` selects, each object once."""
+    return list({id(value): value for value in tree_iter(output) if wanted(value)}.values())

@@ -91,6 +91,13 @@ class Owners:
                 positions.setdefault(place[0], []).append(place[1])
         return [(group, self._groups[group].take(own)) for group, own in positions.items()]
 
+    def replaced(self, module: nn.Module) -> str | None:
+        """The name of a DTensor in ``sharded`` that the module has no more, as others have gathered it."""
+        for name, owner in self.sharded.get(module, ()):
+            if all(parameter is not owner for parameter in module._parameters.values()):
+                return name
+        return None
+
     def _owners(self, modules: Sequence[nn.Module]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
         owners: dict[nn.Module, list[tuple[int, Parameters]]] = {}
         missing = dict(self._positions)

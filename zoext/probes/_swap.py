@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from zoext._parameters import shards
@@ -22,7 +22,7 @@ from zoext.probes import _rows
 from zoext.probes._buffers import BufferSwap, SwappedBuffer
 from zoext.probes._gathers import GatherSwap
 from zoext.probes._hooks import Hook
-from zoext.probes._memory import overlap
+from zoext.probes._memory import distinct, overlap
 from zoext.probes._owners import SEES_CLASSES, Owners
 from zoext.probes._reads import ReadGuard
 from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
@@ -298,7 +298,11 @@ class ModuleSwap:
                 self._displace(module, running)
 
     def _displace(self, module: nn.Module, running: _Running) -> None:
-        self._check_not_gathered(module)
+        if module in self._terms and (name := self._owners.replaced(module)):
+            raise StreamedProbeError(
+                f"streamed probe: {name} was gathered by an FSDPModule that is no part of the model of the "
+                "optimizer, so it was not displaced; pass the whole model, to which fully_shard was applied"
+            )
         # Derivatives of the model read its weights again, after this forward.
         hold = torch.is_grad_enabled()
         for parameters, terms in self._terms.get(module, ()):
@@ -314,16 +318,6 @@ class ModuleSwap:
             self._swap_for(fresh, terms, displaced, self._held if hold else running.parameters)
         if module._buffers:
             running.buffers = self._buffers.swap(module, self._scratch)
-
-    def _check_not_gathered(self, module: nn.Module) -> None:
-        """Raises for weights that an FSDPModule gathered that is not one of the modules here."""
-        for name, owner in self._owners.sharded.get(module, ()) if module in self._terms else ():
-            if all(parameter is not owner for parameter in module._parameters.values()):
-                raise StreamedProbeError(
-                    f"streamed probe: {name} was gathered by an FSDPModule that is no part of the model of "
-                    "the optimizer, so that it was not displaced; pass the whole model, to which fully_shard "
-                    "was applied, or probe='inplace'"
-                )
 
     def _not_yet_displaced(self, parameters: Parameters) -> Parameters:
         """Leaves out weights that a running parent shares, or that are displaced until the probe ends."""
@@ -345,7 +339,7 @@ class ModuleSwap:
         if isinstance(output, Tensor):
             borrowed = [output] if self._scratch.holds(output) else []
         else:
-            borrowed = _distinct(output, self._scratch.holds)
+            borrowed = distinct(output, self._scratch.holds)
         if borrowed:
             output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
         with record(Phase.RESTORE):
@@ -401,8 +395,3 @@ def _check_no_transform() -> None:
             "streamed probe: the closure runs the model inside a transform of torch.func (grad, vmap, jvp, "
             "...), which does not see swapped weights. Pass probe='inplace', or use torch.autograd.grad"
         )
-
-
-def _distinct(output: Any, wanted: Callable[[Any], bool]) -> list[Any]:
-    """The values in a nested structure that ``wanted`` selects, each object once."""
-    return list({id(value): value for value in tree_iter(output) if wanted(value)}.values())

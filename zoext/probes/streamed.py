@@ -38,6 +38,11 @@ class StreamedProbe(Probe):
     ``weight.detach()``, cannot be displaced: the first probe watches every operator and raises at such a
     read, and later ones watch again whenever a different set of modules runs.
 
+    Sharded models (DTensor): while a probe runs, FSDP2 gathers displaced copies of this rank's shards, cast
+    as its policy says, and the shards are never written to. The scratch buffer is then as large as the
+    largest group's shards. Other DTensors are displaced while their modules run. Reads of a DTensor outside
+    its module's ``forward`` are found by probes that watch, and not by others.
+
     Args:
         module: the model.
 
@@ -252,8 +257,8 @@ class _ReadsOutside(TorchDispatchMode):
     def _note(self, value: Tensor) -> None:
         tensor = shards.local_of(value)
         storage = storage_of(tensor)
-        address = tensor.data_ptr() if tensor.numel() else storage
         for start, end, name, parameter in self._originals.get(storage, ()) if storage else ():
+            address = tensor.data_ptr() or storage  # tensors without elements have none
             if start <= address < end and self._begins_in(tensor, parameter):
                 if value is not parameter and tensor is not shards.local_of(parameter):
                     if id(parameter) in self._held:
