@@ -39,7 +39,9 @@ class Watch:
         self._take = steps.take
         monkeypatch.setattr(steps, "take", self.take)
 
-    def take(self, problem: Any, optimizer: Any, settings: Any, number: int, device: Any) -> Tensor:
+    def take(
+        self, problem: Any, optimizer: Any, settings: Any, number: int, device: Any, ranks: Any
+    ) -> Tensor:
         run = (settings.optimizer, settings.lr, settings.seed)
         if number == 0:
             self.first_weights[run] = tensors.digest(problem.model)
@@ -51,7 +53,7 @@ class Watch:
 
         handle = problem.model.register_forward_pre_hook(count)
         try:
-            return self._take(problem, optimizer, settings, number, device)
+            return self._take(problem, optimizer, settings, number, device, ranks)
         finally:
             handle.remove()
 

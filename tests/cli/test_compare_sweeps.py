@@ -182,10 +182,10 @@ def test_a_seed_that_diverges_at_the_chosen_lr_is_named(
 
     take = steps.take
 
-    def fails(problem, optimizer, settings, number, device):  # type: ignore[no-untyped-def]
+    def fails(problem, optimizer, settings, number, device, ranks):  # type: ignore[no-untyped-def]
         if settings.seed == 1 and number == 4:
             raise FloatingPointError
-        return take(problem, optimizer, settings, number, device)
+        return take(problem, optimizer, settings, number, device, ranks)
 
     monkeypatch.setattr(steps, "take", fails)
     command.works("--seeds", "3", "--lr-factors", "1")

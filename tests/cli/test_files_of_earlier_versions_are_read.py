@@ -1,4 +1,4 @@
-"""Runs whose files have former names of options are resumed and replayed to the same bits."""
+"""Runs whose files have former names of options and lack newer ones are continued to the same bits."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def age(out: Path) -> None:
             aged = with_former_names(json.dumps(state["optimizer"]))
             assert aged != json.dumps(state["optimizer"])
             state["optimizer"] = json.loads(aged)
-        del state["checksum"]
+        del state["checksum"], state["batch_parts"]
         path.write_text(json.dumps({"checksum": checksum(state), **state}))
     note = json.loads(with_former_names((out / "run.json").read_text()))
+    del note["settings"]["parallel"]
     places = ("model", "data", "valid_data")
     settings = {name: value for name, value in note["settings"].items() if name not in places}
     note["checksum"] = checksum([settings, note["data"]])

@@ -14,6 +14,7 @@ import torch
 
 from zoext import ops
 from zoext.cli._errors import UserError
+from zoext.cli._ranks import PARALLELS, Ranks
 from zoext.cli._settings import DTYPES, PROBES, TASKS, CommonSettings
 
 _Number = TypeVar("_Number", int, float)
@@ -109,6 +110,12 @@ def add_step(group: _Group, defaults: Defaults) -> None:
     group.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default {general.dtype})")
     group.add_argument("--probe", choices=PROBES, help=f"how weights are perturbed (default {general.probe})")
     group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    group.add_argument(
+        "--parallel",
+        choices=PARALLELS,
+        help="what several processes divide: the examples of a batch, or the probes of a round "
+        f"(default {general.parallel})",
+    )
 
 
 def add_output(group: _Group, out: str, resume: str) -> None:
@@ -146,10 +153,29 @@ class Request:
         return "model" not in self.given and "data" not in self.given
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``; by default a GPU if there is one that zoext has kernels for."""
+def choose_device(name: str | None, ranks: Ranks) -> torch.device:
+    """The device called ``name``; by default a GPU if there is one that zoext has kernels for.
+
+    Each of several ranks of a machine gets a GPU of its own.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() and ops.cuda_missing is None else "cpu")
+        name = "cuda" if torch.cuda.is_available() and ops.cuda_missing is None else "cpu"
+    device = _checked_device(name)
+    if device.type == "cpu" or ranks.count == 1:
+        return device
+    if device.index is not None:
+        raise UserError(f"--device {name}: each of {ranks.count} processes needs a GPU; give --device cuda")
+    if ranks.local >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: each process needs a GPU, and there are {torch.cuda.device_count()} here; "
+            "start as many processes, or give --device cpu"
+        )
+    device = torch.device("cuda", ranks.local)
+    torch.cuda.set_device(device)  # before the first collective
+    return device
+
+
+def _checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -17,7 +17,9 @@ It warns and continues if
   one begins at the step of the checkpoint, with the model of that step beside it. An optimizer that remembers
   steps, which cannot begin one, continues without;
 - there is no checkpoint: the run starts again from its first step, and a trajectory with steps is set aside;
-- torch has another number of threads than before.
+- torch has another number of threads than before, or batches are divided over another number of processes.
+
+A run that torchrun has restarted is resumed by itself, since its note has the identity of the launch.
 
 Files are set aside by moving them to ``OUT/corrupted``. Nothing is set aside while another process writes it.
 
@@ -47,8 +49,8 @@ from zoext.cli._runs.trajectory import Recording, check_not_written, writing_tra
 from zoext.cli._settings import Settings, SettingsT
 from zoext.trajectory import NOISE_FIELD, VersionError, last_whole_step, open_recording, remembers
 
-#: Settings that may change when a run is resumed: none of them affects what a step does.
-FINETUNE_CHANGES = frozenset({"steps", "device", "eval_every", "checkpoint_every", "checkpoint"})
+#: Settings that may change when a run is resumed: none affects what a step does, except for its rounding.
+FINETUNE_CHANGES = frozenset({"steps", "device", "parallel", "eval_every", "checkpoint_every", "checkpoint"})
 
 #: Settings that may change when a comparison is resumed: they select its runs and affect none of them.
 COMPARE_CHANGES = frozenset(
@@ -57,6 +59,11 @@ COMPARE_CHANGES = frozenset(
         *("sweep_forwards", "sweep_seeds"),
     }
 )
+
+
+def continued(request: Request, folder: OutputFolder[SettingsT]) -> Request:
+    """The request, which resumes the run in ``folder`` if torchrun has restarted it."""
+    return dataclasses.replace(request, resume=True, overwrite=False) if folder.is_restarted else request
 
 
 def settings_of(
@@ -94,38 +101,47 @@ def check_inputs(folder: OutputFolder[SettingsT], fingerprint: str, what: str) -
         )
 
 
-def resume(
+def load_checkpoint(
+    folder: RunFolder, settings: Settings, problem: Problem, optimizer: ZerothOrderOptimizer
+) -> Checkpoint | None:
+    """Restores model and optimizer from the newest checkpoint, which it returns; None if there is none.
+
+    Changes no file.
+    """
+    check_inputs(folder, problem.fingerprint(), "data or tokenizer")
+    saved = newest_checkpoint(folder.checkpoints)
+    if saved is None:
+        return None
+    if saved.reached.step > settings.steps:
+        at = saved.reached.step
+        raise UserError(f"--steps {settings.steps}: the run in {folder.path} is already at step {at}")
+    restore(saved, problem.model, optimizer, folder.trajectory)
+    return saved
+
+
+def continue_files(
     folder: RunFolder,
     settings: Settings,
     problem: Problem,
     optimizer: ZerothOrderOptimizer,
-    device: torch.device,
-) -> tuple[Reached, Recording]:
-    """Restores model and optimizer, and continues metrics and trajectory.
+    saved: Checkpoint | None,
+) -> Recording:
+    """Continues metrics and trajectory from a checkpoint, or from the start without one.
 
     Returns:
-        How far the run has come, and the recording of its next steps.
+        The recording of the next steps.
     """
-    fingerprint = problem.fingerprint()
-    check_inputs(folder, fingerprint, "data or tokenizer")
-    saved = newest_checkpoint(folder.checkpoints)
-    if saved is not None and saved.reached.step > settings.steps:
-        at = saved.reached.step
-        raise UserError(f"--steps {settings.steps}: the run in {folder.path} is already at step {at}")
     fault = _metrics_fault(folder.metrics, evaluated=saved is not None)
     if saved is None:
         _keep_former_trajectory(folder)
-        reached = Reached(0, 0, None)
         recording = Recording.begin(folder, settings, optimizer, problem.base.notes())
     else:
-        reached = saved.reached
-        restore(saved, problem.model, optimizer, folder.trajectory)
-        _compare_threads(saved.threads, device)
-        recording = _resume_recording(folder, settings, problem, optimizer, reached)
-    _continue_metrics(folder, fault, reached.step)  # after the lock of the trajectory was taken
+        recording = _resume_recording(folder, settings, problem, optimizer, saved.reached)
+    # After the lock of the trajectory was taken.
+    _continue_metrics(folder, fault, 0 if saved is None else saved.reached.step)
     folder.remove_leftovers()
-    folder.write_note(settings, fingerprint)
-    return reached, recording
+    folder.write_note(settings, problem.fingerprint())
+    return recording
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -223,13 +239,20 @@ def _leads_to(path: Path, trajectory: Path) -> bool:
     return found.saved is not None or _is_intact(found, trajectory)
 
 
-def _compare_threads(before: int, device: torch.device) -> None:
+def compare_processes(saved: Checkpoint, device: torch.device, batch_parts: int) -> None:
+    """Warns if the bits of the next steps depend on what was different when the checkpoint was written."""
     # On a CPU the bits of matrix products may depend on the number of threads.
-    now = torch.get_num_threads()
+    before, now = saved.threads, torch.get_num_threads()
     if device.type == "cpu" and before != now:
         warn(
             f"torch has {now} threads, and the run had {before}: the bits of its next steps may differ; "
             f"set OMP_NUM_THREADS={before} to keep them"
+        )
+    if saved.batch_parts != batch_parts:
+        warn(
+            f"each batch is divided by {batch_parts}, and was by {saved.batch_parts}: the next losses may be "
+            "rounded differently; start as many processes as before to keep the bits of the run, or give "
+            "--parallel probes if it was 1"
         )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from zoext.cli._ranks import DATA
+
 TASKS = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16", "float16")
 PROBES = ("auto", "streamed", "inplace")
@@ -35,6 +37,7 @@ class CommonSettings:
     dtype: str = "float32"
     probe: str = "auto"
     device: str | None = None
+    parallel: str = DATA
 
     @property
     def is_demo(self) -> bool:
@@ -64,6 +67,10 @@ _RENAMED_METHODS = {"agzo-still": "agzo-freeze"}
 _RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
 
 
+#: Settings that earlier versions did not have, and the values that describe their runs.
+_ADDED = {"parallel": DATA}
+
+
 class OtherVersionError(ValueError):
     """The stored settings have fields that this version does not write, or lack some; says which."""
 
@@ -78,6 +85,7 @@ def parse(record: Any, kind: type[SettingsT], add_arguments: AddArguments) -> Se
     wanted = get_type_hints(kind)
     if not isinstance(record, dict):
         raise ValueError("settings: not an object")
+    record = {**_ADDED, **record}
     for what, names in (("lacks", wanted.keys() - record.keys()), ("has", record.keys() - wanted.keys())):
         if names:
             raise OtherVersionError(f"{what} {', '.join(sorted(names))}")

@@ -8,6 +8,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
+from zoext.cli._ranks import Ranks
+
 
 class Progress:
     """A bar with the loss, the forward passes per second and the time left; ``quiet`` hides everything."""
@@ -52,11 +54,16 @@ class Progress:
 class StopRequest:
     """Lets Ctrl-C stop a run between two steps, where it can be resumed.
 
-    While entered, the first Ctrl-C sets ``received``; a second one raises KeyboardInterrupt.
+    While entered, the first Ctrl-C is what ``poll`` finds; a second one raises KeyboardInterrupt.
+
+    Attributes:
+        received: what the last ``poll`` found: the same on all ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.received = False
+        self._ranks = ranks
+        self._is_requested = False
         # Only the main thread receives signals and may set their handler.
         self._active = threading.current_thread() is threading.main_thread()
 
@@ -71,7 +78,12 @@ class StopRequest:
         if self._active:
             signal.signal(signal.SIGINT, self._previous)
 
+    def poll(self) -> bool:
+        """Whether any rank has received Ctrl-C. All ranks must call it between the same steps."""
+        self.received = self._ranks.any(self._is_requested)
+        return self.received
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self._is_requested:
             raise KeyboardInterrupt
-        self.received = True
+        self._is_requested = True

@@ -36,6 +36,7 @@ from zoext.cli._errors import reading, require, writing
 from zoext.cli._options import Request
 from zoext.cli._problem import load
 from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._ranks import Ranks
 from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.records import Record, replace
 from zoext.cli._terminal import StopRequest
@@ -116,36 +117,37 @@ def _lrs(text: str) -> dict[str, float]:
     return {name: _options.positive(lr) for name, _, lr in pairs}
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """Does all missing runs, prints the table and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
     with reading():
         request = Request.of(arguments)
-        with claimed(request.out, "compare") as path:
-            return _run(request, ComparisonFolder(path, add_arguments))
+        with claimed(request.out, "compare", ranks) as path:
+            folder = ComparisonFolder(path, add_arguments, ranks.launch)
+            return _run(_resuming.continued(request, folder), folder, ranks)
 
 
-def _run(request: Request, folder: ComparisonFolder) -> int:
+def _run(request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
     defaults = DEMO if request.is_demo else ComparisonSettings()
     settings = _resuming.settings_of(request, folder, defaults, _resuming.COMPARE_CHANGES)
     settings.check()
-    start, raw = _prepare(settings, folder, request)
+    start, raw = _prepare(settings, folder, request, ranks)
     if not _finish(settings, start, folder, raw, request.quiet):
         print(f"stopped; to continue: zoext compare --out {folder.path} --resume")
         return 130
-    text = _report(settings, start, folder)
+    text = ranks.first(_report, settings, start, folder)
     if not request.quiet:
         print(f"{text}\n{folder.table}\n{folder.curves}\n{folder.runs}")
     return 0
 
 
 def _prepare(
-    settings: ComparisonSettings, folder: ComparisonFolder, request: Request
+    settings: ComparisonSettings, folder: ComparisonFolder, request: Request, ranks: Ranks
 ) -> tuple[Start, list[Record]]:
     """Loads and measures everything before it changes the folder; returns the records so far."""
-    device = _options.choose_device(settings.device)
+    device = _options.choose_device(settings.device, ranks)
     problem = load(settings.of_run(settings.optimizers[0], settings.lr, seed=0), device)
-    start = Start(problem, settings.batch_size, device)
+    start = Start(problem, settings.batch_size, device, ranks)
     raw: list[Record] = []
     if request.resume:
         raw = records.read(folder.runs)
@@ -153,13 +155,24 @@ def _prepare(
     if not request.quiet:
         _introduce(settings, start, folder)
     raw += measure_missing(start, settings, records.costs(raw))
+    ranks.wait()  # all have read what the first one changes now
+    ranks.first(_write_start, settings, folder, request, start.fingerprint, raw)
+    return start, raw
+
+
+def _write_start(
+    settings: ComparisonSettings,
+    folder: ComparisonFolder,
+    request: Request,
+    fingerprint: str,
+    raw: list[Record],
+) -> None:
     if request.resume:
         folder.remove_leftovers()
-        folder.write_note(settings, start.fingerprint)
+        folder.write_note(settings, fingerprint)
     else:
-        folder.start(settings, start.fingerprint, request.overwrite)
+        folder.start(settings, fingerprint, request.overwrite)
     replace(folder.runs, raw)
-    return start, raw
 
 
 def _introduce(settings: ComparisonSettings, start: Start, folder: ComparisonFolder) -> None:
@@ -177,7 +190,7 @@ def _finish(
 ) -> bool:
     """Does the missing runs one by one; returns whether all are done."""
     done, cost = records.outcomes(raw), records.costs(raw)
-    with StopRequest() as stop, Progress(quiet) as progress:
+    with StopRequest(start.ranks) as stop, Progress(quiet) as progress:
         while (following := plan.next_run(settings, done)) is not None:
             phase, run = following
             progress.begin(run, plan.forwards_to_do(settings, done))

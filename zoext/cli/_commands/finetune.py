@@ -22,6 +22,7 @@ from zoext.cli._errors import reading, require
 from zoext.cli._options import Request
 from zoext.cli._problem import demo, load, optimizers
 from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._ranks import Ranks
 from zoext.cli._runs import records, results
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.claim import claimed
@@ -80,32 +81,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_output(run, "runs/demo-N or runs/finetune-N", "bit for bit")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """Trains, evaluates before and after, and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
     with reading():
         request = Request.of(arguments)
-        with claimed(request.out, "demo" if request.is_demo else "finetune") as path:
-            return _run(request, RunFolder(path, add_arguments))
+        with claimed(request.out, "demo" if request.is_demo else "finetune", ranks) as path:
+            folder = RunFolder(path, add_arguments, ranks.launch)
+            return _run(_resuming.continued(request, folder), folder, ranks)
 
 
-def _run(request: Request, folder: RunFolder) -> int:
+def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
-    training, recording = _prepare(settings, folder, request)
-    with recording, StopRequest() as stop:
+    training, recording = _prepare(settings, folder, request, ranks)
+    with recording, StopRequest(ranks) as stop:
         if not request.quiet:
             _introduce(training)
         with Progress(training.step, settings.steps, request.quiet) as progress:
             training.run(recording, stop, progress)
+    ranks.first(_conclude, training, request.quiet)
+    return 0 if training.is_done else 130
+
+
+def _conclude(training: Training, quiet: bool) -> None:
+    """Writes and reports what the run has come to."""
+    folder = training.folder
     metrics = records.read_metrics(folder.metrics)
     results.draw_curve(folder.curve, metrics, training.problem.title)
-    if training.step < settings.steps:
+    if not training.is_done:
         print(f"stopped after step {training.step}; to continue: zoext finetune --out {folder.path} --resume")
-        return 130
+        return
     results.write_model(folder.model, training.problem)
-    if not request.quiet:
+    if not quiet:
         print(results.report(metrics, folder))
-    return 0
 
 
 def _defaults(request: Request) -> Settings:
@@ -115,19 +123,28 @@ def _defaults(request: Request) -> Settings:
     return dataclasses.replace(defaults, lr=defaults.lr * OPTIMIZERS[chosen].lr_scale)
 
 
-def _prepare(settings: Settings, folder: RunFolder, request: Request) -> tuple[Training, Recording]:
+def _prepare(
+    settings: Settings, folder: RunFolder, request: Request, ranks: Ranks
+) -> tuple[Training, Recording]:
     """Loads and checks everything before it changes the folder."""
-    device = _options.choose_device(settings.device)
+    device = _options.choose_device(settings.device, ranks)
     problem = load(settings, device)
-    optimizer = optimizers.make(problem.model, settings)
+    optimizer = optimizers.make(problem.model, settings, ranks)
     check_replayable(settings, optimizer)
-    if request.resume:
-        reached, recording = _resuming.resume(folder, settings, problem, optimizer, device)
-    else:
+    saved = _resuming.load_checkpoint(folder, settings, problem, optimizer) if request.resume else None
+    ranks.wait()  # all have read what the first one changes now
+
+    def record() -> Recording:
+        if request.resume:
+            if saved is not None:
+                _resuming.compare_processes(saved, device, ranks.batch_parts(settings.parallel))
+            return _resuming.continue_files(folder, settings, problem, optimizer, saved)
         folder.start(settings, problem.fingerprint(), request.overwrite)
-        reached = Reached(0, 0, None)
-        recording = Recording.begin(folder, settings, optimizer, problem.base.notes())
-    return Training(problem, optimizer, settings, folder, device, reached), recording
+        return Recording.begin(folder, settings, optimizer, problem.base.notes())
+
+    recording = ranks.first(record) or Recording(None, folder)
+    reached = Reached(0, 0, None) if saved is None else saved.reached
+    return Training(problem, optimizer, settings, folder, device, reached, ranks), recording
 
 
 def _introduce(training: Training) -> None:

@@ -11,6 +11,8 @@ step. Each trajectory is read once at the beginning, so that a run may continue 
 the folder receives difference.safetensors instead of a model: the tuned weights minus those of BASE, in
 float32, for all parameters that changed. Elements are exact unless tuned and base weights differ so much in
 magnitude that float32 must round; replay.json counts these.
+
+With torchrun, each process replays a part of every weight.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ import torch
 from zoext.cli import _options
 from zoext.cli._errors import UserError, reading, require
 from zoext.cli._problem import demo, models
-from zoext.cli._runs import replayed
+from zoext.cli._ranks import Ranks
+from zoext.cli._runs import replayed, sharding
 from zoext.cli._runs.replayed import ReplayFolder
 from zoext.trajectory import Part, TrajectoryError, read_until, replay_parts
 
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """Reads, checks and replays everything, then writes --out."""
     require(("transformers", "safetensors"), "finetune")
     if arguments.to_step is not None and len(arguments.trajectories) > 1:
@@ -60,23 +63,26 @@ def run(arguments: argparse.Namespace) -> int:
         )
     with reading():
         try:
-            return _run(arguments)
+            return _run(arguments, ranks)
         except ValueError as error:  # TrajectoryError among them
             raise UserError(_in_terms_of_options(str(error))) from None
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     folder = ReplayFolder(arguments.out)
     folder.check_free(arguments.overwrite)
     folder.check_spares([Path(arguments.base), *arguments.trajectories])
-    device = _options.choose_device(arguments.device)
+    device = _options.choose_device(arguments.device, ranks)
     say = _Progress(arguments.quiet)
     # Once, and before BASE is loaded, which may take long: the run may continue meanwhile.
-    parts = [_read(path, arguments.to_step) for path in arguments.trajectories]
+    parts = _read_all(arguments.trajectories, arguments.to_step, ranks)
 
     say(f"loading {arguments.base}")
     model, tokenizer = _load(arguments.base, parts)
-    model.to(device)
+    if ranks.count > 1:
+        sharding.shard(model, device, ranks.count)
+    else:
+        model.to(device)
     names = {parameter.name for part in parts for parameter in part.header.parameters}
     before = replayed.copies(model, names) if arguments.difference else {}
     for part in parts:
@@ -86,9 +92,11 @@ def _run(arguments: argparse.Namespace) -> int:
     say(f"writing {folder.path}")
     record = {"base": arguments.base, "trajectories": [_note(part) for part in parts]}
     if arguments.difference:
-        folder.write_difference(replayed.difference_of(model, before), record, arguments.overwrite)
+        difference = replayed.difference_of(model, before, ranks)
+        ranks.first(folder.write_difference, difference, record, arguments.overwrite)
     else:
-        folder.write_model(model, tokenizer, record, arguments.overwrite)
+        sharding.gather(model, ranks)
+        ranks.first(folder.write_model, model, tokenizer, record, arguments.overwrite)
     say("done")
     return 0
 
@@ -103,6 +111,18 @@ class _Progress:
     def __call__(self, text: str) -> None:
         if not self._quiet:
             print(f"{time.monotonic() - self._began:6.1f} s  {text}", file=sys.stderr)
+
+
+def _read_all(paths: Sequence[Path], to_step: int | None, ranks: Ranks) -> list[Part]:
+    """The trajectories up to ``to_step``, or to the last step that the first rank finds, on all ranks."""
+    parts: list[Part] = []
+
+    def read_first() -> str:
+        parts.extend(_read(path, to_step) for path in paths)
+        return " ".join(str(part.end) for part in parts)
+
+    ends = ranks.shared("ends", read_first).split()
+    return parts or [_read(path, int(end)) for path, end in zip(paths, ends, strict=True)]
 
 
 def _read(path: Path, to_step: int | None) -> Part:

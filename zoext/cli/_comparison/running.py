@@ -96,7 +96,7 @@ class Running:
         start = self._start
         self._note_evaluation(None, start.evaluation)
         start.reset()
-        optimizer = optimizers.make(start.problem.model, self._settings)
+        optimizer = optimizers.make(start.problem.model, self._settings, start.ranks)
         diverged = None
         while self._affords_a_step and diverged is None:
             diverged = self._until_evaluation(optimizer, stop, progress)
@@ -138,9 +138,13 @@ class Running:
         losses = []
         began = time.perf_counter()
         try:
-            while self._forwards < due and self._affords_a_step and not stop.received:
+            while self._forwards < due and self._affords_a_step and not stop.poll():
                 start = self._start
-                losses.append(steps.take(start.problem, optimizer, self._settings, self._steps, start.device))
+                losses.append(
+                    steps.take(
+                        start.problem, optimizer, self._settings, self._steps, start.device, start.ranks
+                    )
+                )
                 forwards = steps.forwards_of(optimizer)
                 self._steps += 1
                 self._forwards += forwards
@@ -161,5 +165,5 @@ class Running:
             "seconds": self._seconds,
             **more,
         }
-        records.append(self._folder.runs, [record])
+        self._start.ranks.first(records.append, self._folder.runs, [record])
         return record

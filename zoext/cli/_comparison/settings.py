@@ -75,7 +75,7 @@ DEMO = ComparisonSettings(
 class ComparisonFolder(OutputFolder[ComparisonSettings]):
     """The folder of ``zoext compare``: settings, raw records, table and figure."""
 
-    def __init__(self, path: Path, add_arguments: AddArguments) -> None:
+    def __init__(self, path: Path, add_arguments: AddArguments, launch: str | None = None) -> None:
         results = ("runs.jsonl", "table.md", "curves.png")
-        super().__init__(path, "comparison.json", results, ComparisonSettings, add_arguments)
+        super().__init__(path, "comparison.json", results, ComparisonSettings, add_arguments, launch)
         self.runs, self.table, self.curves = self._results

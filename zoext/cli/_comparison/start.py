@@ -15,6 +15,7 @@ from zoext.cli._problem import optimizers, steps
 from zoext.cli._problem.evaluation import evaluate
 from zoext.cli._problem.objectives import Example
 from zoext.cli._problem.problem import Problem
+from zoext.cli._ranks import Ranks
 from zoext.cli._runs import tensors
 from zoext.cli._runs.records import Record
 
@@ -36,9 +37,10 @@ class Start:
         UserError: if there are too few held-out examples, or the loss of one half is not finite.
     """
 
-    def __init__(self, problem: Problem, batch_size: int, device: torch.device) -> None:
+    def __init__(self, problem: Problem, batch_size: int, device: torch.device, ranks: Ranks) -> None:
         self.problem = problem
         self.device = device
+        self.ranks = ranks
         self.selection, self.report = halves(problem.valid)
         self._batch_size = batch_size
         self._weights = tensors.copy_of(problem.model)
@@ -59,7 +61,9 @@ class Start:
         record: Record = {}
         for part, examples in (("selection", self.selection), ("report", self.report)):
             problem = self.problem
-            result = evaluate(problem.model, problem.objective, examples, self._batch_size, self.device)
+            result = evaluate(
+                problem.model, problem.objective, examples, self._batch_size, self.device, self.ranks
+            )
             record |= result.record(part)
         return record
 
@@ -117,9 +121,9 @@ def _measure(start: Start, settings: ComparisonSettings, method: str, forward: i
     taken: list[int] = []
 
     def first_steps() -> None:
-        optimizer = optimizers.make(start.problem.model, of_run)
+        optimizer = optimizers.make(start.problem.model, of_run, start.ranks)
         for number in range(_STEPS):
-            steps.take(start.problem, optimizer, of_run, number, start.device)
+            steps.take(start.problem, optimizer, of_run, number, start.device, start.ranks)
             taken.append(steps.forwards_of(optimizer))
 
     try:

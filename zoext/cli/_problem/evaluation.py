@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext.cli._problem.objectives import Example, Objective
+from zoext.cli._ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,23 @@ def evaluate(
     examples: Sequence[Example],
     batch_size: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Evaluates the model on ``examples``, batched by length to reduce padding."""
+    """Evaluates the model on ``examples``, batched by length to reduce padding.
+
+    Batches are dealt out over ranks, which gives the bits of one process.
+    """
     by_length = sorted(examples, key=lambda example: len(example.tokens))
-    scores = [
-        objective.scores(model, objective.collate(by_length[start : start + batch_size], device))
-        for start in range(0, len(by_length), batch_size)
-    ]
-    predictions = torch.cat([score.predictions for score in scores])
+    found = torch.zeros(3, len(by_length), dtype=torch.float64, device=device)
+    for start in ranks.share_of(range(0, len(by_length), batch_size)):
+        some = slice(start, start + batch_size)
+        scores = objective.scores(model, objective.collate(by_length[some], device))
+        found[:, some] = torch.stack(
+            [each.double() for each in (scores.loss, scores.predictions, scores.correct)]
+        )
+    loss, predictions, correct = ranks.sum(found)
     return Evaluation(
-        ratio(torch.cat([score.loss for score in scores]), predictions),
-        ratio(torch.cat([score.correct for score in scores]), predictions)
-        if objective.reports_accuracy
-        else None,
+        ratio(loss, predictions), ratio(correct, predictions) if objective.reports_accuracy else None
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import zoext
 from zoext.cli._errors import UserError
+from zoext.cli._ranks import ALONE, Ranks
 from zoext.cli._settings import Settings
 from zoext.directions.activation_subspace import BALANCES
 
@@ -79,10 +80,11 @@ OPTIMIZERS: dict[str, Method] = {
 _RESERVED = {
     *("params", "lr", "mu", "weight_decay", "seed", "probe", "precision"),
     *("direction", "estimator", "update", "options"),
+    *("process_group", "probe_group"),
 }
 
 
-def make(model: nn.Module, settings: Settings) -> zoext.ZerothOrderOptimizer:
+def make(model: nn.Module, settings: Settings, ranks: Ranks = ALONE) -> zoext.ZerothOrderOptimizer:
     """The optimizer that the settings name, over the parameters of ``model`` that require grad."""
     construct = OPTIMIZERS[settings.optimizer].make
     try:
@@ -94,9 +96,15 @@ def make(model: nn.Module, settings: Settings) -> zoext.ZerothOrderOptimizer:
             seed=settings.seed,
             probe=settings.probe,
             precision=settings.precision,
+            **ranks.optimizer_options(settings.parallel),
             **_options_for(construct, settings.options),
         )
     except (TypeError, ValueError) as error:
+        if ranks.batch_parts(settings.parallel) < ranks.count and "probe_group" in str(error):
+            raise UserError(
+                "--parallel probes: probes in place restore weights up to rounding, which differs between "
+                "processes; give --probe streamed or --parallel data"
+            ) from None
         raise UserError(f"--optimizer {settings.optimizer}: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from zoext import StreamedProbeError, ZerothOrderOptimizer
 from zoext.cli._errors import UserError
-from zoext.cli._problem.objectives import Batch
+from zoext.cli._problem.objectives import Batch, Example
 from zoext.cli._problem.problem import Problem
+from zoext.cli._ranks import ALONE, Ranks
 from zoext.cli._settings import Settings
 
 
@@ -36,25 +38,54 @@ def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
 
 def batch(problem: Problem, settings: Settings, step: int, device: torch.device) -> Batch:
     """The batch of step ``step``: a pure function of the seed."""
+    return problem.objective.collate(_examples(problem, settings, step), device)
+
+
+def _examples(problem: Problem, settings: Settings, step: int) -> list[Example]:
     chosen = batch_indices(settings.seed, step, settings.batch_size, len(problem.train))
-    return problem.objective.collate([problem.train[index] for index in chosen], device)
+    return [problem.train[index] for index in chosen]
 
 
 def take(
-    problem: Problem, optimizer: ZerothOrderOptimizer, settings: Settings, step: int, device: torch.device
+    problem: Problem,
+    optimizer: ZerothOrderOptimizer,
+    settings: Settings,
+    step: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Updates the model on the batch of step ``step`` and returns the loss.
+    """Updates the model on the batch of step ``step`` and returns the loss, over all ranks.
 
     Raises:
         FloatingPointError: for a loss that is not finite.
         UserError: for a model whose weights streamed probes cannot perturb.
     """
-    examples = batch(problem, settings, step, device)
+    closure = _loss_of(problem, settings, step, device, ranks)
     try:
-        return optimizer.step(lambda: problem.objective.scores(problem.model, examples).mean_loss())
+        return optimizer.step(closure)
     except StreamedProbeError as error:
         cause = str(error).partition(". ")[0]
         raise UserError(f"{cause}; give --probe inplace, with --overwrite") from None
+
+
+def _loss_of(
+    problem: Problem, settings: Settings, step: int, device: torch.device, ranks: Ranks
+) -> Callable[[], Tensor | tuple[Tensor, Tensor]]:
+    """The closure of a step: the loss of the batch, or of the part of this rank with its weight."""
+    examples = _examples(problem, settings, step)
+    if ranks.batch_parts(settings.parallel) == 1:
+        whole = problem.objective.collate(examples, device)
+        return lambda: problem.objective.scores(problem.model, whole).mean_loss()
+    # A rank without examples evaluates one that does not count, so that it takes the step like the others.
+    own = ranks.share_of(examples)
+    part = problem.objective.collate(own or examples[:1], device)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        scores = problem.objective.scores(problem.model, part)
+        predictions = scores.predictions.sum()
+        return scores.mean_loss(), predictions if own else torch.zeros_like(predictions)
+
+    return closure
 
 
 def forwards_of(optimizer: ZerothOrderOptimizer) -> int:

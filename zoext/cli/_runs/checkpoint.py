@@ -107,6 +107,7 @@ class Checkpoint:
         reached: how far the run had come.
         saved: weights and optimizer state; None if they are to be replayed from the trajectory.
         threads: the number of threads that torch used in the process that wrote it.
+        batch_parts: the number of ranks that each batch was divided over.
         noise_field: the version of the noise field, which determines the directions.
     """
 
@@ -114,6 +115,7 @@ class Checkpoint:
     reached: Reached
     saved: Saved | None
     threads: int
+    batch_parts: int
     noise_field: object
 
     @property
@@ -121,7 +123,9 @@ class Checkpoint:
         return self.path / _STATE
 
 
-def save(folder: Path, reached: Reached, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save(
+    folder: Path, reached: Reached, model: nn.Module, optimizer: torch.optim.Optimizer, batch_parts: int = 1
+) -> None:
     """Atomically writes a checkpoint with weights below ``folder`` and removes the oldest ones."""
     from safetensors.torch import save_file
 
@@ -135,16 +139,16 @@ def save(folder: Path, reached: Reached, model: nn.Module, optimizer: torch.opti
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / _WEIGHTS)
         save_file(state_tensors, temporary / _OPTIMIZER)
         digests = {name: _digest(temporary / name) for name in (_WEIGHTS, _OPTIMIZER)}
-        _write_state(temporary, reached, {"sha256": digests, "optimizer": state})
+        _write_state(temporary, reached, batch_parts, {"sha256": digests, "optimizer": state})
     _drop_old(folder)
 
 
-def save_position(folder: Path, reached: Reached) -> None:
+def save_position(folder: Path, reached: Reached, batch_parts: int = 1) -> None:
     """Atomically writes a checkpoint that is restored by replaying the trajectory."""
     if (path := _path(folder, reached)).exists():
         return
     with _saving(path), atomic.new_folder(path) as temporary:
-        _write_state(temporary, reached, {})
+        _write_state(temporary, reached, batch_parts, {})
     _drop_old(folder)
 
 
@@ -156,12 +160,13 @@ def _path(folder: Path, reached: Reached) -> Path:
     return folder / f"step-{reached.step:08d}"
 
 
-def _write_state(folder: Path, reached: Reached, more: dict[str, Any]) -> None:
+def _write_state(folder: Path, reached: Reached, batch_parts: int, more: dict[str, Any]) -> None:
     position = None if reached.trajectory is None else reached.trajectory._asdict()
     record = {
         **reached._asdict(),
         "trajectory": position,
         "threads": torch.get_num_threads(),
+        "batch_parts": batch_parts,
         "noise_field": NOISE_FIELD,
         **more,
     }
@@ -199,7 +204,8 @@ def read(path: Path) -> Checkpoint:
         reached = Reached(int(record["step"]), int(record["forwards"]), position)
         digests = dict(record["sha256"]) if "sha256" in record else None
         saved = None if digests is None else _read_saved(path, record, digests)
-        return Checkpoint(path, reached, saved, int(record["threads"]), record["noise_field"])
+        parts = int(record.get("batch_parts", 1))  # which earlier versions did not write
+        return Checkpoint(path, reached, saved, int(record["threads"]), parts, record["noise_field"])
     except OSError as error:
         raise CorruptedError(f"{path / _STATE}: cannot be read ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

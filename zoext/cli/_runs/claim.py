@@ -11,23 +11,39 @@ from pathlib import Path
 
 from zoext._runtime import atomic
 from zoext.cli._errors import UserError, writing
+from zoext.cli._ranks import ALONE, Ranks
 from zoext.trajectory import OwnedFile
 
 LOCK = "run.lock"
 
 _RUNS = Path("runs")
+_OUT = "out"
 
 
 @contextmanager
-def claimed(out: Path | None, name: str) -> Iterator[Path]:
+def claimed(out: Path | None, name: str, ranks: Ranks = ALONE) -> Iterator[Path]:
     """Locks the folder ``out``, created if missing, or a new ``runs/NAME-N``, until the end of the block.
 
     Nothing that the command finds in the folder changes in the meantime. Folders that were created for it and
-    are still empty at the end are removed.
+    are still empty at the end are removed. Of several ranks, the first one locks the folder for all of them;
+    if torchrun has restarted them, a ``runs/NAME-N`` is that of the attempt before.
 
     Raises:
         UserError: if another process is writing there, or the folder cannot be created.
     """
+    if not ranks.is_first:
+        yield Path(ranks.shared(_OUT, str))
+        return
+    if out is None and (kept := ranks.kept(_OUT)) is not None:
+        out = Path(kept)
+    with _claimed(out, name) as place:
+        ranks.keep(_OUT, str(place))
+        ranks.shared(_OUT, lambda: str(place))
+        yield place
+
+
+@contextmanager
+def _claimed(out: Path | None, name: str) -> Iterator[Path]:
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
     place = out or _RUNS / name

@@ -31,6 +31,7 @@ class OutputFolder(Generic[SettingsT]):
         results: the names of everything else that the command writes, in the order of their removal.
         kind: the class of the settings.
         add_arguments: adds the command's options, which validate the stored settings.
+        launch: identifies the processes that write here over their restarts; see ``Ranks``.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class OutputFolder(Generic[SettingsT]):
         results: Iterable[str],
         kind: type[SettingsT],
         add_arguments: AddArguments,
+        launch: str | None,
     ) -> None:
         self.path = path
         self.note = path / note
         self._results = tuple(path / name for name in results)
         self._kind = kind
         self._add_arguments = add_arguments
+        self._launch = launch
 
     @property
     def _written(self) -> tuple[Path, ...]:
@@ -55,6 +58,15 @@ class OutputFolder(Generic[SettingsT]):
     def holds_run(self) -> bool:
         """Whether a command has written here."""
         return self.note.is_file()
+
+    @property
+    def is_restarted(self) -> bool:
+        """Whether the run here was begun or resumed by this command before torchrun restarted it."""
+        try:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+            return self._launch is not None and note["launch"] == self._launch
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
     def read_note(self) -> tuple[SettingsT, str]:
         """The settings of the run, and the fingerprint of its data."""
@@ -133,6 +145,8 @@ class OutputFolder(Generic[SettingsT]):
         """Stores the settings and the fingerprint ``data``."""
         stored = json.loads(json.dumps(dataclasses.asdict(settings)))
         record = {"settings": stored, "data": data, "checksum": _checksum(stored, data)}
+        if self._launch is not None:
+            record["launch"] = self._launch
         with writing(self.note):
             atomic.write_text(self.note, json.dumps(record, indent=1) + "\n")
 
@@ -149,7 +163,7 @@ class RunFolder(OutputFolder[Settings]):
     ``corrupted`` holds trajectories and metrics that could not be continued.
     """
 
-    def __init__(self, path: Path, add_arguments: AddArguments) -> None:
+    def __init__(self, path: Path, add_arguments: AddArguments, launch: str | None = None) -> None:
         # In the order of their removal: frames must not outlive their trajectory.
         results = (
             "checkpoints",
@@ -163,7 +177,7 @@ class RunFolder(OutputFolder[Settings]):
             "trajectory.frames",
             "trajectory.jsonl",
         )
-        super().__init__(path, "run.json", results, Settings, add_arguments)
+        super().__init__(path, "run.json", results, Settings, add_arguments, launch)
         self.checkpoints, self.model, self.metrics, self.curve, self.corrupted, self.base = self._results[:6]
         self.frames, self.trajectory = self._results[-2:]
 

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoext._parameters import shards
 from zoext._runtime import atomic
 from zoext.cli._errors import UserError, writing
 from zoext.cli._problem.models import quiet_transformers
+from zoext.cli._ranks import Ranks
 
 _NOTE, _DIFFERENCE = "replay.json", "difference.safetensors"
 
@@ -38,13 +40,16 @@ def copies(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def difference_of(model: nn.Module, before: Mapping[str, Tensor]) -> Difference:
-    """The difference between ``model`` and the copies ``before``."""
+def difference_of(model: nn.Module, before: Mapping[str, Tensor], ranks: Ranks) -> Difference:
+    """The difference between ``model`` and the copies ``before``, on the first rank; none on the others."""
     tensors, elements, rounded = {}, 0, 0
-    for name, tensor in model.named_parameters():
-        if name in before and not tensor.equal(before[name]):
-            tensors[name], inexact = _subtract(tensor.cpu().double(), before[name].cpu().double())
-            elements += tensor.numel()
+    for name, parameter in model.named_parameters():
+        if name not in before:
+            continue
+        tuned, base = shards.whole(parameter), shards.whole(before[name])  # one at a time
+        if ranks.is_first and not tuned.equal(base):
+            tensors[name], inexact = _subtract(tuned.cpu().double(), base.cpu().double())
+            elements += tuned.numel()
             rounded += inexact
     return Difference(tensors, elements, rounded)
 

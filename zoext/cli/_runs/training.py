@@ -13,6 +13,7 @@ from zoext.cli._errors import UserError
 from zoext.cli._problem import steps
 from zoext.cli._problem.evaluation import Evaluation, evaluate
 from zoext.cli._problem.problem import Problem
+from zoext.cli._ranks import Ranks
 from zoext.cli._runs import checkpoint, records
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.folder import RunFolder
@@ -24,7 +25,7 @@ _LOG_EVERY = 10  # steps: reading a loss synchronizes with the device
 
 
 class Training:
-    """Trains from the step that was ``reached`` to ``settings.steps``, and writes into ``folder``.
+    """Trains from the step that was ``reached`` to ``settings.steps``; the first rank writes into ``folder``.
 
     The metrics of a step are step, forwards (of the whole run so far), seconds (since this process began to
     train) and loss (the mean of the losses of its probes); those of an evaluation ``Evaluation.record``.
@@ -38,6 +39,7 @@ class Training:
         folder: RunFolder,
         device: torch.device,
         reached: Reached,
+        ranks: Ranks,
     ) -> None:
         self.problem = problem
         self.optimizer = optimizer
@@ -46,15 +48,20 @@ class Training:
         self.device = device
         self.step = reached.step
         self.forwards = reached.forwards
+        self._ranks = ranks
         self._unread: list[tuple[dict[str, Any], Tensor]] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.settings.steps
 
     def run(self, recording: Recording, stop: StopRequest, progress: Progress) -> None:
         """Trains until the last step or until ``stop`` is received, and then writes a checkpoint."""
         settings = self.settings
         started = time.monotonic()
-        if not any("valid_loss" in record for record in records.read_metrics(self.folder.metrics)):
+        if self._ranks.any(bool(self._ranks.first(self._lacks_evaluation))):
             self._evaluate(progress, f"step {self.step}" if self.step else "before")
-        while self.step < settings.steps and not stop.received:
+        while not self.is_done and not stop.poll():
             with recording.writing():
                 loss = self._one_step()
             progress.step(steps.forwards_of(self.optimizer))
@@ -67,13 +74,18 @@ class Training:
             if evaluation_due:
                 self._evaluate(progress, f"step {self.step}")
             if checkpoint_due:
-                self._save(recording)
+                self._ranks.first(self._save, recording)
         self._write_losses()
-        self._save(recording)
+        self._ranks.first(self._save, recording)
+
+    def _lacks_evaluation(self) -> bool:
+        return not any("valid_loss" in record for record in records.read_metrics(self.folder.metrics))
 
     def _one_step(self) -> Tensor:
         try:
-            loss = steps.take(self.problem, self.optimizer, self.settings, self.step, self.device)
+            loss = steps.take(
+                self.problem, self.optimizer, self.settings, self.step, self.device, self._ranks
+            )
         except FloatingPointError as error:
             self._write_losses()
             raise UserError(
@@ -92,24 +104,25 @@ class Training:
             return float("nan")
         losses: list[float] = torch.stack([loss for _, loss in self._unread]).tolist()
         new = [{**record, "loss": loss} for (record, _), loss in zip(self._unread, losses, strict=True)]
-        records.append(self.folder.metrics, new)
+        self._ranks.first(records.append, self.folder.metrics, new)
         self._unread.clear()
         return sum(losses) / len(losses)
 
     def _evaluate(self, progress: Progress, when: str) -> None:
-        problem = self.problem
+        problem, size = self.problem, self.settings.batch_size
         result: Evaluation = evaluate(
-            problem.model, problem.objective, problem.valid, self.settings.batch_size, self.device
+            problem.model, problem.objective, problem.valid, size, self.device, self._ranks
         )
         record = {"step": self.step, "forwards": self.forwards, **result.record()}
-        records.append(self.folder.metrics, [record])
+        self._ranks.first(records.append, self.folder.metrics, [record])
         progress.evaluated(f"{when:>12}: held-out {result}")
 
     def _save(self, recording: Recording) -> None:
         folder = self.folder.checkpoints
         # The trajectory first: it must never be behind a checkpoint.
         reached = Reached(self.step, self.forwards, recording.position())
+        parts = self._ranks.batch_parts(self.settings.parallel)
         if self.settings.checkpoint == "trajectory":
-            checkpoint.save_position(folder, reached)
+            checkpoint.save_position(folder, reached, parts)
         else:
-            checkpoint.save(folder, reached, self.problem.model, self.optimizer)
+            checkpoint.save(folder, reached, self.problem.model, self.optimizer, parts)
