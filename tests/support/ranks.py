@@ -43,13 +43,22 @@ def join(number: int, count: int, folder: Path) -> None:
 Case = Callable[[int], None]
 
 
-def run_cases(cases: Mapping[str, Case], count: int, folder: Path | None = None) -> int:
+def run_cases(
+    cases: Mapping[str, Case],
+    count: int,
+    folder: Path | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> int:
     """Runs all cases on each of ``count`` ranks, and writes what went wrong for ``errors_in``.
+
+    ``prepare`` is called once, before there are ranks: all of them have what it computes.
 
     Returns:
         The largest exit status.
     """
     folder = folder or Path(sys.argv[1])
+    if prepare is not None:
+        prepare()
 
     def run(number: int) -> None:
         join(number, count, folder)

@@ -48,12 +48,14 @@ class MissingLosses:
             draws.update(support or range(count))  # without a centre, all one-sided differences are unknown
         if losses.missing and len(draws) == count:
             raise EstimateRestart
-        there = [index for index in range(len(pending)) if index not in losses.missing]
+        heard = losses.values
+        if losses.missing:  # an index from the host must not be part of a graph
+            heard = heard[[index for index in range(len(pending)) if index not in losses.missing]]
         return MissingLosses(
             self.lost + losses.lost,
             self.probes + len(losses.missing),
             frozenset(draws),
-            (*self.heard, losses.values[there]),
+            (*self.heard, heard),
         )
 
     def without(self, estimate: Estimate, *, averages: bool) -> Estimate:
