@@ -39,7 +39,7 @@ def check_alike(net: nn.Module, group: Any = None) -> None:
     assert all(torch.equal(found[0], other) for other in found)
 
 
-#: By recipe, the weights after a run on one process, and torch's generator; and those of a run on two batches.
+#: By recipe: weights after a run on one process and torch's generator, and weights after one on two batches.
 ALONE: dict[str, tuple[Tensor, Tensor]] = {}
 ON_BOTH: dict[str, Tensor] = {}
 
