@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zoext
 from support.graphed_runs import RECIPES
-from support.ranks import Case, run_cases
+from support.ranks import Case, first, run_cases
 
 RANKS, STEPS = 4, 20
 SETTINGS = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5}
@@ -65,9 +65,14 @@ def run_alone() -> None:
         ON_BOTH[recipe] = flat(net)
 
 
+@cache
+def of_data_and_probes() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))
+
+
 def equals_one_process(size: int, recipe: str, rank: int) -> None:
     """To the bit, also the generators that dropout reads."""
-    group = distributed.new_group(list(range(size)))
+    group = first(size)
     if rank >= size:
         return
     net = model()
@@ -83,7 +88,7 @@ def equals_one_process(size: int, recipe: str, rank: int) -> None:
 
 def equals_one_process_on_both_batches(recipe: str, rank: int) -> None:
     """A mesh of two ranks with batches of their own, and two that share their probes."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))
+    mesh = of_data_and_probes()
     mine = mesh.get_local_rank("data")
     net = model().eval()
     dealt = RECIPES[recipe](net, process_group=mesh, **SETTINGS)
@@ -95,7 +100,7 @@ def equals_one_process_on_both_batches(recipe: str, rank: int) -> None:
 
 def equals_two_ranks_without_dealt_probes(recipe: str, rank: int) -> None:
     """To the bit: directions that depend on activations follow from both batches."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))
+    mesh = of_data_and_probes()
     mine = mesh.get_local_rank("data")
     net, plain_net = model().eval(), model().eval()
     dealt = RECIPES[recipe](net, process_group=mesh, **SETTINGS)
@@ -141,7 +146,7 @@ def tells_of_a_closure_that_raised(groups: str, rank: int) -> None:
     if groups == "probes":
         options = {"probe_group": distributed.group.WORLD}
     elif groups == "both":
-        options = {"process_group": init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))}
+        options = {"process_group": of_data_and_probes()}
     for recipe in ("mezo", "agzo", "greedy"):
         net = model()
         optimizer = RECIPES[recipe](net, **options, **SETTINGS)

@@ -9,7 +9,9 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import distributed
 
@@ -38,6 +40,12 @@ def join(number: int, count: int, folder: Path) -> None:
     distributed.init_process_group(
         "gloo", store=store, rank=number, world_size=count, timeout=timedelta(seconds=120)
     )
+
+
+@cache  # groups take long to make
+def first(count: int) -> Any:
+    """The group of the first ``count`` ranks; all ranks must call this in the same order."""
+    return distributed.new_group(list(range(count)))
 
 
 Case = Callable[[int], None]

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import zoext
 from support.graphed_runs import RECIPES
-from support.ranks import Case, run_cases
+from support.ranks import Case, first, run_cases
 from support.sharded_replays import KINDS, LAYOUTS, RANKS, Meshes
 
 STEPS = 20
 GATHERED = [name for name in LAYOUTS if name.startswith("FSDP2") and "tensor" not in name]
 
 
+@cache  # groups take long to make
 def meshes() -> Meshes:
     return Meshes(
         init_device_mesh("cpu", (4,)),
@@ -94,7 +95,7 @@ def trains_as_the_unsharded_model(layout: str, recipe: str, kind: str, rank: int
     """All parameters have the bits of an unsharded run after each of twenty steps."""
     of = meshes()
     spread, ranks = LAYOUTS[layout]
-    group = distributed.new_group(list(range(ranks)))
+    group = first(ranks)
     if rank >= ranks:
         return
     is_run = layout in GATHERED
