@@ -211,6 +211,66 @@ def test_a_loss_that_is_not_finite_anywhere_moves_no_member() -> None:
     assert in_threads(2, act) == [True, True]
 
 
+def test_rounds_of_asking_are_shared_and_may_be_asked_for_again() -> None:
+    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
+        for step in range(3):
+            for _ in range(member + 1):  # some ask again, before anything was decided
+                optimizer.cancel()
+                pending = optimizer.ask()
+            while pending is not None:
+                losses = []
+                for index in range(len(pending)):
+                    with pending.displaced(index):
+                        losses.append(loss(net, "batches", step, member))
+                pending = optimizer.tell(losses)
+            optimizer.step()
+        return flat(net)
+
+    def train(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
+        for step in range(3):
+            optimizer.step(lambda step=step: loss(net, "batches", step, member))
+        return flat(net)
+
+    expected = in_threads(2, train, "greedy")
+    assert in_threads(2, act, "greedy") == expected
+    assert expected[0] == expected[1] != flat(model())
+
+
+def test_micro_batches_are_estimates_of_their_own() -> None:
+    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
+        for step in range(3):
+            for part in range(2):
+                optimizer.estimate(lambda step=step, part=part: loss(net, "batches", 2 * step + part, member))
+            optimizer.step()
+        return flat(net)
+
+    first, second = in_threads(2, act)
+    assert isinstance(first, list), first
+    assert first == second != flat(model())
+
+
+def test_a_member_that_begins_again_under_its_number_takes_the_steps_so_far() -> None:
+    store = distributed.HashStore()
+
+    def begin() -> tuple[nn.Module, zoext.ZerothOrderOptimizer, list[int]]:
+        net = model()
+        group = ElasticGroup(store, members=1, member=0)
+        return net, zoext.MeZO(net, process_group=group, **SETTINGS), []
+
+    def train(net: nn.Module, optimizer: zoext.ZerothOrderOptimizer, calls: list[int], to: int) -> None:
+        while (step := optimizer.param_groups[0]["step"]) < to:
+            optimizer.step(lambda: (calls.append(step), loss(net, "batches", step, 0))[1])
+
+    net, optimizer, calls = begin()
+    train(net, optimizer, calls, 3)
+    again, its, its_calls = begin()
+    train(again, its, its_calls, 3)
+    assert its_calls == []
+    assert flat(again) == flat(net)
+    train(again, its, its_calls, 5)
+    assert its_calls == [3, 3, 4, 4]
+
+
 def test_a_process_that_is_too_late_must_replay() -> None:
     store = distributed.HashStore()
     net = model()
@@ -233,6 +293,8 @@ def test_what_cannot_be_shared_is_refused() -> None:
         zoext.AGZO(model(), process_group=group)
     with pytest.raises(ValueError, match="probe_group: process_group is an ElasticGroup"):
         zoext.MeZO(model(), process_group=group, probe_group=group)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the members of an ElasticGroup read their losses on the host"):
+        zoext.GraphedStep(zoext.MeZO(model(), process_group=group), lambda: torch.zeros(()))
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(zoext.MeZO(model(), process_group=group))
 

@@ -244,6 +244,7 @@ class Estimation:
 
     def complete(self, estimate: Estimate) -> Estimate:
         """The estimate of the losses that are there; zero if activations behind its frame were not finite."""
+        self.ranks.end()
         if self._missing.lost:
             estimate = self._missing.without(estimate, averages=self.context.axes.estimator.averages)
         finite = self.found.finite

@@ -60,7 +60,8 @@ class ElasticGroup:
         shares: "batches" (default) if members have batches of their own, whose losses are averaged; "probes"
             if they have the same batch and evaluate different probes of a round. Probes that did not come
             back are then left out of the estimate (``Estimate.missing``).
-        deadline: seconds from a member's own losses until it goes on without those of others. Default 60.
+        deadline: seconds from a member's own losses until it goes on without those of others: more than the
+            members differ in speed. Default 60.
         lost: "continue" (default) without members that failed or did not come back in time, or "raise" on all
             of them an error that names these.
         clip: bounds what a member that lies can do; None (default) trusts all. With batches, losses of a
@@ -122,6 +123,7 @@ class ElasticRanks(Sharing):
     probes: ProcessGroup | None = None
     receives = False
     are_several = False  # they wait until the deadline only
+    waits_for_losses = True
 
     def __init__(self, group: ElasticGroup) -> None:
         self._group = group
@@ -132,7 +134,7 @@ class ElasticRanks(Sharing):
         self._known: Decision | None = None  # that of the round at hand, if it was there before its probes
         self._has_announced = False
         self._seen = (-math.inf, 0)  # when this member was at which step, while it took no part
-        self._is_open = False  # whether a round was begun and not ended
+        self._is_open = False  # whether an estimate was begun and not ended
         self._identity: tuple[int, ...] = ()
         self._refused: str | None = None  # why this process must not take part any more
         self._base = 0.0  # the mean of the losses of the first round
@@ -161,14 +163,14 @@ class ElasticRanks(Sharing):
         step, last = options[0]["step"], self._place
         if last is None or last.step != step:
             self._place = Place(step)
-        elif self._is_open:  # an exception of this member ended the estimate, which the others went on with
+        elif self._is_open:  # this member alone gave the estimate up, and the others went on with it
             self._place = Place(step, last.estimate)
         else:
             self._place = Place(step, last.estimate + 1)
-        self._is_open = False
+        self._is_open, self._known = True, None
         if self._decided is not None:
             self._members = self._decided.next_members
-        elif self._group.is_newcomer:
+        else:
             self._check_reachable(step)
         # Also when members have come, so that these are compared too.
         is_compared = step % COMPARED_EVERY == 0 or self._decided is None or self._decided.joining
@@ -185,7 +187,6 @@ class ElasticRanks(Sharing):
             )
 
     def dealt(self, count: int) -> Sequence[int]:
-        self._is_open = True
         self._known = self._ledger.decision(self._at)
         if not self._takes_part:
             self._announce()
@@ -212,12 +213,18 @@ class ElasticRanks(Sharing):
 
     def exchanged(self, share: Share, seeds: Tensor) -> Losses:
         decision = self._known or self._decision(self._post(share, seeds), share.size)
-        return self._followed(decision, share, seeds.device)
+        losses = self._followed(decision, share, seeds.device)
+        self._known = None
+        return losses
+
+    def end(self) -> None:
+        self._is_open = False
 
     def restart(self) -> None:
         assert self._decided is not None
         self._place = Place(self._at.step, self._at.estimate + 1)
         self._members = self._decided.next_members
+        self._known = None
 
     def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
         if self._known is not None or not self._takes_part:
@@ -309,11 +316,12 @@ class ElasticRanks(Sharing):
         place = self._at
         if self._group.member in decision.next_members:
             self._has_announced = False
-        self._decided, self._members, self._is_open = decision, decision.members, False
+        self._decided, self._members = decision, decision.members
         if self._known is None and (why := decision.failed.get(self._group.member)) is not None:
             self._refused = f"process_group: member {self._group.member} is not one of this run: {why}"
             raise RuntimeError(self._refused)
         if decision.error is not None:
+            self._is_open = False
             raise RuntimeError(f"process_group: {decision.error}. No weight has moved in this step")
         if decision.restarts:
             raise EstimateRestart

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class EstimateRestart(Exception):
 
 class Sharing(ABC):
     """Divides rounds over processes and combines their losses, so that all of them take the same step."""
+
+    #: Whether the host waits for the losses of a round, so that no graph can capture it.
+    waits_for_losses: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -109,6 +112,9 @@ class Sharing(ABC):
             EstimateRestart: if the estimate must begin again.
             RuntimeError: if the processes do not belong together, or one of them failed.
         """
+
+    def end(self) -> None:  # noqa: B027
+        """Called when an estimate is complete."""
 
     def restart(self) -> None:  # noqa: B027
         """Called before the rounds of an estimate are evaluated again."""

@@ -66,12 +66,17 @@ class GraphedStep(StepExecutor):
             never wait for the device, and draw no random numbers (dropout).
 
     Raises:
-        ValueError: for parameters that are not on one CUDA device.
+        ValueError: for parameters that are not on one CUDA device, and for a member of an ``ElasticGroup``.
     """
 
     def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[[], Tensor]) -> None:
         self._optimizer = unwrap(optimizer)
         self._closure = closure
+        if self._optimizer.engine.ranks.waits_for_losses:
+            raise ValueError(
+                "process_group: the members of an ElasticGroup read their losses on the host, which a graph "
+                "cannot; step with optimizer.step(closure), or pass a ProcessGroup"
+            )
         given = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
         devices = dict.fromkeys(tensor.device for tensor in given if tensor.requires_grad)
         self._device = next(iter(devices), torch.device("cpu"))
