@@ -107,6 +107,20 @@ def test_trainer_overhead_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     check(read(out), {"step: plain loop", "step: ZOTrainer", "ZOTrainer beyond the plain loop"})
 
 
+def test_probe_parallel_is_finite(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    size = ["--layers", "1", "--width", "32", "--vocabulary", "70", "--repeats", "2"]
+    line = [sys.executable, str(BENCHMARKS / "probe_parallel.py"), *size, "--json", str(out)]
+    subprocess.run(line, check=True, capture_output=True, timeout=300)
+    check(
+        read(out),
+        {
+            "step: two processes of one thread",
+            "two processes of one thread / half of one process of one thread",
+        },
+    )
+
+
 def test_precision_tells_what_is_taken(tmp_path: Path) -> None:
     prefixes = [
         f"{dtype}, lr g 1e-06, {steps} steps" for dtype in ("bfloat16", "float16") for steps in (1, 3)
