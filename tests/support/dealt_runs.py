@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import zoext
 from support.graphed_runs import RECIPES
 from support.ranks import Case, first, run_cases
+from zoext.distributed import Ranks
 
 RANKS, STEPS = 4, 20
 SETTINGS = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5}
@@ -168,6 +170,31 @@ def tells_of_a_closure_that_raised(groups: str, rank: int) -> None:
             check_alike(net)
 
 
+def goes_on_with_an_estimate_until_the_others_know(recipe: str, rank: int) -> None:
+    """On a device, ranks learn of an error when the next step begins, and finish the rounds of this one."""
+    net = model()
+    optimizer = RECIPES[recipe](net, nonfinite="skip", **SETTINGS)
+    before = flat(net)
+
+    def closure() -> Tensor:
+        if rank == 1:
+            raise ValueError("no data")
+        return loss(net, 0)
+
+    with mock.patch.object(Ranks, "raise_if_differing"):
+        if rank == 1:
+            with pytest.raises(ValueError, match="no data"):
+                optimizer.step(closure)
+        else:
+            optimizer.estimate(closure)
+    assert torch.equal(flat(net), before)
+    with pytest.raises(RuntimeError, match="the closure of rank 1 raised at step 0"):
+        optimizer.step(lambda: loss(net, 0))
+    optimizer.step(lambda: loss(net, 1))
+    check_alike(net)
+    assert not torch.equal(flat(net), before)
+
+
 def weighs_losses(rank: int) -> None:
     """The step of the whole batch, whose parts have 1, 2, 3 and no rows."""
     rows = [1, 2, 3, 0]
@@ -234,6 +261,10 @@ CASES |= {
 CASES |= {
     f"raised, {groups}": partial(tells_of_a_closure_that_raised, groups)
     for groups in ("data", "probes", "both")
+}
+CASES |= {
+    f"raised late, {recipe}": partial(goes_on_with_an_estimate_until_the_others_know, recipe)
+    for recipe in ("mezo", "greedy", "agzo", "gv")
 }
 CASES |= {
     act.__name__: act

@@ -113,7 +113,12 @@ class Estimation:
     def run(self, session: Session, closure: Closure) -> Estimate:
         """Evaluates ``closure`` at each probe in turn, and returns the estimate."""
 
+        error: Exception | None = None
+
         def losses_of(pending: Round) -> Tensor:
+            nonlocal error
+            if error is not None:
+                return self._without_own(pending, error)
             dealt = self.ranks.dealt(len(pending))
             self.begin(pending, dealt)
             try:
@@ -121,14 +126,16 @@ class Estimation:
                 weight = _common_weight([weight for _, weight in own.values()])
                 if self.ranks.are_several:
                     self._check_recorder()
-            except Exception as error:
-                self.ranks.fail(len(pending), self.context.seeds.draws, error)
-                raise
+            except Exception as raised:
+                error = raised
+                return self._without_own(pending, raised)
             losses = {index: loss for index, (loss, _) in own.items()}
             return self.reduced(Share(losses, len(pending), weight))
 
         try:
             estimate = self._completed(losses_of)
+            if error is not None:
+                raise error
         except Exception:
             if self.ranks.divides_probes and self._random is not None:
                 self._random.restore()  # ranks got differently far
@@ -136,6 +143,16 @@ class Estimation:
         if not self._repeated:
             return estimate
         return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
+
+    def _without_own(self, pending: Round, error: Exception) -> Tensor:
+        """Takes part in a round after this process raised, and in the frame, for as long as others go on."""
+        losses = self.ranks.fail(len(pending), self.context.seeds.draws, error)
+        if losses is None:
+            raise error
+        if self._found is None:
+            self._has_seen = False
+            self._find_frame(torch.zeros_like(losses[0]))
+        return losses
 
     def _completed(self, losses_of: Callable[[Round], Tensor]) -> Estimate:
         while True:
@@ -219,13 +236,16 @@ class Estimation:
         averages = self.context.axes.estimator.averages
         self._missing = self._missing.after(self._round, losses, averages=averages)
         if self._found is None:
-            assert self._observer is not None  # which the frame comes from if it is not drawn
-            keys = [key for group in self.context.groups for key in group.keys]
-            found = self.ranks.frame(self._observer, self._has_seen, keys, self.context.device, share.weight)
-            if found is None:
-                raise self._error_without_frame("tell")
-            self._found, self._observer = FoundFrame(*found), None
+            self._find_frame(share.weight)
         return losses.values
+
+    def _find_frame(self, weight: Tensor | None) -> None:
+        assert self._observer is not None  # which the frame comes from if it is not drawn
+        keys = [key for group in self.context.groups for key in group.keys]
+        found = self.ranks.frame(self._observer, self._has_seen, keys, self.context.device, weight)
+        if found is None:
+            raise self._error_without_frame("tell")
+        self._found, self._observer = FoundFrame(*found), None
 
     def moves_buffers(self, index: int) -> bool:
         """Whether buffers get the values that modules write in this probe of the round: the one at theta."""

@@ -226,14 +226,15 @@ class ElasticRanks(Sharing):
         self._members = self._decided.next_members
         self._known = None
 
-    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
+    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> Tensor | None:
         if self._known is not None or not self._takes_part:
-            return
+            return None
         post = Post({}, failed=f"{type(error).__name__}: {error}"[:200])
         self._ledger.post(self._at, self._group.member, post)
         decision = self._decision(None, count)
         if decision.error is not None:  # as on the other members
             self._decided, self._is_open = decision, False
+        return None
 
     def frame(
         self,

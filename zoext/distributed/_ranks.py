@@ -138,15 +138,15 @@ class Ranks(Sharing):
         losses = stacked([share.losses.get(index, gap) for index in range(share.size)])
         return Losses(self._mean(losses, seeds, share.weight, None, None), missing, len(missing))
 
-    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
+    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> Tensor | None:
         if not self.are_several:
-            return
+            return None
         failed = CheckedSum.failure(dist.get_rank(), seeds.device)
         losses = torch.full((count,), torch.nan, dtype=failed.dtype, device=seeds.device)
         try:
-            self._mean(losses, seeds, None, losses[0] if is_dealt else None, failed)
+            return self._mean(losses, seeds, None, losses[0] if is_dealt else None, failed)
         except RuntimeError:  # as on the other ranks; the error of the closure says more
-            return
+            return None
 
     def _mean(
         self,

@@ -120,8 +120,11 @@ class Sharing(ABC):
         """Called before the rounds of an estimate are evaluated again."""
 
     @abstractmethod
-    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> None:
+    def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> Tensor | None:
         """Takes part in a round that raised ``error`` on this process, so that no other waits for it.
+
+        Returns the losses that the others go on with, which are not finite: on a device they learn of the
+        error one step later. None if they do not go on with the estimate, or without this process.
 
         Args:
             count: how many probes the round has.
