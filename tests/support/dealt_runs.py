@@ -72,13 +72,14 @@ def of_data_and_probes() -> DeviceMesh:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))
 
 
-def equals_one_process(size: int, recipe: str, rank: int) -> None:
-    """To the bit, also the generators that dropout reads."""
+def equals_one_process(kind: str, size: int, recipe: str, rank: int) -> None:
+    """To the bit, also the generators that dropout reads; data-parallel ranks have equal batches."""
     group = first(size)
     if rank >= size:
         return
     net = model()
-    optimizer = RECIPES[recipe](net, process_group=None, probe_group=group, **SETTINGS)
+    groups = {"process_group": None, "probe_group": group} if kind == "probes" else {"process_group": group}
+    optimizer = RECIPES[recipe](net, **groups, **SETTINGS)
     torch.manual_seed(3)
     for step in range(STEPS):
         optimizer.step(lambda step=step: loss(net, step))
@@ -244,9 +245,11 @@ def refuses_groups_that_do_not_fit(rank: int) -> None:
 
 
 CASES: dict[str, Case] = {
-    f"{size} ranks, {recipe}": partial(equals_one_process, size, recipe)
+    f"{kind}, {size} ranks, {recipe}": partial(equals_one_process, kind, size, recipe)
+    for kind in ("data", "probes")
     for size in (2, 3, 4)
     for recipe in RECIPES
+    if kind == "probes" or "agzo" not in recipe  # whose basis is merged from those of all batches
 }
 CASES |= {
     f"mesh, {recipe}": partial(equals_one_process_on_both_batches, recipe)
