@@ -92,8 +92,7 @@ def test_a_decision_is_that_of_the_formula(clip: float | None) -> None:
     losses = {0: [1.0, 1.2], 3: [2.0, 2.1], 5: [3.0, 9.0]}
     weights = {0: 1.0, 3: 2.0, 5: 50.0}
     posts = {
-        number: Post(dict(enumerate(own)), weights[number], sum(own) / 2, (0,) * 5)
-        for number, own in losses.items()
+        number: Post(dict(enumerate(own)), weights[number], sum(own) / 2) for number, own in losses.items()
     }
     found = Rules(clip=clip).decide(Place(7), 2, (0, 3, 5), posts).losses
     if clip is None:

@@ -23,6 +23,8 @@ from support import environment
 from support.elastic_runs import flat, loss, model
 from support.graphed_runs import RECIPES
 from zoext.distributed import ElasticGroup
+from zoext.distributed._decisions import Identity, Place, Post, Rules
+from zoext.distributed._ledger import Ledger
 
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5}
 
@@ -158,7 +160,7 @@ def test_a_closure_that_raises_is_told_or_left_out(lost: str) -> None:
     [
         ("weights", "other weights"),
         ("lr", r"other options \(lr, mu, weight_decay\)"),
-        ("seed", "another seed"),
+        ("seed", "another recipe, seed or version"),
         ("pair", "closures that return other things"),
     ],
 )
@@ -211,64 +213,99 @@ def test_a_loss_that_is_not_finite_anywhere_moves_no_member() -> None:
     assert in_threads(2, act) == [True, True]
 
 
-def test_rounds_of_asking_are_shared_and_may_be_asked_for_again() -> None:
-    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
-        for step in range(3):
-            for _ in range(member + 1):  # some ask again, before anything was decided
-                optimizer.cancel()
-                pending = optimizer.ask()
-            while pending is not None:
-                losses = []
-                for index in range(len(pending)):
-                    with pending.displaced(index):
-                        losses.append(loss(net, "batches", step, member))
-                pending = optimizer.tell(losses)
-            optimizer.step()
-        return flat(net)
-
-    def train(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
-        for step in range(3):
-            optimizer.step(lambda step=step: loss(net, "batches", step, member))
-        return flat(net)
-
-    expected = in_threads(2, train, "greedy")
-    assert in_threads(2, act, "greedy") == expected
-    assert expected[0] == expected[1] != flat(model())
+def test_several_estimates_of_a_step_and_asking_are_refused() -> None:
+    optimizer = zoext.MeZO(model(), process_group=alone_in(distributed.HashStore()), **SETTINGS)
+    with pytest.raises(RuntimeError, match=r"ask\(\) is for one process"):
+        optimizer.ask()
+    net = optimizer.engine.module
+    optimizer.estimate(lambda: loss(net, "batches", 0, 0))
+    with pytest.raises(
+        RuntimeError, match="takes one estimate a step; evaluate all micro-batches in one closure"
+    ):
+        optimizer.estimate(lambda: loss(net, "batches", 1, 0))
 
 
-def test_micro_batches_are_estimates_of_their_own() -> None:
-    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
-        for step in range(3):
-            for part in range(2):
-                optimizer.estimate(lambda step=step, part=part: loss(net, "batches", 2 * step + part, member))
-            optimizer.step()
-        return flat(net)
-
-    first, second = in_threads(2, act)
-    assert isinstance(first, list), first
-    assert first == second != flat(model())
+def alone_in(store: Any, **options: Any) -> ElasticGroup:
+    return ElasticGroup(store, members=1, member=0, **options)
 
 
-def test_a_member_that_begins_again_under_its_number_takes_the_steps_so_far() -> None:
+def test_a_number_and_a_name_are_taken_once() -> None:
     store = distributed.HashStore()
+    alone_in(store)
+    with pytest.raises(ValueError, match=r"has had the number 0 before. Pass member=None .* or another name"):
+        alone_in(store)
+    alone_in(store, name="another run")
+    assert [ElasticGroup(store, members=1).member for _ in range(2)] == [1, 2]
 
-    def begin() -> tuple[nn.Module, zoext.ZerothOrderOptimizer, list[int]]:
-        net = model()
-        group = ElasticGroup(store, members=1, member=0)
-        return net, zoext.MeZO(net, process_group=group, **SETTINGS), []
 
-    def train(net: nn.Module, optimizer: zoext.ZerothOrderOptimizer, calls: list[int], to: int) -> None:
-        while (step := optimizer.param_groups[0]["step"]) < to:
-            optimizer.step(lambda: (calls.append(step), loss(net, "batches", step, 0))[1])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 6}, "another recipe, seed or version"),
+        ({"samples": 3}, "another recipe, seed or version"),
+        ({"lr": 1.0}, r"other options \(lr, mu, weight_decay\)"),
+    ],
+)
+def test_who_follows_another_run_is_told(options: dict[str, Any], message: str) -> None:
+    store = distributed.HashStore()
+    net, other = model(), model()
+    optimizer = zoext.MeZO(net, process_group=alone_in(store), **SETTINGS)
+    optimizer.step(lambda: loss(net, "batches", 0, 0))
+    late = zoext.MeZO(other, process_group=ElasticGroup(store, members=1), **{**SETTINGS, **options})
+    with pytest.raises(RuntimeError, match=f"this member has {message} than the run"):
+        late.step(lambda: loss(other, "batches", 0, 1))
+    assert flat(other) == flat(model())
 
-    net, optimizer, calls = begin()
-    train(net, optimizer, calls, 3)
-    again, its, its_calls = begin()
-    train(again, its, its_calls, 3)
-    assert its_calls == []
-    assert flat(again) == flat(net)
-    train(again, its, its_calls, 5)
-    assert its_calls == [3, 3, 4, 4]
+
+def test_an_interrupted_member_goes_on_with_the_step_of_the_others() -> None:
+    def act(member: int, optimizer: zoext.ZerothOrderOptimizer, net: nn.Module) -> list[float]:
+        calls = 0
+
+        def closure() -> Tensor:
+            nonlocal calls
+            calls += 1
+            if member == 1 and calls in (2, 9):
+                raise KeyboardInterrupt
+            return loss(net, "batches", optimizer.param_groups[0]["step"], member)
+
+        while optimizer.param_groups[0]["step"] < 5:
+            try:
+                optimizer.step(closure)
+            except KeyboardInterrupt:
+                assert member == 1
+        return flat(net)
+
+    first, *others = in_threads(3, act, "greedy", deadline=0.5)
+    assert isinstance(first, list), first
+    assert others == [first] * 2
+
+
+def test_one_that_joins_while_an_estimate_begins_again_is_compared() -> None:
+    """Its weights are looked at before its losses count."""
+    rules = Rules()
+    posts = {number: Post({0: 1.0, 1: 2.0}) for number in (0, 1)}
+    found = rules.decide(Place(3, 0, 1), 2, (0, 1, 2), posts, joining=[7], announced=1)
+    assert found.restarts
+    assert (found.members, found.joining) == ((0, 1), (7,))
+    again = rules.decide(Place(3, 1, 0), 2, found.members, posts, joining=found.joining, announced=1)
+    assert (again.members, again.joining, again.next_members) == ((0, 1), (7,), (0, 1, 7))
+
+
+def test_a_digest_of_one_member_alone_is_not_compared() -> None:
+    known = Identity(3, 4, 0)
+    posts = {0: Post({0: 1.0}, identity=known._replace(weights=77)), 1: Post({0: 2.0}, identity=known)}
+    assert Rules().decide(Place(0), 1, (0, 1), posts).failed == {}
+    posts[2] = Post({0: 2.0}, identity=known._replace(weights=78))
+    assert Rules().decide(Place(0), 1, (0, 1, 2), posts).failed == {2: "it has other weights than the others"}
+
+
+def test_an_announcement_is_written_in_one_operation() -> None:
+    ledger = Ledger(distributed.HashStore(), "run")
+    for member in (9, 4, 9):
+        ledger.announce(member)
+    assert ledger.announced(0) == ([9, 4, 9], 3)
+    assert ledger.announced(2) == ([9], 3)
+    assert Ledger(distributed.HashStore(), "run").announced(0) == ([], 0)
 
 
 def test_a_process_that_is_too_late_must_replay() -> None:
@@ -280,7 +317,7 @@ def test_a_process_that_is_too_late_must_replay() -> None:
     store.delete_key("zoext/run/decision/0/0/0")  # as after 10,000 steps
     late = zoext.MeZO(model(), process_group=ElasticGroup(store, members=1), **SETTINGS)
     with pytest.raises(
-        RuntimeError, match=r"this member is at step 0 and the run at step 3.*replay the trajectory"
+        RuntimeError, match=r"this member is at step 0 and the run at step 2.*replay its trajectory"
     ):
         late.step(lambda: loss(net, "batches", 0, 1))
 

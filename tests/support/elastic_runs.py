@@ -25,6 +25,7 @@ from zoext.distributed._ledger import Ledger
 from zoext.trajectory import last_whole_step
 
 MEMBERS, EVENTS, DEADLINE = 4, 26, 0.3
+RECORDS = 3  # the member that is never killed; it is not the one that decides at first
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "mu": 1e-2, "weight_decay": 0.1, "seed": 5}
 RECIPES = {
     "batches": lambda net, **options: zoext.AdaMeZO(net, horizon=3, **SETTINGS, **options),
@@ -52,7 +53,7 @@ def connected(port: int) -> Any:
 
 
 def train(shares: str, port: int, folder: Path, member: int | None, replays: bool) -> None:
-    """The program of a member: the first one records, and some that join replay its record."""
+    """The program of a member: one records, and some that join replay its record."""
     store = connected(port)
     group = ElasticGroup(store, members=MEMBERS, member=member, shares=shares, deadline=DEADLINE, timeout=60)
     store.set(f"member/{os.getpid()}", str(group.member))
@@ -61,7 +62,7 @@ def train(shares: str, port: int, folder: Path, member: int | None, replays: boo
     path = folder / "run.jsonl"
     if replays:
         zoext.replay(optimizer, path, to_step=last_whole_step(path))
-    recording = zoext.Trajectory(path, optimizer) if member == 0 else None
+    recording = zoext.Trajectory(path, optimizer) if member == RECORDS else None
     began, evaluated = optimizer.param_groups[0]["step"], 0
 
     def closure() -> Tensor:
@@ -94,12 +95,13 @@ class Churn:
         self._shares, self._folder = shares, folder
         self._random = random.Random(11)
         self._store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        self._live: list[int] = []  # process ids; the first one, which records, is never killed
+        self._live: list[int] = []  # process ids
         self.counts = {"killed": 0, "stopped": 0, "joined": 0}
 
     def run(self) -> None:
         for member in range(MEMBERS):
             self._start(member)
+        self._recorder = self._live[RECORDS]
         ledger = Ledger(self._store, "run")
         self._wait_for(lambda: (ledger.latest() or 0) >= 3)
         for _ in range(EVENTS):
@@ -119,7 +121,7 @@ class Churn:
         if kind == "joined":
             self._start(None, replays=self.counts[kind] % 2 == 0)
             return
-        child = self._random.choice(self._live[1:])
+        child = self._random.choice([child for child in self._live if child != self._recorder])
         if kind == "killed":
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

@@ -173,7 +173,7 @@ class Simulation:
     def _post(self, place: Place, number: int, pending: dict[int, Any]) -> None:
         losses = self.members[number].losses(pending[number], place.step)
         base = sum(losses) / len(losses)
-        self.ledger.post(place, number, Post(dict(enumerate(losses)), base=base, identity=(0,) * 5))
+        self.ledger.post(place, number, Post(dict(enumerate(losses)), base=base))
 
     def _decided(self, place: Place, size: int) -> Decision:
         posts = self.ledger.posts(place, self._expected)

@@ -128,10 +128,12 @@ class StepEngine:
             self.run.pending.clear()
             raise
         self.run.pending.append(estimate)
+        estimation.check_own()
         return estimate
 
     def ask(self) -> OpenRound:
         """See ``ZerothOrderOptimizer.ask``."""
+        self.ranks.check_asking()
         try:
             with self.closures():
                 asking = Asking(self._estimation(self._begin()), self.probe, self.closures, self.owner)
@@ -191,10 +193,7 @@ class StepEngine:
             self.run.is_estimating = False
 
     def _begin(self, *, is_shared: bool = True) -> StepContext:
-        """Runs all checks that need no probe, and returns the context of the step.
-
-        ``is_shared`` tells whether an estimate begins, which other processes take part in.
-        """
+        """The context of a step, after all checks that need no probe; estimates are shared with processes."""
         check_not_captured()
         self.check_ready(recorder=not self.ranks.are_several)  # else in a round, see Estimation
         if self.run.pending:
@@ -204,7 +203,8 @@ class StepEngine:
         group_options.check_on_host(*self.param_groups)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
         if is_shared:
-            self.ranks.begin(self.groups, self.param_groups, movable[0].device)
+            device, is_first = movable[0].device, not self.run.pending
+            self.ranks.begin(self.groups, self.param_groups, device, is_first=is_first)
         return self.context(self._step_seeds(movable[0].device))
 
     def check_ready(self, *, recorder: bool = True) -> None:
@@ -223,7 +223,7 @@ class StepEngine:
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None
         check = partial(self._check_unchanged, "the closure began")
-        return Estimation(context, found, self.ranks, check, self.run.check_recorder)
+        return Estimation(context, found, self.ranks, check, self.run.check_recorder, self.run.has_kept)
 
     # Steps
 
@@ -238,19 +238,20 @@ class StepEngine:
                 f"closure must be a function that evaluates the loss, not {type(closure).__name__}: "
                 "step(lambda: loss_of(model, batch))"
             )
-        pending, self.run.pending = self.run.pending, []
-        try:
-            return self._step(closure)
-        except MissingLossError:
-            if not pending:
-                raise
-            self.run.pending = pending
-            return self.step_pending()
+        with self.run.keeping_pending() as pending:
+            try:
+                return self._step(closure)
+            except MissingLossError:
+                if not pending:
+                    raise
+        self.run.pending = pending
+        return self.step_pending()
 
     def _step(self, closure: Closure) -> AppliedStep:
         def finish(estimate: Estimate) -> tuple[GroupOptions, ...]:
             self.watch.note(estimate)
-            return self._checked_options()
+            group_options.check_on_host(*self.param_groups)
+            return self.options()
 
         with self.closures():
             states = [group["update_state"] for group in self.param_groups]
@@ -265,7 +266,8 @@ class StepEngine:
         if not pending:
             raise nothing_to_apply(self.param_groups)
         self._check_unchanged("the estimate was made, so it does not fit any more")
-        options = self._checked_options()
+        group_options.check_on_host(*self.param_groups)
+        options = self.options()
         with torch.inference_mode(False), torch.no_grad():
             estimate = reduced(pending, self._reduction)
             pending.clear()  # before the update: if that raises, a retry must not move a group twice
@@ -306,12 +308,14 @@ class StepEngine:
                             moved = applying.restore_and_apply(target, states, step, session, estimation)
                         session.take_buffers()(estimate.finite)
                         commit(step, moved)
+                    estimation.check_own()
                     return step
         with self._updating():
             with self.run.tearing(self.groups):
                 moved = applying.apply(target, states, [step])
             session.take_buffers()(estimate.finite)
             commit(step, moved)
+        estimation.check_own()
         return step
 
     def apply(self, steps: Sequence[AppliedStep]) -> None:
@@ -369,10 +373,6 @@ class StepEngine:
         """The current options of each parameter group."""
         groups = zip(self.param_groups, self._mus, strict=True)
         return tuple(GroupOptions(group["lr"], mu, float(group["weight_decay"])) for group, mu in groups)
-
-    def _checked_options(self) -> tuple[GroupOptions, ...]:
-        group_options.check_on_host(*self.param_groups)
-        return self.options()
 
     def _check_unchanged(self, since: str) -> None:
         known = self.groups

@@ -55,6 +55,8 @@ class Estimation:
         check_recorder: raises if the step could not be recorded. It is called if there are several ranks,
             which learn of it when they exchange the losses of a round. This is after its probes, because the
             forwards of sharded models need all ranks.
+        may_be_missing: whether the closure may return None, as one does that stands for pending estimates.
+            Other processes are not told then, since theirs return None too.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Estimation:
         ranks: Sharing,
         check: Callable[[], None],
         check_recorder: Callable[[], None],
+        may_be_missing: bool = False,
     ) -> None:
         self.context = context
         self.ranks = ranks
@@ -76,6 +79,8 @@ class Estimation:
             if self._observer is None:
                 found = FoundFrame(context.axes.direction.frame(step), None)
         self._found = found
+        self._error: Exception | None = None  # that this process raised
+        self._may_be_missing = may_be_missing
         self._has_seen = False  # whether the observer has seen its forward
         self._random: RandomState | None = None  # before the first probe
         self._round: Round | None = None
@@ -113,12 +118,9 @@ class Estimation:
     def run(self, session: Session, closure: Closure) -> Estimate:
         """Evaluates ``closure`` at each probe in turn, and returns the estimate."""
 
-        error: Exception | None = None
-
         def losses_of(pending: Round) -> Tensor:
-            nonlocal error
-            if error is not None:
-                return self._without_own(pending, error)
+            if self._error is not None:
+                return self._without_own(pending, self._error)
             dealt = self.ranks.dealt(len(pending))
             self.begin(pending, dealt)
             try:
@@ -126,16 +128,19 @@ class Estimation:
                 weight = _common_weight([weight for _, weight in own.values()])
                 if self.ranks.are_several:
                     self._check_recorder()
-            except Exception as raised:
-                error = raised
-                return self._without_own(pending, raised)
+            except MissingLossError as error:
+                if self._may_be_missing:
+                    raise
+                self._error = error
+                return self._without_own(pending, error)
+            except Exception as error:
+                self._error = error
+                return self._without_own(pending, error)
             losses = {index: loss for index, (loss, _) in own.items()}
             return self.reduced(Share(losses, len(pending), weight))
 
         try:
             estimate = self._completed(losses_of)
-            if error is not None:
-                raise error
         except Exception:
             if self.ranks.divides_probes and self._random is not None:
                 self._random.restore()  # ranks got differently far
@@ -143,6 +148,11 @@ class Estimation:
         if not self._repeated:
             return estimate
         return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
+
+    def check_own(self) -> None:
+        """Raises the error of this process, if other ones went on with the estimate nevertheless."""
+        if self._error is not None:
+            raise self._error
 
     def _without_own(self, pending: Round, error: Exception) -> Tensor:
         """Takes part in a round after this process raised, and in the frame, for as long as others go on."""
@@ -294,7 +304,9 @@ def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor
     if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
         article = "the loss as " if what == "closure" else ""
         raise TypeError(f"{what} {must} {article}a tensor of one element or a float, not {loss!r}")
-    return torch.full((), float(loss), dtype=widest(device), device=device)
+    # A loss that is no number, as of a rank without data, does not tell the dtype of the others.
+    dtype = torch.float32 if math.isnan(loss) else widest(device)
+    return torch.full((), float(loss), dtype=dtype, device=device)
 
 
 def as_weight(weight: object, device: torch.device) -> Tensor:

@@ -37,6 +37,7 @@ class RunState:
         recorder: receives every step.
         is_estimating: whether a closure is running.
         is_torn: whether an update raised after it had moved some of the parameters.
+        has_kept: whether estimates are kept aside while ``step(closure)`` makes another one.
     """
 
     pending: list[Estimate] = field(default_factory=list)
@@ -46,6 +47,7 @@ class RunState:
     recorder: Recorder | None = None
     is_estimating: bool = False
     is_torn: bool = False
+    has_kept: bool = False
 
     @property
     def open_round(self) -> OpenRound | None:
@@ -56,6 +58,16 @@ class RunState:
         """Raises if the next step could not be recorded."""
         if self.recorder is not None:
             self.recorder.check()
+
+    @contextmanager
+    def keeping_pending(self) -> Iterator[list[Estimate]]:
+        """Yields the pending estimates, and has none within the block."""
+        kept, self.pending = self.pending, []
+        self.has_kept = bool(kept)
+        try:
+            yield kept
+        finally:
+            self.has_kept = False
 
     def cancel_round(self) -> None:
         """Drops the open round."""

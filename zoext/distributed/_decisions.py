@@ -12,9 +12,31 @@ from typing import Any, Literal, NamedTuple
 
 Shares = Literal["batches", "probes"]
 
-#: What the numbers of an identity are, as in "it has other weights than the others".
-IDENTITY = (
-    "another seed",
+
+class Identity(NamedTuple):
+    """What all members must have alike.
+
+    Attributes:
+        recipe: of the recipe, the seed, the step and the version.
+        options: of lr, mu and weight decay of all groups.
+        weighs: whether losses have weights; None if this is not known.
+        weights: a digest of the weights; None if they are not compared.
+    """
+
+    recipe: int
+    options: int
+    weighs: int | None = None
+    weights: int | None = None
+
+    def difference(self, other: Identity) -> str | None:
+        """In what it differs, as in "it has other weights than the others"; None if it does not."""
+        pairs = zip(_DIFFERENCES, self, other, strict=True)
+        found = (what for what, own, its in pairs if own is not None and its is not None and own != its)
+        return next(found, None)
+
+
+_NONE = Identity(0, 0)
+_DIFFERENCES = (
     "another recipe, seed or version",
     "other options (lr, mu, weight_decay)",
     "closures that return other things",
@@ -41,7 +63,7 @@ class Post:
         losses: by the index of the probe.
         weight: of its losses in the average.
         base: the mean of its losses in the first round of the estimate.
-        identity: what all members must have alike, as ``IDENTITY`` names it.
+        identity: what all members must have alike.
         failed: the message of the exception that its closure raised; None if it raised none.
         is_wide: whether its losses have float64.
     """
@@ -49,7 +71,7 @@ class Post:
     losses: Mapping[int, float]
     weight: float = 1.0
     base: float = 0.0
-    identity: tuple[int, ...] = ()
+    identity: Identity = _NONE
     failed: str | None = None
     is_wide: bool = False
 
@@ -66,7 +88,7 @@ class Post:
                 losses={int(index): float(loss) for index, loss in fields["losses"].items()},
                 weight=float(fields["weight"]),
                 base=float(fields["base"]),
-                identity=tuple(map(int, fields["identity"])),
+                identity=_identity_of(fields["identity"]),
                 failed=None if failed is None else str(failed),
                 is_wide=bool(fields["is_wide"]),
             )
@@ -99,7 +121,8 @@ class Decision:
         failed: by member, why it does not take part in what follows.
         restarts: whether the estimate begins again, with the members that are left.
         error: why no member may go on; None if they may.
-        base: the mean of the members' bases, as of the first round.
+        base: what losses are clipped around, as of the first round.
+        identity: of its members.
         is_wide: whether losses have float64.
     """
 
@@ -112,6 +135,7 @@ class Decision:
     restarts: bool = False
     error: str | None = None
     base: float = 0.0
+    identity: Identity = _NONE
     is_wide: bool = False
 
     def encoded(self) -> bytes:
@@ -120,6 +144,7 @@ class Decision:
     @classmethod
     def decoded(cls, text: bytes) -> Decision:
         fields: dict[str, Any] = json.loads(text)
+        fields["identity"] = _identity_of(fields["identity"])
         fields["failed"] = {int(member): why for member, why in fields["failed"].items()}
         return cls(**{**fields, **{name: tuple(fields[name]) for name in ("members", "joining", "lost")}})
 
@@ -172,11 +197,12 @@ class Rules:
             for member, post in valid.items()
             if post is not None and (self.clip is None or post.is_finite)
         }
-        raised, differing = _failures(members, posts)
+        identity = _most_common(members, posts)
+        raised, differing = _failures(members, posts, identity)
         failed = raised | differing
         there = tuple(member for member in members if member in posts and member not in failed)
         lost = tuple(member for member in members if member not in posts)
-        known = Decision([], there, tuple(joining), announced, lost, failed)
+        known = Decision([], there, tuple(joining), announced, lost, failed, identity=identity)
         if (lost or failed) and (self.lost == "raise" or not there):
             left = tuple(member for member in members if member in posts and member not in differing)
             return replace(known, members=left, error=_error(place, lost, failed))
@@ -203,7 +229,7 @@ class Rules:
         """The average over members, in the order of their numbers."""
         weights = [post.weight for post in heard.values()]
         if self.clip is not None:  # no member counts more than two
-            most = 2 * median(weights)
+            most = 2 * median([weight for weight in weights if weight > 0] or [0.0])
             weights = [min(weight, most) for weight in weights]
         total = math.fsum(weights)
         if not total > 0:  # no member has data
@@ -236,24 +262,32 @@ def _sum(terms: Sequence[float]) -> float:
     return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)
 
 
-def _failures(members: Sequence[int], posts: Mapping[int, Post]) -> tuple[dict[int, str], dict[int, str]]:
+def _identity_of(fields: Sequence[Any]) -> Identity:
+    """Raises a TypeError for other than four numbers."""
+    return Identity(*(None if number is None else int(number) for number in fields))  # type: ignore[arg-type]
+
+
+def _most_common(members: Sequence[int], posts: Mapping[int, Post]) -> Identity:
+    """Each number of it; of equal counts, that of the member with the lowest number."""
+    here = [posts[member].identity for member in members if member in posts and posts[member].failed is None]
+    columns = zip(*here, strict=True) if here else [(0,), (0,), (), ()]
+    counts = [Counter(number for number in column if number is not None) for column in columns]
+    return _identity_of([count.most_common(1)[0][0] if count else None for count in counts])
+
+
+def _failures(
+    members: Sequence[int], posts: Mapping[int, Post], identity: Identity
+) -> tuple[dict[int, str], dict[int, str]]:
     """By member, why its closure raised, and in what it differs from most others."""
-    here = [member for member in members if member in posts]
-    raised = {member: f"its closure raised {why}" for member in here if (why := posts[member].failed)}
-    identities = {member: posts[member].identity for member in here if member not in raised}
-    if not identities:
-        return raised, {}
-    expected = Counter(identities.values()).most_common(1)[0][0]  # of equal counts, that of the lowest number
-    return raised, {
-        member: _difference(identity, expected)
-        for member, identity in identities.items()
-        if identity != expected
-    }
-
-
-def _difference(found: Sequence[int], expected: Sequence[int]) -> str:
-    what = next((name for name, a, b in zip(IDENTITY, found, expected, strict=True) if a != b), "something")
-    return f"it has {what} than the others"
+    raised, differing = {}, {}
+    for member in members:
+        if (post := posts.get(member)) is None:
+            continue
+        if post.failed is not None:
+            raised[member] = f"its closure raised {post.failed}"
+        elif (what := post.identity.difference(identity)) is not None:
+            differing[member] = f"it has {what} than the others"
+    return raised, differing
 
 
 def _error(place: Place, lost: Sequence[int], failed: Mapping[int, str]) -> str:

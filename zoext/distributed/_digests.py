@@ -17,23 +17,25 @@ from zoext.noise import NOISE_FIELD
 #: Options of a parameter group that ranks must have alike.
 NUMBERS = ("lr", "mu", "weight_decay")
 #: Elements that are added up at a time, as int64.
-_CHUNK = 2**20
+_CHUNK = 2**18
 
 
 def of_weights(groups: Sequence[Parameters], device: torch.device) -> Tensor:
-    """int64 []: a sum over the bits of all weights, with another factor for each chunk of each tensor.
+    """int64 []: a sum over the bits of all weights, with another factor for each element and each chunk.
 
     Sharded weights, of which ranks have different parts, are left out.
     """
     sums = [
-        moved(chunk.sum(dtype=torch.int64), device)
+        moved(_mixed(chunk), device)
         for group in groups
         for tensor, owner in zip(group.tensors, group.owners, strict=True)
         if not shards.is_distributed(owner)
         for chunk in _chunks(tensor.detach())
     ]
-    factors = 2 * torch.arange(len(sums), device=device) + 1
-    return (torch.stack(sums) * factors).sum() if sums else torch.zeros((), dtype=torch.int64, device=device)
+    if not sums:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    total = (torch.stack(sums) * _factors(len(sums), device)).sum()
+    return _scrambled(total)  # as its low bits are compared, which must depend on all bits
 
 
 def of_recipe(options: Sequence[Mapping[str, Any]]) -> int:
@@ -60,6 +62,24 @@ def of_options(options: Sequence[Mapping[str, Any]]) -> int:
 
 def _number_of(plain: Sequence[Any]) -> int:
     return zlib.crc32(repr(plain).encode())
+
+
+def _mixed(chunk: Tensor) -> Tensor:
+    """Of the bits of a chunk and their order."""
+    bits = chunk.reshape(-1).to(torch.int64)
+    return (_scrambled(bits) * _factors(bits.numel(), bits.device)).sum()
+
+
+def _factors(count: int, device: torch.device) -> Tensor:
+    """Odd numbers, as different as those of a hash function."""
+    return _scrambled(torch.arange(1, count + 1, device=device)) | 1
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """Numbers whose low bits depend on all bits: the finalizer of SplitMix64, with arithmetic shifts."""
+    numbers = (numbers ^ (numbers >> 30)) * -0x40A7B892E31B1A47
+    numbers = (numbers ^ (numbers >> 27)) * -0x6B2FB644ECCEEE15
+    return numbers ^ (numbers >> 31)
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._runtime.arguments import check_count
 from zoext._runtime.devices import widest
 from zoext.directions import Frame, Observer
 from zoext.distributed import _digests
-from zoext.distributed._decisions import Decision, Place, Post, Rules, Shares
+from zoext.distributed._decisions import Decision, Identity, Place, Post, Rules, Shares
 from zoext.distributed._ledger import Ledger
 from zoext.distributed._sharing import EstimateRestart, Losses, Share, Sharing
 
@@ -56,7 +56,7 @@ class ElasticGroup:
         store: where the members meet, such as a ``TCPStore``. If the process that holds it ends, all members
             raise: give it a process of its own.
         members: how many the run begins with.
-        member: the number of this one, from 0; None for one that joins a run.
+        member: the number of this one, from 0; None for one that joins a run, or starts again.
         shares: "batches" (default) if members have batches of their own, whose losses are averaged; "probes"
             if they have the same batch and evaluate different probes of a round. Probes that did not come
             back are then left out of the estimate (``Estimate.missing``).
@@ -69,7 +69,7 @@ class ElasticGroup:
             weight. With probes, losses count only within ``clip`` of the median loss. Losses that are not
             finite count as not there.
         timeout: seconds that a process which joins waits for the others. Default 600.
-        name: of the run, if the store has several, or the same run is begun again.
+        name: of the run; a run that is begun again on the same store needs another one. Default "run".
 
     Attributes:
         member: the number of this member.
@@ -108,6 +108,11 @@ class ElasticGroup:
         self.begins_with = range(members)
         self.is_newcomer = member is None
         self.member = self.ledger.new_member(members) if member is None else member
+        if not self.ledger.claim(self.member):
+            raise ValueError(
+                f"member: a process of the run {name!r} has had the number {member} before. Pass member=None "
+                "if this one starts again, or another name if it begins another run"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ElasticGroup:
         raise TypeError(
@@ -135,7 +140,8 @@ class ElasticRanks(Sharing):
         self._has_announced = False
         self._seen = (-math.inf, 0)  # when this member was at which step, while it took no part
         self._is_open = False  # whether an estimate was begun and not ended
-        self._identity: tuple[int, ...] = ()
+        self._identity = Identity(0, 0)
+        self._joining: tuple[int, ...] = ()  # who waits for the next estimate as this one begins
         self._refused: str | None = None  # why this process must not take part any more
         self._base = 0.0  # the mean of the losses of the first round
 
@@ -156,10 +162,21 @@ class ElasticRanks(Sharing):
             )
 
     def begin(
-        self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device
+        self,
+        groups: Sequence[Parameters],
+        options: Sequence[Mapping[str, Any]],
+        device: torch.device,
+        *,
+        is_first: bool = True,
     ) -> None:
         if self._refused is not None:
             raise RuntimeError(self._refused)
+        if not is_first:
+            raise RuntimeError(
+                "process_group: an elastic group takes one estimate a step; evaluate all micro-batches in "
+                "one closure, or pass a ProcessGroup"
+            )
+        _check_whole(groups)
         step, last = options[0]["step"], self._place
         if last is None or last.step != step:
             self._place = Place(step)
@@ -169,26 +186,32 @@ class ElasticRanks(Sharing):
             self._place = Place(step, last.estimate + 1)
         self._is_open, self._known = True, None
         if self._decided is not None:
-            self._members = self._decided.next_members
-        else:
-            self._check_reachable(step)
+            self._members, self._joining = self._decided.next_members, ()
         # Also when members have come, so that these are compared too.
         is_compared = step % COMPARED_EVERY == 0 or self._decided is None or self._decided.joining
-        digest = int(_digests.of_weights(groups, device)) if is_compared else 0
-        self._identity = (0, _digests.of_recipe(options), _digests.of_options(options), 0, digest)
+        digest = int(_digests.of_weights(groups, device)) if is_compared else None
+        self._identity = Identity(_digests.of_recipe(options), _digests.of_options(options), None, digest)
 
-    def _check_reachable(self, step: int) -> None:
-        latest = self._ledger.latest()
-        assert self._place is not None
-        if latest is not None and step <= latest and self._ledger.decision(self._place) is None:
+    def check_asking(self) -> None:
+        raise RuntimeError(
+            "process_group: ask() is for one process; the members of an elastic group take step(closure)"
+        )
+
+    def _check_reachable(self) -> None:
+        """Raises if others are further than a round that this member knows no decision of."""
+        latest, step = self._ledger.latest(), self._at.step
+        if latest is not None and step < latest and self._ledger.decision(self._at) is None:
             raise RuntimeError(
-                f"process_group: this member is at step {step} and the run at step {latest + 1}, and the "
-                "decisions between are not kept any more; replay the trajectory of the run first"
+                f"process_group: this member is at step {step} and the run at step {latest}, and the "
+                "decisions between are not kept any more, or are those of another program; begin with the "
+                "weights of the run, and replay its trajectory"
             )
 
     def dealt(self, count: int) -> Sequence[int]:
         self._known = self._ledger.decision(self._at)
-        if not self._takes_part:
+        if self._known is None:
+            self._check_reachable()
+        if not self._takes_part and self._at.round == 0:
             self._announce()
         if self._known is not None or not self._takes_part:
             return ()
@@ -223,7 +246,8 @@ class ElasticRanks(Sharing):
     def restart(self) -> None:
         assert self._decided is not None
         self._place = Place(self._at.step, self._at.estimate + 1)
-        self._members = self._decided.next_members
+        # Who has joined takes part in the next estimate, which begins with a comparison of weights.
+        self._members, self._joining = self._decided.members, self._decided.joining
         self._known = None
 
     def fail(self, count: int, seeds: Tensor, error: Exception, *, is_dealt: bool = True) -> Tensor | None:
@@ -260,13 +284,11 @@ class ElasticRanks(Sharing):
         losses = {index: float(loss) for index, loss in share.losses.items()}
         if self._at.round == 0:
             self._base = math.fsum(losses.values()) / max(len(losses), 1) if _finite(losses) else math.nan
-        seed = zlib.crc32(int(seeds[0]).to_bytes(8, "little", signed=True))
-        _, recipe, options, _, digest = self._identity
         return Post(
             losses,
             1.0 if share.weight is None else float(share.weight),
             self._base,
-            (seed, recipe, options, int(share.weight is not None), digest),
+            self._identity._replace(weighs=int(share.weight is not None)),
             is_wide=any(loss.dtype == torch.float64 for loss in share.losses.values()),
         )
 
@@ -294,13 +316,14 @@ class ElasticRanks(Sharing):
                 f"process_group: no member of the run decided step {place.step} within "
                 f"{self._group.timeout:g} s (timeout); begin the run again with other members"
             )
+        self._check_reachable()
         return self._proposed(count)
 
     def _proposed(self, count: int) -> Decision:
         place, last = self._at, self._decided
         joining, since = ((), 0) if last is None else (last.joining, last.announced)
         if place.round == 0:
-            joining = ()
+            joining = self._joining
         new, announced = self._ledger.announced(since)
         decision = self._group.rules.decide(
             place,
@@ -320,6 +343,9 @@ class ElasticRanks(Sharing):
         self._decided, self._members = decision, decision.members
         if self._known is None and (why := decision.failed.get(self._group.member)) is not None:
             self._refused = f"process_group: member {self._group.member} is not one of this run: {why}"
+            raise RuntimeError(self._refused)
+        if (what := self._identity._replace(weights=None).difference(decision.identity)) is not None:
+            self._refused = f"process_group: this member has {what} than the run; give it those of the run"
             raise RuntimeError(self._refused)
         if decision.error is not None:
             self._is_open = False
@@ -342,6 +368,16 @@ class ElasticRanks(Sharing):
         rules = self._group.rules
         missing = sorted(i for member in lost for i in rules.share(member, before, share.size))
         return Losses(values, tuple(missing), len(missing))
+
+
+def _check_whole(groups: Sequence[Parameters]) -> None:
+    for group in groups:
+        for name, owner in zip(group.names, group.owners, strict=True):
+            if shards.is_distributed(owner):
+                raise ValueError(
+                    f"process_group: {name} is a DTensor, and the members of an elastic group have whole "
+                    "models; pass a ProcessGroup"
+                )
 
 
 def _finite(losses: Mapping[int, float]) -> bool:

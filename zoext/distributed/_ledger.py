@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # a build of torch may lack it
 
 #: Steps whose decisions are kept for members that come late.
 HISTORY = 10_000
+#: What no key of the store has as its value.
+_NEVER = "never"
 #: Seconds between two looks at the store: at first, and at most.
 _SHORTEST, _LONGEST = 2e-4, 2e-2
 
@@ -25,8 +27,13 @@ class Ledger:
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
         self._name = name
+        self._announcements = 0  # by this process
         self._decided: deque[tuple[int, str]] = deque()
         self._posted: deque[tuple[int, str]] = deque()
+
+    def claim(self, member: int) -> bool:
+        """Takes the number of a member; returns False if a process had it before."""
+        return bool(self._store.add(self._key(f"claim/{member}"), 1) == 1)
 
     def new_member(self, first: int) -> int:
         """A number that no member of the run has had, from ``first`` on."""
@@ -34,14 +41,17 @@ class Ledger:
 
     def announce(self, member: int) -> None:
         """Asks for a part in the estimates to come."""
-        number = self._store.add(self._key("announcements"), 1)
-        self._store.set(self._key(f"announcement/{number}"), str(member))
+        self._announcements += 1
+        number, own = 1, f"{member} {self._announcements}"
+        # In one operation, so that a process that dies here leaves no gap.
+        while self._store.compare_set(self._key(f"announcement/{number}"), "", own) != own.encode():
+            number += 1
 
     def announced(self, since: int) -> tuple[list[int], int]:
         """The members that asked after the first ``since``, and how many have."""
         members = []
-        while self._store.check([key := self._key(f"announcement/{since + 1}")]):
-            members.append(int(self._store.get(key)))
+        while (found := self._get(f"announcement/{since + 1}")) is not None:
+            members.append(int(found.split()[0]))
             since += 1
         return members, since
 
@@ -57,10 +67,9 @@ class Ledger:
         """Those that are there and can be read, in the order of ``members``."""
         found = {}
         for member in members:
-            key = self._post_key(place, member)
-            if self._store.check([key]):
+            if (text := self._get(f"post/{place}/{member}")) is not None:
                 with suppress(ValueError):
-                    found[member] = Post.decoded(self._store.get(key))
+                    found[member] = Post.decoded(text)
         return found
 
     def is_complete(self, place: Place, members: Sequence[int]) -> bool:
@@ -68,8 +77,8 @@ class Ledger:
         return bool(self._store.check([self._post_key(place, member) for member in members]))
 
     def decision(self, place: Place) -> Decision | None:
-        key = self._key(f"decision/{place}")
-        return Decision.decoded(self._store.get(key)) if self._store.check([key]) else None
+        text = self._get(f"decision/{place}")
+        return None if text is None else Decision.decoded(text)
 
     def propose(self, place: Place, decision: Decision) -> Decision:
         """Returns what is decided: this, or what another member proposed before."""
@@ -85,8 +94,8 @@ class Ledger:
 
     def latest(self) -> int | None:
         """The step of the last decision; None if there is none."""
-        key = self._key("latest")
-        return int(self._store.get(key)) if self._store.check([key]) else None
+        text = self._get("latest")
+        return None if text is None else int(text)
 
     def wait(self, is_over: Callable[[], bool], seconds: float) -> bool:
         """Waits until ``is_over()``; returns whether it was in time."""
@@ -98,6 +107,11 @@ class Ledger:
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST)
         return True
+
+    def _get(self, name: str) -> bytes | None:
+        """A value, or None if there is none; the store's own ``get`` would wait for it."""
+        found = self._store.compare_set(self._key(name), _NEVER, _NEVER)
+        return None if found == _NEVER.encode() else found
 
     def _post_key(self, place: Place, member: int) -> str:
         return self._key(f"post/{place}/{member}")

@@ -59,6 +59,7 @@ class Ranks(Sharing):
         self._frames = FrameBroadcast()
         self._batches = LateReads()
         self._digests: Tensor | None = None  # int64 [3], as in ``_COMPARED``, if compared at this step
+        self._has_failed = False  # whether this rank raised, and the others have yet to learn of it
         self._is_first = False  # whether the next round is the first of an estimate
         self._step = 0
 
@@ -144,7 +145,9 @@ class Ranks(Sharing):
         failed = CheckedSum.failure(dist.get_rank(), seeds.device)
         losses = torch.full((count,), torch.nan, dtype=failed.dtype, device=seeds.device)
         try:
-            return self._mean(losses, seeds, None, losses[0] if is_dealt else None, failed)
+            losses = self._mean(losses, seeds, None, losses[0] if is_dealt else None, failed)
+            self._has_failed = True
+            return losses
         except RuntimeError:  # as on the other ranks; the error of the closure says more
             return None
 
@@ -159,23 +162,27 @@ class Ranks(Sharing):
         data, probes = self.data, self.probes if first is not None else None
         if data is None and probes is None:
             return losses
-        digest = None if self._digests is None else self._digests.sum()
-        identity = Identity(seeds[0], digest, weight is not None)
+        digest = torch.zeros_like(seeds[0]) if self._digests is None else self._digests.sum()
+        kind = 2 * (losses.dtype == torch.float64) + (weight is not None)
         sums = losses.to(widest(losses.device))
         if probes is not None and first is not None:
-            seen = first.to(sums.dtype).view(1)
+            seen = first.to(sums.dtype).view(-1)[: self._compares_batches]
             values = torch.cat((sums, seen, seen * seen))
-            values, failed = self._sums["probe_group"].of(values, identity, failed, probes)
-            sums = values[:-2]
+            found = self._sums["probe_group"].of(values, Identity(seeds[0], digest, kind), failed, probes)
+            sums, failed, differs = found.values[: len(sums)], found.failed, found.differs
             if self._compares_batches:
-                mean, square = values[-2:] / dist.get_world_size(probes)
-                self._batches.send(square - mean * mean > (_NOISE * mean) ** 2)
+                mean, square = found.values[len(sums) :] / dist.get_world_size(probes)
+                has_other_batch = square - mean * mean > (_NOISE * mean) ** 2
+                self._batches.send(has_other_batch)
+                differs = differs | has_other_batch
+            # Ranks with other batches must not take a step that these do not take.
+            digest = digest + differs
         if data is not None:
             own = torch.ones_like(sums[:1]) if weight is None else weight.to(sums.dtype).view(1)
             weighed = torch.where(own == 0, torch.zeros_like(sums), sums * own)  # a rank without data has NaN
             values = torch.cat((weighed, own))
-            values, _ = self._sums["process_group"].of(values, identity, failed, data)
-            sums = values[:-1] / values[-1]
+            found = self._sums["process_group"].of(values, Identity(seeds[0], digest, kind), failed, data)
+            sums = found.values[:-1] / found.values[-1]
         self._is_first = False
         if losses.device.type == "cpu":
             self.raise_if_differing()
@@ -208,7 +215,12 @@ class Ranks(Sharing):
     # Whether the ranks belong together
 
     def begin(
-        self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device
+        self,
+        groups: Sequence[Parameters],
+        options: Sequence[Mapping[str, Any]],
+        device: torch.device,
+        *,
+        is_first: bool = True,
     ) -> None:
         """Prepares the comparison of the ranks, before the first round of an estimate.
 
@@ -216,9 +228,14 @@ class Ranks(Sharing):
 
         Raises:
             RuntimeError: if the last step found a rank that differs.
-            ValueError: if ranks that evaluate other probes have parts of the same parameter.
+            ValueError: if ranks that evaluate other probes have parts of the same parameter, or ranks that
+                do not exchange losses.
         """
+        if self._has_failed:  # this rank has raised its own error
+            self._has_failed = False
+            self._take()
         self.raise_if_differing()
+        _check_meshes(groups, self.data)
         if self.probes is not None:
             _check_not_dealt_out(groups, dist.get_process_group_ranks(self.probes))
         step = options[0]["step"]
@@ -231,19 +248,22 @@ class Ranks(Sharing):
 
     def raise_if_differing(self) -> None:
         """Raises a RuntimeError that names a rank, if a sum found one; all ranks of the sum find it alike."""
+        found, has_other_batch = self._take()
+        groups = {"probe_group": self.probes, "process_group": self.data}
         # All before any is raised: naming a rank takes a collective.
-        errors = [
-            self._error(name, group, found)
-            for name, group in (("probe_group", self.probes), ("process_group", self.data))
-            for found in self._sums[name].take()
-        ]
-        if any(self._batches.take()):
+        errors = [self._error(name, groups[name], each) for name, each in found]
+        if has_other_batch:
             errors.append(
                 f"probe_group: ranks have different losses at the same weights at step {self._step}. Give "
                 "all of them the same batch and the same random seed; other batches are for process_group"
             )
         if errors:
             raise RuntimeError(errors[0])
+
+    def _take(self) -> tuple[list[tuple[str, Found]], bool]:
+        """What the sums since the last call found, with the name of the group; and if batches differ."""
+        found = [(name, each) for name, checked in self._sums.items() for each in checked.take()]
+        return found, any(self._batches.take())
 
     def _error(self, name: str, group: ProcessGroup | None, found: Found) -> str:
         if found.steps_differ:
@@ -265,31 +285,53 @@ class Ranks(Sharing):
                 "recorded; see the error there. The step moved no weight"
             )
         return (
-            f"{name}: some ranks return (loss, weight) and others a loss alone at step {self._step}; return "
-            "a pair on all ranks or on none"
+            f"{name}: some ranks return (loss, weight) and others a loss alone, or losses of float64, as "
+            f"Python floats are, and others of float32, at step {self._step}; return the same on all ranks"
         )
 
     def _odd_ranks(self, group: ProcessGroup | None) -> str:
         """Which ranks differ from most, or from the first one if no more are alike, and in what."""
         assert group is not None
-        assert self._digests is not None
+        if self._digests is None:  # another group of some of these ranks found that its ranks differ
+            return "some ranks have other weights, options or batches than others"
         rows = self._digests.new_zeros((dist.get_world_size(group), len(_COMPARED)))
         rows[dist.get_rank(group)] = self._digests
         dist.all_reduce(rows, group=group)
         found = [tuple(row) for row in rows.tolist()]
         expected = Counter(found).most_common(1)[0][0]
         odd = [rank for rank, row in enumerate(found) if row != expected]
-        ranks = ", ".join(map(str, odd[:5])) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
+        if not odd:
+            return "a rank of another group of these ranks has other weights, options or batches"
+        numbers = [dist.get_global_rank(group, rank) for rank in odd]
+        ranks = ", ".join(map(str, numbers[:5])) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
         columns = zip(_COMPARED, *(found[rank] for rank in (odd[0], found.index(expected))), strict=True)
         what = " and ".join(name for name, own, other in columns if own != other)
         has = f"rank {ranks} has" if len(odd) == 1 else f"ranks {ranks} have"
-        return f"{has} {what} than rank {found.index(expected)}"
+        return f"{has} {what} than rank {dist.get_global_rank(group, found.index(expected))}"
 
 
 def _of_several(group: Any) -> ProcessGroup | None:
     if group is None or dist.get_world_size(group) == 1:
         return None
     return group  # type: ignore[no-any-return]
+
+
+def _check_meshes(groups: Sequence[Parameters], data: ProcessGroup | None) -> None:
+    """Raises for a DTensor with parts on ranks that do not exchange losses with this one."""
+    connected = {dist.get_rank()} if data is None and dist.is_initialized() else set()
+    connected = connected if data is None else set(dist.get_process_group_ranks(data))
+    known: set[DeviceMesh] = set()
+    for parameters in groups:
+        for name, owner in zip(parameters.names, parameters.owners, strict=True):
+            if not shards.is_distributed(owner) or owner.device_mesh in known:
+                continue
+            known.add(owner.device_mesh)
+            if not connected.issuperset(owner.device_mesh.mesh.flatten().tolist()):
+                raise ValueError(
+                    f"process_group: ranks that hold parts of {name} do not exchange losses, so that these "
+                    "parts would take different steps; pass process_group='auto', or a group with all ranks "
+                    "of its mesh"
+                )
 
 
 def _check_not_dealt_out(groups: Sequence[Parameters], ranks: Sequence[int]) -> None:

@@ -92,9 +92,22 @@ class Sharing(ABC):
 
     @abstractmethod
     def begin(
-        self, groups: Sequence[Parameters], options: Sequence[Mapping[str, Any]], device: torch.device
+        self,
+        groups: Sequence[Parameters],
+        options: Sequence[Mapping[str, Any]],
+        device: torch.device,
+        *,
+        is_first: bool = True,
     ) -> None:
-        """Begins an estimate; raises a RuntimeError if the processes were found not to belong together."""
+        """Begins an estimate, the first one of a step or another.
+
+        Raises:
+            RuntimeError: if the processes were found not to belong together.
+            ValueError: for parameters that they do not share.
+        """
+
+    def check_asking(self) -> None:  # noqa: B027
+        """Raises a RuntimeError if the caller cannot evaluate the probes of a round."""
 
     @abstractmethod
     def dealt(self, count: int) -> Sequence[int]:

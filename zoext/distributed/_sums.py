@@ -22,18 +22,20 @@ class Identity(NamedTuple):
 
     Attributes:
         seed: int64 [], of the step.
-        digest: int64 [], of weights and options; None if they are not compared at this step.
-        weighs: whether the closure returns a weight for its loss.
+        digest: int64 [], of weights and options; 0 if they are not compared at this step.
+        kind: a number for what the closure returns.
     """
 
     seed: Tensor
-    digest: Tensor | None
-    weighs: bool
+    digest: Tensor
+    kind: int
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
-        digest = self.digest if self.digest is not None else torch.zeros_like(self.seed)
-        weighs = torch.full_like(self.seed, int(self.weighs))
-        return torch.stack((self.seed, digest, weighs)).bitwise_and(_MASKS[dtype]).to(dtype)
+        return (
+            torch.stack((self.seed, self.digest, torch.full_like(self.seed, self.kind)))
+            .bitwise_and(_MASKS[dtype])
+            .to(dtype)
+        )
 
 
 class Found(NamedTuple):
@@ -41,9 +43,23 @@ class Found(NamedTuple):
 
     steps_differ: bool
     weights_differ: bool
-    weighing_differs: bool
+    kinds_differ: bool
     failed: int  # how many ranks whose closure raised
     failed_rank: int  # if it is one
+
+
+class Sums(NamedTuple):
+    """What the ranks of a group have together.
+
+    Attributes:
+        values: their sums, [n].
+        failed: the sum of the numbers that tell which ranks failed, [].
+        differs: whether something differs that must be the same, bool [].
+    """
+
+    values: Tensor
+    failed: Tensor
+    differs: Tensor
 
 
 class CheckedSum:
@@ -53,10 +69,8 @@ class CheckedSum:
         self._found = LateReads()
         self._unit = _FAILED[torch.float64]
 
-    def of(
-        self, values: Tensor, identity: Identity, failed: Tensor | None, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the sums of ``values`` [n], and of the numbers that tell which ranks failed, [].
+    def of(self, values: Tensor, identity: Identity, failed: Tensor | None, group: dist.ProcessGroup) -> Sums:
+        """Adds up ``values`` [n] over ``group``.
 
         Args:
             values: of the widest dtype of their device.
@@ -75,7 +89,7 @@ class CheckedSum:
         differs = total[end + 1 :] != dist.get_world_size(group) * torch.cat((own, own * own))
         differs = differs.view(2, 3).any(0)
         self._found.send(torch.cat((differs.to(dtype), total[end : end + 1])))
-        return total[:end], total[end]
+        return Sums(total[:end], total[end], differs.any())
 
     @staticmethod
     def failure(rank: int, device: torch.device) -> Tensor:
@@ -87,8 +101,8 @@ class CheckedSum:
         """What the sums since the last call found, if anything is wrong."""
         found = []
         for *differs, failed in self._found.take():
-            steps, weights, weighing = map(bool, differs)
+            steps, weights, kinds = map(bool, differs)
             count, rank = divmod(int(failed), self._unit)
-            if count or steps or weights or weighing:
-                found.append(Found(steps, weights, weighing, count, rank))
+            if count or steps or weights or kinds:
+                found.append(Found(steps, weights, kinds, count, rank))
         return found
