@@ -174,7 +174,7 @@ def tells_of_a_closure_that_raised(groups: str, rank: int) -> None:
 def goes_on_with_an_estimate_until_the_others_know(recipe: str, rank: int) -> None:
     """On a device, ranks learn of an error when the next step begins, and finish the rounds of this one."""
     net = model()
-    optimizer = RECIPES[recipe](net, nonfinite="skip", **SETTINGS)
+    optimizer = RECIPES[recipe](net, nonfinite="skip", **{**SETTINGS, "weight_decay": 0.0})
     before = flat(net)
 
     def closure() -> Tensor:
@@ -187,10 +187,12 @@ def goes_on_with_an_estimate_until_the_others_know(recipe: str, rank: int) -> No
             with pytest.raises(ValueError, match="no data"):
                 optimizer.step(closure)
         else:
-            optimizer.estimate(closure)
+            optimizer.step(closure)
     assert torch.equal(flat(net), before)
-    with pytest.raises(RuntimeError, match="the closure of rank 1 raised at step 0"):
-        optimizer.step(lambda: loss(net, 0))
+    assert optimizer.param_groups[0]["step"] == 1  # on all ranks, so that they stay in step
+    if rank != 1:  # which knows
+        with pytest.raises(RuntimeError, match="the closure of rank 1 raised at step 0"):
+            optimizer.step(lambda: loss(net, 0))
     optimizer.step(lambda: loss(net, 1))
     check_alike(net)
     assert not torch.equal(flat(net), before)
@@ -223,6 +225,61 @@ def refuses_weights_on_some_ranks(rank: int) -> None:
     with pytest.raises(RuntimeError, match=r"some ranks return \(loss, weight\) and others a loss alone"):
         optimizer.step(lambda: (loss(net, 0), 2) if rank == 2 else loss(net, 0))
     optimizer.step(lambda: (loss(net, 0), 2))
+
+
+def refuses_losses_of_other_dtypes(rank: int) -> None:
+    """Each rank would round the average to its own; a rank without data may return any NaN."""
+    net = model()
+    optimizer = zoext.MeZO(net, **SETTINGS)
+    with pytest.raises(RuntimeError, match=r"losses of float64, as Python floats are, and others of float32"):
+        optimizer.step(lambda: loss(net, 0).item() if rank == 1 else loss(net, 0))
+    for step in range(3):
+        optimizer.step(lambda step=step: (float("nan"), 0) if rank == 1 else (loss(net, step), 2))
+        check_alike(net)
+    optimizer.step(lambda: loss(net, 0).double())
+    check_alike(net)
+
+
+def finds_one_rank_that_differs_in_a_mesh(rank: int) -> None:
+    """Also on the ranks that share neither its batch nor its probes."""
+    for odd in range(RANKS):
+        net = model()
+        if rank == odd:
+            with torch.no_grad():
+                net[0].weight.mul_(-2)
+        before = flat(net)
+        with pytest.raises(RuntimeError, match=r"(other weights|has other|ranks are|have other)"):
+            zoext.MeZO(net, process_group=of_data_and_probes(), **SETTINGS).step(lambda net=net: loss(net, 0))
+        assert torch.equal(flat(net), before)
+
+
+def finds_weights_in_another_order_or_scale(rank: int) -> None:
+    for change in (
+        lambda weight: weight.copy_(weight.flip(0)),
+        lambda weight: weight.mul_(-2),
+        lambda weight: weight.neg_(),
+    ):
+        net = model()
+        with torch.no_grad():
+            if rank == 2:
+                change(net[0].weight)
+        with pytest.raises(RuntimeError, match="rank 2 has other weights than rank 0"):
+            zoext.MeZO(net, **SETTINGS).step(lambda net=net: loss(net, 0))
+
+
+def applies_pending_estimates(rank: int) -> None:
+    """With a closure that returns None, as Lightning passes; nothing is told to the others for it."""
+    net, plain = model().eval(), model().eval()
+    for its, act in (
+        (net, lambda optimizer: optimizer.step(lambda: None)),
+        (plain, lambda optimizer: optimizer.step()),
+    ):
+        optimizer = zoext.MeZO(its, **SETTINGS)
+        for step in range(3):
+            optimizer.estimate(lambda its=its, step=step: loss(its, 4 * step + rank))
+            act(optimizer)
+    assert torch.equal(flat(net), flat(plain))
+    check_alike(net)
 
 
 def refuses_groups_that_do_not_fit(rank: int) -> None:
@@ -276,6 +333,10 @@ CASES |= {
         finds_ranks_with_other_batches,
         weighs_losses,
         refuses_weights_on_some_ranks,
+        refuses_losses_of_other_dtypes,
+        finds_one_rank_that_differs_in_a_mesh,
+        finds_weights_in_another_order_or_scale,
+        applies_pending_estimates,
         refuses_groups_that_do_not_fit,
     )
 }

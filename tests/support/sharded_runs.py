@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -159,6 +159,19 @@ def frees_what_a_forward_gathered_that_raised(rank: int) -> None:
         torch.testing.assert_close(loss_of(model, 0), expected)
 
 
+def refuses_ranks_that_exchange_no_losses(rank: int) -> None:
+    """The parts of one model would take different steps."""
+    model = model_of(torch.float32)
+    fully_shard(model)
+    own = distributed.new_group([rank], use_local_synchronization=True)
+    for group in (None, own):
+        optimizer = zoext.MeZO(model, process_group=group)
+        with pytest.raises(
+            ValueError, match=r"process_group: ranks that hold parts of 0\.weight do not exchange"
+        ):
+            optimizer.step(lambda: loss_of(model, 0))
+
+
 def refuses_agzo_over_tensor_parallelism(rank: int) -> None:
     mesh = init_device_mesh("cpu", (4,))
     model = model_of(torch.float32)
@@ -185,6 +198,7 @@ CASES |= {
         has_batches_of_its_own,
         frees_what_a_forward_gathered_that_raised,
         refuses_agzo_over_tensor_parallelism,
+        refuses_ranks_that_exchange_no_losses,
     )
 }
 
