@@ -65,6 +65,21 @@ class Agreement:
             _check_meshes(connected, tensors)
         return found
 
+    @classmethod
+    def of_one(cls, optimizer: ZerothOrderOptimizer) -> Agreement:
+        """This rank alone, to record.
+
+        Raises:
+            ValueError: for sharded parameters, whose digests need all ranks.
+        """
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        if any(map(shards.is_distributed, tensors)):
+            raise ValueError(
+                "collective: the digests of sharded parameters need all ranks; leave it out, and open the "
+                "trajectory on all of them"
+            )
+        return cls((), "record")
+
     @property
     def is_first(self) -> bool:
         """Whether no other rank has a lower number. A collective."""

@@ -50,7 +50,10 @@ class Recording:
             for file in (folder.frames, folder.trajectory):
                 file.unlink(missing_ok=True)
             frames = settings.record_frames
-            return cls(Trajectory(folder.trajectory, optimizer, frames=frames, notes=notes), folder)
+            trajectory = Trajectory(
+                folder.trajectory, optimizer, frames=frames, notes=notes, collective=False
+            )
+            return cls(trajectory, folder)
 
     @classmethod
     def resume(cls, folder: RunFolder, optimizer: ZerothOrderOptimizer) -> Recording:
@@ -60,7 +63,7 @@ class Recording:
             TrajectoryError: if it cannot be continued. Nothing was changed.
         """
         with writing_trajectory(folder):
-            return cls(Trajectory(folder.trajectory, optimizer, resume=True), folder)
+            return cls(Trajectory(folder.trajectory, optimizer, resume=True, collective=False), folder)
 
     def position(self) -> Position | None:
         """The end of the trajectory, after all steps so far are on the disk."""

@@ -59,6 +59,8 @@ class Trajectory:
             ``run.jsonl.cut`` and their frames to ``run.frames.cut``, replacing older files of these names.
             The file must have the recipe and the parameters of the optimizer, and also the same weights if it
             is continued from the step where it begins.
+        collective: whether all ranks of the run open the trajectory, of which the first one writes (default).
+            With False, one rank alone opens and writes it; the others must not wait for it if that raises.
 
     Warns:
         UserWarning: if a replay cannot reproduce the bits of the run: a run of AGZO without ``frames``, or
@@ -87,10 +89,11 @@ class Trajectory:
         frames: bool = False,
         notes: Mapping[str, Any] | None = None,
         resume: bool = False,
+        collective: bool = True,
     ) -> None:
         self.path = Path(path)
         self._optimizer = optimizer = unwrap(optimizer)
-        agreement = Agreement.of_run(optimizer)
+        agreement = Agreement.of_run(optimizer) if collective else Agreement.of_one(optimizer)
         is_first = agreement.is_first
         with_frames = frames and optimizer.engine.axes.direction.watches
         with agreement.reached(_outline_of_run(optimizer, with_frames, resume)):
