@@ -272,17 +272,17 @@ class Ranks(Sharing):
                 f"{self._step}), so their losses do not belong together. Have all ranks call step() or "
                 "estimate() equally often, also after an exception, and give them the same seed"
             )
-        if found.weights_differ:
-            return (
-                f"{name}: {self._odd_ranks(group)} at step {self._step}. Give all ranks the same before the "
-                "first step, after the model is wrapped or loaded; or pass process_group=None if they train "
-                "different models"
-            )
         if found.failed:
             which = f"rank {found.failed_rank}" if found.failed == 1 else f"{found.failed} ranks"
             return (
                 f"{name}: the closure of {which} raised at step {self._step}, or the step could not be "
                 "recorded; see the error there. The step moved no weight"
+            )
+        if found.weights_differ:
+            return (
+                f"{name}: {self._odd_ranks(group)} at step {self._step}. Give all ranks the same before the "
+                "first step, after the model is wrapped or loaded; or pass process_group=None if they train "
+                "different models"
             )
         return (
             f"{name}: some ranks return (loss, weight) and others a loss alone, or losses of float64, as "
