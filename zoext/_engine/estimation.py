@@ -15,6 +15,7 @@ from torch import Tensor
 from zoext._engine.context import StepContext
 from zoext._engine.first_order import explained_backward
 from zoext._engine.missing_losses import MissingLosses
+from zoext._parameters import shards
 from zoext._runtime.devices import moved, widest
 from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
@@ -137,7 +138,8 @@ class Estimation:
                 self._error = error
                 return self._without_own(pending, error)
             losses = {index: loss for index, (loss, _) in own.items()}
-            return self.reduced(Share(losses, len(pending), weight))
+            random = self._random_number() if self.ranks.compares_random else None
+            return self.reduced(Share(losses, len(pending), weight, random))
 
         try:
             estimate = self._completed(losses_of)
@@ -148,6 +150,12 @@ class Estimation:
         if not self._repeated:
             return estimate
         return dataclasses.replace(estimate, forwards=estimate.forwards + self._repeated)
+
+    def _random_number(self) -> int | None:
+        """A number for the random generators, if probes read them."""
+        if self._random is None or not self._random.read_since():
+            return None
+        return RandomState(*self.context.devices).digest()
 
     def check_own(self) -> None:
         """Raises the error of this process, if other ones went on with the estimate nevertheless."""
@@ -298,7 +306,7 @@ def as_loss(loss: object, device: torch.device, what: str = "closure") -> Tensor
             )
         if loss.is_complex():
             raise TypeError(f"{what} {must} a real number, not {loss.dtype}")
-        loss = loss.detach().reshape(())
+        loss = shards.whole(loss.detach()).reshape(())  # loss-parallel models return a DTensor
         dtype = widest(device) if loss.dtype == torch.float64 else torch.float32
         return moved(loss.to(dtype), device)
     if isinstance(loss, bool) or not isinstance(loss, numbers.Real):

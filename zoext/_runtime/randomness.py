@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
+import zlib
 from typing import Any
 
 import torch
@@ -42,6 +43,16 @@ class RandomState:
                 (self._numpy[1] != now._numpy[1]).any()
             )
         return [name for name, differs in moved.items() if differs]
+
+    def digest(self) -> int:
+        """A number for the state of all generators."""
+        states = [self._cpu, *(state.cpu() for state in self._on_devices.values() if state is not None)]
+        number = zlib.crc32(repr(self._python).encode())
+        for state in states:
+            number = zlib.crc32(state.numpy().tobytes(), number)
+        if self._numpy is not None:
+            number = zlib.crc32(repr(self._numpy[2:]).encode() + self._numpy[1].tobytes(), number)
+        return number
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)

@@ -21,12 +21,14 @@ class Identity(NamedTuple):
         options: of lr, mu and weight decay of all groups.
         weighs: whether losses have weights; None if this is not known.
         weights: a digest of the weights; None if they are not compared.
+        random: of the random generators after the probes; None if these drew no random numbers.
     """
 
     recipe: int
     options: int
     weighs: int | None = None
     weights: int | None = None
+    random: int | None = None
 
     def difference(self, other: Identity) -> str | None:
         """In what it differs, as in "it has other weights than the others"; None if it does not."""
@@ -41,6 +43,7 @@ _DIFFERENCES = (
     "other options (lr, mu, weight_decay)",
     "closures that return other things",
     "other weights",
+    "drawn other random numbers",
 )
 
 
@@ -263,14 +266,14 @@ def _sum(terms: Sequence[float]) -> float:
 
 
 def _identity_of(fields: Sequence[Any]) -> Identity:
-    """Raises a TypeError for other than four numbers."""
+    """Raises a TypeError for other than these numbers."""
     return Identity(*(None if number is None else int(number) for number in fields))  # type: ignore[arg-type]
 
 
 def _most_common(members: Sequence[int], posts: Mapping[int, Post]) -> Identity:
     """Each number of it; of equal counts, that of the member with the lowest number."""
     here = [posts[member].identity for member in members if member in posts and posts[member].failed is None]
-    columns = zip(*here, strict=True) if here else [(0,), (0,), (), ()]
+    columns = zip(*here, strict=True) if here else [(0,), (0,), (), (), ()]
     counts = [Counter(number for number in column if number is not None) for column in columns]
     return _identity_of([count.most_common(1)[0][0] if count else None for count in counts])
 

@@ -44,16 +44,20 @@ def of_recipe(options: Sequence[Mapping[str, Any]]) -> int:
     return _number_of([NOISE_FIELD, *(first[name] for name in ("recipe", "precision", "seed", "step"))])
 
 
-def of_options(options: Sequence[Mapping[str, Any]]) -> int:
+def of_options(options: Sequence[Mapping[str, Any]], *, may_wait: bool = False) -> int:
     """Of the options of all parameter groups, and how many parameters each has.
 
-    Learning rates that are tensors are left out, since reading them may wait for the device.
+    Unless it ``may_wait`` for the device, learning rates that are tensors are left out.
     """
     return _number_of(
         [
             (
                 len(group["params"]),
-                [float(group[name]).hex() for name in NUMBERS if not isinstance(group[name], Tensor)],
+                [
+                    float(group[name]).hex()
+                    for name in NUMBERS
+                    if may_wait or not isinstance(group[name], Tensor)
+                ],
             )
             for group in options
         ]

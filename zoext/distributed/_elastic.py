@@ -132,6 +132,7 @@ class ElasticRanks(Sharing):
 
     def __init__(self, group: ElasticGroup) -> None:
         self._group = group
+        self.compares_random = group.rules.shares == "probes"
         self._ledger = group.ledger
         self._place: Place | None = None
         self._members: tuple[int, ...] = () if group.is_newcomer else tuple(group.begins_with)
@@ -190,7 +191,9 @@ class ElasticRanks(Sharing):
         # Also when members have come, so that these are compared too.
         is_compared = step % COMPARED_EVERY == 0 or self._decided is None or self._decided.joining
         digest = int(_digests.of_weights(groups, device)) if is_compared else None
-        self._identity = Identity(_digests.of_recipe(options), _digests.of_options(options), None, digest)
+        self._identity = Identity(
+            _digests.of_recipe(options), _digests.of_options(options, may_wait=True), None, digest
+        )
 
     def check_asking(self) -> None:
         raise RuntimeError(
@@ -288,7 +291,7 @@ class ElasticRanks(Sharing):
             losses,
             1.0 if share.weight is None else float(share.weight),
             self._base,
-            self._identity._replace(weighs=int(share.weight is not None)),
+            self._identity._replace(weighs=int(share.weight is not None), random=share.random),
             is_wide=any(loss.dtype == torch.float64 for loss in share.losses.values()),
         )
 
@@ -344,7 +347,9 @@ class ElasticRanks(Sharing):
         if self._known is None and (why := decision.failed.get(self._group.member)) is not None:
             self._refused = f"process_group: member {self._group.member} is not one of this run: {why}"
             raise RuntimeError(self._refused)
-        if (what := self._identity._replace(weights=None).difference(decision.identity)) is not None:
+        if (
+            what := self._identity._replace(weights=None, random=None).difference(decision.identity)
+        ) is not None:
             self._refused = f"process_group: this member has {what} than the run; give it those of the run"
             raise RuntimeError(self._refused)
         if decision.error is not None:

@@ -62,6 +62,7 @@ class Ranks(Sharing):
         self._has_failed = False  # whether this rank raised, and the others have yet to learn of it
         self._is_first = False  # whether the next round is the first of an estimate
         self._step = 0
+        self._estimate, self._round = 0, 0  # of the step, and of the estimate
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return Ranks(*self._groups)  # a process group cannot be copied
@@ -163,12 +164,15 @@ class Ranks(Sharing):
         if data is None and probes is None:
             return losses
         digest = torch.zeros_like(seeds[0]) if self._digests is None else self._digests.sum()
+        # Also of the estimate and the round: a rank that was interrupted may begin a step again.
+        at = seeds[0] + 7919 * (1009 * self._estimate + self._round)
+        self._round += 1
         kind = 2 * (losses.dtype == torch.float64) + (weight is not None)
         sums = losses.to(widest(losses.device))
         if probes is not None and first is not None:
             seen = first.to(sums.dtype).view(-1)[: self._compares_batches]
             values = torch.cat((sums, seen, seen * seen))
-            found = self._sums["probe_group"].of(values, Identity(seeds[0], digest, kind), failed, probes)
+            found = self._sums["probe_group"].of(values, Identity(at, digest, kind), failed, probes)
             sums, failed, differs = found.values[: len(sums)], found.failed, found.differs
             if self._compares_batches:
                 mean, square = found.values[len(sums) :] / dist.get_world_size(probes)
@@ -181,7 +185,7 @@ class Ranks(Sharing):
             own = torch.ones_like(sums[:1]) if weight is None else weight.to(sums.dtype).view(1)
             weighed = torch.where(own == 0, torch.zeros_like(sums), sums * own)  # a rank without data has NaN
             values = torch.cat((weighed, own))
-            found = self._sums["process_group"].of(values, Identity(seeds[0], digest, kind), failed, data)
+            found = self._sums["process_group"].of(values, Identity(at, digest, kind), failed, data)
             sums = found.values[:-1] / found.values[-1]
         self._is_first = False
         if losses.device.type == "cpu":
@@ -244,7 +248,8 @@ class Ranks(Sharing):
         elif self._digests is None or step != self._step:
             numbers = torch.tensor([_digests.of_recipe(options), _digests.of_options(options)], device=device)
             self._digests = torch.cat((numbers, _digests.of_weights(groups, device).view(1)))
-        self._step, self._is_first = step, True
+        self._estimate = 0 if is_first else self._estimate + 1
+        self._step, self._round, self._is_first = step, 0, True
 
     def raise_if_differing(self) -> None:
         """Raises a RuntimeError that names a rank, if a sum found one; all ranks of the sum find it alike."""

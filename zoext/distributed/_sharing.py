@@ -23,12 +23,14 @@ class Share(NamedTuple):
         losses: [] each, by the index of the probe.
         size: how many probes the round has, P.
         weight: of these losses in the average over processes, []; None if the closure returns none.
+        random: a number for the random generators after these probes; None if these read none.
         is_whole: whether they are all losses of the round that there are, whoever evaluated them.
     """
 
     losses: Mapping[int, Tensor]
     size: int
     weight: Tensor | None = None
+    random: int | None = None
     is_whole: bool = False
 
 
@@ -53,6 +55,8 @@ class EstimateRestart(Exception):
 class Sharing(ABC):
     """Divides rounds over processes and combines their losses, so that all of them take the same step."""
 
+    #: Whether processes with the same batch must draw the same random numbers, which nothing else tells.
+    compares_random: bool = False
     #: Whether the host waits for the losses of a round, so that no graph can capture it.
     waits_for_losses: ClassVar[bool] = False
 
