@@ -22,6 +22,7 @@ import zoext
 from support import environment
 from support.elastic_runs import flat, loss, model
 from support.graphed_runs import RECIPES
+from zoext._runtime.randomness import RandomState
 from zoext.distributed import ElasticGroup
 from zoext.distributed._decisions import Identity, Place, Post, Rules
 from zoext.distributed._ledger import Ledger
@@ -297,6 +298,52 @@ def test_a_digest_of_one_member_alone_is_not_compared() -> None:
     assert Rules().decide(Place(0), 1, (0, 1), posts).failed == {}
     posts[2] = Post({0: 2.0}, identity=known._replace(weights=78))
     assert Rules().decide(Place(0), 1, (0, 1, 2), posts).failed == {2: "it has other weights than the others"}
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layer(x), 0.3)
+
+
+@pytest.mark.parametrize("seeds", ["other", "equal", "none"])
+def test_members_that_draw_other_random_numbers_are_named(seeds: str) -> None:
+    """Each member has a turn at the one generator of this process."""
+    known = Identity(3, 4, 0)
+    posts = {}
+    x = torch.ones(4, 7)
+    for member in range(3):
+        torch.manual_seed(member if seeds == "other" and member == 2 else 0)
+        net = Dropping().train(seeds != "none")
+        before = RandomState()
+        loss = net(x) if seeds != "none" else net.layer(x)
+        drawn = RandomState().digest() if before.read_since() else None
+        posts[member] = Post({member: float(loss.detach().sum())}, identity=known._replace(random=drawn))
+    found = Rules(shares="probes").decide(Place(0), 3, (0, 1, 2), posts)
+    expected = {2: "it has drawn other random numbers than the others"} if seeds == "other" else {}
+    assert found.failed == expected
+
+
+def test_dropout_is_told_to_the_other_members() -> None:
+    net = Dropping()
+    group = alone_in(distributed.HashStore(), shares="probes")
+    optimizer = zoext.MeZO(net, process_group=group, **SETTINGS)
+    told = []
+    exchanged = optimizer.engine.ranks.exchanged
+    optimizer.engine.ranks.exchanged = lambda share, seeds: (
+        told.append(share.random) or exchanged(share, seeds)
+    )
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        optimizer.step(lambda: net(torch.ones(4, 7)).square().mean())
+    net.eval()
+    net.forward = lambda x: net.layer(x)
+    optimizer.step(lambda: net(torch.ones(4, 7)).square().mean())
+    assert told[0] == told[1] != told[2]
+    assert told[3] is None
 
 
 def test_an_announcement_is_written_in_one_operation() -> None:

@@ -239,9 +239,9 @@ class Ranks(Sharing):
             self._has_failed = False
             self._take()
         self.raise_if_differing()
-        _check_meshes(groups, self.data)
         if self.probes is not None:
             _check_not_dealt_out(groups, dist.get_process_group_ranks(self.probes))
+        _check_meshes(groups, self.data)
         step = options[0]["step"]
         if not self.are_several or step % COMPARED_EVERY:
             self._digests = None
