@@ -105,10 +105,8 @@ def test_parts_that_are_consecutive(placements: tuple[Placement, ...]) -> None:
     for size, mesh in product(range(1, 14), [(2, 2), (2, 3), (1, 2), (3, 2)]):
         parts = [rows(size, mesh, coordinate, placements) for coordinate in product(*map(range, mesh))]
         expected = all(part == list(range(part[0], part[0] + len(part))) for part in parts if part)
-        tensor: Any = SimpleNamespace(
-            shape=(size,), placements=placements, device_mesh=SimpleNamespace(shape=mesh)
-        )
-        assert _is_consecutive(tensor, 0) == expected, (size, mesh, parts)
+        of_mesh: Any = SimpleNamespace(shape=mesh)
+        assert _is_consecutive(torch.Size([size]), of_mesh, placements, 0) == expected, (size, mesh, parts)
         verdicts.add(expected)
     assert True in verdicts
 
