@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 from mezo_step import MOST_REPEATS, WATCHED_STEPS, too_many
-from opt_model import BATCH, TOKENS, closure_of, random_opt
+from opt_model import TOKENS, closure_of, random_opt
 
 import zoext
 from zoext._benchmarking import arguments as options
@@ -28,6 +28,7 @@ from zoext._benchmarking.report import Report, at_most
 from zoext._benchmarking.timing import Measurement, threads
 
 RANKS, POOL = 2, 4
+BATCH = 16  # so that forwards take most of a step: updates are not divided
 ALONE = {"one process of one thread": 1, "one process of two threads": 2}
 BOTH = "two processes of one thread"
 
@@ -59,7 +60,7 @@ def step_of(arguments: argparse.Namespace, group: dist.ProcessGroup | None) -> C
     """A step on a model of its own, whose probes are dealt out over ``group``."""
     torch.manual_seed(0)
     model = random_opt(arguments, torch.float32)
-    closure = closure_of(model, arguments)
+    closure = closure_of(model, arguments, batch=BATCH)
     optimizer = zoext.MeZOGV(model, pool_size=POOL, process_group=None, probe_group=group)
     return lambda: optimizer.step(closure)
 
@@ -69,7 +70,7 @@ def main() -> None:
     options.add_json_argument(parser)
     options.add_count(parser, "--repeats", MOST_REPEATS, "rounds, after those that warm up")
     options.add_model_arguments(parser)
-    parser.set_defaults(layers=6, width=256, vocabulary=8000)  # a forward takes about 100 ms on a core
+    parser.set_defaults(layers=2, width=256, vocabulary=2000)  # a forward takes about 120 ms on a core
     arguments = parser.parse_args()
     if arguments.repeats > MOST_REPEATS:
         parser.error(f"argument --repeats: {too_many(arguments.repeats)}")
