@@ -76,11 +76,14 @@ def test_a_state_dict_is_a_snapshot_of_plain_data() -> None:
     saved = copy.deepcopy(state)
     train(model, optimizer, scheduler, range(2, 4))
     assert state == saved
-    allowed = (int, float, str, bool, list, dict, type(None))
+    allowed = (int, float, str, bool, list, tuple, dict, type(None))
 
     def check(value: object) -> None:
         assert isinstance(value, allowed), value
-        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        items = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        )
+        for item in items:
             check(item)
 
     check(state)
