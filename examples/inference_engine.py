@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, (board.base / name).read_bytes())
             case ["trajectory", first, end] if first.isdecimal() and end.isdecimal():
                 self.reply(200, board.path.read_bytes()[int(first) : int(end)])
-            case ["work", worker]:
+            case ["probe", worker]:
                 self.reply(200, board.lease(worker))
             case ["leave", worker]:
                 board.leave(worker)

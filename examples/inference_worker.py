@@ -104,7 +104,7 @@ def work(client: Client, worker: str, folder: Path, base: str | None) -> str:
     client.append_trajectory(folder / "run.jsonl", run["recorded"])
     follower = zoext.Follower(model, folder / "run.jsonl")  # refuses another base
     while True:
-        order = client.json(f"/work/{worker}")
+        order = client.json(f"/probe/{worker}")
         if not order:
             continue
         if "error" in order:

@@ -14,6 +14,8 @@ from zoext._parameters.parameters import Parameters
 from zoext._runtime.devices import moved
 from zoext.noise import NOISE_FIELD
 
+#: Steps from one comparison of the processes of a run to the next.
+COMPARED_EVERY = 100
 #: Options of a parameter group that ranks must have alike.
 NUMBERS = ("lr", "mu", "weight_decay")
 #: Elements that are added up at a time, as int64.

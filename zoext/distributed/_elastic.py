@@ -23,8 +23,6 @@ from zoext.distributed._sharing import EstimateRestart, Losses, Share, Sharing
 if TYPE_CHECKING:  # a build of torch may lack them
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
 
-#: Steps from one comparison of the members' weights to the next.
-COMPARED_EVERY = 100
 
 #: How many steps a member may be behind when it asks for a part, however long they take.
 _NEARLY = 2
@@ -189,7 +187,7 @@ class ElasticRanks(Sharing):
         if self._decided is not None:
             self._members, self._joining = self._decided.next_members, ()
         # Also when members have come, so that these are compared too.
-        is_compared = step % COMPARED_EVERY == 0 or self._decided is None or self._decided.joining
+        is_compared = step % _digests.COMPARED_EVERY == 0 or self._decided is None or self._decided.joining
         digest = int(_digests.of_weights(groups, device)) if is_compared else None
         self._identity = Identity(
             _digests.of_recipe(options), _digests.of_options(options, may_wait=True), None, digest

@@ -27,8 +27,6 @@ if TYPE_CHECKING:  # a build of torch may lack them
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-#: Steps from one comparison of the ranks to the next.
-COMPARED_EVERY = 100
 #: What is compared, as in "rank 1 has other weights than rank 0".
 _COMPARED = ("another recipe, seed or version", "other options (lr, mu, weight_decay)", "other weights")
 #: The largest standard deviation, relative to the mean, of the losses of ranks with the same batch.
@@ -228,7 +226,7 @@ class Ranks(Sharing):
     ) -> None:
         """Prepares the comparison of the ranks, before the first round of an estimate.
 
-        Weights are compared every ``COMPARED_EVERY`` steps: a condition that all ranks of a step share.
+        Weights are compared at some steps only: a condition that all ranks of a step share.
 
         Raises:
             RuntimeError: if the last step found a rank that differs.
@@ -243,7 +241,7 @@ class Ranks(Sharing):
             _check_not_dealt_out(groups, dist.get_process_group_ranks(self.probes))
         _check_meshes(groups, self.data)
         step = options[0]["step"]
-        if not self.are_several or step % COMPARED_EVERY:
+        if not self.are_several or step % _digests.COMPARED_EVERY:
             self._digests = None
         elif self._digests is None or step != self._step:
             numbers = torch.tensor([_digests.of_recipe(options), _digests.of_options(options)], device=device)
