@@ -268,6 +268,7 @@ def test_every_program_is_tested_and_described() -> None:
         "power_iteration",
         "precision",
         "precision_bias",
+        "probe_parallel",
         "probe_rounding",
         "replay",
         "step_memory",
