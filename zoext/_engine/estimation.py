@@ -129,12 +129,9 @@ class Estimation:
                 weight = _common_weight([weight for _, weight in own.values()])
                 if self.ranks.are_several:
                     self._check_recorder()
-            except MissingLossError as error:
-                if self._may_be_missing:
-                    raise
-                self._error = error
-                return self._without_own(pending, error)
             except Exception as error:
+                if self._may_be_missing and isinstance(error, MissingLossError):
+                    raise
                 self._error = error
                 return self._without_own(pending, error)
             losses = {index: loss for index, (loss, _) in own.items()}
