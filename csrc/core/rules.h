@@ -5,7 +5,7 @@
 //     m = sum_h first_weight_h g_h,   v = sum_h second_weight_h s_h^2,   theta += move(m, v).
 //
 // A rule is a functor that says which s_h it squares and how m and v make the move. To add one, write the functor,
-// append it to `Rules`, which numbers the rules, and give `Rule` in zoext/ops.py a member of the same name and
+// append it to `Rules`, which numbers the rules, and give `Rule` in zoext/ops a member of the same name and
 // number. Numbers are part of the operators' schemas: they are never reused or changed.
 //
 // Number is float, double, or a vector of either with the same operations.
