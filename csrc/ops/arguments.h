@@ -48,6 +48,23 @@ struct Copied : Weights {
   }
 };
 
+// Weights that are only read, and `count` copies of each that are written: a tensor of out is [count,
+// *theta.shape].
+struct Copies : Weights {
+  std::vector<Tensor> out;
+  int64_t count;
+
+  Copies(std::vector<Tensor> out_, std::vector<Tensor> theta_, const std::vector<int64_t>& keys,
+         const std::vector<int64_t>& spans, int64_t rounding_, int64_t count_)
+      : Weights{std::move(theta_), {}, {}}, out(std::move(out_)), count(count_) {
+    check_tensors("out", out);
+    check_tensors("theta", theta);
+    check_copies(out, theta, count);
+    places = checked_places(theta, keys, spans);
+    rounding = checked_rounding(rounding_);
+  }
+};
+
 // One combination: seeds int64 [K] and coefficients float32 [K].
 struct Terms {
   Tensor seeds, coefficients;
@@ -56,6 +73,20 @@ struct Terms {
       : seeds(std::move(seeds_)), coefficients(std::move(coefficients_)) {
     check_terms(seeds, coefficients, like, 1);
   }
+};
+
+// Several combinations of the same directions: seeds int64 [K] and coefficients float32 [count, K].
+struct TermsOfCopies {
+  Tensor seeds, coefficients;
+
+  TermsOfCopies(Tensor seeds_, Tensor coefficients_, const Tensor& like)
+      : seeds(std::move(seeds_)), coefficients(std::move(coefficients_)) {
+    check_seeds(seeds, like);
+    check_coefficients_of_copies(coefficients, seeds.size(0), like);
+  }
+
+  int64_t copies() const { return coefficients.size(0); }
+  int64_t terms() const { return seeds.size(0); }
 };
 
 // `count` combinations one after the other, each rounded: seeds and coefficients [S, K] and decay [S], or [K] and

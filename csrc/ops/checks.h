@@ -76,6 +76,24 @@ inline void check_terms(const Tensor& seeds, const Tensor& coefficients, const T
                   "seeds and coefficients must be on the device of the parameters");
 }
 
+// The directions of several copies, [K].
+inline void check_seeds(const Tensor& seeds, const Tensor& like) {
+  STD_TORCH_CHECK(seeds.dim() == 1 && seeds.scalar_type() == ScalarType::Long && seeds.is_contiguous(),
+                  "seeds must be a contiguous int64 tensor of one dimension, not of ", seeds.dim());
+  STD_TORCH_CHECK(seeds.device() == like.device(), "seeds must be on the device of the parameters");
+}
+
+// The coefficients of several copies, [copies, terms].
+inline void check_coefficients_of_copies(const Tensor& coefficients, int64_t terms, const Tensor& like) {
+  STD_TORCH_CHECK(
+      coefficients.dim() == 2 && coefficients.scalar_type() == ScalarType::Float && coefficients.is_contiguous(),
+      "coefficients must be a contiguous float32 tensor of two dimensions: copies and terms of a copy");
+  STD_TORCH_CHECK(coefficients.size(1) == terms, "coefficients must have a column for each of ", terms,
+                  " terms, not ", coefficients.size(1));
+  STD_TORCH_CHECK(coefficients.device() == like.device(),
+                  "coefficients must be on the device of the other tensors");
+}
+
 inline void check_scalar(const char* name, const Tensor& scalar, ScalarType type, const Tensor& like) {
   STD_TORCH_CHECK(scalar.numel() == 1 && scalar.scalar_type() == type, name, " must hold one ",
                   type == ScalarType::Long ? "int64" : "float32", " number");
@@ -229,6 +247,35 @@ inline void check_copy(const std::vector<Tensor>& out, const std::vector<Tensor>
                     "out[", t, "] must have the size, the dtype and the device of theta[", t, "]");
     STD_TORCH_CHECK(!overlap_in_part(out[t], theta[t]), "out[", t, "] must be theta[", t,
                     "] itself or lie apart from it, but they share a part of their memory");
+  }
+}
+
+// Whether two tensors share any memory.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const auto first = reinterpret_cast<uintptr_t>(a.const_data_ptr());
+  const auto second = reinterpret_cast<uintptr_t>(b.const_data_ptr());
+  return first < second + static_cast<uintptr_t>(b.numel()) * b.element_size() &&
+         second < first + static_cast<uintptr_t>(a.numel()) * a.element_size();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string shape = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return shape + "]";
+}
+
+inline void check_copies(const std::vector<Tensor>& out, const std::vector<Tensor>& theta, int64_t copies) {
+  STD_TORCH_CHECK(out.size() == theta.size(), "out and theta must be lists of one length, not ", out.size(),
+                  " and ", theta.size());
+  for (size_t t = 0; t < out.size(); ++t) {
+    bool is_stack = out[t].dim() == theta[t].dim() + 1 && out[t].size(0) == copies;
+    for (int64_t i = 0; is_stack && i < theta[t].dim(); ++i) is_stack = out[t].size(i + 1) == theta[t].size(i);
+    STD_TORCH_CHECK(is_stack, "out[", t, "] must have a copy of theta[", t, "] for each row of coefficients, ",
+                    copies, " of shape ", shape_of(theta[t]), ", not the shape ", shape_of(out[t]));
+    STD_TORCH_CHECK(out[t].scalar_type() == theta[t].scalar_type() && out[t].device() == theta[t].device(), "out[",
+                    t, "] must have the dtype and the device of theta[", t, "]");
+    STD_TORCH_CHECK(!overlap(out[t], theta[t]), "out[", t, "] and theta[", t,
+                    "] share memory; pass tensors that lie apart");
   }
 }
 

@@ -61,6 +61,20 @@ void noise_copy_(std::vector<Tensor> out, std::vector<Tensor> theta, Tensor seed
   if (!copied.is_empty()) kernel(copied, {seeds, coefficients, copied.theta[0]}, noise);
 }
 
+// out[c] = theta + sum_k coefficients[c, k] z(seeds[k]), from one generation of each direction
+inline constexpr const char* noise_copies_schema =
+    "noise_copies_(Tensor(a!)[] out, Tensor[] theta, Tensor seeds, Tensor coefficients, SymInt[] keys, "
+    "SymInt[] spans, SymInt distribution, SymInt rounding) -> ()";
+
+template <void (*kernel)(const Copies&, const TermsOfCopies&, Distribution)>
+void noise_copies_(std::vector<Tensor> out, std::vector<Tensor> theta, Tensor seeds, Tensor coefficients,
+                   std::vector<int64_t> keys, std::vector<int64_t> spans, int64_t distribution, int64_t rounding) {
+  const int64_t count = theta.empty() ? 0 : TermsOfCopies(seeds, coefficients, theta[0]).copies();
+  const Copies copies(std::move(out), std::move(theta), keys, spans, rounding, count);
+  const Distribution noise = checked_distribution(distribution);
+  if (!copies.is_empty()) kernel(copies, {seeds, coefficients, copies.theta[0]}, noise);
+}
+
 // theta = theta + (move - decay theta) with g_h = sum_k coefficients[h, k] z(seeds[h, k]),
 // m = sum_h first_weights[h] g_h and the move of a rule in core/rules.h:
 //   0 adam: -lr m / sqrt(v + eps), v = sum_h second_weights[h] g_h^2

@@ -62,6 +62,13 @@ def copy(theta: list[Tensor]) -> list[Tensor]:
     return out
 
 
+def copies(theta: list[Tensor]) -> list[Tensor]:
+    out = [t.new_empty((2, *t.shape)) for t in theta]
+    seeds, coefficients = numbers()
+    ops.noise_copies_(out, theta, seeds, torch.stack([coefficients, -coefficients]), KEYS, SPANS)
+    return [both[1] for both in out]
+
+
 def normal(theta: list[Tensor]) -> list[Tensor]:
     ops.normal_(theta, torch.tensor([5]), KEYS, SPANS, stream=Stream.LEFT_FACTOR)
     return theta
@@ -93,7 +100,7 @@ def axpy_of_steps(theta: list[Tensor]) -> list[Tensor]:
     return theta
 
 
-COPIES = [copy, factored_copy]
+COPIES = [copy, copies, factored_copy]
 OPERATORS = [axpy, *COPIES, normal, adam, factored_axpy, factored_adam, axpy_of_steps]
 every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
 
@@ -105,6 +112,7 @@ def test_opcheck(dtype: torch.dtype, distribution: Distribution) -> None:
     terms, decay = numbers(), torch.tensor(0.1)
     spans, options = [n for span in SPANS for n in span], (int(distribution), int(Rounding.STOCHASTIC))
     field, theta, zoext = torch.tensor([5]), tensors(dtype), torch.ops.zoext
+    of_copies = terms[0], terms[1][None]
     long = tensors(dtype), residuals_of(theta)
     with_residuals = int(distribution), int(Rounding.RESIDUAL)
     for operator, arguments in (
@@ -112,6 +120,7 @@ def test_opcheck(dtype: torch.dtype, distribution: Distribution) -> None:
         (zoext.noise_axpy_, (theta, [], *terms, decay, KEYS, spans, *options)),
         (zoext.noise_axpy_, (*long, *terms, decay, KEYS, spans, *with_residuals)),
         (zoext.noise_copy_, (theta, tensors(dtype), *terms, KEYS, spans, *options)),
+        (zoext.noise_copies_, ([t[None] for t in theta], tensors(dtype), *of_copies, KEYS, spans, *options)),
         *((zoext.noise_window_, (theta, [], *window(), KEYS, spans, *options, rule)) for rule in range(3)),
         (zoext.noise_window_, (*long, *window(), KEYS, spans, *with_residuals, 0)),
     ):
@@ -165,6 +174,8 @@ def test_compiled_steps_are_compiled_once_and_change_no_bit(backend: str) -> Non
         ops.noise_axpy_(theta, seeds, c, decay, keys, spans, rounding=Rounding.STOCHASTIC)
         out = [torch.zeros_like(t) for t in theta]
         ops.noise_copy_(out, theta, seeds, c, keys, spans)
+        stacks = [t.new_zeros((2, *t.shape)) for t in theta]
+        ops.noise_copies_(stacks, theta, seeds, torch.stack([c, -c]), keys, spans)
         ops.normal_(theta[:1], seeds[:1], keys[:1], spans[:1])
         steps = seeds[:, None], c[:, None], c * c, c * c, c[0], c[1] * c[1], decay
         ops.noise_window_(theta, *steps, keys, spans)
@@ -176,7 +187,7 @@ def test_compiled_steps_are_compiled_once_and_change_no_bit(backend: str) -> Non
         steps_of_one_term = seeds[:, None], c[:, None], c * c
         ops.noise_axpy_(theta, *steps_of_one_term, keys, spans, **with_residuals)
         ops.factored_axpy_(theta, *factors(theta), *steps_of_one_term, keys, spans, **with_residuals)
-        return [t + 0 for t in (*theta, *out, *residuals)]
+        return [t + 0 for t in (*theta, *out, *stacks, *residuals)]
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -278,6 +289,7 @@ def test_global_generators_are_neither_read_nor_moved(operator: Callable) -> Non
 def test_empty_lists_and_empty_tensors_are_fine() -> None:
     ops.noise_axpy_([], *numbers(), torch.tensor(0.0), [], [])
     ops.noise_copy_([], [], *numbers(), [], [])
+    ops.noise_copies_([], [], *numbers(), [], [])
     ops.normal_([], torch.tensor([1]), [], [])
     empty = torch.empty(0, 7)
     ops.noise_axpy_([empty], *numbers(), torch.tensor(0.0), [0], [(0, 1, 0)])
@@ -322,6 +334,10 @@ def run(theta, out, residual):
             if rounding != Rounding.RESIDUAL:
                 ops.noise_copy_([out], [theta], *terms, *place, distribution=distribution, rounding=rounding)
                 ops.factored_copy_([out], [theta], *sides, *terms, *place, rounding=rounding)
+                stack = out.view(2, theta.shape[0] // 2, theta.shape[1])
+                options = {"distribution": distribution, "rounding": rounding}
+                half, coefficients_of_copies = theta[: len(theta) // 2], torch.ones(2, 3)
+                ops.noise_copies_([stack], [half], seeds, coefficients_of_copies, *place, **options)
         ops.normal_([out], seeds[:1], *place, distribution=distribution)
 
 def weights(rows, columns):

@@ -261,6 +261,61 @@ def test_copy(bad: dict[str, Any], message: str) -> None:
     refused(ops.noise_copy_, good, bad, message)
 
 
+def stack(count: int = 2) -> list[Tensor]:
+    return [torch.full((count, 5), GUARD), torch.full((count, 2, 3), GUARD)]
+
+
+BUFFER = torch.full((20,), GUARD)
+BAD_STACKS = [
+    ({"out": stack()[:1]}, "out and theta must be lists of one length, not 1 and 2"),
+    (
+        {"out": stack(3)},
+        r"out\[0\] must have a copy of theta\[0\] for each row of coefficients, 2 of shape \[5\], not the "
+        r"shape \[3, 5\]",
+    ),
+    ({"out": [stack()[0], torch.full((2, 6), GUARD)]}, r"out\[1\] .* 2 of shape \[2, 3\], .* \[2, 6\]"),
+    ({"out": [stack()[0], torch.full((2, 3, 2), GUARD)]}, r"out\[1\] .*, not the shape \[2, 3, 2\]"),
+    ({"out": [stack()[0].half(), stack()[1]]}, r"out\[0\] must have the dtype and the device of theta\[0\]"),
+    (
+        {"out": [BUFFER[:10].view(2, 5), stack()[1]], "theta": [BUFFER[9:14], rows()]},
+        r"out\[0\] and theta\[0\] share memory; pass tensors that lie apart",
+    ),
+]
+BAD_TERMS_OF_COPIES = [
+    ({"seeds": torch.tensor([[1, 2]])}, "seeds must be a contiguous int64 tensor of one dimension, not of 2"),
+    ({"seeds": torch.tensor([1.0, 2.0])}, "seeds must be a contiguous int64 tensor"),
+    ({"coefficients": torch.ones(2)}, "coefficients must be .* of two dimensions: copies and terms"),
+    ({"coefficients": torch.tensor(1.0)}, "coefficients must be .* of two dimensions"),
+    ({"coefficients": torch.ones(2, 2).double()}, "coefficients must be a contiguous float32 tensor"),
+    ({"coefficients": torch.ones(3, 2).T}, "coefficients must be a contiguous"),
+    ({"coefficients": torch.ones(2, 3)}, "coefficients must have a column for each of 2 terms, not 3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        *with_tensors("theta"),
+        *with_tensors("out"),
+        *BAD_PLACES,
+        *BAD_TERMS_OF_COPIES,
+        *BAD_STACKS,
+        *BAD_CHOICES,
+        *BAD_ROUNDINGS_OF_COPIES,
+    ],
+)
+def test_copies(bad: dict[str, Any], message: str) -> None:
+    good = {"out": stack(), "theta": [five(), rows()], **combination(), "coefficients": torch.ones(2, 2)}
+    refused(ops.noise_copies_, good, bad, message)
+
+
+def test_good_arguments_of_copies_are_good() -> None:
+    out = stack()
+    coefficients = torch.ones(2, 2)
+    ops.noise_copies_(out, [five(), rows()], **{**combination(), "coefficients": coefficients})
+    assert not any((tensor == GUARD).any() for tensor in out)
+
+
 def window() -> dict[str, Any]:
     """Three steps of two terms."""
     weights = {"first_weights": torch.ones(3), "second_weights": torch.ones(3)}

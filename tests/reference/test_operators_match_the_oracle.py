@@ -73,6 +73,19 @@ def test_copy(dtype: torch.dtype, rounding: Rounding) -> None:
     oracle.assert_same_bits(theta, before)
 
 
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC])
+@every_dtype
+def test_copies(dtype: torch.dtype, rounding: Rounding) -> None:
+    theta = weights(dtype)
+    options: dict[str, Any] = {"distribution": Distribution.SIGN, "rounding": rounding}
+    rows = [COEFFICIENTS, [0.0, 0.0, 0.0], COEFFICIENTS[::-1]]
+    out = torch.full((3, *theta.shape), 7).to(dtype)
+    numbers = torch.tensor(SEEDS), torch.tensor(rows)
+    ops.noise_copies_([out], [theta], *numbers, [PLACE["key"]], [PLACE["span"]], **options)
+    for copy, row in zip(out, rows, strict=True):
+        oracle.assert_same_bits(copy, oracle.combination(theta, SEEDS, row, **options, **PLACE))
+
+
 @pytest.mark.parametrize("columns", [1, 5, 133])
 @every_rounding
 @every_dtype

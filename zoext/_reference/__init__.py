@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from zoext._reference.dense import noise_axpy_, noise_copy_, noise_window_, normal_
+from zoext._reference.dense import noise_axpy_, noise_copies_, noise_copy_, noise_window_, normal_
 from zoext._reference.factored import factored_axpy_, factored_copy_, factored_window_
+from zoext._reference.factored_linear import factored_linear_
 from zoext._reference.power_iteration import power_iteration
 
 #: Apple's GPUs, Intel's GPUs, Gaudi, MTIA, and devices of other packages, such as Ascend's NPU.
@@ -20,10 +21,12 @@ OPERATORS = (
     normal_,
     noise_axpy_,
     noise_copy_,
+    noise_copies_,
     noise_window_,
     factored_axpy_,
     factored_copy_,
     factored_window_,
+    factored_linear_,
     power_iteration,
 )
 

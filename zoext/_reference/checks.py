@@ -201,6 +201,52 @@ def copies(out: Sequence[Tensor], theta: Sequence[Tensor]) -> None:
         )
 
 
+def terms_of_copies(seeds: Tensor, coefficients: Tensor, like: Tensor) -> None:
+    """Checks the directions of several copies, [K], and their coefficients, [C, K]."""
+    _check(
+        seeds.dim() == 1 and seeds.dtype == torch.int64 and seeds.is_contiguous(),
+        f"seeds must be a contiguous int64 tensor of one dimension, not of {seeds.dim()}",
+    )
+    _on_device("seeds", seeds, like)
+    coefficients_of_copies(coefficients, len(seeds), like)
+
+
+def coefficients_of_copies(coefficients: Tensor, count: int, like: Tensor) -> None:
+    _check(
+        coefficients.dim() == 2 and coefficients.dtype == torch.float32 and coefficients.is_contiguous(),
+        "coefficients must be a contiguous float32 tensor of two dimensions: copies and terms of a copy",
+    )
+    _check(
+        coefficients.shape[1] == count,
+        f"coefficients must have a column for each of {count} terms, not {coefficients.shape[1]}",
+    )
+    _check(coefficients.device == like.device, "coefficients must be on the device of the other tensors")
+
+
+def stacks(out: Sequence[Tensor], theta: Sequence[Tensor], count: int) -> None:
+    """Checks that a tensor of ``out`` has ``count`` copies of one of ``theta``."""
+    _check(
+        len(out) == len(theta),
+        f"out and theta must be lists of one length, not {len(out)} and {len(theta)}",
+    )
+    for t, (to, source) in enumerate(zip(out, theta, strict=True)):
+        _check(
+            to.shape == (count, *source.shape),
+            f"out[{t}] must have a copy of theta[{t}] for each row of coefficients, {count} of shape "
+            f"{list(source.shape)}, not the shape {list(to.shape)}",
+        )
+        _check(
+            to.dtype == source.dtype and to.device == source.device,
+            f"out[{t}] must have the dtype and the device of theta[{t}]",
+        )
+        _check(not _overlap(to, source), f"out[{t}] and theta[{t}] share memory; pass tensors that lie apart")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.numel() * b.element_size() and second < first + a.numel() * a.element_size()
+
+
 def _per_step(name: str, numbers: Tensor, steps: int, like: Tensor) -> None:
     _check(
         numbers.numel() == steps and numbers.dtype == torch.float32 and numbers.is_contiguous(),
@@ -241,3 +287,59 @@ def power_iteration(input: Tensor, mask: Tensor | None, seed: Tensor, rank: int,
         )
         _check(mask.device == input.device, "mask must be on the device of input")
     return features
+
+
+def factored_linear(out: Tensor, input: Tensor, left: Tensor, right: Tensor, coefficients: Tensor) -> None:
+    for name, last, tensor in (("out", "outputs", out), ("input", "features", input)):
+        _check(
+            tensor.dim() == 3,
+            f"{name} must have three dimensions: copies, rows and {last}, not the shape "
+            f"{list(tensor.shape)}; pass tensor.reshape(copies, -1, tensor.shape[-1])",
+        )
+        _check(tensor.is_contiguous(), f"{name} is not contiguous; pass tensor.contiguous()")
+        _check(tensor.dtype in _STORED, f"{name} must be float32, float64, bfloat16 or float16")
+    _check(
+        input.dtype == out.dtype and input.device == out.device,
+        "input must have the dtype and the device of out",
+    )
+    _check(
+        input.shape[:2] == out.shape[:2],
+        f"input and out must have the same copies and rows, not the shapes {list(input.shape)} and "
+        f"{list(out.shape)}",
+    )
+    count = coefficients.shape[1] if coefficients.dim() == 2 else 0
+    coefficients_of_copies(coefficients, count, out)
+    _check(
+        len(coefficients) == len(out),
+        f"coefficients must have a row for each of {len(out)} copies of out, not {len(coefficients)}",
+    )
+    _side("left", left, count, out.shape[2], out)
+    _side("right", right, count, input.shape[2], out)
+    _check(
+        left.shape[1] == right.shape[1],
+        f"left and right must have one rank, not {left.shape[1]} and {right.shape[1]}",
+    )
+    read = {"input": input, "left": left, "right": right, "coefficients": coefficients}
+    for name, tensor in read.items():
+        _check(not _overlap(out, tensor), f"out and {name} share memory; pass an out that lies apart")
+
+
+def _side(name: str, factor: Tensor, count: int, length: int, out: Tensor) -> None:
+    shape = list(factor.shape)
+    _check(
+        factor.dim() == 3 and factor.dtype == torch.float32 and factor.is_contiguous(),
+        f"{name} must be a contiguous float32 tensor of three dimensions: terms, rank, length; its shape is "
+        f"{shape}",
+    )
+    _check(
+        len(factor) in (count, 1),
+        f"{name} must have a factor for each of {count} columns of coefficients, or one for all, not "
+        f"{len(factor)}",
+    )
+    _check(factor.shape[1] >= 1, f"{name} must have a rank of at least 1, not the shape {shape}")
+    of = "outputs" if name == "left" else "features"
+    _check(
+        factor.shape[2] == length,
+        f"{name} must have as many numbers as the layer has {of}, {length}, not {factor.shape[2]}",
+    )
+    _check(factor.device == out.device, f"{name} must be on the device of out")

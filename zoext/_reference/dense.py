@@ -84,6 +84,30 @@ def noise_copy_(
         steps.copy_(out, targets, seeds, coefficients, how)
 
 
+def noise_copies_(
+    out: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[int],
+    distribution: int,
+    rounding: int,
+) -> None:
+    if theta:
+        checks.terms_of_copies(seeds, coefficients, theta[0])
+    checks.tensors("out", out)
+    checks.tensors("theta", theta)
+    checks.stacks(out, theta, len(coefficients) if theta else 0)
+    places_of = checks.places(theta, keys, spans)
+    kind, how = checks.distribution(distribution), checks.rounding_of_copy(rounding)
+    if not theta:
+        return
+    with torch.inference_mode():
+        targets = _targets(theta, (), seeds, keys, places_of, kind)
+        steps.copies_([to.detach() for to in out], targets, seeds, coefficients, how)
+
+
 def noise_window_(
     theta: Sequence[Tensor],
     residuals: Sequence[Tensor],

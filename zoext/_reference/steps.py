@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoext._reference.field import RoundingBits, rounding_keys
 from zoext._reference.places import chunks
-from zoext._reference.weights import Term, Tile, combination
+from zoext._reference.weights import Term, Tile, combination, combinations
 from zoext.ops import Rounding, Span
 
 
@@ -72,6 +72,24 @@ def copy_(
             change = combination(target.terms, coefficients, tile.places, tile.arithmetic)
             tile.move(change, bits=random.bits(0, target.key))
             tile.write(to)
+
+
+def copies_(
+    out: Sequence[Tensor],
+    targets: Sequence[Target],
+    seeds: Tensor,
+    coefficients: Tensor,
+    rounding: Rounding,
+) -> None:
+    """``out[c] = theta + sum_k coefficients[c, k] terms[k]``."""
+    random = RoundingSeeds(rounding, seeds[:1])
+    for to, target in zip(out, targets, strict=True):
+        for tile in target.tiles():
+            changes = combinations(target.terms, coefficients, tile.places, tile.arithmetic)
+            for copy, change in zip(to.unbind(), changes, strict=True):
+                displaced = Tile(target.theta, None, tile.places)
+                displaced.move(change, bits=random.bits(0, target.key))
+                displaced.write(copy)
 
 
 def own_residuals(residuals: Sequence[Tensor], theta: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -27,10 +27,21 @@ def empty_sum(places: Places, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def combination(terms: Sequence[Term], coefficients: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
     """``sum_k coefficients[k] terms[k]`` in the order of k. Terms with a coefficient of zero are skipped."""
-    total = empty_sum(places, dtype, coefficients.device)
-    for term, coefficient in zip(terms, coefficients.to(dtype).unbind(), strict=True):
-        total = torch.where(coefficient != 0, total + coefficient * term.at(places, dtype), total)
-    return total
+    return combinations(terms, coefficients.unsqueeze(0), places, dtype)[0]
+
+
+def combinations(
+    terms: Sequence[Term], coefficients: Tensor, places: Places, dtype: torch.dtype
+) -> list[Tensor]:
+    """One for each row of ``coefficients`` [C, K]; the entries of a term are computed once."""
+    totals = [empty_sum(places, dtype, coefficients.device) for _ in range(len(coefficients))]
+    for term, column in zip(terms, coefficients.to(dtype).unbind(1), strict=True):
+        entries = term.at(places, dtype)
+        totals = [
+            torch.where(coefficient != 0, total + coefficient * entries, total)
+            for coefficient, total in zip(column.unbind(), totals, strict=True)
+        ]
+    return totals
 
 
 class Tile:

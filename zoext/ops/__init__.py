@@ -7,9 +7,9 @@ All tensors of a call are on one device. ``keys`` holds one parameter key per te
 
 from __future__ import annotations
 
-from zoext.ops._activations import power_iteration
+from zoext.ops._activations import factored_linear_, power_iteration
 from zoext.ops._arguments import Distribution, Rounding, Rule, Span, Stream, span_of
-from zoext.ops._dense import noise_axpy_, noise_copy_, noise_window_, normal_
+from zoext.ops._dense import noise_axpy_, noise_copies_, noise_copy_, noise_window_, normal_
 from zoext.ops._factored import factored_axpy_, factored_copy_, factored_window_
 from zoext.ops._library import cuda_missing, rounds
 
@@ -22,8 +22,10 @@ __all__ = [
     "cuda_missing",
     "factored_axpy_",
     "factored_copy_",
+    "factored_linear_",
     "factored_window_",
     "noise_axpy_",
+    "noise_copies_",
     "noise_copy_",
     "noise_window_",
     "normal_",

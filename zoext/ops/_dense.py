@@ -90,6 +90,43 @@ def noise_copy_(
     written(out)
 
 
+def noise_copies_(
+    out: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    keys: Sequence[int],
+    spans: Sequence[Span],
+    *,
+    distribution: Distribution = Distribution.NORMAL,
+    rounding: Rounding = Rounding.NEAREST,
+) -> None:
+    """``out[t][c] = theta[t] + sum_k coefficients[c, k] z(seeds[k])``, rounded once; theta is only read.
+
+    ``out[t]`` is [C, *theta[t].shape], contiguous, and shares no memory with ``theta[t]``. ``seeds`` is int64
+    [K] and ``coefficients`` float32 [C, K]. A copy has the bits that ``noise_copy_`` gives with its row of
+    coefficients, but each ``z(seeds[k])`` is generated once for all copies, and theta is read once.
+
+    Example:
+        >>> theta, out = [torch.ones(3)], [torch.empty(2, 3)]
+        >>> terms = torch.tensor([7]), torch.tensor([[0.5], [-0.5]])
+        >>> noise_copies_(out, theta, *terms, [0], [span_of(theta[0])])
+        >>> bool((out[0].mean(0) - theta[0]).abs().max() < 1e-6)
+        True
+    """
+    torch.ops.zoext.noise_copies_(
+        list(out),
+        list(theta),
+        seeds,
+        coefficients,
+        list(keys),
+        flat(spans),
+        int(distribution),
+        int(rounding),
+    )
+    written(out)
+
+
 def noise_window_(
     theta: Sequence[Tensor],
     seeds: Tensor,

@@ -24,6 +24,12 @@ class DenseDirection {
                                                              k == 0 ? upcoming : nothing);
   }
 
+  // z = D(s) of a term on the tile's aligned stretch.
+  template <class Number>
+  void draw(const Term& term, const Tile& tile, uint32_t key, Upcoming upcoming, Number* z) const {
+    loops<Number>().start(field(term, key), Number{1}, tile.aligned_index(), tile.aligned_count(), z, upcoming);
+  }
+
   // m and v take in a step. Its only term goes straight there; several are summed up in the cache.
   template <class Number>
   void add_to_moments(const RuleLoops<Number>& rule, const Step& step, const Tile& tile, uint32_t key,

@@ -130,3 +130,15 @@ void add_signs(const Field& field, Number coefficient, uint64_t index, int64_t c
                Upcoming upcoming) {
   for_each_signs(field, index, count, upcoming, add_to<Number, first>(sum, coefficient));
 }
+
+template <class Number, bool first>
+void add_drawn(const Number* z, Number coefficient, int64_t count, Number* sum, Upcoming upcoming) {
+  constexpr int packs = 4;
+  static_assert(tile_alignment % (packs * lanes) == 0);
+  const auto c = fill(coefficient), empty = fill(Number{empty_sum});
+  for (int64_t i = 0; i < count; i += packs * lanes) {
+    upcoming.prefetch(i, packs * lanes);
+    for (int64_t j = i; j < i + packs * lanes; j += lanes)
+      store(sum + j, add_term(c, load(z + j), first ? empty : load(sum + j)));
+  }
+}

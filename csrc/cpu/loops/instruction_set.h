@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../core/combine.h"
+#include "../../core/factored_linear.h"
 #include "../../core/power_iteration.h"
 #include "../../core/rules.h"
 #include "../../core/sign.h"
@@ -20,7 +21,7 @@ constexpr int tile_elements = 1024;  // of a tile whose first index is aligned
 // Weights that are needed next. They are prefetched line by line while noise is computed: noise is bound by
 // arithmetic and weights by memory, and a burst of prefetches would only move the wait for memory elsewhere.
 struct Upcoming {
-  const char* read;   // where they are
+  const char* read;   // where they are, or null
   const char* write;  // where they go, if that is another place, else null
   int64_t bytes_per_element;
   const char* residuals;  // a byte an element, or null
@@ -28,7 +29,8 @@ struct Upcoming {
   ZOEXT_HD void prefetch(int64_t element, int64_t count) const {
     constexpr int64_t line = 64;
     const int64_t begin = element * bytes_per_element, end = begin + count * bytes_per_element;
-    for (int64_t at = begin; at < end; at += line) __builtin_prefetch(read + at, 0, 3);
+    if (read)
+      for (int64_t at = begin; at < end; at += line) __builtin_prefetch(read + at, 0, 3);
     if (write)
       for (int64_t at = begin; at < end; at += line) __builtin_prefetch(write + at, 1, 3);
     if (residuals)
@@ -71,6 +73,14 @@ struct Factors {
 template <class Number>
 struct DirectionLoops {
   using Loop = void (*)(const Field&, Number coefficient, uint64_t index, int64_t count, Number* sum, Upcoming);
+  Loop start, add;
+};
+
+// A direction that lies in memory: `start` sets sum to coefficient * z, `add` adds it. `count` is that of an
+// aligned stretch.
+template <class Number>
+struct DrawnLoops {
+  using Loop = void (*)(const Number* z, Number coefficient, int64_t count, Number* sum, Upcoming);
   Loop start, add;
 };
 
@@ -119,9 +129,29 @@ struct RuleLoops {
 template <class Number>
 struct ArithmeticLoops {
   DirectionLoops<Number> normals, signs;
+  DrawnLoops<Number> drawn;
   FactoredLoops<Number> factored;
   RuleLoops<Number> rules[Rules::count];
 };
+
+// The steps of core/factored_linear.h on a few rows of activations.
+template <class Storage>
+struct LinearLoops {
+  using Number = typename Arithmetic<Storage>::type;
+  // products[t, v] = <rows[t], vectors[v]>, for rows that follow one another
+  void (*multiply)(const Storage* rows, int64_t rows_count, int64_t length, const float* const* vectors,
+                   int64_t vectors_count, Number* products);
+  // weights[i] = sum_k coefficients[k] vectors[k][i]
+  void (*combine)(const float* const* vectors, const float* coefficients, int64_t vectors_count, int64_t length,
+                  Number* weights);
+  // out[t, i] = round(out[t, i] + sum_v products[t, v] weights[v, i]) for `columns` columns of rows that are
+  // `row_stride` apart. A row of weights has `linear_columns` numbers, of which those in the last pack that has
+  // columns are read.
+  void (*add)(Storage* out, int64_t rows_count, int64_t row_stride, int64_t columns, const Number* products,
+              const Number* weights, int64_t vectors_count);
+};
+
+constexpr int64_t linear_columns = 256;  // of a call of these loops: a row of weights is a kibibyte
 
 // `displace` is out = round(theta + (sum - decay theta)).
 template <class Storage>
@@ -130,6 +160,7 @@ struct StorageLoops {
   void (*displace)(Storage* out, const Storage* theta, const Number* sum, Number decay, int64_t count);
   void (*write)(Storage* out, const Number* sum, int64_t count);
   void (*to_fp32)(const Storage* from, int64_t count, float* out);
+  LinearLoops<Storage> linear;
 };
 
 // The loops of storage types that round: also with 16 random bits per element, or with residuals.

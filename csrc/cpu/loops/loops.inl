@@ -9,6 +9,7 @@
 #include "storage.inl"
 #include "rounding.inl"
 #include "rows.inl"
+#include "linear.inl"
 // clang-format on
 
 template <class Rule, class Number>
@@ -27,6 +28,7 @@ constexpr ArithmeticLoops<Number> arithmetic_loops_of(RuleList<Functors...>) {
   return {
       {&add_normals<Number, true>, &add_normals<Number, false>},
       {&add_signs<Number, true>, &add_signs<Number, false>},
+      {&add_drawn<Number, true>, &add_drawn<Number, false>},
       {&combine_factored<Number>},
       {rule_loops<Functors, Number>...},
   };
@@ -36,7 +38,12 @@ template <class Number>
 constexpr ArithmeticLoops<Number> arithmetic_loops = arithmetic_loops_of<Number>(Rules{});
 
 template <class Storage>
-constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_fp32<Storage>};
+constexpr LinearLoops<Storage> linear_loops{
+    &multiply_rows<Storage>, &combine_weights<typename Arithmetic<Storage>::type>, &add_products<Storage>};
+
+template <class Storage>
+constexpr StorageLoops<Storage> storage_loops{&displace<Storage>, &write<Storage>, &to_fp32<Storage>,
+                                              linear_loops<Storage>};
 
 template <class Storage>
 constexpr RoundedLoops<Storage> rounded_loops{storage_loops<Storage>, &displace_stochastically<Storage>,
