@@ -64,10 +64,11 @@ class Budget:
         blocks: how many blocks of 256 threads the registers of a multiprocessor hold, of 8 at most.
         local: bytes of local memory a thread, spilled registers among them.
         elements: that a thread takes in one round of the loop over whole chunks.
-        first: instructions of a round for one element, with one term or a window of one step, and with no
-            step at all where a kernel makes several. The rank of factored directions counts as zero.
-        further: instructions for one more term, row of the window, or step, rounded to nearest; None where
-            that is not counted.
+        first: instructions of a round for one element, with one term or a window of one step, with no
+            step at all where a kernel makes several, and for copies with no term and one copy. The rank of
+            factored directions counts as zero.
+        further: instructions for one more term, row of the window, step, or two copies with one term,
+            rounded to nearest; None where that is not counted.
         narrowest: bytes of the narrowest access to global memory for weights and residuals in that loop.
         mix: how many of `first` each operation has, by its name in the machine code.
         units: how many of `first` each unit of the multiprocessor executes.
@@ -178,7 +179,11 @@ def _noise_loop(kernel: Kernel, whole: Loop) -> Loop | None:
 
 
 def _stops(kernel: Kernel, whole: Loop, noise: Loop | None) -> list[int]:
-    """What a round of the whole loop must pass: for a window its normals, and the move of Adam."""
+    """What a round of the whole loop must pass: for a window its normals, and the move of Adam; for copies
+    the writing of one."""
+    if kernel.name.startswith("displace_copies<"):
+        write = kernel.find(whole, "STG")
+        return [] if write is None else [write]
     if not kernel.name.startswith("move_window<"):
         return []
     found = [kernel.find(noise, ROOT)] if noise else []

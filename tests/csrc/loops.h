@@ -15,6 +15,7 @@ void directions_are_the_cores(const cpu::InstructionSet& set);
 void factored_directions_are_the_cores(const cpu::InstructionSet& set);
 void displaced_weights_are_the_cores(const cpu::InstructionSet& set);
 void products_of_rows_are_the_cores(const cpu::InstructionSet& set);
+void linear_layers_are_the_cores(const cpu::InstructionSet& set);
 
 inline float core_normal(const Field& field, uint64_t index) {
   const Words<uint32_t> words = field.words(index / 4);

@@ -15,6 +15,7 @@ int main() {
     factored_directions_are_the_cores(set);
     displaced_weights_are_the_cores(set);
     products_of_rows_are_the_cores(set);
+    linear_layers_are_the_cores(set);
     names += " " + name;
   }
   return finish(("instruction sets:" + names).c_str());

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 
-from zoext import ops
+import zoext
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -23,8 +23,8 @@ kernel_budget = pytest.importorskip("kernel_budget")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 #: The instructions an element that a kernel may take, by its name: with one term (without a step, where it
-#: makes several), with one more term, row of the window or step, and the blocks that a multiprocessor has
-#: registers for. The first name that fits counts.
+#: makes several, and without a term of copies), with one more term, row of the window or step, and the
+#: blocks that a multiprocessor has registers for. The first name that fits counts.
 MOST = [
     (r"write<\w+, Normals>", 36, None, 6),
     (r"write<\w+, Signs>", 13, None, 6),
@@ -35,6 +35,13 @@ MOST = [
     (r"displace<Dense<Signs, Half>", 21, None, 3),
     (r"displace<Dense<Signs, \w+>", 20, None, 3),
     (r"displace<Factored", 22, None, 3),
+    (r"displace_copies<Normals, double", 17, 49, 2),
+    (r"displace_copies<Normals, \w+, nearest", 12, 46, 3),
+    (r"displace_copies<Normals, ", 23, 44, 3),
+    (r"displace_copies<Signs, double", 17, None, 2),
+    (r"displace_copies<Signs, float", 10, None, 3),
+    (r"displace_copies<Signs, \w+, nearest", 9, None, 2),
+    (r"displace_copies<Signs, ", 20, None, 2),
     (r"displace_steps<Dense<Normals, double>", 4, 44, 3),
     (r"displace_steps<Dense<Normals", 5, 46, 4),
     (r"displace_steps<", 12, None, 2),
@@ -70,7 +77,7 @@ MOST_OF_NEAREST = {
 
 
 def built() -> Path | None:
-    return next(iter(sorted(Path(ops.__file__).parent.glob("_cuda*.so"))), None)
+    return next(iter(sorted(Path(zoext.__file__).parent.glob("_cuda*.so"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +107,8 @@ def test_kernels_keep_to_their_budget(kernels: list, architecture: str) -> None:
     spilled = [kernel.name for kernel in chosen if kernel.stack]
     assert not spilled, f"these kernels use local memory: {spilled}"
     budgets = [budget for budget in map(kernel_budget.budget, chosen) if budget]
-    assert len(budgets) == 152, (
-        "write, displace (for few and many), windows by three rules, and steps of these"
+    assert len(budgets) == 164, (
+        "write, displace (for few and many), copies, windows by three rules, and steps of these"
     )
     for budget in budgets:
         first, further, blocks = next(most for name, *most in MOST if re.match(name, budget.kernel))
@@ -138,7 +145,7 @@ def test_the_counted_path_makes_noise(kernels: list) -> None:
     for budget in filter(None, map(kernel_budget.budget, kernels)):
         if "Normals" not in budget.kernel or "move_windows" in budget.kernel:  # whose steps have roots, too
             continue
-        is_in_the_loop = "window" in budget.kernel or "steps" in budget.kernel
+        is_in_the_loop = any(kind in budget.kernel for kind in ("window", "steps", "copies"))
         counts = budget.further_units if is_in_the_loop else budget.units
         seen += 1
         conversions = 1.5 if budget.architecture == "sm_80" else 0  # three for two normals, in that unit
