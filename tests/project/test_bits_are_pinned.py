@@ -194,6 +194,25 @@ def pin_noise_copy(dtype: torch.dtype) -> Digests:
         yield f"{distribution.name} {rounding.name} {terms} {aliased}", digest(*weights.theta, *out)
 
 
+def pin_noise_copies(dtype: torch.dtype) -> Digests:
+    roundings = (Rounding.NEAREST, Rounding.STOCHASTIC)
+    sizes = ((1, 1), (2, 1), (6, 4), (3, 0))
+    for distribution, rounding, (copies, terms) in product(Distribution, roundings, sizes):
+        weights = Weights(SHAPES, dtype)
+        out = [torch.ones(copies, *theta.shape, dtype=dtype) for theta in weights.theta]
+        ops.noise_copies_(
+            out,
+            weights.theta,
+            seeds_of(terms),
+            numbers(COEFFICIENTS, copies, terms),
+            weights.keys,
+            weights.spans,
+            distribution=distribution,
+            rounding=rounding,
+        )
+        yield f"{distribution.name} {rounding.name} {copies} {terms}", digest(*weights.theta, *out)
+
+
 #: Steps, length of the window, terms, first and second weights, lr, decay.
 WINDOWS = (
     (1, 1, 1, (0.3,), (0.1,), 0.02, 0.0),
@@ -321,14 +340,38 @@ def pin_power_iteration(dtype: torch.dtype) -> Digests:
         yield f"{rows}x{features} rank {rank} {iterations} {masked}", digest(basis, values)
 
 
+#: Rows, features, outputs, rank, terms, and the sides that all terms share.
+LINEARS = (
+    (1, 1, 1, 1, 1, ()),
+    (5, 37, 300, 2, 1, ()),
+    (31, 16, 33, 3, 2, ("right",)),
+    (26, 515, 67, 2, 4, ()),
+    (3, 130, 257, 5, 3, ("left",)),
+    (3, 130, 257, 5, 3, ("left", "right")),
+)
+
+
+def pin_factored_linear(dtype: torch.dtype) -> Digests:
+    for rows, features, outputs, rank, terms, shared in LINEARS:
+        sides = [
+            exact(1 if name in shared else terms, rank, length, dtype=torch.float32, salt=length)
+            for name, length in (("left", outputs), ("right", features))
+        ]
+        out, input = (exact(3, rows, length, dtype=dtype, salt=rows) for length in (outputs, features))
+        ops.factored_linear_(out, input, *sides, numbers(COEFFICIENTS, 3, terms))
+        yield f"{rows}x{features}x{outputs} rank {rank} {terms} {shared}", digest(out)
+
+
 OPERATORS: dict[str, Callable[[torch.dtype], Digests]] = {
     "normal_": pin_normal,
     "noise_axpy_": pin_noise_axpy,
     "noise_copy_": pin_noise_copy,
+    "noise_copies_": pin_noise_copies,
     "noise_window_": pin_noise_window,
     "factored_axpy_": pin_factored_axpy,
     "factored_copy_": pin_factored_copy,
     "factored_window_": pin_factored_window,
+    "factored_linear_": pin_factored_linear,
     "power_iteration": pin_power_iteration,
 }
 

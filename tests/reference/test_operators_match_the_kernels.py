@@ -195,6 +195,50 @@ def test_copies(device: str, dtype: torch.dtype, rounding: Rounding) -> None:
         oracle.assert_same_bits(theta, before)
 
 
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC])
+@every_dtype
+@devices
+def test_several_copies(device: str, dtype: torch.dtype, rounding: Rounding) -> None:
+    theta = theta_of(dtype, device)
+    terms = SEEDS[0].to(device), COEFFICIENTS.to(device)
+    for copy in (0, 1, 3):
+
+        def run(operators: Any, out: Tensor, _: list[Tensor], copy: int = copy) -> None:
+            stack = out.new_empty((len(COEFFICIENTS), *theta.shape))
+            operators.noise_copies_([stack], [theta], *terms, *place_of(theta), 0, rounding)
+            out.copy_(stack[copy])
+
+        compare(run, theta, rounding, bound=6.0)
+
+
+@pytest.mark.parametrize("shared", ["", "left", "right", "left right"])
+@every_dtype
+@devices
+def test_factored_linear(device: str, dtype: torch.dtype, shared: str) -> None:
+    """Also of a copy without terms, and of factors that are not finite and have a coefficient of zero."""
+    generator = torch.Generator().manual_seed(6)
+    sizes = (1 if "left" in shared else 3, 2, 43), (1 if "right" in shared else 3, 2, SIDE[device])
+    left, right = (torch.randn(size, generator=generator) for size in sizes)
+    coefficients = torch.tensor([[0.3, -2.0, 0.0], [0.0, -0.0, 0.0], [0.5, 0.0, 0.0]])
+    left[-1, 1, 3] = float("nan") if "left" not in shared else 1.0
+    right[-1, 0, 7] = float("inf") if "right" not in shared else 1.0
+    factors = [tensor.to(device) for tensor in (left, right, coefficients)]
+    out, input = (
+        torch.randn(3, 29, length, generator=generator).to(dtype).to(device) for length in (43, SIDE[device])
+    )
+    results = []
+    for operators in (torch.ops.zoext, _reference):
+        results.append(out.clone())
+        operators.factored_linear_(results[-1], input, *factors)
+    kernels, reference = results
+    assert not torch.equal(kernels[0], out[0])
+    oracle.assert_same_bits(reference[1], out[1])
+    # Sums of up to 200 products, of which each is rounded.
+    accumulated = 1e-13 if dtype == torch.float64 else 1e-5
+    relative = accumulated + (torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0)
+    torch.testing.assert_close(reference, kernels, rtol=relative, atol=100 * accumulated)
+
+
 class _NoFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -231,6 +275,11 @@ def test_narrower_weights_need_no_float64(dtype: torch.dtype) -> None:
             _reference.noise_window_([theta], own, *numbers, *place, 0, rounding, rule)
             _reference.factored_window_([theta], own, [one[0]], [one[1]], *numbers, *place, rounding, rule)
     _reference.normal_([theta], SEEDS[0, :1], *place, 0, 0)
+    _reference.noise_copies_([theta.repeat(4, 1, 1)], [theta], SEEDS[0], COEFFICIENTS, *place, 0, 1)
+    rows, out = theta.repeat(4, 1, 1), torch.ones(4, 7, 7).to(dtype)
+    for count in (1, 3):
+        sides = torch.ones(3, 2, 7), torch.ones(count, 2, 9)
+        _reference.factored_linear_(out, rows, *sides, COEFFICIENTS)
     _reference.power_iteration(theta, None, SEEDS[0, :1], 3, 2)
 
 
