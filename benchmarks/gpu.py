@@ -118,6 +118,7 @@ def measure_kernels(report: Report, name: str, size: Size, arguments: argparse.N
             partial(gpu_kernels.adam, shapes, *where),
             partial(gpu_kernels.factored, shapes, *where),
             partial(gpu_kernels.bases, size.layers, size.width, *where),
+            partial(gpu_kernels.linears, size.layers, size.width, *where),
         ):
             label = str(dtype).removeprefix("torch.")
             gpu_kernels.measure(report, make, label, repeats=arguments.repeats, device=arguments.device)

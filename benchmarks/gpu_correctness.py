@@ -26,6 +26,9 @@ LRS, DECAYS = torch.tensor([[0.03, -0.02], [0.01, 0.0]])
 FIRST_WEIGHTS_OF_STEPS, SECOND_WEIGHTS_OF_STEPS = torch.tensor(
     [[[0.1, 0.2], [0.15, 0.3]], [[0.07, 0.3], [0.1, 0.2]]]
 )
+#: Of copies: a row for each.
+COPIES = torch.stack([COEFFICIENTS.flatten() * scale for scale in (1.0, -1.0, 0.0, 3.0, 0.5)])
+COPIES[3, 1:] = 0.0
 RANK = 3
 
 #: Columns of which rows begin at addresses for wide accesses, as all rows of a real layer do, and others.
@@ -77,6 +80,7 @@ def checks(elements: int) -> Iterator[Check]:
                 yield Check(f"normal_, {label}, {distribution.name.lower()}", dense.normal)
             if rounding != Rounding.RESIDUAL:
                 yield Check(f"noise_copy_, {options}", dense.copy)
+                yield Check(f"noise_copies_, {options}", dense.copies)
             for steps in ("", ", several steps"):
                 yield Check(f"noise_axpy_, {options}{steps}", partial(dense.axpy, several=bool(steps)))
                 yield Check(f"noise_window_, {options}{steps}", partial(dense.adam, several=bool(steps)))
@@ -93,6 +97,9 @@ def checks(elements: int) -> Iterator[Check]:
         activations = Activations(elements, dtype)
         yield Check(f"power_iteration, {label}", activations.bases)
         yield Check(f"power_iteration, {label}, masked", activations.masked_bases)
+        for shared in (True, False):
+            how = "shared input basis" if shared else "own factors"
+            yield Check(f"factored_linear_, {label}, {how}", partial(activations.displaced, shared=shared))
 
 
 class Dense:
@@ -132,6 +139,15 @@ class Dense:
         theta, out = moved(self._weights, device), moved(self._weights, device)
         ops.noise_copy_(out, theta, *combination(device), self._keys, self._spans, **self._how)
         return [*out, *theta]
+
+    def copies(self, device: torch.device) -> list[Tensor]:
+        """More than a kernel makes at once, with terms that none, one or all of them have."""
+        theta = moved(self._weights, device)
+        out = moved([weight.repeat(len(COPIES)) for weight in self._weights], device)
+        stacks = [to.view(len(COPIES), len(weight)) for to, weight in zip(out, self._weights, strict=True)]
+        terms = SEEDS.flatten().to(device), COPIES.to(device)
+        ops.noise_copies_(stacks, theta, *terms, self._keys, self._spans, **self._how)
+        return [*stacks, *theta]
 
     def adam(self, device: torch.device, *, several: bool) -> list[Tensor]:
         theta, residuals = moved(self._weights, device), self._residuals(device)
@@ -201,12 +217,24 @@ class Activations:
         self._rows[:, 5:8] *= torch.tensor([30.0, 20.0, 10.0])
         self._rows = self._rows.to(dtype)
         self._mask = torch.arange(tokens) % 5 != 3
+        terms, outputs = COPIES.shape[1], 277
+        self._outputs = noise.normal((len(COPIES), tokens, outputs), seed=13, dtype=dtype)
+        self._left = noise.normal((terms, RANK, outputs), seed=17)
+        self._right = noise.normal((terms, RANK, features), seed=19)
 
     def bases(self, device: torch.device) -> list[Tensor]:
         return self._bases(device, None)
 
     def masked_bases(self, device: torch.device) -> list[Tensor]:
         return self._bases(device, self._mask.to(device))
+
+    def displaced(self, device: torch.device, *, shared: bool) -> list[Tensor]:
+        """Outputs of copies of the rows, of which one is left as it is."""
+        out = self._outputs.clone().to(device)
+        input = self._rows.repeat(len(COPIES), 1, 1).to(device)
+        right = self._right[:1] if shared else self._right
+        ops.factored_linear_(out, input, self._left.to(device), right.to(device), COPIES.to(device))
+        return [out]
 
     def _bases(self, device: torch.device, mask: Tensor | None) -> list[Tensor]:
         seed = SEEDS[0, :1].to(device)

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from adam_update import HORIZON, AdamUpdate
+from factored_linear import COPIES, FactoredLinears
 from factored_pass import FactoredPass
 from gpu_timing import timed
 from power_iteration import PowerIterations
@@ -51,12 +52,24 @@ class DenseOperators:
         self._places = range(len(shapes)), [ops.span_of(tensor) for tensor in self._out]
         self._term = torch.tensor([1], device=device), torch.tensor([SCALE], device=device)
         self._decay = torch.zeros((), device=device)
+        self._stacks = [tensor.new_empty((COPIES, *tensor.shape)) for tensor in self._out]
+        self._opposite = torch.tensor([[SCALE], [-SCALE]], device=device)
 
     def write(self) -> None:
         ops.normal_(self._out, self._term[0], *self._places)
 
     def copy(self) -> None:
         ops.noise_copy_(self._out, self.work.parameters, *self._term, *self._places)
+
+    def copies(self) -> None:
+        """Theta plus and minus a direction."""
+        terms = self._term[0], self._opposite
+        ops.noise_copies_(self._stacks, self.work.parameters, *terms, *self._places)
+
+    def copy_after_copy(self) -> None:
+        for coefficients in self._opposite:
+            terms = self._term[0], coefficients
+            ops.noise_copy_(self._out, self.work.parameters, *terms, *self._places)
 
     def one_tensor(self) -> None:
         """The same number of elements in a single tensor."""
@@ -81,10 +94,12 @@ def dense(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> 
         "noise_axpy_, 4 seeds": partial(work.fused, terms=4),
         "noise_axpy_, signs": partial(work.fused, distribution=ops.Distribution.SIGN),
         "noise_copy_": more.copy,
+        f"noise_copies_, {COPIES} copies": more.copies,
         at_once: work.steps_at_once,
     }
     size = work.elements * dtype.itemsize
     traffic = dict.fromkeys((COPY, *operators), 2 * size) | {"normal_": size}
+    traffic[f"noise_copies_, {COPIES} copies"] = (1 + COPIES) * size
     if dtype.itemsize == 2:
         stochastic, residual = "noise_axpy_, stochastic rounding", "noise_axpy_, residuals"
         operators[stochastic] = partial(work.fused, rounding=ops.Rounding.STOCHASTIC)
@@ -97,9 +112,11 @@ def dense(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> 
         "torch.normal and foreach": more.foreach,
         "normal_": more.write,
         one_by_one: work.steps_one_by_one,
+        "noise_copy_, copy after copy": more.copy_after_copy,
     }
     rivals = [(name, "noise_axpy_") for name in ("baseline", "torch.normal and foreach")]
     rivals.append((one_by_one, at_once))
+    rivals.append(("noise_copy_, copy after copy", f"noise_copies_, {COPIES} copies"))
     return Group("dense", others | operators, traffic, rivals)
 
 
@@ -144,6 +161,17 @@ def bases(layers: int, width: int, dtype: torch.dtype, device: torch.device) -> 
     work = PowerIterations(layers, width, dtype, device)
     fused, plain = "power_iteration", "power iteration in torch"
     return Group("bases", {plain: work.plain, fused: work.fused}, rivals=[(plain, fused)])
+
+
+def linears(layers: int, width: int, dtype: torch.dtype, device: torch.device) -> Group:
+    work = FactoredLinears(layers, width, dtype, device)
+    fused, plain = f"factored_linear_, {COPIES} copies", "displacements in torch"
+    cases: dict[str, Callable[[], object]] = {"linear layers": work.linears, plain: work.plain_displacements}
+    return Group(
+        "linear layers",
+        cases | {fused: work.displacements},
+        rivals=[(plain, fused), ("linear layers", fused)],
+    )
 
 
 def measure(

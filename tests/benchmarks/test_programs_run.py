@@ -65,6 +65,7 @@ def check_figures(document: dict, names: set[str]) -> None:
         ("adam_update", ["plain update / fused update", "fused update / noise only"]),
         ("factored_pass", ["fused pass / plain pass, rank 1", "plain / fused Adam step"]),
         ("power_iteration", ["power iterations in a forward", "plain / fused power iterations"]),
+        ("factored_linear", ["displacements, of the layers' time", "plain / fused displacements"]),
         ("mezo_step", ["MeZO, streamed, outside forwards", "MeZO, inplace, outside forwards"]),
         ("agzo_forward", ["forward with hooks, rank 1 / forward"]),
         (
@@ -260,6 +261,7 @@ def test_every_program_is_tested_and_described() -> None:
         "agzo_forward",
         "adam_update",
         "dense_pass",
+        "factored_linear",
         "factored_pass",
         "gpu",
         "kernel_budget",
@@ -357,6 +359,22 @@ def test_rivals_find_the_same_direction(monkeypatch: pytest.MonkeyPatch) -> None
     torch.manual_seed(3)
     for plain, fused in zip(work.plain(), work.fused(), strict=True):
         torch.testing.assert_close((plain @ fused.T).abs(), torch.ones(1, 1), rtol=1e-4, atol=0)
+
+
+def test_displacements_of_layers_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from factored_linear import FactoredLinears
+
+    def added(name: str) -> dict[int, torch.Tensor]:
+        work = FactoredLinears(1, 32, torch.float32, CPU)
+        before = {length: out.clone() for length, out in work.out.items()}
+        getattr(work, name)()
+        return {length: out - before[length] for length, out in work.out.items()}
+
+    plain, fused = added("plain_displacements"), added("displacements")
+    for length, out in fused.items():
+        assert (out.abs() > 1e-6).float().mean() > 0.9
+        torch.testing.assert_close(out, plain[length], rtol=0, atol=1e-5)
 
 
 def test_rounds_are_interleaved_after_a_warm_up() -> None:
