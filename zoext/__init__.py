@@ -1,7 +1,7 @@
 """Forward-only (zeroth-order) fine-tuning for PyTorch."""
 
 from zoext import _reference as _reference  # registers the operators for devices without kernels
-from zoext import noise
+from zoext import losses, noise
 from zoext._engine import LoRAFactors, OpenRound
 from zoext.directions import ActivationSubspace, Direction, Gaussian, LowRank, Rademacher
 from zoext.estimators import (
@@ -14,6 +14,7 @@ from zoext.estimators import (
     Round,
 )
 from zoext.graphs import GraphedStep
+from zoext.losses import mean_per_copy, repeat
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.probes import InplaceProbe, Probe, StreamedProbe, StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
@@ -58,7 +59,10 @@ __all__ = [
     "TrajectoryError",
     "Update",
     "ZerothOrderOptimizer",
+    "losses",
+    "mean_per_copy",
     "noise",
+    "repeat",
     "replay",
     "unwrap",
 ]
