@@ -14,7 +14,7 @@ from zoext.estimators import (
     Round,
 )
 from zoext.graphs import GraphedStep
-from zoext.losses import mean_per_copy, repeat
+from zoext.losses import CompactLoss, mean_per_copy, repeat
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.probes import InplaceProbe, Probe, StreamedProbe, StreamedProbeError
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
@@ -31,6 +31,7 @@ __all__ = [
     "AdaMeZO",
     "AdamReplay",
     "CentralDifference",
+    "CompactLoss",
     "Direction",
     "Estimate",
     "Estimator",
