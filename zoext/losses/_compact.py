@@ -150,7 +150,8 @@ class CompactLoss:
 
     def _losses_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The losses [C, r] of hidden states [C, r, d]. The head gets [C r, d], one copy after the other."""
-        logits = self._parts.head.logits(hidden.reshape(-1, hidden.shape[-1]))
+        rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        logits = self._parts.head.logits(rows)
         targets = targets.to(logits.device).reshape(-1)
         losses = cross_entropy(
             logits,
