@@ -7,13 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.tiny_language_models import MODELS, VOCABULARY, ragged, tiny
 from torch import Tensor
 
 import zoext
-
-#: peft asks transformers in a way that transformers will remove.
-OF_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+from support.peft_methods import METHODS, TOKENS, Method, quiet
+from support.tiny_language_models import MODELS, VOCABULARY, ragged, tiny
 
 
 def full(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -104,13 +102,13 @@ def test_other_label_is_ignored() -> None:
     assert_equal(compact(model, batch, ignore_index=-1), want)
 
 
-@OF_PEFT
 @pytest.mark.parametrize("target", ["q_proj", "lm_head", "embed_tokens"])
 def test_adapters_are_seen(target: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False, task_type="CAUSAL_LM")
-        model = peft.get_peft_model(tiny("Llama"), config).eval()
+        with quiet():
+            model = peft.get_peft_model(tiny("Llama"), config).eval()
     loss = zoext.CompactLoss(model)
     with torch.no_grad():
         got = loss(ragged())
@@ -121,10 +119,10 @@ def test_adapters_are_seen(target: str) -> None:
     assert abs(float(got - without)) > 1e-4
 
 
-@OF_PEFT
 def test_tuned_copy_of_the_head_is_used() -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft.get_peft_model(tiny("Llama"), config).eval()
+    with quiet():
+        model = peft.get_peft_model(tiny("Llama"), config).eval()
     copy = model.base_model.model.lm_head.modules_to_save["default"].weight
     copy.data.mul_(0.5)
     assert_equal(compact(model, ragged()), full(model, ragged()))
@@ -161,3 +159,37 @@ def test_model_is_left_as_it_was() -> None:
     assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+ADDS = "of peft adds tokens or keys"
+#: What the forward of the whole model does, beyond what its parts do.
+REFUSED = {
+    "LoRA on a classifier": "not BertForSequenceClassification",
+    "AdaLoRA": "the loss of PeftModelForCausalLM is not the mean",
+    "Cartridge": ADDS,
+    "CPT": ADDS,
+    "Multitask prompt tuning": ADDS,
+    "P-tuning (MLP)": ADDS,
+    "P-tuning (LSTM)": ADDS,
+    "Poly": "did not run on a few tokens, .* task_ids",
+    "Prefix tuning": ADDS,
+    "Prefix tuning (MLP)": ADDS,
+    "Prompt tuning": ADDS,
+    "Shadow": "the loss of PeftModelForCausalLM is not the mean",
+    "X-LoRA": "makes other logits than the model",
+}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_of_peft_is_equal_or_refused(method: Method) -> None:
+    model = method.build()
+    labels = TOKENS.clone()
+    labels[:, :5] = -100
+    batch = {"input_ids": TOKENS, "labels": labels, **method.inputs()}
+    if method.name in REFUSED:
+        with quiet(), pytest.raises(zoext.losses.CompactLossError, match=REFUSED[method.name]):
+            zoext.CompactLoss(model)
+        return
+    with quiet(), torch.no_grad():
+        got = zoext.CompactLoss(model)(batch)
+        torch.testing.assert_close(got, model(**batch).loss, rtol=1e-6, atol=0, check_dtype=False)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_language_models import ragged, tiny
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import zoext
+from support.tiny_language_models import ragged, tiny
 
 NAMES = ["Llama", "BERT", "T5"]
 

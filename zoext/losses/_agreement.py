@@ -81,7 +81,8 @@ class _Whole:
         hidden = parts.hidden_states(self.batch, labels)
         logits = parts.head.logits(hidden.reshape(-1, hidden.shape[-1]))
         own = self.logits.reshape(-1, self.logits.shape[-1])
-        tolerance = max(_TOLERANCES.get(dtype, _OF_16_BITS) for dtype in (self.logits.dtype, hidden.dtype))
+        tolerance = max(_TOLERANCES.get(dtype, _OF_16_BITS) for dtype in (logits.dtype, hidden.dtype))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         name = type(parts.model).__name__
         if logits.shape != own.shape:
             raise CompactLossError(

@@ -152,6 +152,7 @@ class CompactLoss:
         """The losses [C, r] of hidden states [C, r, d]. The head gets [C r, d], one copy after the other."""
         rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         logits = self._parts.head.logits(rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as transformers does
         targets = targets.to(logits.device).reshape(-1)
         losses = cross_entropy(
             logits,

@@ -41,10 +41,10 @@ class Head:
     vocabulary: int
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The logits, in float32 at least, as the losses of transformers widen them."""
+        """The logits of rows, in the dtype that the head makes."""
         for operation in self.operations:
             rows = operation(rows)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return rows
 
 
 def heads_of(model: nn.Module, base: nn.Module | None) -> Iterator[Head]:
