@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.tiny_language_models import tiny
 from support.tiny_models import labelled, tiny_bert
 from zoext.cli import main
 from zoext.cli._errors import UserError
@@ -195,6 +196,23 @@ def test_losses_of_next_tokens_ignore_padding() -> None:
         assert scores.predictions[i] == len(tokens) - 1
         assert scores.loss[i].item() == pytest.approx(-sum(log_probabilities), rel=1e-5)
     assert scores.mean_loss().item() == pytest.approx(scores.loss.sum().item() / 10)
+
+
+def test_losses_of_next_tokens_are_those_of_a_language_model() -> None:
+    model, objective = tiny("Llama"), NextToken(padding=0)
+    rows: list[torch.Size] = []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape))
+    examples = [Example((5, 2, 60, 7)), Example((1, 9)), Example((3, 3, 80, 4, 8, 8, 6))]
+    batch = objective.collate(examples, torch.device("cpu"))
+    objective.prepare(model)
+    rows.clear()
+    with torch.no_grad():
+        scores = objective.scores(model, batch)
+        assert rows == [(3 + 1 + 6, 16)]  # padding has no logits
+        torch.testing.assert_close(scores.mean_loss(), model(**batch).loss)
+        alone = [objective.scores(model, objective.collate([each], torch.device("cpu"))) for each in examples]
+    torch.testing.assert_close(scores.loss, torch.cat([each.loss for each in alone]))
+    assert scores.predictions.tolist() == [3, 1, 6]
 
 
 def test_losses_of_classes() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from zoext.losses import CompactLoss, CompactLossError
+
 IGNORED = -100  # the label that cross_entropy ignores: padding
 
 Batch = dict[str, Tensor]
@@ -25,7 +27,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per example, [B]: the sum of its losses (float32), the number of predictions and of correct ones."""
+    """Per example, [B]: the sum of its losses (float32), the number of predictions and of correct ones.
+
+    The latter is 0 where the objective reports no accuracy.
+    """
 
     loss: Tensor
     predictions: Tensor
@@ -60,6 +65,9 @@ class Objective(ABC):
     @abstractmethod
     def _labels(self, examples: Sequence[Example], tokens: Tensor, mask: Tensor) -> Tensor: ...
 
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027
+        """Runs what ``scores`` needs of ``model`` only once, so that no closure of a step runs it."""
+
     @abstractmethod
     def scores(self, model: nn.Module, batch: Batch) -> Scores:
         """The losses of ``model`` on a batch."""
@@ -86,15 +94,35 @@ class Classification(Objective):
 
 
 class NextToken(Objective):
-    """Causal language modelling: cross-entropy of each token given those before it."""
+    """Causal language modelling: cross-entropy of each token given those before it.
+
+    Logits are made for tokens only, not for padding, and some at a time, if ``CompactLoss`` takes the model.
+    """
 
     reports_accuracy = False
+
+    def __init__(self, padding: int) -> None:
+        super().__init__(padding)
+        self._model: nn.Module | None = None
 
     def _labels(self, examples: Sequence[Example], tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens.masked_fill(mask == 0, IGNORED)
 
+    def prepare(self, model: nn.Module) -> None:
+        if self._model is not model:
+            try:
+                self._compact: CompactLoss | None = CompactLoss(model)
+            except CompactLossError:
+                self._compact = None
+            self._model = model
+
     def scores(self, model: nn.Module, batch: Batch) -> Scores:
-        logits, labels = _logits(model, batch)[:, :-1], batch["labels"][:, 1:]
-        loss = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-        predicted = labels != IGNORED
-        return Scores(loss.sum(1), predicted.sum(1), ((logits.argmax(-1) == labels) & predicted).sum(1))
+        self.prepare(model)
+        labels = batch["labels"][:, 1:]
+        if self._compact is not None:
+            losses = self._compact.per_token(batch)
+        else:
+            logits = _logits(model, batch)[:, :-1].transpose(1, 2)
+            losses = cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+        predictions = (labels != IGNORED).sum(1)
+        return Scores(losses.sum(1), predictions, torch.zeros_like(predictions))

@@ -72,6 +72,7 @@ def _loss_of(
     problem: Problem, settings: Settings, step: int, device: torch.device, ranks: Ranks
 ) -> Callable[[], Tensor | tuple[Tensor, Tensor]]:
     """The closure of a step: the loss of the batch, or of the part of this rank with its weight."""
+    problem.objective.prepare(problem.model)
     examples = _examples(problem, settings, step)
     if ranks.batch_parts(settings.parallel) == 1:
         whole = problem.objective.collate(examples, device)
