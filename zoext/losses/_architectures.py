@@ -22,6 +22,7 @@ _TABLES = {
 _SUFFIXES = {"ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHeadModel": "causal"}
 #: Arguments of a model that its base model never sees, as far as they are allowed.
 _OWN = ("labels", "num_items_in_batch")
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 _IGNORED = -100  # in the labels that models shift
 
 
@@ -98,9 +99,12 @@ def parts_of(model: nn.Module) -> Iterator[Parts]:
     Raises:
         CompactLossError: for a model that cannot be; the message names the cause.
     """
-    whole, is_replicated = _unwrapped(model)
-    core = _without_adapters(whole)
+    core = _innermost(model)
     kind = _kind_of(core)
+    whole, is_replicated = _unwrapped(model)
+    for part in (whole, core):
+        _check_uncompiled(part)
+    _check_adapters(whole)
     _check(core)
     base: Any = core.base_model
     if base is core:
@@ -117,6 +121,14 @@ def parts_of(model: nn.Module) -> Iterator[Parts]:
         yield Parts(whole, kind, head, is_replicated, core, base, own, unseen, takes_any)
 
 
+def _innermost(model: nn.Module) -> Any:
+    """The model of transformers inside wrappers and a model of peft."""
+    core: Any = model
+    while type(core).__name__ in (*_WRAPPERS, "OptimizedModule"):
+        core = core._orig_mod if hasattr(core, "_orig_mod") else core.module
+    return core.get_base_model() if hasattr(core, "get_base_model") else core
+
+
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
     """The model without DistributedDataParallel, and whether it was in one."""
     if is_replicated := isinstance(model, nn.parallel.DistributedDataParallel):
@@ -131,20 +143,16 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
     return model, is_replicated
 
 
-def _without_adapters(model: nn.Module) -> Any:
-    """The model of transformers inside a model of peft."""
-    _check_uncompiled(model)
-    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
-        return model
-    for adapter in model.active_adapters:  # type: ignore[union-attr]
-        if getattr(model.peft_config[adapter], "is_prompt_learning", False):  # type: ignore[index]
+def _check_adapters(model: Any) -> None:
+    if not hasattr(model, "peft_config"):
+        return
+    active = model.active_adapters  # a method of models of transformers that took an adapter themselves
+    for adapter in active() if callable(active) else active:
+        if getattr(model.peft_config[adapter], "is_prompt_learning", False):
             raise CompactLossError(
                 f"the adapter {adapter!r} of peft adds tokens or keys in the forward of the whole model, and "
                 "CompactLoss runs its parts; use the loss of the model"
             )
-    core: nn.Module = model.get_base_model()  # type: ignore[operator]
-    _check_uncompiled(core)
-    return core
 
 
 def _check_uncompiled(model: nn.Module) -> None:

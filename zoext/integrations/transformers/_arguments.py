@@ -58,6 +58,9 @@ class ZOArgumentsMixin(_Arguments):
             or "MeZOGreedy".
         zo_mu: scale of the displacement at which losses are evaluated. Default 1e-3.
         zo_options: other options of the optimizer by name, as a dict or as text in JSON.
+        zo_compact_loss: whether the loss of a language model makes logits for labelled tokens only, where
+            ``zoext.CompactLoss`` takes the model and the loss is the model's own. The losses are the same up
+            to rounding. Default True.
         learning_rate: default: that of the optimizer, such as 1e-6 for MeZO. It is orders of magnitude below
             that of a first-order optimizer.
         logging_nan_inf_filter: as in ``TrainingArguments``, but False by default: the optimizer checks losses
@@ -77,6 +80,9 @@ class ZOArgumentsMixin(_Arguments):
     zo_options: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Other options of the optimizer, in JSON, such as '{\"samples\": 4}'."},
+    )
+    zo_compact_loss: bool = field(
+        default=True, metadata={"help": "Whether logits are made for labelled tokens only, where possible."}
     )
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "The initial learning rate. Default: that of the optimizer."}

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from zoext.integrations.transformers._arguments import RECIPES, ZOArgumentsMixin, build
 from zoext.integrations.transformers._callbacks import TrajectoryCallback
+from zoext.integrations.transformers._compact import CompactForward
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.updates import SGD
 
@@ -51,6 +52,10 @@ class ZOTrainerMixin(_Trainer):
 
     ``max_grad_norm`` has no effect, because there are no gradients.
 
+    For a language model, losses come from ``zoext.CompactLoss``, which makes logits for labelled tokens only,
+    unless ``compute_loss`` is overridden, a ``compute_loss_func`` or ``label_smoothing_factor`` is given, or
+    ``zo_compact_loss`` is False. A model that it refuses is told of once, and makes all logits.
+
     Raises:
         ValueError: for fp16 with a gradient scaler, DeepSpeed, FSDP, several GPUs in one process, and an
             optimizer of other parameters than the model's or, with several processes, without a process
@@ -61,6 +66,7 @@ class ZOTrainerMixin(_Trainer):
     _batch: tuple[Any, ...] = ()  # the prepared micro-batches of the current step
     _forwards = 0
     _are_shares: bool | None = None  # what compute_loss returns, once it has been tried
+    _forward: CompactForward | nn.Module | None = None  # of the prepared model, as compute_loss gets it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -125,7 +131,7 @@ class ZOTrainerMixin(_Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._batch = ()
+            self._batch, self._forward = (), None
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, TrajectoryCallback):
                     callback.close()
@@ -133,6 +139,8 @@ class ZOTrainerMixin(_Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        if self._forward is None:  # not in the closure, because it runs the model
+            self._forward = CompactForward.of(self, model) or model
         model.train()
         self._batch = (*self._batch, self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
@@ -154,7 +162,11 @@ class ZOTrainerMixin(_Trainer):
     def _loss_of(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
         with self.compute_loss_context_manager():
             # A copy, because compute_loss may take entries out.
-            loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=num_items_in_batch)
+            loss: Any = self.compute_loss(
+                self._forward or model,  # type: ignore[arg-type]
+                copy.copy(inputs),
+                num_items_in_batch=num_items_in_batch,
+            )
         if not isinstance(loss, Tensor):
             loss = torch.tensor(loss, dtype=torch.float64)
         wide: Tensor = loss.to(torch.promote_types(loss.dtype, torch.float32))
