@@ -67,6 +67,10 @@ def check_figures(document: dict, names: set[str]) -> None:
         ("power_iteration", ["power iterations in a forward", "plain / fused power iterations"]),
         ("factored_linear", ["displacements, of the layers' time", "plain / fused displacements"]),
         ("mezo_step", ["MeZO, streamed, outside forwards", "MeZO, inplace, outside forwards"]),
+        (
+            "compact_loss",
+            ["full loss / compact loss, forward", "memory of the compact loss", "memory of the full loss"],
+        ),
         ("agzo_forward", ["forward with hooks, rank 1 / forward"]),
         (
             "step_memory",
@@ -260,6 +264,7 @@ def test_every_program_is_tested_and_described() -> None:
     assert programs == {
         "agzo_forward",
         "adam_update",
+        "compact_loss",
         "dense_pass",
         "factored_linear",
         "factored_pass",

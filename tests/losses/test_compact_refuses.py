@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.fx.experimental import _config
 
 import zoext
 from support.peft_methods import quiet
 from support.tiny_language_models import MODELS, VOCABULARY, ragged, tiny
 from zoext.losses import CompactLossError, NotALanguageModelError
+from zoext.losses._rows import RowFinder
 
 
 class Shifting(transformers.LlamaForCausalLM):
@@ -232,3 +234,17 @@ def test_nothing_waits_for_a_device_with_rows() -> None:
         assert loss.per_example(batch).shape == (3,)
         with pytest.raises(NotImplementedError, match="nonzero"):
             reading(batch)
+
+
+def test_labels_are_counted_once_on_a_device() -> None:
+    """Also if several micro-batches take turns. All of these labels count, as torch has it."""
+    finder = RowFinder(shift=0, ignore_index=-100, rows=None)
+    one, other = (torch.zeros(2, 3, dtype=torch.int64, device="meta") for _ in range(2))
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+        rows, others = finder.find(one, 1), finder.find(other, 1)
+        assert finder.find(one, 1) is rows
+        assert finder.find(other, 1) is others is not rows
+        assert finder.find(one, 2) is not rows
+        rows = finder.find(one, 1)
+        one.fill_(3)
+        assert finder.find(one, 1) is not rows

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zoext.losses._refusals import CompactLossError
 
@@ -61,7 +61,7 @@ class RowFinder:
         self._shift = shift
         self._ignore_index = ignore_index
         self._rows = rows
-        self._last: tuple[weakref.ref[Tensor], int, int, Rows] | None = None
+        self._found: Any = WeakTensorKeyDictionary()  # by labels on a device: their version, copies and rows
 
     def find(self, labels: Any, copies: int) -> Rows:
         """The rows of labels [C B, T]."""
@@ -71,16 +71,16 @@ class RowFinder:
                 f"batch['labels'] must be a tensor [{'' if copies == 1 else f'{copies} * '}B, T], not {shown}"
             )
         if labels.is_cpu or labels.is_inference() or self._rows is not None:
-            return self._found(labels, copies)
-        if self._last is not None:  # memory of a device changes by functions of torch only
-            known, version, of, rows = self._last
-            if known() is labels and version == labels._version and of == copies:
-                return rows
-        rows = self._found(labels, copies)
-        self._last = weakref.ref(labels), labels._version, copies, rows
-        return rows
+            return self._find(labels, copies)
+        # The memory of a device, unlike that of the host, changes by functions of torch only.
+        key = labels._version, copies
+        known, rows = self._found.get(labels, (None, None))
+        if known != key:
+            rows = self._find(labels, copies)
+            self._found[labels] = key, rows
+        return rows  # type: ignore[no-any-return]
 
-    def _found(self, labels: Tensor, copies: int) -> Rows:
+    def _find(self, labels: Tensor, copies: int) -> Rows:
         flat = labels.reshape(copies, -1)
         counts = labels != self._ignore_index
         if self._shift:
