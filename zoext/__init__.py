@@ -11,6 +11,7 @@ from zoext.estimators import (
     ForwardDifference,
     GreedyPool,
     GuidingVector,
+    Population,
     Round,
 )
 from zoext.graphs import GraphedStep
@@ -49,6 +50,7 @@ __all__ = [
     "MeZOGV",
     "MeZOGreedy",
     "OpenRound",
+    "Population",
     "Probe",
     "Rademacher",
     "Round",

@@ -34,6 +34,9 @@ ESTIMATORS = [
     zoext.GuidingVector(pool_size=4, weighting="centered"),
     zoext.GreedyPool(pool_size=3),
     zoext.GreedyPool(pool_size=2, reuse=False),
+    zoext.Population(size=3),
+    zoext.Population(size=4, shaping="zscore", antithetic=True),
+    zoext.Population(size=5, shaping="rank"),
 ]
 #: Each with an lr at which nothing diverges: on a path that does, any rounding grows.
 UPDATES = [
@@ -81,9 +84,9 @@ OPTIONS = {"mu": 0.02, "weight_decay": 0.3, "seed": 2**63 + 5}
 
 
 def is_defined(direction: Any, estimator: Any, update: tuple[Any, float]) -> bool:
-    """Not where rounding decides: the coefficients of a guiding vector sum to zero. So do the projected
+    """Not where rounding decides: the coefficients of some estimators sum to zero. So do the projected
     gradients that ``ScalarAdam`` divides by, and the sums of signs whose sign ``SignReplay`` takes."""
-    if not isinstance(estimator, zoext.GuidingVector):
+    if not estimator.coefficients_cancel:
         return True
     is_sign_of_signs = isinstance(direction, zoext.Rademacher) and isinstance(update[0], zoext.SignReplay)
     return not is_sign_of_signs and not isinstance(update[0], zoext.ScalarAdam)

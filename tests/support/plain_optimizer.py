@@ -170,6 +170,15 @@ class PlainOptimizer:
                 v = plus(v, direction, weight)
             sides = [self._loss_at(loss, v, side) for side in (mu, -mu)]
             return weights, (sides[0] - sides[1]) / (2 * mu), deviation(up + sides)
+        if isinstance(estimator, zoext.Population):
+            if not estimator.antithetic:
+                return population_weights(up, estimator.shaping, mu), 1.0, deviation(up)
+            down = [self._loss_at(loss, direction, -mu) for direction in directions]
+            slopes = [(a - b) / mu / (2 * count) for a, b in zip(up, down, strict=True)]
+            if estimator.shaping != "centered":
+                sides = population_weights(up + down, estimator.shaping, mu)
+                slopes = [a - b for a, b in zip(sides[:count], sides[count:], strict=True)]
+            return slopes, 1.0, deviation(up + down)
         assert isinstance(estimator, zoext.GreedyPool)
         best = min(range(count), key=lambda i: up[i])
         again = [] if estimator.reuse else [self._loss_at(loss, directions[best], mu)]
@@ -244,6 +253,22 @@ def guiding_weights(losses: list[float], elite_ratio: float, weighting: str) -> 
     mean = sum(losses) / count
     length = math.sqrt(sum(w * w for w in weights) / sum((mean - loss) ** 2 for loss in losses))
     return [(mean - loss) * length for loss in losses]
+
+
+def population_weights(losses: list[float], shaping: str, mu: float) -> list[float]:
+    """What the candidates of a population are weighted with."""
+    count = len(losses)
+    if shaping == "centered":
+        total = sum(losses)
+        return [(loss - (total - loss) / (count - 1)) / (mu * count) for loss in losses]
+    if shaping == "rank":
+        lower = [sum(other < loss for other in losses) for loss in losses]
+        equal = [sum(other == loss for other in losses) for loss in losses]
+        places = [below + (same - 1) / 2 for below, same in zip(lower, equal, strict=True)]
+        return [(place / (count - 1) - 0.5) / count for place in places]
+    mean = sum(losses) / count
+    std = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / count)
+    return [(loss - mean) / std / count for loss in losses]
 
 
 def deviation(values: list[float]) -> float:

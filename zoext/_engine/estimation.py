@@ -248,8 +248,7 @@ class Estimation:
         """The losses of the round, [P], that all processes go on with. Then the frame is known."""
         losses = self.ranks.exchanged(share, self.context.seeds.draws)
         assert self._round is not None
-        averages = self.context.axes.estimator.averages
-        self._missing = self._missing.after(self._round, losses, averages=averages)
+        self._missing = self._missing.after(self._round, losses, self.context.axes.estimator)
         if self._found is None:
             self._find_frame(share.weight)
         return losses.values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoext.distributed import EstimateRestart, Losses
-from zoext.estimators import Estimate, Round
+from zoext.estimators import Estimate, Estimator, Round, deviation
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class MissingLosses:
     draws: frozenset[int] = frozenset()
     heard: tuple[Tensor, ...] = ()
 
-    def after(self, pending: Round, losses: Losses, *, averages: bool) -> MissingLosses:
+    def after(self, pending: Round, losses: Losses, estimator: Estimator) -> MissingLosses:
         """With what is missing of another round.
 
         Args:
             pending: the round.
             losses: those that all processes go on with.
-            averages: see ``Estimator.averages``.
+            estimator: whose round it is.
 
         Raises:
             EstimateRestart: if the estimator cannot do without the missing ones.
@@ -43,10 +43,10 @@ class MissingLosses:
         draws = set(self.draws)
         for index in losses.missing:
             support = pending.supports[index]
-            if not averages and (len(support) != 1 or count == 1):  # no candidate of a pool
+            if not estimator.averages and (len(support) != 1 or count == 1):  # no candidate of a pool
                 raise EstimateRestart
             draws.update(support or range(count))  # without a centre, all one-sided differences are unknown
-        if losses.missing and len(draws) == count:
+        if losses.missing and count - len(draws) < estimator.least_draws:
             raise EstimateRestart
         heard = losses.values
         if losses.missing:  # an index from the host must not be part of a graph
@@ -77,7 +77,8 @@ class MissingLosses:
             estimate,
             coefficients=coefficients,
             loss=heard.mean().to(torch.float32),
-            loss_std=heard.std().to(torch.float32),
+            loss_std=deviation(heard),
             forwards=estimate.forwards - self.probes,
-            finite=torch.isfinite(heard).all(),
+            # A pool leaves candidates out whose loss is not finite, and those that are missing likewise.
+            finite=torch.isfinite(heard).all() if averages else estimate.finite,
         )

@@ -15,6 +15,7 @@ from zoext.estimators.base import (
     assemble,
     centre_first,
     checked_reduction,
+    deviation,
     evaluate,
     reduced,
     stacked,
@@ -22,6 +23,7 @@ from zoext.estimators.base import (
 from zoext.estimators.differences import CentralDifference, ForwardDifference
 from zoext.estimators.greedy_pool import GreedyPool
 from zoext.estimators.guiding_vector import GuidingVector
+from zoext.estimators.population import Population
 
 __all__ = [
     "CentralDifference",
@@ -30,12 +32,14 @@ __all__ = [
     "ForwardDifference",
     "GreedyPool",
     "GuidingVector",
+    "Population",
     "ProbeFn",
     "Round",
     "Rounds",
     "assemble",
     "centre_first",
     "checked_reduction",
+    "deviation",
     "evaluate",
     "reduced",
     "stacked",

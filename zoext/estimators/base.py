@@ -118,8 +118,6 @@ class Estimator(ABC):
                 return assemble(seeds, ((loss - centre) / mu).unsqueeze(0), [loss], centre)
     """
 
-    #: Whether the coefficients of an estimate sum to zero for all losses.
-    coefficients_cancel: ClassVar[bool] = False
     #: Whether the estimate is an average over draws, each of which can be left out.
     averages: ClassVar[bool] = False
 
@@ -127,6 +125,16 @@ class Estimator(ABC):
     @abstractmethod
     def draws(self) -> int:
         """How many seeds a step needs."""
+
+    @property
+    def least_draws(self) -> int:
+        """How many draws must have their losses for an estimate. Default 1."""
+        return 1
+
+    @property
+    def coefficients_cancel(self) -> bool:
+        """Whether the coefficients of an estimate sum to zero for all losses. Default False."""
+        return False
 
     @abstractmethod
     def rounds(self, seeds: Tensor, mu: float) -> Rounds:
@@ -216,10 +224,16 @@ def assemble(
         seeds=seeds,
         coefficients=torch.where(finite & (True if usable is None else usable), coefficients, 0.0),
         loss=losses.mean().to(torch.float32),
-        loss_std=scattered.std().to(torch.float32),
+        loss_std=deviation(scattered),
         forwards=len(losses),
         finite=everything,
     )
+
+
+def deviation(losses: Tensor) -> Tensor:
+    """The sample standard deviation of losses [P], float32 []; exactly zero if all are equal."""
+    # torch subtracts a rounded mean, which may differ from equal losses by a unit in the last place.
+    return (losses.std() * (losses.min() != losses.max())).to(torch.float32)
 
 
 def without_gaps(losses: Tensor) -> tuple[Tensor, ...]:
