@@ -13,7 +13,10 @@ from torch import Tensor, nn
 import zoext
 
 X = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
-TOLD = r"last 4 estimates were bit-identical.* another model.*merged or disabled.*mu is too small"
+TOLD = (
+    r"last 4 estimates were bit-identical.* another model.*merged or disabled.*"
+    r"a reward that all candidates get or all miss.*mu is too small"
+)
 RECIPES: dict[str, Callable[..., zoext.ZerothOrderOptimizer]] = {
     "mezo": zoext.MeZO,
     "one-sided": lambda model, **options: zoext.ZerothOrderOptimizer(
@@ -22,6 +25,12 @@ RECIPES: dict[str, Callable[..., zoext.ZerothOrderOptimizer]] = {
     "gv": zoext.MeZOGV,
     "greedy": zoext.MeZOGreedy,
     "adamezo": zoext.AdaMeZO,
+    **{
+        shaping: lambda model, shaping=shaping, **options: zoext.ZerothOrderOptimizer(
+            model, estimator=zoext.Population(7, shaping=shaping), **options
+        )
+        for shaping in ("centered", "zscore", "rank")
+    },
 }
 
 

@@ -23,6 +23,12 @@ RECIPES: dict[str, Callable[..., Optimizer]] = {
     "gv": lambda model, **options: zoext.MeZOGV(model, pool_size=3, elite_ratio=0.4, **options),
     "gv centered": lambda model, **options: zoext.MeZOGV(model, weighting="centered", **options),
     "greedy": lambda model, **options: zoext.MeZOGreedy(model, pool_size=3, **options),
+    "population": lambda model, **options: Optimizer(
+        model, estimator=zoext.Population(5, shaping="rank"), **options
+    ),
+    "antithetic": lambda model, **options: Optimizer(
+        model, estimator=zoext.Population(4, shaping="zscore", antithetic=True), **options
+    ),
     "adam over agzo": lambda model, **options: Optimizer(
         model,
         direction=zoext.ActivationSubspace(balance="matched"),

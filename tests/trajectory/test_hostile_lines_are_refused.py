@@ -169,6 +169,7 @@ def test_parameters_that_do_not_add_up(
 
 ADAM = {"name": "AdamReplay", "betas": [0.7, 0.9], "horizon": 2, "eps": 1e-8, "bias_correction": True}
 POOL = {"name": "GuidingVector", "pool_size": 4, "elite_ratio": 0.5, "weighting": "ranked"}
+MANY = {"name": "Population", "size": 4, "shaping": "rank", "antithetic": True}
 LOW = {"name": "LowRank", "rank": 2, "refresh_interval": 3, "scale": "paper"}
 AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": None, "balance": "paper"}
 
@@ -199,6 +200,9 @@ AGZO = {"name": "ActivationSubspace", "rank": 1, "power_iterations": 3, "mask": 
         ("estimator", POOL | {"elite_ratio": 10**999}),
         ("estimator", POOL | {"pool_size": 10**999}),
         ("estimator", POOL | {"weighting": {}}),
+        ("estimator", MANY | {"size": 5}),
+        ("estimator", MANY | {"shaping": ["rank"]}),
+        ("estimator", MANY | {"antithetic": 1}),
         ("update", ADAM | {"eps": 10**999}),
         ("update", ADAM | {"eps": 1e300}),
         ("update", ADAM | {"betas": [0.7, 10**999]}),
