@@ -72,6 +72,6 @@ class LossWatch:
             f"the losses of each of the last {FLAT} estimates were bit-identical, so there is no slope to "
             "follow. Either the closure does not run what the optimizer moves (but another model, a copy, or "
             "an adapter that is merged or disabled), or its value does not change at this scale: it is "
-            "constant, counts (as an accuracy does), is a reward that all candidates get or all miss (evaluate "
+            "constant, counts (as an accuracy does), is a reward that all candidates get or all miss (take "
             "more examples, or grade them finer), or mu is too small"
         )
