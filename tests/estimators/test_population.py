@@ -164,6 +164,18 @@ def test_no_finite_loss_gives_a_weight_that_is_not(shaping: str, size: float, dt
     assert bool(estimate.finite) == (shaping != "centered")  # whose coefficients no float32 holds
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("shaping", SHAPINGS)
+def test_no_value_is_read_on_the_host(shaping: str, antithetic: bool) -> None:
+    """A tensor on the meta device has none, and raises where one is read."""
+    estimator = zoext.Population(6, shaping=shaping, antithetic=antithetic)
+    rounds = estimator.rounds(torch.arange(estimator.draws, device="meta"), MU)
+    next(rounds)
+    with pytest.raises(StopIteration) as done:
+        rounds.send(torch.empty(6, device="meta"))
+    assert done.value.value.coefficients.shape == (estimator.draws,)
+
+
 SETTINGS: dict[str, Any] = {"lr": 0.1, "mu": 1e-2, "seed": 5, "process_group": None}
 
 
