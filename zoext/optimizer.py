@@ -20,6 +20,8 @@ from zoext._engine import (
     Recorder,
     StepEngine,
     StepExecutor,
+    check_decay,
+    check_deferring,
     check_not_scaled,
     check_not_skipping,
     check_not_trainer,
@@ -144,10 +146,12 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
         }
         chosen = probes.choose(probe, whole)
         ranks.check(is_exact=chosen.is_exact, watches=axes.direction.watches)
+        check_deferring(axes.direction, chosen, ranks)
         self.engine = StepEngine(self, axes, module, chosen, rounding, watch, ranks, reduction)
         given: Any = params if whole is None else list(whole.named_parameters())
         super().__init__(given, dict(self._own_defaults))
         axes.direction.check(module, parameters.trainable(self.param_groups))
+        check_decay(axes.direction, self.param_groups)
 
     # torch.optim.Optimizer
 
@@ -161,6 +165,7 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
             RuntimeError: while the steps are recorded.
         """
         self._check_not_recorded("add_param_group")
+        self.engine.deferral.merge()
         group = dict(param_group)
         for name in ("seed", "recipe", "precision"):
             if group.get(name, self._own_defaults[name]) != self._own_defaults[name]:
@@ -200,6 +205,7 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
         if self.recorder is not None and saved_state.same(self.state_dict(), state_dict):
             return
         self._check_not_recorded("load_state_dict")
+        self.engine.deferral.merge()
         # The check runs after the user's pre-hooks, which may change the state; _settle runs before the
         # user's post-hooks, which see the result.
         before = self.register_load_state_dict_pre_hook(lambda _, state: self._checked(state))
@@ -217,6 +223,7 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
             RuntimeError: after an update that was only partly applied; loading such a state would hide that.
         """
         self.engine.run.check_whole()
+        self.merge()
         return saved_state.packed(super().state_dict())
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -277,6 +284,17 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
             check_not_skipping(closure)
         step = self.engine.step_pending() if closure is None else self.engine.step(closure)
         return step.estimate.loss
+
+    def merge(self) -> None:
+        """Writes to theta what ``LowRank(defer=True)`` holds back; without it there is nothing to write.
+
+        Call it before weights are read in other ways than by a forward or a ``state_dict()`` of the model.
+
+        Raises:
+            RuntimeError: within a closure, and for a weight that is in other memory than at its last step.
+        """
+        self.engine.run.check_between_closures()
+        self.engine.deferral.merge()
 
     def train(self) -> None:
         """Has no effect. Trainers call it before a forward, for the sake of schedule-free optimizers.

@@ -164,7 +164,8 @@ class LOZO(ZerothOrderOptimizer):
 
         c = (L(theta + mu U V^T) - L(theta - mu U V^T)) / (2 mu),   theta <- theta - lr c U V^T / rank
 
-    for matrices, dense normals for vectors. Two forwards per step.
+    for matrices, dense normals for vectors. Two forwards per step. ``defer=True`` writes matrices once in
+    ``refresh_interval`` steps.
     """
 
     def __init__(
@@ -175,11 +176,12 @@ class LOZO(ZerothOrderOptimizer):
         rank: int = 2,
         refresh_interval: int = 50,
         scale: str = "paper",
+        defer: bool = False,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
-            direction=LowRank(rank=rank, refresh_interval=refresh_interval, scale=scale),
+            direction=LowRank(rank=rank, refresh_interval=refresh_interval, scale=scale, defer=defer),
             lr=lr,
             **options,
         )

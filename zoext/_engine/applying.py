@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoext._engine.axes import Axes
+from zoext._engine.deferral import Deferral
 from zoext._engine.estimation import Estimation
+from zoext._parameters import gathering
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import rounded
+from zoext._runtime import interrupts
 from zoext._runtime.devices import widest
+from zoext._runtime.profiling import Phase, record
 from zoext.directions import Frame, Terms
 from zoext.estimators import Estimate
 from zoext.ops import Rounding
@@ -54,6 +59,7 @@ class Target(NamedTuple):
     axes: Axes
     groups: tuple[Parameters, ...]
     rounding: Rounding
+    deferral: Deferral
 
 
 def apply(target: Target, states: Sequence[State], steps: Sequence[AppliedStep]) -> list[State]:
@@ -89,6 +95,17 @@ def restore_and_apply(
     return moved
 
 
+@contextmanager
+def updating(module: nn.Module | None) -> Iterator[None]:
+    """The block of an update. ``module`` gathers sharded weights again, which have moved."""
+    with interrupts.deferred(), record(Phase.UPDATE):
+        try:
+            yield
+        finally:
+            if module is not None:
+                gathering.reshard(module)
+
+
 def _apply_to_group(
     target: Target, position: int, state: State, steps: Sequence[AppliedStep], displaced: Terms | None
 ) -> State:
@@ -97,7 +114,12 @@ def _apply_to_group(
     if target.rounding is Rounding.STOCHASTIC:
         movable = rounded(movable, target.rounding)
     group_steps = [_group_step(axes, step, position) for step in steps]
-    if displaced is None:
+    if axes.direction.defers:
+        assert isinstance(axes.update, LinearUpdate)
+        frames = [step.frame for step in steps]
+        pairs = list(zip(group_steps, frames, strict=True))
+        new = target.deferral.apply(axes.update, movable, pairs, state)
+    elif displaced is None:
         new = axes.update.apply(axes.direction, movable, group_steps, state)
     else:
         assert isinstance(axes.update, LinearUpdate)

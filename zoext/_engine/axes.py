@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from zoext import directions, estimators, updates
 from zoext.directions import Direction
 from zoext.estimators import Estimator
-from zoext.updates import Update
+from zoext.updates import LinearUpdate, Update
 
 
 class Axes(NamedTuple):
@@ -28,6 +28,13 @@ class Axes(NamedTuple):
             raise ValueError(
                 f"update: {update} divides by the sum of an estimate's coefficients, which is zero for "
                 f"{estimator}; use AdamReplay or SGD, or another estimator"
+            )
+
+        is_linear = isinstance(self.update, LinearUpdate) and type(self.update).apply is LinearUpdate.apply
+        if self.direction.defers and not is_linear:
+            raise ValueError(
+                f"update: {type(self.update).__name__} does not add a combination of directions, which "
+                "defer=True could hold back; use SGD, or defer=False"
             )
 
     def recipe(self) -> dict[str, dict[str, Any]]:
@@ -51,15 +58,24 @@ class Axes(NamedTuple):
 _FORMER_VALUES = {("ActivationSubspace", "balance"): {"printed": "paper", "still": "freeze"}}
 
 
+#: Options of a later version, with the values that say what earlier versions did.
+_LATER_OPTIONS: dict[str, dict[str, Any]] = {"LowRank": {"defer": False}}
+
+
 def with_current_names(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """A recipe from a file, with old option values replaced by their current names."""
-    found = {axis: dict(member) for axis, member in recipe.items()}
+    found = {axis: {**_later_options(member), **member} for axis, member in recipe.items()}
     for (name, option), former in _FORMER_VALUES.items():
         for member in found.values():
             value = member.get(option)
             if member.get("name") == name and isinstance(value, str):
                 member[option] = former.get(value, value)
     return found
+
+
+def _later_options(member: Mapping[str, Any]) -> dict[str, Any]:
+    name = member.get("name")
+    return _LATER_OPTIONS.get(name, {}) if isinstance(name, str) else {}
 
 
 _BASES: dict[str, type] = {"direction": Direction, "estimator": Estimator, "update": Update}

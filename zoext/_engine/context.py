@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ class StepContext:
         devices: where the parameters are, frozen ones as well.
         shares_random: whether every probe starts from the same state of the global generators; False if
             the closure must not read them.
+        held: see ``Terms.held``.
     """
 
     axes: Axes
@@ -53,6 +55,7 @@ class StepContext:
     seeds: StepSeeds
     devices: tuple[torch.device, ...]
     shares_random: bool = True
+    held: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -61,10 +64,12 @@ class StepContext:
 
     def terms(self, position: int, seeds: Tensor, coefficients: Tensor, frame: Frame) -> Terms:
         """``mu * sum_k coefficients[k] D(seeds[k])``, with the mu of the group at ``position``."""
-        return Terms(seeds, coefficients * self.mus[position], frame)
+        return Terms(seeds, coefficients * self.mus[position], frame, held=self.held)
 
     def combination(self, seeds: Tensor, coefficients: Tensor, frame: Frame) -> Combination:
         """The displacement of all groups. At theta there are no seeds, and the frame is ignored."""
+        if self.held and not len(seeds):  # weights lack something at theta, too
+            seeds, coefficients = self.seeds.frame, torch.zeros_like(self.seeds.frame, dtype=torch.float32)
         terms = tuple(
             (group, self.terms(position, seeds, coefficients, frame))
             for position, group in enumerate(self.groups)

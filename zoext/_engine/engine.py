@@ -19,12 +19,13 @@ from zoext._engine import applying
 from zoext._engine.applying import AppliedStep, GroupOptions
 from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
+from zoext._engine.deferral import Deferral
 from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.first_order import nothing_to_apply
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import Asking, OpenRound, Told, checked_pairs, displaced
 from zoext._engine.run_state import Owner, RunState
-from zoext._parameters import gathering, group_options, parameters
+from zoext._parameters import group_options, parameters
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.precision import with_residuals
 from zoext._runtime import interrupts
@@ -78,6 +79,7 @@ class StepEngine:
         self.ranks = ranks
         self._reduction = reduction
         self.run = RunState()
+        self.deferral = Deferral(axes.direction, module, self.run)
         self.groups: tuple[Parameters, ...] = ()  # the trainable tensors of each group, as of ``look``
         self._mus: tuple[float, ...] = ()
         self._seeds: tuple[int, StepSeeds] | None = None
@@ -94,10 +96,12 @@ class StepEngine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Supports copy.deepcopy of an optimizer together with its model; ``bind`` completes the copy."""
+        self.deferral.merge()
         run = RunState(last_estimate=self.run.last_estimate, is_torn=self.run.is_torn)
         names = ("axes", "module", "probe", "rounding", "watch", "ranks", "_reduction")
         kept = {name: getattr(self, name) for name in names}
-        return {**kept, "run": run, "groups": (), "_mus": (), "_seeds": None}
+        deferral = self.deferral.fresh(run)
+        return {**kept, "run": run, "deferral": deferral, "groups": (), "_mus": (), "_seeds": None}
 
     @property
     def owner(self) -> Owner:
@@ -202,6 +206,7 @@ class StepEngine:
         parameters.check_movable(movable)
         group_options.check_on_host(*self.param_groups)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
+        self.deferral.begin(self.param_groups)
         if is_shared:
             device, is_first = movable[0].device, not self.run.pending
             self.ranks.begin(self.groups, self.param_groups, device, is_first=is_first)
@@ -218,7 +223,8 @@ class StepEngine:
     def context(self, seeds: StepSeeds, *, shares_random: bool = True) -> StepContext:
         """The context of a step with the parameters and scales that the engine last read."""
         devices = parameters.devices(self.param_groups)
-        return StepContext(self.axes, self.module, self.groups, self._mus, seeds, devices, shares_random)
+        own = (self.axes, self.module, self.groups, self._mus)
+        return StepContext(*own, seeds, devices, shares_random, self.deferral.sums)
 
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None
@@ -274,7 +280,7 @@ class StepEngine:
             assert self.run.frame is not None
             step = AppliedStep(estimate, self.run.frame.frame, options)
             states = [group["update_state"] for group in self.param_groups]
-            with self._updating():
+            with applying.updating(self.module):
                 with self.run.tearing(self.groups):
                     moved = applying.apply(self._target, states, [step])
                 self.commit(step, moved)
@@ -303,14 +309,14 @@ class StepEngine:
                 step = AppliedStep(estimate, estimation.found.frame, finish(estimate))
                 if session.is_displaced and applying.can_restore(target):
                     phase.close()
-                    with self._updating():
+                    with applying.updating(self.module):
                         with self.run.tearing(self.groups):
                             moved = applying.restore_and_apply(target, states, step, session, estimation)
                         session.take_buffers()(estimate.finite)
                         commit(step, moved)
                     estimation.check_own()
                     return step
-        with self._updating():
+        with applying.updating(self.module):
             with self.run.tearing(self.groups):
                 moved = applying.apply(target, states, [step])
             session.take_buffers()(estimate.finite)
@@ -345,16 +351,7 @@ class StepEngine:
 
     @property
     def _target(self) -> applying.Target:
-        return applying.Target(self.axes, self.groups, self.rounding)
-
-    @contextmanager
-    def _updating(self) -> Iterator[None]:
-        with interrupts.deferred(), record(Phase.UPDATE):
-            try:
-                yield
-            finally:
-                if self.module is not None:
-                    gathering.reshard(self.module)
+        return applying.Target(self.axes, self.groups, self.rounding, self.deferral)
 
     # Parameters, options and seeds
 
@@ -366,6 +363,7 @@ class StepEngine:
             now = [with_residuals(group, owner.state) for group in now]
         known = self.groups
         if len(now) != len(known) or not all(a.same_as(b) for a, b in zip(now, known, strict=True)):
+            self.deferral.merge()  # into the weights that it belongs to
             self.groups = tuple(now)
         return self.groups
 

@@ -96,6 +96,10 @@ class OpenRound:
         found: dict[str, LoRAFactors] = {}
         if not len(seeds):
             return found
+        if context.held:
+            raise RuntimeError(
+                "adapter: the weights lack steps that defer=True holds back; call merge() before ask()"
+            )
         frame = estimation.found.frame
         if context.module is None:
             raise ValueError(

@@ -52,6 +52,8 @@ class Terms:
     coefficients: Tensor
     frame: Frame
     joined: tuple[Frame, ...] = ()
+    #: What theta lacks of matrices in the frame, ``held^T R``, by key: float32 [rank, m]; see ``defers``.
+    held: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.seeds.numel()
@@ -144,6 +146,11 @@ class Direction(ABC):
     #: Whether ``observer`` makes the frame of a step from a forward, so that the frame depends on data.
     watches: ClassVar[bool] = False
 
+    @property
+    def defers(self) -> bool:
+        """Whether steps of the matrices in a frame are held back, as a sum, until the frame changes."""
+        return False
+
     @abstractmethod
     def axpy_(self, parameters: Parameters, steps: Sequence[Terms], decay: Tensor | None = None) -> None:
         """``theta += sum_k c_k D(s_k) - decay * theta``, in place, one step after another.
@@ -189,6 +196,10 @@ class Direction(ABC):
         raise ValueError(
             f"direction: {type(self).__name__} has no factors; use LowRank or ActivationSubspace"
         )
+
+    def step_scale(self, factor: Tensor) -> float:
+        """What the coefficients of a gradient estimate are multiplied by, for a matrix with this factor."""
+        return 1.0
 
     def gradient(self, terms: Terms) -> Terms:
         """The terms of the gradient estimate, from projected gradients along ``D(s_k)``."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoext import ops
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import matrix_shape
+from zoext._runtime.devices import moved
 from zoext._runtime.notices import warn
 from zoext.directions._parts import parts
 from zoext.directions._stacks import matrices_of, operands
@@ -82,6 +83,14 @@ class Factored(Direction):
             frames = [terms.frame] * len(terms)
             matrices = matrices_of(these, frames)
             given = operands(these, matrices, terms.seeds, frames)
+            seeds, coefficients = terms.seeds, terms.coefficients
+            if terms.held:
+                left = [
+                    _with_held(factor, coefficients, terms.held.get(key))
+                    for factor, key in zip(given.left, given.keys, strict=True)
+                ]
+                given = given._replace(left=left)
+                seeds, coefficients = seeds[:1], torch.ones_like(coefficients[:1])
             to = [matrix.of(out[kinds.matrices[matrix.position]]) for matrix in matrices]
             for part in parts(given.tensors, given.spans, to):
                 ops.factored_copy_(
@@ -89,8 +98,8 @@ class Factored(Direction):
                     part.tensors,
                     part.rows_of(given.left, -1),
                     part.of(given.right),
-                    part.here(terms.seeds),
-                    part.here(terms.coefficients),
+                    part.here(seeds),
+                    part.here(coefficients),
                     part.of(given.keys),
                     part.spans,
                 )
@@ -163,6 +172,41 @@ class Factored(Direction):
         if rule is ops.Rule.SCALAR_ADAM:  # its v is of projected gradients, which dense_scale does not affect
             return replace(window, first_weights=window.first_weights * self.dense_scale)
         return replace(window, steps=[self._of_dense(step) for step in window.steps])
+
+
+def write_product(parameters: Parameters, left: Tensor, right: Tensor, seed: Tensor) -> None:
+    """``theta += left^T right`` for the only matrix in ``parameters``, rounded as they say.
+
+    ``left`` is float32 [1, rank, m], ``right`` [1, rank, n]; bits of rounding come from ``seed``, int64 [1].
+    """
+    one = torch.ones(1, dtype=torch.float32, device=left.device)
+    residuals = [
+        residual.view_as(tensor) if residual.numel() else residual
+        for residual, tensor in zip(
+            parameters.residuals, parameters.tensors, strict=bool(parameters.residuals)
+        )
+    ]
+    for part in parts(parameters.tensors, parameters.spans):
+        ops.factored_axpy_(
+            part.tensors,
+            part.rows_of([left], -1),
+            [right],
+            part.here(seed),
+            one,
+            torch.zeros_like(one[0]),
+            parameters.keys,
+            part.spans,
+            rounding=parameters.rounding,
+            residuals=part.rows_of(residuals),
+        )
+
+
+def _with_held(left: Tensor, coefficients: Tensor, held: Tensor | None) -> Tensor:
+    """The left factor of a sum of terms that share the right one, and of what is held: [1, rank, m]."""
+    total = torch.zeros_like(left[0]) if held is None else held
+    for factor, coefficient in zip(left, moved(coefficients, left.device), strict=True):
+        total = total + factor * coefficient
+    return total.unsqueeze(0)
 
 
 def _filled_up(step: Terms, count: int) -> tuple[Frame, ...]:

@@ -34,6 +34,14 @@ class LowRank(Factored):
         scale: "paper" (default) divides the gradient estimate by the rank, ``c U V^T / rank``, which
             makes it unbiased; "code" omits the division, as the authors' published code does.
             Either way the probe is displaced by ``mu U V^T``.
+        defer: hold back the steps of matrices while V stands still, as a sum of U (rank numbers for each
+            row), and write them to theta once, when V is redrawn. A step then makes no pass over the
+            matrices, and 16-bit weights are rounded once in ``refresh_interval`` steps. Probes are displaced
+            from the weights with the sum. ``optimizer.merge()`` writes it earlier, and so do a forward that
+            is no probe, ``state_dict()`` and ``load_state_dict()`` of the model or the optimizer: weights
+            that are read in other ways lack up to ``refresh_interval`` steps. A run is reproducible if these
+            happen at the same steps. Needs a linear update (``SGD``), streamed probes, a single process and
+            no weight decay; neither ``Trajectory`` nor ``GraphedStep`` takes it. Default False.
 
     Raises:
         ValueError: for arguments out of range.
@@ -42,12 +50,19 @@ class LowRank(Factored):
     rank: int = 2
     refresh_interval: int = 50
     scale: str = "paper"
+    defer: bool = False
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
         check_count("refresh_interval", self.refresh_interval)
         if self.scale not in SCALES:
             raise ValueError(f"scale must be 'paper' or 'code', not {self.scale!r}")
+        if not isinstance(self.defer, bool):
+            raise ValueError(f"defer must be True or False, not {self.defer!r}")
+
+    @property
+    def defers(self) -> bool:
+        return self.defer
 
     def check(self, module: nn.Module | None, groups: Sequence[Parameters]) -> None:
         warn_of_narrow(
@@ -78,11 +93,14 @@ class LowRank(Factored):
             ops.normal_(part.tensors, seed, part.of(keys), part.spans, stream=ops.Stream.RIGHT_FACTOR)
         return Frame(right=right)
 
+    def step_scale(self, factor: Tensor) -> float:
+        return 1.0 if self.scale == "code" else 1 / factor.shape[-2]
+
     def gradient(self, terms: Terms) -> Terms:
         if self.scale == "code" or self.rank == 1:
             return terms
         # Products have the same bits on every device; quotients may not.
-        scaled = {key: factor * (1 / len(factor)) for key, factor in terms.frame.right.items()}
+        scaled = {key: factor * self.step_scale(factor) for key, factor in terms.frame.right.items()}
         return Terms(terms.seeds, terms.coefficients, Frame(right=scaled))
 
 

@@ -77,6 +77,11 @@ class GraphedStep(StepExecutor):
                 "process_group: the members of an ElasticGroup read their losses on the host, which a graph "
                 "cannot; step with optimizer.step(closure), or pass a ProcessGroup"
             )
+        if self._optimizer.engine.axes.direction.defers:
+            raise ValueError(
+                "optimizer: a graph would replay the sums that defer=True held at its capture; step with "
+                "optimizer.step(closure), or build it with defer=False"
+            )
         given = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
         devices = dict.fromkeys(tensor.device for tensor in given if tensor.requires_grad)
         self._device = next(iter(devices), torch.device("cpu"))

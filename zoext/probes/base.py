@@ -60,6 +60,8 @@ class Probe(ABC):
 
     #: Whether theta is restored bit for bit, so that a run can be replayed without its probes.
     is_exact: ClassVar[bool] = False
+    #: Whether a combination is displaced from what theta will be with ``Terms.held``.
+    displaces_held: ClassVar[bool] = False
     _unwatched = False
 
     @abstractmethod

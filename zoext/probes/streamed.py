@@ -51,6 +51,7 @@ class StreamedProbe(Probe):
     """
 
     is_exact = True
+    displaces_held = True
 
     def __init__(self, module: nn.Module) -> None:
         for name, part in module.named_modules():

@@ -54,6 +54,8 @@ class PartReplay:
             else:
                 self.optimizer = matching.optimizer_of(header, target, groups, path)
         self._direction = self.optimizer.engine.axes.direction
+        if self._direction.defers:
+            raise TrajectoryError(f"{path}: does not tell when the steps that defer=True held were written")
         if header.frames or self._direction.watches:
             self._check_frames()
 

@@ -1,0 +1,175 @@
+"""Low-rank steps that are held back: their sums, and who has them written to theta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zoext._parameters import shards
+from zoext._parameters.parameters import Parameters
+from zoext._runtime.devices import moved
+from zoext.directions import Direction, Frame, Terms
+from zoext.directions.factored import write_product
+from zoext.distributed import Sharing
+from zoext.probes import Probe
+from zoext.updates import GroupStep, LinearUpdate, State
+
+
+class Run(Protocol):
+    """The state of a run, as far as it concerns forwards."""
+
+    @property
+    def is_estimating(self) -> bool:
+        """Whether a closure is running."""
+
+
+class _Held(NamedTuple):
+    """``sum^T right``, which the only matrix in ``parameters`` lacks."""
+
+    parameters: Parameters
+    sum: Tensor  # float32 [rank, m]
+    right: Tensor  # float32 [1, rank, n]
+
+
+class Deferral:
+    """Holds back the steps of matrices whose directions share a factor, ``theta + sum^T V``.
+
+    ``merge`` writes the sums. It is called before the factor changes, and by whoever looks: hooks on the
+    modules that own the matrices merge before a forward that is no probe, and before their weights are
+    saved or loaded. The hooks are there while something is held.
+
+    Args:
+        direction: if it does not defer, nothing is ever held.
+        module: the model; known if the direction defers.
+        run: tells whether a forward is a probe.
+    """
+
+    def __init__(self, direction: Direction, module: nn.Module | None, run: Run) -> None:
+        self.direction = direction
+        self._module = module
+        self._run = run
+        self._held: dict[int, _Held] = {}
+        self._seed: Tensor | None = None  # of the last step that is held, int64 [1]
+        self._hooks: list[RemovableHandle] = []
+
+    @property
+    def sums(self) -> Mapping[int, Tensor]:
+        """What is held of each matrix by its key, float32 [rank, m]."""
+        return {key: held.sum for key, held in self._held.items()}
+
+    def fresh(self, run: Run) -> Deferral:
+        """One without sums, for a copy of the optimizer."""
+        return Deferral(self.direction, self._module, run)
+
+    def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Called before the probes of a step; writes what is held if its directions have another factor."""
+        if self.direction.defers:
+            check_decay(self.direction, groups)
+            step = groups[0]["step"]
+            if self.direction.origin(step) == step:
+                self.merge()
+
+    def apply(
+        self,
+        update: LinearUpdate,
+        parameters: Parameters,
+        steps: Sequence[tuple[GroupStep, Frame]],
+        state: State,
+    ) -> State:
+        """Applies steps to the dense parameters of a group, and adds them to the sums of its matrices."""
+        for step, frame in steps:
+            held = [position for position, key in enumerate(parameters.keys) if frame.holds(key)]
+            written = [position for position in range(len(parameters)) if position not in held]
+            if written:
+                state = update.apply(self.direction, parameters.take(written), [step], state)
+            if held:
+                self._add(parameters.take(held), replace(update.terms(step), frame=frame))
+        return state
+
+    def _add(self, matrices: Parameters, terms: Terms) -> None:
+        factors = zip(matrices.keys, *self.direction.factors(matrices, terms), strict=True)
+        for position, (key, left, right) in enumerate(factors):
+            if key not in self._held:
+                own = matrices.take([position])
+                self._held[key] = _Held(own, torch.zeros_like(left[0]), right)
+            scaled = moved(terms.coefficients, left.device) * self.direction.step_scale(right)
+            for factor, scale in zip(left, scaled, strict=True):
+                self._held[key].sum.add_(factor * scale)
+        self._seed = terms.seeds[:1]
+        self._install()
+
+    def merge(self) -> None:
+        """Writes what is held to theta.
+
+        Raises:
+            RuntimeError: if a weight is in other memory than when its steps were taken.
+        """
+        if not self._held:
+            return
+        for held in self._held.values():
+            if shards.part_of(held.parameters.owners[0]).data_ptr() != held.parameters.addresses[0]:
+                raise RuntimeError(
+                    f"{held.parameters.names[0]} was moved, cast or copied, and lacks the steps there that "
+                    "defer=True holds back; call optimizer.merge() before"
+                )
+        assert self._seed is not None
+        with torch.inference_mode(False), torch.no_grad():
+            while self._held:
+                key, held = next(iter(self._held.items()))
+                write_product(held.parameters, held.sum.unsqueeze(0), held.right, self._seed)
+                held.parameters.tell_autograd()
+                del self._held[key]
+        self._remove()
+
+    def _install(self) -> None:
+        if self._hooks or self._module is None:
+            return
+        owners = {id(held.parameters.owners[0]) for held in self._held.values()}
+        for part in self._module.modules():
+            if owners.isdisjoint(map(id, part.parameters(recurse=False))):
+                continue
+            self._hooks += [
+                part.register_forward_pre_hook(self._look),
+                part.register_state_dict_pre_hook(self._look),
+                part.register_load_state_dict_pre_hook(self._look),
+            ]
+
+    def _look(self, *_: Any) -> None:
+        if not self._run.is_estimating:
+            self.merge()
+
+    def _remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def check(direction: Direction, probe: Probe, ranks: Sharing) -> None:
+    """Raises a ValueError for a probe or ranks that do not fit a direction that defers."""
+    if not direction.defers:
+        return
+    if not probe.displaces_held or getattr(probe, "module", None) is None:
+        raise ValueError(
+            f"probe: {type(probe).__name__} does not add the steps that defer=True holds back; pass the "
+            "module with probe='streamed', or defer=False"
+        )
+    if ranks.are_several:
+        raise ValueError(
+            "process_group: a rank that saves or evaluates alone would have the steps of defer=True written "
+            "on itself only; pass process_group=None, or defer=False"
+        )
+
+
+def check_decay(direction: Direction, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises a ValueError for weight decay, which would take a pass over theta in every step."""
+    for group in groups:
+        if direction.defers and group["weight_decay"] != 0:
+            raise ValueError(
+                f"weight_decay must be 0 with defer=True, not {group['weight_decay']!r}: decay writes all "
+                "weights in every step"
+            )
