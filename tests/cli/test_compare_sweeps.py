@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support import curves
 from support.compare_command import CompareCommand, prepare
 from zoext.cli._comparison import plan
 from zoext.cli._comparison.records import Outcome, Outcomes, Run
@@ -165,7 +166,8 @@ def test_a_held_out_loss_that_doubles_is_a_divergence(
         assert end["forwards"] == 12
 
 
-def test_all_runs_diverge(command: CompareCommand) -> None:
+def test_all_runs_diverge(command: CompareCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves.drawn(monkeypatch)
     command.works("--optimizers", "mezo,signs", "--lrs", "mezo=1e20,signs=1e-3", "--lr-factors", "1,2")
     rows, _ = command.tables()
     assert [row["optimizer"] for row in rows] == ["mezo", "signs"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from support import curves
 from support.compare_command import ALL, CompareCommand, prepare, register_rivals
 from support.tiny_models import FIXTURES
 from zoext.cli import main
@@ -29,6 +30,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
         savefig(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
+        curves.drawn(patch)
         patch.setattr(Figure, "savefig", keep)
         command = prepare(tmp_path_factory.mktemp("compared"), None, patch)  # type: ignore[arg-type]
         options = [*("--optimizers", ",".join(ALL)), *("--seeds", "3"), *("--forwards", "25")]
@@ -167,6 +169,7 @@ def test_the_fixture_language_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_rivals(monkeypatch)
+    curves.drawn(monkeypatch)
     command = CompareCommand(tmp_path, capsys)
     command.works(
         *("--model", str(FIXTURES / "stories260k"), "--data", str(FIXTURES / "fables_train.txt")),

@@ -11,13 +11,11 @@ import pytest
 
 from support.finetune_command import Command, prepare
 from zoext.cli import _resuming
-from zoext.cli._runs import results
 from zoext.trajectory._format import header
 
 
 @pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return prepare(tmp_path, capsys)
 
 

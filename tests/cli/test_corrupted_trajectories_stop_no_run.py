@@ -11,7 +11,6 @@ import pytest
 from support.finetune_command import Command, prepare
 from zoext.cli import main
 from zoext.cli._problem import demo
-from zoext.cli._runs import results
 from zoext.cli._runs.records import read_metrics
 from zoext.cli._runs.training import Training
 from zoext.trajectory import OwnedFile, open_recording
@@ -23,8 +22,7 @@ REMEMBER = ("--optimizer=adamezo", "--precision=residual --dtype=bfloat16")
 
 
 @pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return prepare(tmp_path, capsys)
 
 

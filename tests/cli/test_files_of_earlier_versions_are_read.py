@@ -12,14 +12,12 @@ import pytest
 from support.finetune_command import Command, prepare
 from support.trajectory_files import records, write_bodies
 from zoext.cli import main
-from zoext.cli._runs import results
 
 FORMER = {"paper": "printed", "freeze": "still"}
 
 
 @pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return prepare(tmp_path, capsys)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import curves
 from support.tiny_models import FIXTURES, labelled, tiny_bert
 from zoext.cli import main
 from zoext.cli._problem import demo, models, problem
@@ -21,8 +22,11 @@ def evaluations(out: Path) -> list[dict[str, float]]:
     return [record for record in read_metrics(out / "metrics.jsonl") if "valid_loss" in record]
 
 
-def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At a third of the demo's lr, the result hardly depends on the processor's rounding."""
+    curves.drawn(monkeypatch)
     out = tmp_path / "run"
     options = ["--lr", "3e-5", "--steps", "200", "--eval-every", "200", "--device", "cpu"]
     assert main(["finetune", *options, "--out", str(out)]) == 0

@@ -23,15 +23,13 @@ from zoext.cli import main
 from zoext.cli._commands import replay as replay_command
 from zoext.cli._problem import demo, models
 from zoext.cli._problem.optimizers import OPTIMIZERS
-from zoext.cli._runs import results
 from zoext.trajectory._format import lines
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return prepare(tmp_path, capsys)
 
 

@@ -9,12 +9,10 @@ import pytest
 
 from support.finetune_command import Command, prepare
 from zoext.cli import main
-from zoext.cli._runs import results
 
 
 @pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return prepare(tmp_path, capsys)
 
 

@@ -15,14 +15,13 @@ from support.compare_command import CompareCommand
 from support.finetune_command import Command, prepare
 from zoext.cli import main
 from zoext.cli._commands import finetune
-from zoext.cli._runs import claim, results
+from zoext.cli._runs import claim
 from zoext.cli._runs.claim import LOCK
 from zoext.trajectory import OwnedFile
 
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(results, "draw_curve", lambda *_: None)  # slow
     monkeypatch.chdir(tmp_path)
     return prepare(tmp_path, capsys)
 
