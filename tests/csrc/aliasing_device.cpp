@@ -1,10 +1,11 @@
 // A device that torch lets one register (PrivateUse1), for tests: its memory is the host's, its operators are the
 // CPU's. It counts what a real device would be slow at, and like some of them it refuses float64.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
 #include <ATen/native/TensorFactories.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
