@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import zoext
-from support.interrupted_lines import is_interrupted
+from support.interrupted_lines import is_interrupted, moments
 from zoext._runtime import interrupts
 from zoext.probes import _swap as swap
 from zoext.probes import inplace, streamed
@@ -83,7 +83,7 @@ def test_other_signals_with_handlers_wait_too(number: signal.Signals) -> None:
 
 
 def test_at_every_line_of_a_streamed_probe() -> None:
-    """SIGINT before each line of swap.py and probes.py that an estimate runs."""
+    """SIGINT before each line of the probes that an estimate runs: first, last and once between."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).train()
     x = torch.randn(4, 2)
@@ -96,8 +96,12 @@ def test_at_every_line_of_a_streamed_probe() -> None:
 
     estimate(twin := copy.deepcopy(model))
     new = list(twin.buffers())
-    stop_at = 1
-    while is_interrupted(estimate, stop_at, files):
+    estimate()  # what is prepared once is prepared
+    for buffer, value in zip(model.buffers(), old, strict=True):
+        buffer.copy_(value)
+    stops = moments(lambda: estimate(copy.deepcopy(model)), files)
+    for stop_at in stops:
+        assert is_interrupted(estimate, stop_at, files), stop_at
         for weight, (value, pointer) in zip(model.parameters(), before, strict=True):
             assert weight.data_ptr() == pointer, stop_at
             assert torch.equal(weight, value), stop_at
@@ -106,8 +110,7 @@ def test_at_every_line_of_a_streamed_probe() -> None:
         for buffer, value in zip(model.buffers(), old, strict=True):
             buffer.copy_(value)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
-        stop_at += 1
-    assert stop_at > 300
+    assert len(stops) > 300
 
 
 class InterruptsItself(zoext.Gaussian):
