@@ -17,7 +17,14 @@ from zoext.estimators import (
 from zoext.graphs import GraphedStep
 from zoext.losses import CompactLoss, mean_per_copy, repeat
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
-from zoext.probes import InplaceProbe, Probe, StreamedProbe, StreamedProbeError
+from zoext.probes import (
+    BatchedProbe,
+    BatchedProbeError,
+    InplaceProbe,
+    Probe,
+    StreamedProbe,
+    StreamedProbeError,
+)
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
 from zoext.trajectory import Follower, Trajectory, TrajectoryError, replay
 from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update
@@ -31,6 +38,8 @@ __all__ = [
     "ActivationSubspace",
     "AdaMeZO",
     "AdamReplay",
+    "BatchedProbe",
+    "BatchedProbeError",
     "CentralDifference",
     "CompactLoss",
     "Direction",

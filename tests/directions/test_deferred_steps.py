@@ -86,6 +86,35 @@ def test_the_path_is_that_of_written_steps(estimator: zoext.Estimator, steps: in
     assert optimizer.last_estimate.forwards == other.last_estimate.forwards
 
 
+@pytest.mark.parametrize(
+    "estimator", [zoext.CentralDifference(samples=2), zoext.ForwardDifference(samples=2)], ids=["two", "one"]
+)
+@pytest.mark.parametrize("most", [None, 1])
+def test_batched_probes_add_the_sum(estimator: zoext.Estimator, most: int | None) -> None:
+    (model, _), (plain, other) = setup(), setup(False, estimator=estimator)
+    start = weights(model)
+    optimizer = zoext.ZerothOrderOptimizer(
+        model,
+        direction=zoext.LowRank(rank=3, refresh_interval=INTERVAL, defer=True),
+        estimator=estimator,
+        probe=zoext.BatchedProbe(model, max_copies=most),
+        **OPTIONS,
+    )
+    for step in range(10):
+        tokens = torch.randint(13, (3, 5), generator=torch.Generator().manual_seed(step))
+
+        def closure(copies: int, tokens: Tensor = tokens) -> Tensor:
+            outputs = model(zoext.repeat({"tokens": tokens}, copies)["tokens"])
+            return zoext.mean_per_copy(outputs.double().square().mean((1, 2)), copies)
+
+        optimizer.step(closure)
+        if step == INTERVAL - 1:
+            assert torch.equal(model.wide.weight, start["wide.weight"])
+    take(plain, other, range(10))
+    optimizer.merge()
+    assert close(weights(model), weights(plain), start)
+
+
 def test_matrices_are_written_once_an_interval() -> None:
     model, optimizer = setup()
     start = weights(model)
@@ -259,3 +288,25 @@ def test_what_does_not_fit_is_refused(tmp_path: Any) -> None:
     optimizer.param_groups[0]["weight_decay"] = 0.2
     with pytest.raises(ValueError, match=r"weight_decay must be 0 with defer=True, not 0\.2"):
         take(model, optimizer, range(1))
+
+
+@pytest.mark.parametrize("probe", ["streamed", "batched", "inplace"])
+def test_a_probe_of_another_optimizer_sees_all_steps(probe: str) -> None:
+    (model, optimizer), (plain, written) = setup(), setup(False)
+    start = weights(model)
+    take(model, optimizer, range(3))
+    take(plain, written, range(3))
+    losses = []
+    for its in (model, plain):
+        other = zoext.MeZO(its, lr=1e-3, seed=4, probe=probe)
+
+        def closure(copies: int = 1, its: nn.Module = its) -> Tensor:
+            losses.append(loss_of(its, 0))
+            return losses[-1].expand(copies) if probe == "batched" else losses[-1]
+
+        if probe == "batched":
+            with pytest.raises(zoext.BatchedProbeError):
+                other.estimate(closure)  # which has one loss for all copies: it merged before that
+        else:
+            other.estimate(closure)
+    assert close(weights(model), weights(plain), start)

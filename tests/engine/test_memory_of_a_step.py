@@ -9,6 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import zoext
+from support.allocations import peak_of
 
 MIB = 2**20
 
@@ -21,19 +22,6 @@ def model_of() -> nn.Sequential:
         nn.BatchNorm1d(1024, affine=False),
         nn.Linear(1024, 2304, bias=False),
     )
-
-
-def peak_of(function: object) -> int:
-    """The most memory held at any moment of a call beyond what was held before it."""
-    function()  # type: ignore[operator]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()  # type: ignore[operator]
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def test_the_measurement_sees_what_is_allocated_and_freed() -> None:

@@ -37,6 +37,7 @@ NOT_OURS = {
     "_modules",  # of a module: named_children() leaves out what is shared
     "_orig_mod",  # of what torch.compile returns
     "_parameters",  # of a module: named_parameters() leaves out what is shared
+    "_schema",  # of an operator: the names of its arguments
     "_sharded_param_data",  # FSDP2
     "_storage_Use_Count",  # torch._C
     "_to_sharded",  # FSDP2

@@ -53,6 +53,11 @@ def model_and_closure() -> tuple[Model, Callable[[], Tensor]]:
     return model, lambda: model(index).square().mean()
 
 
+def copies_of(model: Model) -> Callable[[int], Tensor]:
+    index = torch.tensor([3, 1, 4])
+    return lambda copies: zoext.mean_per_copy(model(index.repeat(copies)).square(), copies)
+
+
 def profiler() -> profile:
     return profile(activities=[ProfilerActivity.CPU])
 
@@ -155,8 +160,15 @@ def test_micro_batches_are_estimates_of_their_own() -> None:
 def test_every_operator_is_an_event_within_a_phase() -> None:
     seen_operators: set[str] = set()
     for direction in (zoext.Gaussian(), zoext.ActivationSubspace(), zoext.LowRank()):
-        for update, probe in ((zoext.SGD(), "streamed"), (zoext.AdamReplay(), "inplace")):
+        for update, probe in (
+            (zoext.SGD(), "streamed"),
+            (zoext.AdamReplay(), "inplace"),
+            (zoext.SGD(), "batched"),
+        ):
             model, closure = model_and_closure()
+            if probe == "batched":
+                closure = copies_of(model)
+                model.shift.requires_grad_(False)  # or the model itself would run copy by copy
             optimizer = zoext.ZerothOrderOptimizer(model, direction=direction, update=update, probe=probe)
             with profiler() as seen:
                 optimizer.step(closure)

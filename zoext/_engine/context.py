@@ -69,7 +69,7 @@ class StepContext:
     def combination(self, seeds: Tensor, coefficients: Tensor, frame: Frame) -> Combination:
         """The displacement of all groups. At theta there are no seeds, and the frame is ignored."""
         if self.held and not len(seeds):  # weights lack something at theta, too
-            seeds, coefficients = self.seeds.frame, torch.zeros_like(self.seeds.frame, dtype=torch.float32)
+            seeds, coefficients = self.seeds.frame, coefficients.new_zeros((*coefficients.shape[:-1], 1))
         terms = tuple(
             (group, self.terms(position, seeds, coefficients, frame))
             for position, group in enumerate(self.groups)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +37,10 @@ class _Held(NamedTuple):
     right: Tensor  # float32 [1, rank, n]
 
 
+#: Those that hold something. A probe of another optimizer looks at their weights.
+_HOLDING: weakref.WeakSet[Deferral] = weakref.WeakSet()
+
+
 class Deferral:
     """Holds back the steps of matrices whose directions share a factor, ``theta + sum^T V``.
 
@@ -66,8 +71,17 @@ class Deferral:
         """One without sums, for a copy of the optimizer."""
         return Deferral(self.direction, self._module, run)
 
+    def holds_any(self, weights: Set[int]) -> bool:
+        """Whether one of the weights with these ids lacks something."""
+        return any(id(held.parameters.owners[0]) in weights for held in self._held.values())
+
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Called before the probes of a step; writes what is held if its directions have another factor."""
+        for other in [each for each in _HOLDING if each is not self]:
+            seen = {id(tensor) for group in groups for tensor in group["params"]}
+            seen.update(map(id, self._module.parameters() if self._module is not None else ()))
+            if other.holds_any(seen):
+                other.merge()
         if self.direction.defers:
             check_decay(self.direction, groups)
             step = groups[0]["step"]
@@ -101,6 +115,7 @@ class Deferral:
             for factor, scale in zip(left, scaled, strict=True):
                 self._held[key].sum.add_(factor * scale)
         self._seed = terms.seeds[:1]
+        _HOLDING.add(self)
         self._install()
 
     def merge(self) -> None:
@@ -144,6 +159,7 @@ class Deferral:
             self.merge()
 
     def _remove(self) -> None:
+        _HOLDING.discard(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -156,7 +172,7 @@ def check(direction: Direction, probe: Probe, ranks: Sharing) -> None:
     if not probe.displaces_held or getattr(probe, "module", None) is None:
         raise ValueError(
             f"probe: {type(probe).__name__} does not add the steps that defer=True holds back; pass the "
-            "module with probe='streamed', or defer=False"
+            "module with probe='streamed' or 'batched', or defer=False"
         )
     if ranks.are_several:
         raise ValueError(

@@ -19,6 +19,7 @@ from zoext._engine import applying
 from zoext._engine.applying import AppliedStep, GroupOptions
 from zoext._engine.axes import Axes
 from zoext._engine.context import StepContext, StepSeeds
+from zoext._engine.copies import check_closure
 from zoext._engine.deferral import Deferral
 from zoext._engine.estimation import Closure, Estimation, MissingLossError
 from zoext._engine.first_order import nothing_to_apply
@@ -34,7 +35,7 @@ from zoext._runtime.profiling import Phase, record
 from zoext.distributed import Sharing
 from zoext.estimators import Estimate, Round, reduced
 from zoext.ops import Rounding
-from zoext.probes import Probe
+from zoext.probes import BatchedProbe, Probe
 from zoext.updates import State
 
 
@@ -119,6 +120,7 @@ class StepEngine:
     def estimate(self, closure: Closure) -> Estimate:
         """See ``ZerothOrderOptimizer.estimate``."""
         self.run.check_no_round()
+        check_closure(closure, takes_copies=isinstance(self.probe, BatchedProbe))
         try:
             with self.closures(), record(Phase.ESTIMATE):
                 context = self._begin()
@@ -239,11 +241,7 @@ class StepEngine:
         A closure that returns None, as Lightning passes for ``step()``, applies the pending ones instead.
         """
         self.run.check_no_round()
-        if not callable(closure):
-            raise TypeError(
-                f"closure must be a function that evaluates the loss, not {type(closure).__name__}: "
-                "step(lambda: loss_of(model, batch))"
-            )
+        check_closure(closure, takes_copies=isinstance(self.probe, BatchedProbe))
         with self.run.keeping_pending() as pending:
             try:
                 return self._step(closure)

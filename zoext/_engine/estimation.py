@@ -7,11 +7,13 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from zoext._engine import copies
 from zoext._engine.context import StepContext
 from zoext._engine.first_order import explained_backward
 from zoext._engine.missing_losses import MissingLosses
@@ -21,11 +23,11 @@ from zoext._runtime.randomness import RandomState
 from zoext.directions import Frame, Observer, Step, Terms
 from zoext.distributed import EstimateRestart, Share, Sharing
 from zoext.estimators import Estimate, Round, Rounds, centre_first, evaluate
-from zoext.probes import Session
+from zoext.probes import BatchedSession, Session
 
 #: The loss, or the loss and its weight in the average over ranks.
 Loss = Tensor | float | tuple[Tensor | float, Tensor | float]
-Closure = Callable[[], Loss]
+Closure = Callable[..., Loss]
 
 
 class MissingLossError(TypeError):
@@ -125,7 +127,7 @@ class Estimation:
             dealt = self.ranks.dealt(len(pending))
             self.begin(pending, dealt)
             try:
-                own = {index: self._evaluated(session, index, closure) for index in dealt}
+                own = self._evaluated_all(session, dealt, closure)
                 weight = _common_weight([weight for _, weight in own.values()])
                 if self.ranks.are_several:
                     self._check_recorder()
@@ -186,6 +188,50 @@ class Estimation:
         ran_uncompiled, self._ran_uncompiled = self._ran_uncompiled, False
         return session.is_to_repeat() or ran_uncompiled
 
+    def _evaluated_all(
+        self, session: Session, dealt: Sequence[int], closure: Closure
+    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """The losses at some probes of the round, and their weights."""
+        if not isinstance(session, BatchedSession):
+            return {index: self._evaluated(session, index, closure) for index in dealt}
+        if self._observer is not None and not self._has_seen:
+            one = partial(closure, 1)  # whose activations are those of the batch itself
+            return {index: self._evaluated(session, index, one) for index in dealt}
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for indices in copies.portions(dealt, session.max_copies):
+            found.update(self._evaluated_at_once(session, indices, partial(closure, len(indices))))
+        return found
+
+    def _evaluated_at_once(
+        self, session: BatchedSession, indices: Sequence[int], closure: Closure
+    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """The losses at probes that are evaluated in one forward."""
+
+        def run() -> object:
+            self._share_random()
+            with session.interruptible(), explained_backward():
+                found = closure()
+                if found is None:
+                    raise MissingLossError
+            copies.split(found, len(indices), device)  # raises
+            return found
+
+        device = self.context.device
+        assert self._round is not None
+        combination = self.context.combination(*copies.terms_of(self._round, indices), self.found.frame)
+        losses, weight = copies.split(session.losses(combination, len(indices), run), len(indices), device)
+        self._check()
+        weight = None if weight is None else as_weight(weight, device)
+        return {index: (loss, weight) for index, loss in zip(indices, losses, strict=True)}
+
+    def _share_random(self) -> None:
+        """Gives the random generators the state that every probe starts from."""
+        if self.context.shares_random:
+            if self._random is None:
+                self._random = RandomState(*self.context.devices)
+            else:
+                self._random.restore()
+
     def _evaluated(self, session: Session, index: int, closure: Closure) -> tuple[Tensor, Tensor | None]:
         """The loss at a probe, and its weight if the closure returns one."""
         found = self._loss_of(session, index, closure)
@@ -219,11 +265,7 @@ class Estimation:
         frame = self._found.frame if self._found is not None else Frame()
         combination = self.context.combination(*self._probes[index], frame)
         self._last = index
-        if self.context.shares_random:
-            if self._random is None:
-                self._random = RandomState(*self.context.devices)
-            else:
-                self._random.restore()
+        self._share_random()
         with (
             session.displaced(combination, keep_buffers=self.moves_buffers(index)),
             # Inside, because the session reads weights itself.

@@ -162,6 +162,15 @@ class Direction(ABC):
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
         """``out = theta + sum_k c_k D(s_k)``; theta is only read."""
 
+    def copies_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
+        """``out[c] = theta + sum_k coefficients[c, k] D(s_k)``, [C, *shape] each; theta is only read.
+
+        The coefficients of ``terms`` are [C, K]. Each copy has the bits that ``copy_`` gives.
+        """
+        for copy, coefficients in enumerate(terms.coefficients):
+            own = replace(terms, coefficients=coefficients)
+            self.copy_([each[copy] for each in out], parameters, own)
+
     @abstractmethod
     def window_(
         self, parameters: Parameters, window: Window, rule: Rule, lr: Tensor, eps: Tensor, decay: Tensor
@@ -208,11 +217,22 @@ class Direction(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """``sum_k c_k D(s_k)``, with separate coefficients for each group of parameters."""
+    """``sum_k c_k D(s_k)``, with separate coefficients for each group of parameters.
+
+    For several copies of the model at once, the coefficients of the terms are [C, K], a row for each copy.
+    """
 
     direction: Direction
     seeds: Tensor
     terms: tuple[tuple[Parameters, Terms], ...]
+
+    def of_copies(self) -> Combination:
+        """The same for one copy, with coefficients [1, K]."""
+        rows = tuple(
+            (parameters, replace(terms, coefficients=terms.coefficients.unsqueeze(0)))
+            for parameters, terms in self.terms
+        )
+        return replace(self, terms=rows)
 
     def __len__(self) -> int:
         return self.seeds.numel()

@@ -57,6 +57,21 @@ class _Dense(Direction):
                 distribution=self.distribution,
             )
 
+    def copies_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
+        if not parameters.is_whole:
+            super().copies_(out, parameters, terms)
+            return
+        device = parameters.device
+        ops.noise_copies_(
+            out,
+            parameters.tensors,
+            moved(terms.seeds, device),
+            moved(terms.coefficients, device),
+            parameters.keys,
+            parameters.spans,
+            distribution=self.distribution,
+        )
+
     def window_(
         self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
     ) -> None:

@@ -104,6 +104,14 @@ class Factored(Direction):
                     part.spans,
                 )
 
+    def copies_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
+        dense = _kinds(parameters, [terms.frame]).dense
+        if dense:
+            _DENSE.copies_([out[i] for i in dense], parameters.take(dense), self._of_dense(terms))
+        others = [i for i in range(len(parameters)) if i not in dense]
+        if others:
+            super().copies_([out[i] for i in others], parameters.take(others), terms)
+
     def window_(
         self, parameters: Parameters, window: Window, rule: ops.Rule, lr: Tensor, eps: Tensor, decay: Tensor
     ) -> None:

@@ -14,14 +14,14 @@ from zoext._runtime.randomness import RandomState
 
 
 def capturable(
-    closure: Callable[[], Any], device: torch.device, watching: Callable[[], AbstractContextManager[Any]]
-) -> Callable[[], Tensor]:
+    closure: Callable[..., Any], device: torch.device, watching: Callable[[], AbstractContextManager[Any]]
+) -> Callable[..., Tensor]:
     """Wraps the closure in ``watching()``; raises if its value or its random numbers cannot be replayed."""
 
-    def run() -> Tensor:
+    def run(*copies: int) -> Tensor:
         before = RandomState(device)
         with watching():
-            loss = closure()
+            loss = closure(*copies)
         if read := before.read_since():
             raise RuntimeError(
                 f"closure drew random numbers from {' and '.join(read)}, which a graph would not draw anew "

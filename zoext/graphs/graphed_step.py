@@ -69,7 +69,7 @@ class GraphedStep(StepExecutor):
         ValueError: for parameters that are not on one CUDA device, and for a member of an ``ElasticGroup``.
     """
 
-    def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[[], Tensor]) -> None:
+    def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[..., Tensor]) -> None:
         self._optimizer = unwrap(optimizer)
         self._closure = closure
         if self._optimizer.engine.ranks.waits_for_losses:

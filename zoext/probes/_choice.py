@@ -7,6 +7,7 @@ from torch import nn
 
 from zoext._parameters import wrappers
 from zoext.probes.base import Probe
+from zoext.probes.batched import BatchedProbe
 from zoext.probes.inplace import InplaceProbe
 from zoext.probes.streamed import StreamedProbe
 
@@ -30,16 +31,18 @@ def _reads_below(module: torch.fx.GraphModule) -> bool:
 
 
 def choose(probe: str | Probe, module: nn.Module | None) -> Probe:
-    """The probe for ``probe=``: "auto", "inplace", "streamed" or a ``Probe``."""
+    """The probe for ``probe=``: "auto", "inplace", "streamed", "batched" or a ``Probe``."""
     if isinstance(probe, Probe):
         return probe
-    if probe not in {"auto", "inplace", "streamed"}:
-        raise ValueError(f"probe must be 'auto', 'inplace', 'streamed' or a Probe, not {probe!r}")
-    if probe == "streamed" and module is None:
+    if probe not in {"auto", "inplace", "streamed", "batched"}:
+        raise ValueError(f"probe must be 'auto', 'inplace', 'streamed', 'batched' or a Probe, not {probe!r}")
+    if probe in {"streamed", "batched"} and module is None:
         raise ValueError(
-            "probe='streamed' needs the nn.Module whose forward is streamed: pass the module as params, or "
-            "probe=zoext.StreamedProbe(module) with parameter groups"
+            f"probe={probe!r} needs the nn.Module whose forward is {probe}: pass the module as params, or "
+            f"probe=zoext.{probe.capitalize()}Probe(module) with parameter groups"
         )
+    if probe == "batched" and module is not None:
+        return BatchedProbe(module)
     if module is None or probe == "inplace":
         return InplaceProbe(module)
     if probe == "auto" and (wrappers.is_compiled(module) or _is_exported(module)):

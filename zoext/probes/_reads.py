@@ -116,6 +116,11 @@ _SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _READS_FIRST = frozenset(_known(Tensor, _LIKE))
 
 
+def reads_nothing(function: Any) -> bool:
+    """Whether a function of torch reads no values of its tensors."""
+    return function in _READS_NOTHING
+
+
 class ReadGuard:
     """Calls ``read`` before a function of torch reads a guarded tensor, however its caller got hold of it.
 

@@ -1,0 +1,22 @@
+"""A rank evaluates its share of a round in one forward, and all ranks take the same step."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.batched_on_ranks import CASES, RANKS
+from support.ranks import errors_of
+
+Results = dict[str, list[str | None]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What went wrong in each case, for each rank."""
+    return errors_of("support.batched_on_ranks", tmp_path_factory.mktemp("batched"), RANKS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_processes(case: str, results: Results) -> None:
+    assert len(results[case]) == RANKS
+    assert not any(results[case]), "\n".join(filter(None, results[case]))

@@ -1,0 +1,148 @@
+"""The weights of the copies: factors and vectors for the closure, others while their module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoext._parameters import shards
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import Block
+from zoext._runtime.devices import moved
+from zoext.directions import Combination, Terms
+
+#: Elements of the weights that are made once for all calls of their modules, such as biases and norms.
+SMALL = 2**16
+
+
+class Factors(NamedTuple):
+    """``theta + sum_k coefficients[c, k] left_k^T right_k`` for copy c.
+
+    ``left`` is float32 [K or 1, rank, m], ``right`` [K or 1, rank, n] and ``coefficients`` [C, K].
+    """
+
+    left: Tensor
+    right: Tensor
+    coefficients: Tensor
+
+
+class Displacements:
+    """How each weight is displaced in each copy.
+
+    Args:
+        combination: its terms have coefficients [C, K], a row for each copy.
+        copies: how many copies, C.
+        factorable: the ids of the weights that are multiplied as they are, so that factors are enough.
+    """
+
+    def __init__(self, combination: Combination, copies: int, factorable: frozenset[int]) -> None:
+        self.copies = copies
+        self._direction = combination.direction
+        self._places: dict[int, tuple[Parameters, Terms, int]] = {}
+        self._factors: dict[int, Factors] = {}
+        self._made: dict[int, Tensor] = {}
+        self._gathered: dict[int, tuple[Tensor, int]] = {}
+        for parameters, terms in combination.terms:
+            small, low_rank = [], []
+            for position, (key, owner) in enumerate(zip(parameters.keys, parameters.owners, strict=True)):
+                kind = terms.frame.kind(key)
+                if kind == "unused":
+                    continue
+                self._places[id(owner)] = (parameters, terms, position)
+                if kind != "dense" and owner.dim() == 2 and id(owner) in factorable:
+                    low_rank.append(position)
+                elif owner.numel() <= SMALL and owner.dim() <= 1 and not shards.is_distributed(owner):
+                    small.append(position)
+            self._draw(parameters.take(low_rank), terms)
+            self._make(parameters.take(small), terms)
+
+    @contextmanager
+    def gathered(self, weights: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """A block in which sharded parameters are given by whole weights: pairs of both."""
+        self._gathered = {id(whole): (whole, id(owner)) for whole, owner in weights}
+        try:
+            yield
+        finally:
+            self._gathered = {}
+
+    def _key(self, weight: Tensor) -> int:
+        return self._gathered[id(weight)][1] if id(weight) in self._gathered else id(weight)
+
+    def moves(self, weight: Tensor | None) -> bool:
+        """Whether the copies have other values of a weight than theta."""
+        return weight is not None and self._key(weight) in self._places
+
+    def factors(self, weight: Tensor) -> Factors | None:
+        """The factors of a matrix; None if its directions have none."""
+        return self._factors.get(self._key(weight))
+
+    def weights(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """The values of weights in each copy, [C, *shape] each; theta's for those that do not move."""
+        found: dict[int, Tensor] = {}
+        weights = list(weights)
+        groups: dict[int, tuple[Parameters, Terms, list[int]]] = {}
+        for weight in weights:
+            if id(weight) in self._gathered:
+                parameters, position = self.key_of(weight)
+                terms = self._places[self._key(weight)][1]
+                found[id(weight)] = self._copies(_whole(parameters, [position], [weight.detach()]), terms)[0]
+            elif id(weight) in self._made:
+                found[id(weight)] = self._made[id(weight)]
+            elif id(weight) in self._places:
+                parameters, terms, position = self._places[id(weight)]
+                groups.setdefault(id(parameters), (parameters, terms, []))[2].append(position)
+            else:
+                found[id(weight)] = weight.detach().unsqueeze(0).expand(self.copies, *weight.shape)
+        for parameters, terms, positions in groups.values():
+            own = parameters.take(positions)
+            found.update(zip(map(id, own.owners), self._copies(own, terms), strict=True))
+        return [found[id(weight)] for weight in weights]
+
+    def rows(self, table: Tensor, rows: Parameters) -> Tensor:
+        """The values of rows of a table in each copy, [C, rows, width]."""
+        _, terms, _ = self._places[self._key(table)]
+        return torch.stack(self._copies(rows, terms), 1)
+
+    def key_of(self, weight: Tensor) -> tuple[Parameters, int]:
+        """The parameters that a weight is among, and its position."""
+        parameters, _, position = self._places[self._key(weight)]
+        return parameters, position
+
+    def _copies(self, parameters: Parameters, terms: Terms) -> list[Tensor]:
+        out = [
+            torch.empty((self.copies, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+            for tensor in parameters.tensors
+        ]
+        self._direction.copies_(out, parameters, terms)
+        return out
+
+    def _make(self, small: Parameters, terms: Terms) -> None:
+        if len(small):
+            self._made.update(zip(map(id, small.owners), self._copies(small, terms), strict=True))
+
+    def _draw(self, matrices: Parameters, terms: Terms) -> None:
+        if not len(matrices):
+            return
+        once = Terms(terms.seeds, terms.coefficients[0], terms.frame, terms.joined)
+        if not all(block.is_whole for block in matrices.blocks):
+            matrices = _whole(matrices, range(len(matrices)), matrices.tensors)
+        lefts, rights = self._direction.factors(matrices, once)
+        columns = zip(matrices.keys, matrices.owners, lefts, rights, strict=True)
+        for key, owner, left, right in columns:
+            coefficients = moved(terms.coefficients, left.device)
+            if (held := terms.held.get(key)) is not None:  # every copy lacks it
+                left = torch.cat((left, held.unsqueeze(0)))
+                coefficients = torch.cat((coefficients, torch.ones_like(coefficients[:, :1])), 1)
+            self._factors[id(owner)] = Factors(left, right, coefficients)
+
+
+def _whole(parameters: Parameters, positions: Sequence[int], tensors: Sequence[Tensor]) -> Parameters:
+    """Parameters of which other tensors are the whole, in place of the parts of this process."""
+    taken = parameters.take(positions)
+    blocks = tuple(Block.of_shard(each.shape, (0,) * len(each.shape), each.shape) for each in taken.blocks)
+    return replace(taken, tensors=tuple(tensors), blocks=blocks, residuals=())

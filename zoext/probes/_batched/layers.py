@@ -1,0 +1,235 @@
+"""Forwards of modules whose copies of a batch have weights of their own, by the kind of the module.
+
+A function here takes the block of the closure, the module, its forward at theta and the arguments of a call,
+whose tensors hold the copies one after the other along their first dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zoext import ops
+from zoext._parameters import wrappers
+from zoext._parameters.parameters import Parameters
+from zoext._parameters.shards import Block
+from zoext.probes._batched.displacements import Displacements, Factors
+
+Forward = Callable[..., Any]
+
+#: How many rows of a whole table are displaced in the time that handling a single row separately takes.
+ROW_OVERHEAD = 8
+
+
+class Layer(Protocol):
+    def __call__(self, weights: Displacements, module: Any, forward: Forward, input: Tensor) -> Tensor:
+        """The output for ``input``, whose copies are along the first dimension."""
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """The function for a kind of module that takes one tensor; None for other kinds."""
+    kind = type(module)
+    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
+        return linear
+    if isinstance(module, wrappers.conv1d()):
+        return transposed_linear
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        return embedding
+    if isinstance(module, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
+        return layer_norm
+    if is_rms_norm(module):
+        return rms_norm
+    return None
+
+
+def keeps_places(module: nn.Module) -> bool:
+    """Whether the copies lie in the output of a module where they lie in its input."""
+    layer = layer_of(module)
+    is_plain = layer is not embedding or type(module).forward is nn.Embedding.forward
+    return layer in (linear, transposed_linear, layer_norm, embedding) and is_plain
+
+
+def factorable(module: nn.Module) -> Tensor | None:
+    """The weight of which the module needs only the factors of its displacement."""
+    if layer_of(module) in (linear, transposed_linear, embedding):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+    return None
+
+
+def linear(weights: Displacements, module: nn.Linear, forward: Forward, input: Tensor) -> Tensor:
+    return _linear(weights, module.weight, module.bias, forward, input, is_transposed=False)
+
+
+def transposed_linear(weights: Displacements, module: Any, forward: Forward, input: Tensor) -> Tensor:
+    return _linear(weights, module.weight, module.bias, forward, input, is_transposed=True)
+
+
+def _linear(
+    weights: Displacements,
+    weight: Tensor,
+    bias: Tensor | None,
+    forward: Forward,
+    input: Tensor,
+    *,
+    is_transposed: bool,
+) -> Tensor:
+    copies = weights.copies
+    output: Tensor
+    rows = input.reshape(copies, -1, input.shape[-1])
+    factors = weights.factors(weight)
+    if factors is None and weights.moves(weight):
+        (matrices,) = weights.weights([weight])
+        factor = matrices if is_transposed else matrices.mT
+        if bias is None:
+            output = torch.bmm(rows, factor)
+        else:  # rounded once, as in a linear layer
+            output = torch.baddbmm(weights.weights([bias])[0].unsqueeze(1), rows, factor)
+        return output.view(*input.shape[:-1], output.shape[-1])
+    output = forward(input)
+    by_copy = output.view(copies, -1, output.shape[-1])
+    if factors is not None:
+        add_side_path(by_copy, rows, factors, is_transposed=is_transposed)
+    if bias is not None and weights.moves(bias):
+        by_copy += (weights.weights([bias])[0] - bias).unsqueeze(1)
+    return output
+
+
+def add_side_path(output: Tensor, input: Tensor, factors: Factors, *, is_transposed: bool) -> None:
+    """``output[c] += input[c] D_c^T`` for the displacement ``D_c`` of a copy, [C, T, m] and [C, T, n]."""
+    left, right, coefficients = factors
+    if is_transposed:
+        left, right = right, left
+    ops.factored_linear_(output, input.to(output.dtype).contiguous(), left, right, coefficients)
+
+
+def embedding(weights: Displacements, module: nn.Embedding, forward: Forward, input: Tensor) -> Tensor:
+    if not weights.moves(module.weight):
+        result: Tensor = forward(input)
+        return result
+    if type(module).forward is nn.Embedding.forward:
+        return _rows_of(weights, module, input)
+    # A subclass may change the indices, or scale what was read.
+    read: Tensor = looked_up(weights, module, lambda: forward(input))
+    return read
+
+
+def looked_up(weights: Displacements, module: Any, forward: Callable[[], Any]) -> Any:
+    """A forward in which rows of the table are those of each copy, for subclasses of ``nn.Embedding``."""
+    with _Lookups(weights, module):
+        return forward()
+
+
+class _Lookups(torch.overrides.TorchFunctionMode):
+    """Reads the rows of each copy where a subclass of ``nn.Embedding`` reads its table."""
+
+    def __init__(self, weights: Displacements, module: nn.Embedding) -> None:
+        super().__init__()
+        self._weights, self._module = weights, module
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding:
+            index = args[0] if args else kwargs["input"]
+            table = args[1] if len(args) > 1 else kwargs["weight"]
+            if table is self._module.weight:
+                return _rows_of(self._weights, self._module, index)
+        return func(*args, **kwargs)
+
+
+def _rows_of(weights: Displacements, module: nn.Embedding, index: Tensor) -> Tensor:
+    table, copies = module.weight, weights.copies
+    if (factors := weights.factors(table)) is not None:
+        output = functional.embedding(index, table)
+        _add_rows(output.view(copies, -1, table.shape[1]), index.reshape(-1), factors)
+        return output
+    if table.device.type == "cpu" and index.numel() * ROW_OVERHEAD <= len(table):
+        found, places = torch.unique(index, return_inverse=True)
+        displaced = weights.rows(table, _some_rows(weights, table, found))
+        places = places.view(copies, -1)
+        output = torch.stack([displaced[copy][places[copy]] for copy in range(copies)])
+    else:
+        (tables,) = weights.weights([table])
+        each = index.reshape(copies, -1)
+        output = torch.stack([functional.embedding(each[copy], tables[copy]) for copy in range(copies)])
+    return output.view(*index.shape, table.shape[1])
+
+
+def _some_rows(weights: Displacements, table: Tensor, rows: Tensor) -> Parameters:
+    parameters, position = weights.key_of(table)
+    count, shape, width = len(rows), parameters.blocks[position].shape, table.shape[1]
+    tensors = tuple(table.detach()[rows].unbind(0))
+    return Parameters(
+        tensors,
+        (parameters.keys[position],) * count,
+        tuple(Block.of_shard(shape, (row, 0), (1, width)) for row in rows.tolist()),
+        (parameters.names[position],) * count,
+        tuple(tensor.data_ptr() for tensor in tensors),
+        (table,) * count,
+    )
+
+
+def _add_rows(output: Tensor, index: Tensor, factors: Factors) -> None:
+    """``output[c] += (rows of D_c)``, with the rows of the left factors that are read."""
+    copies, rows, _ = output.shape
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    left, right, coefficients = (each.to(dtype) for each in factors)
+    left = left.index_select(2, index).unflatten(2, (copies, rows))  # [K or 1, rank, C, T]
+    left = left.expand(coefficients.shape[1], -1, -1, -1)
+    if len(right) == 1:
+        output += torch.einsum("ck,krct->ctr", coefficients, left) @ right[0]
+    else:
+        output += torch.einsum("ck,krct,krd->ctd", coefficients, left, right)
+
+
+def layer_norm(weights: Displacements, module: nn.LayerNorm, forward: Forward, input: Tensor) -> Tensor:
+    own = [each for each in (module.weight, module.bias) if each is not None]
+    if not any(map(weights.moves, own)):
+        result: Tensor = forward(input)
+        return result
+    values = weights.weights(own)
+    parts = input.chunk(weights.copies)
+    shape, eps = module.normalized_shape, module.eps
+    found = []
+    for copy, part in enumerate(parts):
+        weight, *bias = (value[copy] for value in values)
+        found.append(functional.layer_norm(part, shape, weight, bias[0] if bias else None, eps))
+    return torch.cat(found)
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes and multiplies with a vector of its own, as the RMSNorms of transformers.
+
+    They are known by name, and whether they compute the same with a weight for each row is tried once.
+    """
+    own = module._parameters
+    weight = own.get("weight")
+    is_norm = type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm)
+    return is_norm and len(own) == 1 and weight is not None and weight.dim() == 1 and not module._modules
+
+
+def rms_norm(weights: Displacements, module: Any, forward: Forward, input: Tensor) -> Tensor:
+    weight = module.weight
+    if not weights.moves(weight):
+        result: Tensor = forward(input)
+        return result
+    (values,) = weights.weights([weight])
+    return with_rows(module, forward, input, values)
+
+
+def with_rows(module: nn.Module, forward: Forward, input: Tensor, values: Tensor) -> Tensor:
+    """The forward with a weight for each row of the first dimension, from one for each copy, [C, d]."""
+    copies, width = values.shape
+    rows = values.unsqueeze(1).expand(copies, len(input) // copies, width).reshape(len(input), width)
+    own = module._parameters["weight"]
+    module._parameters["weight"] = rows.view(len(input), *(1,) * (input.dim() - 2), width)  # type: ignore[assignment]
+    try:
+        result: Tensor = forward(input)
+        return result
+    finally:
+        module._parameters["weight"] = own

@@ -1,0 +1,105 @@
+"""Where the copies of a batch lie in tensors: along which dimension, found by comparing the copies.
+
+A batch of B examples that is repeated C times has its copies one after the other: along the first dimension
+of most tensors, along the second of those that begin with positions. In a forward at theta all copies are
+equal, so the dimension can be seen. A tensor that all copies share, such as positions, has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zoext.probes._batched.errors import BatchedProbeError
+
+#: What modules may take beside tensors: values that are the same for all copies.
+_SHARED = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format)
+
+
+def find(tensor: Tensor, copies: int) -> int | None:
+    """The first dimension along which a tensor consists of ``copies`` equal parts; None if there is none."""
+    if copies == 1:
+        return 0 if tensor.dim() else None
+    for dim, size in enumerate(tensor.shape):
+        if size and size % copies == 0 and _is_repeated(front(tensor, dim), copies):
+            return dim
+    return None
+
+
+def front(tensor: Tensor, dim: int) -> Tensor:
+    """``tensor`` with dimension ``dim`` first."""
+    return tensor if dim == 0 else tensor.movedim(dim, 0)
+
+
+def back(tensor: Tensor, dim: int) -> Tensor:
+    """The inverse of ``front``."""
+    return tensor if dim == 0 else tensor.movedim(0, dim)
+
+
+def _is_repeated(tensor: Tensor, copies: int) -> bool:
+    parts = tensor.reshape(copies, -1)
+    first, others = parts[:1], parts[1:]
+    if not tensor.is_floating_point():
+        return bool((others == first).all())
+    # Equal rows of a product may be rounded differently in different places of a matrix.
+    tolerance = 1e-3 if tensor.dtype.itemsize > 2 else 3e-2
+    is_finite = torch.isfinite(first)
+    if not bool(((others == first) | is_finite | (others.isnan() & first.isnan())).all()):
+        return False
+    finite = torch.where(is_finite, first, 0.0)
+    difference = torch.where(is_finite, others, 0.0) - finite
+    return bool(difference.abs().max() <= tolerance * finite.abs().max())
+
+
+class Leaves:
+    """The tensors in the arguments or the output of a module, whose description ``what`` returns.
+
+    Attributes:
+        tensors: in the order of the structure.
+    """
+
+    def __init__(self, structure: Any, what: Callable[[], str]) -> None:
+        self._leaves, self._spec = tree_flatten(structure)
+        self._positions = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [self._leaves[i] for i in self._positions]
+        for leaf in self._leaves:
+            if not isinstance(leaf, (Tensor, *_SHARED)):
+                raise BatchedProbeError(
+                    f"{what()} has a {type(leaf).__name__}, which cannot be divided into copies"
+                )
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Any:
+        """The structure with other tensors."""
+        leaves = list(self._leaves)
+        for position, tensor in zip(self._positions, tensors, strict=True):
+            leaves[position] = tensor
+        return tree_unflatten(leaves, self._spec)
+
+    def map(self, function: Callable[[Tensor, int | None], Tensor], dims: Sequence[int | None]) -> Any:
+        """The structure with ``function(tensor, dim)`` of each tensor."""
+        pairs = zip(self.tensors, dims, strict=True)
+        return self.with_tensors([function(tensor, dim) for tensor, dim in pairs])
+
+
+def part_of(tensor: Tensor, dim: int | None, *, copy: int, copies: int) -> Tensor:
+    """The part of a copy; all of a tensor that the copies share."""
+    return tensor if dim is None else tensor.chunk(copies, dim)[copy]
+
+
+def joined(parts: Sequence[Any], dims: Sequence[int | None], what: Callable[[], str], examples: int) -> Any:
+    """The output of all copies from that of each. One without copies is repeated for ``examples`` of each."""
+    leaves = [Leaves(part, what) for part in parts]
+    found = []
+    for number, dim in enumerate(dims):
+        tensors = [leaf.tensors[number] for leaf in leaves]
+        if dim is None:
+            if not tensors[0].dim():
+                raise BatchedProbeError(f"{what()} has a number, which each copy would have of its own")
+            tensors = [each[0] if len(each) == 1 else each for each in tensors]
+            tensors, dim = [each.expand(examples, *each.shape) for each in tensors], 0
+        found.append(torch.cat(tensors, dim))
+    return leaves[0].with_tensors(found)
