@@ -20,6 +20,7 @@ class CompactForward:
 
     def __init__(self, trainer: Trainer, model: nn.Module) -> None:
         self.model = model
+        self.copies: int | None = None  # of the batch, whose losses are wanted one by one
         self._autocast = trainer.accelerator.autocast  # which Accelerate puts around the model's forward only
         self._compact: CompactLoss | None = None
         try:
@@ -48,10 +49,15 @@ class CompactForward:
                 batch.pop("num_items_in_batch", None)
             try:
                 with self._autocast():
-                    return {"loss": self._compact(batch)}
+                    return {"loss": self._compact(batch, self.copies)}
             except CompactLossError as error:
                 self._compact = None
                 self._tell(error)
+        if self.copies is not None:
+            raise ValueError(
+                "probe='batched' needs a loss for each copy of the batch, which CompactLoss has for language "
+                "models that it takes, and this model has only for all copies; use probe='streamed'"
+            )
         return self.model(**inputs)
 
     @staticmethod

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from zoext.integrations.transformers._arguments import RECIPES, ZOArgumentsMixin, build
 from zoext.integrations.transformers._callbacks import TrajectoryCallback
 from zoext.integrations.transformers._compact import CompactForward
+from zoext.losses import repeat
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
 from zoext.updates import SGD
 
@@ -150,16 +151,33 @@ class ZOTrainerMixin(_Trainer):
         is_sum = self._returns_shares(model, batch, num_items_in_batch)
         counted = num_items_in_batch if is_sum else None  # given one, Trainer scales by the processes
 
-        def closure() -> Tensor:
-            losses = [self._loss_of(model, micro_batch, counted) for micro_batch in batch]
-            total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        def closure(copies: int | None = None) -> Tensor:
+            losses = [self._loss_of(model, micro_batch, counted, copies) for micro_batch in batch]
+            total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
             return total if is_sum else total / len(batch)
 
         estimate = unwrap(self.optimizer).estimate(closure)
         self._forwards += estimate.forwards
         return estimate.loss.to(self.args.device)
 
-    def _loss_of(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _loss_of(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        num_items_in_batch: Tensor | int | None,
+        copies: int | None = None,
+    ) -> Tensor:
+        """The loss of a micro-batch, [], or those of its copies, [copies]."""
+        if copies is not None:
+            if not isinstance(self._forward, CompactForward):
+                raise ValueError(
+                    "probe='batched' needs a loss for each copy of the batch, which compute_loss, "
+                    "compute_loss_func and label smoothing do not return; use probe='streamed', and leave "
+                    "zo_compact_loss on"
+                )
+            inputs = repeat(inputs, copies)
+        if isinstance(self._forward, CompactForward):
+            self._forward.copies = copies
         with self.compute_loss_context_manager():
             # A copy, because compute_loss may take entries out.
             loss: Any = self.compute_loss(
