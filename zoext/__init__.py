@@ -3,6 +3,7 @@
 from zoext import _reference as _reference  # registers the operators for devices without kernels
 from zoext import losses, noise
 from zoext._engine import LoRAFactors, OpenRound
+from zoext.adapters import export_adapter
 from zoext.directions import ActivationSubspace, Direction, Gaussian, LowRank, Rademacher
 from zoext.estimators import (
     CentralDifference,
@@ -26,6 +27,7 @@ from zoext.probes import (
     StreamedProbeError,
 )
 from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
+from zoext.side_paths import SidePath, attach_side_paths, detach_side_paths
 from zoext.trajectory import Follower, Trajectory, TrajectoryError, replay
 from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update
 
@@ -64,6 +66,7 @@ __all__ = [
     "Rademacher",
     "Round",
     "ScalarAdam",
+    "SidePath",
     "SignReplay",
     "StreamedProbe",
     "StreamedProbeError",
@@ -71,6 +74,9 @@ __all__ = [
     "TrajectoryError",
     "Update",
     "ZerothOrderOptimizer",
+    "attach_side_paths",
+    "detach_side_paths",
+    "export_adapter",
     "losses",
     "mean_per_copy",
     "noise",

@@ -13,48 +13,65 @@ import transformers
 
 import zoext
 from support.examples import run
+from support.packings import PACKINGS
 from support.peft_methods import TOKENS, llama
 from support.tiny_models import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that pack
 
 
-def bitsandbytes(**options: Any) -> Any:
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    return transformers.BitsAndBytesConfig(**options)
+def adapted(packing: str, folder: Path) -> peft.PeftModel:
+    """A tiny model that is packed, with adapters."""
+    config = PACKINGS[packing]()
+    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16
+    )
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(base, lora)
 
 
-def torchao(bits: int) -> Any:
-    pytest.importorskip("torchao", reason="needs torchao")
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("direction", [zoext.Gaussian(), zoext.LowRank(rank=2)], ids=["dense", "factored"])
+def test_the_base_runs_once_for_all_copies(packing: str, direction: zoext.Direction, tmp_path: Path) -> None:
+    """A batched step has the losses of a streamed one, to what batches change in 16-bit and int8 products."""
+    model = adapted(packing, tmp_path)
+    losses: dict[str, torch.Tensor] = {}
 
-    packing = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(weight_dtype=torch.int4)
-    return transformers.TorchAoConfig(packing)
+    def closure(copies: int) -> torch.Tensor:
+        tokens = zoext.repeat(TOKENS, copies)
+        logits = model(input_ids=tokens).logits[:, :-1].mT.float()
+        each = torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none")
+        return zoext.mean_per_copy(each, copies)
 
+    calls: list[int] = []
+    packed = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    packed.register_forward_hook(lambda *_: calls.append(1))
+    for probe in ("streamed", "batched"):
+        found: list[torch.Tensor] = []
 
-def quanto() -> Any:
-    pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
-    return transformers.QuantoConfig(weights="int8")
+        def run(copies: int = 1, found: list[torch.Tensor] = found, one: bool = probe == "streamed") -> Any:
+            losses = closure(copies)
+            found.extend(losses)
+            return losses[0] if one else losses
 
-
-PACKINGS = {
-    "NF4": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "int8 of bitsandbytes": lambda: bitsandbytes(load_in_8bit=True),
-    "int8 of torchao": lambda: torchao(8),
-    "int4 of torchao": lambda: torchao(4),
-    "int8 of quanto": quanto,
-}
+        estimator = zoext.CentralDifference(samples=2)
+        optimizer = zoext.ZerothOrderOptimizer(
+            model, direction=direction, estimator=estimator, mu=0.1, lr=1e-3, seed=3, probe=probe
+        )
+        optimizer.estimate(run)
+        found.clear()
+        calls.clear()
+        optimizer.estimate(run)
+        losses[probe] = torch.stack(found[-4:])
+        assert len(calls) == (1 if probe == "batched" else len(found))
+    torch.testing.assert_close(losses["batched"], losses["streamed"], rtol=1e-2, atol=0)
+    assert len(set(losses["batched"].tolist())) == 4
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_adapters_train(packing: str, tmp_path: Path) -> None:
-    config = PACKINGS[packing]()
-    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(tmp_path)
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=config, dtype=torch.bfloat16
-    )
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(base, lora)
+    model = adapted(packing, tmp_path)
     adapters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     assert all("lora" in name for name in adapters)
     before = {name: each.detach().clone() for name, each in adapters.items()}
