@@ -97,6 +97,7 @@ def check_figures(document: dict, names: set[str]) -> None:
             "compact_loss",
             ["full loss / compact loss, forward", "memory of the compact loss", "memory of the full loss"],
         ),
+        ("batched_step", ["LOZO, batched, deferred / two forwards", "forward of two copies / two forwards"]),
         ("agzo_forward", ["forward with hooks, rank 1 / forward"]),
         (
             "step_memory",
@@ -284,6 +285,7 @@ def test_every_program_is_tested_and_described() -> None:
     assert programs == {
         "agzo_forward",
         "adam_update",
+        "batched_step",
         "compact_loss",
         "dense_pass",
         "factored_linear",
