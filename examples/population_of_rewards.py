@@ -1,7 +1,7 @@
 """Evolution strategies on a reward of generated tokens: python population_of_rewards.py
 
 A tiny causal model learns not to repeat itself: the reward is the share of distinct tokens among those that
-it generates greedily, which has no gradient. Each step compares the rewards of 8 candidates.
+it generates greedily, which has no gradient. Each step compares 8 candidates, for which it generates at once.
 """
 
 import torch
@@ -24,12 +24,12 @@ def train(steps: int = 15, seed: int = 0) -> tuple[float, float]:
     model = tiny_model(seed).eval()
 
     def closure(copies: int = 1) -> torch.Tensor:
-        tokens = model.generate(PROMPTS.repeat(copies, 1), max_new_tokens=NEW, do_sample=False)
+        tokens = model.generate(zoext.repeat(PROMPTS, copies), max_new_tokens=NEW, do_sample=False)
         distinct = 1 + (tokens[:, 1:].sort().values.diff() != 0).sum(1)
-        return -(distinct / NEW).view(copies, -1).mean(1)  # the lower the better, as for any loss
+        return -zoext.mean_per_copy(distinct / NEW, copies)  # the lower the better, as for any loss
 
-    ranked = zoext.Population(8, shaping="rank")
-    optimizer = zoext.ZerothOrderOptimizer(model, estimator=ranked, lr=0.2, mu=0.05, seed=seed)
+    options = {"estimator": zoext.Population(8, shaping="rank"), "probe": "batched", "seed": seed}
+    optimizer = zoext.ZerothOrderOptimizer(model, lr=0.2, mu=0.05, **options)
     before = -float(closure())
     for _ in range(steps):
         optimizer.step(closure)

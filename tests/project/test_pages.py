@@ -80,7 +80,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("page", ["usage", "losses", "methods", "precision", "trajectories", "design"])
+@pytest.mark.parametrize(
+    "page", ["usage", "batched", "losses", "methods", "precision", "trajectories", "packed", "design"]
+)
 def test_programs_run(page: str, names: dict[str, Any]) -> None:
     blocks = list(programs(ROOT / "docs" / f"{page}.md"))
     assert blocks
