@@ -36,11 +36,15 @@ class GroupOptions(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AppliedStep:
-    """An estimate, the frame of its directions, and the options of each parameter group."""
+    """An estimate, the frame of its directions, and the options of each parameter group.
+
+    ``merged`` tells, when the step was taken, whether a look had the steps before it written (``Deferral``).
+    """
 
     estimate: Estimate
     frame: Frame
     options: tuple[GroupOptions, ...]
+    merged: bool = False
 
 
 class Recorder(Protocol):

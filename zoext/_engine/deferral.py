@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,17 @@ class Run(Protocol):
         """Whether a closure is running."""
 
 
+class Recorded(Protocol):
+    """A step of a recorded run."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether a look wrote what was held since the step before."""
+
+
+AnyStep = TypeVar("AnyStep", bound=Recorded)
+
+
 class _Held(NamedTuple):
     """``sum^T right``, which the only matrix in ``parameters`` lacks."""
 
@@ -48,6 +59,10 @@ class Deferral:
     modules that own the matrices merge before a forward that is no probe, and before their weights are
     saved or loaded. The hooks are there while something is held.
 
+    Attributes:
+        was_merged: whether a look has written something since the last step. It changes how later steps are
+            rounded, so trajectories record it.
+
     Args:
         direction: if it does not defer, nothing is ever held.
         module: the model; known if the direction defers.
@@ -60,7 +75,9 @@ class Deferral:
         self._run = run
         self._held: dict[int, _Held] = {}
         self._seed: Tensor | None = None  # of the last step that is held, int64 [1]
+        self._interval: tuple[int, int] | None = None  # the run seed and the origin of what is held
         self._hooks: list[RemovableHandle] = []
+        self.was_merged = False
 
     @property
     def sums(self) -> Mapping[int, Tensor]:
@@ -77,16 +94,61 @@ class Deferral:
 
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Called before the probes of a step; writes what is held if its directions have another factor."""
+        self._merge_others(groups)
+        if self.direction.defers:
+            check_decay(self.direction, groups)
+            self._enter(groups[0]["seed"], groups[0]["step"])
+
+    def look(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Merges what the weights lack, for other optimizers as well; called before they are read."""
+        self._merge_others(groups)
+        self.merge()
+
+    def _merge_others(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for other in [each for each in _HOLDING if each is not self]:
             seen = {id(tensor) for group in groups for tensor in group["params"]}
             seen.update(map(id, self._module.parameters() if self._module is not None else ()))
             if other.holds_any(seen):
                 other.merge()
-        if self.direction.defers:
-            check_decay(self.direction, groups)
-            step = groups[0]["step"]
-            if self.direction.origin(step) == step:
+
+    def between_merges(
+        self, steps: Sequence[AnyStep], groups: Sequence[Mapping[str, Any]]
+    ) -> Iterator[Sequence[AnyStep]]:
+        """Recorded steps in the pieces between merges, and merges before each piece as the run did.
+
+        The caller applies each piece before it asks for the next one.
+        """
+        if not self.direction.defers:
+            yield steps
+            return
+        seed, number, start = groups[0]["seed"], groups[0]["step"], 0
+        for index, step in enumerate(steps):
+            if step.merged or (seed, self.direction.origin(number + index)) != self._interval:
+                if start < index:
+                    yield steps[start:index]
+                start = index
                 self.merge()
+                self._enter(seed, number + index)
+        yield steps[start:]
+
+    def count(self) -> bool:
+        """Called after a step; returns whether a look had merged before it."""
+        was_merged, self.was_merged = self.was_merged, False
+        return was_merged
+
+    def begin_recording(self, groups: Sequence[Mapping[str, Any]], *, continues: bool) -> None:
+        """Merges; ``continues`` a recording, in which the next step then follows a merge."""
+        self.look(groups)
+        step = groups[0]["step"]
+        self.was_merged = continues and self.direction.defers and self.direction.origin(step) != step
+
+    def _enter(self, seed: int, step: int) -> None:
+        origin = self.direction.origin(step)
+        if (seed, origin) != self._interval:
+            self.merge()
+            self._interval = seed, origin
+        if origin == step:
+            self.was_merged = False  # the number of the step tells it
 
     def apply(
         self,
@@ -101,8 +163,9 @@ class Deferral:
             written = [position for position in range(len(parameters)) if position not in held]
             if written:
                 state = update.apply(self.direction, parameters.take(written), [step], state)
-            if held:
-                self._add(parameters.take(held), replace(update.terms(step), frame=frame))
+            terms = replace(update.terms(step), frame=frame)
+            if held and len(terms.seeds):
+                self._add(parameters.take(held), terms)
         return state
 
     def _add(self, matrices: Parameters, terms: Terms) -> None:
@@ -133,6 +196,7 @@ class Deferral:
                     "defer=True holds back; call optimizer.merge() before"
                 )
         assert self._seed is not None
+        self.was_merged = True
         with torch.inference_mode(False), torch.no_grad():
             while self._held:
                 key, held = next(iter(self._held.items()))

@@ -9,6 +9,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -328,17 +329,19 @@ class StepEngine:
         One call with several steps passes over theta once and gives the same bits as one call per step.
         """
         self.run.check_whole()
-        states = [group["update_state"] for group in self.param_groups]
         with interrupts.deferred():
-            with self.run.tearing(self.groups):
-                states = applying.apply(self._target, states, steps)
-            self._count(steps, states)
+            for some in self.deferral.between_merges(steps, self.param_groups):
+                states = [group["update_state"] for group in self.param_groups]
+                with self.run.tearing(self.groups):
+                    states = applying.apply(self._target, states, some)
+                self._count(some, states)
 
     def commit(self, step: AppliedStep, states: Sequence[State]) -> None:
         """Counts and records ``step``, which has moved theta."""
         self._count([step], states)
+        merged = self.deferral.count()
         if self.run.recorder is not None:
-            self.run.recorder.record(step)
+            self.run.recorder.record(replace(step, merged=merged))
 
     def _count(self, steps: Sequence[AppliedStep], states: Sequence[State]) -> None:
         for group, state in zip(self.param_groups, states, strict=True):

@@ -40,8 +40,9 @@ class LowRank(Factored):
             from the weights with the sum. ``optimizer.merge()`` writes it earlier, and so do a forward that
             is no probe, ``state_dict()`` and ``load_state_dict()`` of the model or the optimizer: weights
             that are read in other ways lack up to ``refresh_interval`` steps. A run is reproducible if these
-            happen at the same steps. Needs a linear update (``SGD``), streamed probes, a single process and
-            no weight decay; neither ``Trajectory`` nor ``GraphedStep`` takes it. Default False.
+            happen at the same steps, and ``Trajectory`` records when they did. Needs a linear update
+            (``SGD``), streamed or batched probes, a single process and no weight decay; ``GraphedStep`` and
+            ``Follower`` refuse it. Default False.
 
     Raises:
         ValueError: for arguments out of range.

@@ -159,6 +159,11 @@ class Header:
             notes=fields.mapping("notes"),
         )
 
+    @property
+    def defers(self) -> bool:
+        """Whether the run held steps back, see ``LowRank(defer=True)``."""
+        return self.recipe["direction"].get("defer") is True
+
     def record(self) -> dict[str, Any]:
         groups = [{"parameters": [vars(parameter) for parameter in group]} for group in self.groups]
         return {
@@ -234,9 +239,10 @@ def gather(optimizer: ZerothOrderOptimizer) -> None:
 def weights_digest(optimizer: ZerothOrderOptimizer) -> str:
     """A hash of all parameters of an optimizer, to compare those of two processes: 32 hexadecimal digits.
 
-    It reads all weights once. Parameters without plain bits, such as frozen quantized ones, do not count, and
-    names do not either.
+    It reads all weights once, after a merge of what ``LowRank(defer=True)`` holds back. Parameters without
+    plain bits, such as frozen quantized ones, do not count, and names do not either.
     """
+    optimizer.engine.deferral.look(optimizer.param_groups)
     sha256 = hashlib.sha256()
     for group in _optimizers.named_groups(optimizer):
         for _, _, tensor in group:

@@ -132,6 +132,10 @@ def _steps(
             raise TrajectoryError(
                 f"{where}: has {has} frame, but frames is {str(header.frames).lower()} in the header"
             )
+        if header.defers and any(step.setting.weight_decay):
+            raise TrajectoryError(f"{where}: weight_decay must be 0 for a direction that holds steps back")
+        if step.merged and not header.defers:
+            raise TrajectoryError(f"{where}: merged must be false for a direction that holds no steps back")
         if step.frame is not None:
             if step.frame.offset != offset:
                 raise TrajectoryError(f"{where}: frame has the offset {step.frame.offset}, not {offset}")

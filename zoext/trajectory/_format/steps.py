@@ -60,6 +60,7 @@ class StepRecord:
         seeds: unsigned 64-bit integers.
         lr: of each parameter group.
         frame: the place of the frame in the side file; None if the trajectory has none.
+        merged: whether what the steps before it held back was written by a look, see ``LowRank(defer=True)``.
 
     The other attributes are those of ``Estimate``.
     """
@@ -74,6 +75,7 @@ class StepRecord:
     lr: tuple[float, ...]
     setting: Setting
     frame: Place | None
+    merged: bool = False
 
     @classmethod
     def parse(cls, record: Any, where: str, groups: int, keys: int, previous: Setting | None) -> StepRecord:
@@ -100,6 +102,7 @@ class StepRecord:
             lr=_of_groups(fields, "lr", groups),
             setting=Setting.parse(fields, groups, keys, previous),
             frame=Place.parse(fields) if fields.has("frame") else None,
+            merged=fields.has("merged") and fields.flag("merged"),
         )
 
     def record(self, previous: Setting | None) -> dict[str, Any]:
@@ -116,6 +119,7 @@ class StepRecord:
             "forwards": self.forwards,
             **self.setting.record(previous),
             **frame,
+            **({"merged": True} if self.merged else {}),
         }
 
 

@@ -43,7 +43,8 @@ class Follower:
 
     Raises:
         TrajectoryError: as for ``replay``; no weight was moved.
-        ValueError: for sharded parameters.
+        ValueError: for sharded parameters, and for a run with ``defer=True``: a look in the middle of an
+            interval would change the bits of the steps that follow.
         TypeError: for an optimizer that is not zoext's.
         RuntimeError: for an optimizer whose steps are being recorded.
         OSError: if a file cannot be read.
@@ -56,6 +57,11 @@ class Follower:
         recording = open_recording(self.path)
         read = list(recording.rest)
         self.header = recording.header
+        if self.header.defers:
+            raise ValueError(
+                f"path: the run of {self.path} holds steps back (defer=True), and a look in the middle of an "
+                "interval would change the bits of later steps; call zoext.replay on the base instead"
+            )
         self._last: StepRecord | None = None
         self._line = recording.first
         if read:

@@ -54,8 +54,7 @@ class PartReplay:
             else:
                 self.optimizer = matching.optimizer_of(header, target, groups, path)
         self._direction = self.optimizer.engine.axes.direction
-        if self._direction.defers:
-            raise TrajectoryError(f"{path}: does not tell when the steps that defer=True held were written")
+        self.optimizer.engine.deferral.look(self.optimizer.param_groups)  # the weights are checked next
         if header.frames or self._direction.watches:
             self._check_frames()
 
@@ -131,6 +130,7 @@ class PartReplay:
                 self._drawn = None
                 while some := list(islice(steps, at_once)):
                     engine.apply(self._applied(some))
+            engine.deferral.merge()
         if self._steps:
             self._set_options(self._steps[-1])
 
@@ -160,6 +160,7 @@ class PartReplay:
                 Estimate(seeds, coefficients, loss, loss_std, step.forwards, finite),
                 self._frame(step),
                 tuple(map(GroupOptions, step.lr, step.setting.mu, step.setting.weight_decay)),
+                step.merged,
             )
             for step, seeds, coefficients, loss, loss_std, finite in columns
         ]

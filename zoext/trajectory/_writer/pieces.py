@@ -77,6 +77,7 @@ def _record(number: int, step: AppliedStep, setting: Setting, place: frames.Plac
         lr=tuple(float(options.lr) for options in step.options),
         setting=setting,
         frame=place,
+        merged=step.merged,
     )
 
 

@@ -103,12 +103,8 @@ class Trajectory:
                 _warn_if_inexact(optimizer, frames)
             if not resume:
                 _check_fresh(optimizer)
-            if optimizer.engine.axes.direction.defers:
-                raise ValueError(
-                    "optimizer: a trajectory does not record when the steps that defer=True holds back are "
-                    "written; build it with defer=False"
-                )
             notes = _checked(notes or {})
+            optimizer.engine.deferral.begin_recording(optimizer.param_groups, continues=resume)
         if resume:
             opened = opening.resume(self.path, optimizer, agreement, is_first=is_first, frames=with_frames)
         else:
