@@ -281,8 +281,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"defer must be True or False, not 1"):
         zoext.LowRank(defer=1)
     model, optimizer = setup()
-    with pytest.raises(ValueError, match=r"a graph would replay the sums"):
-        zoext.GraphedStep(optimizer, lambda: loss_of(model, 0))
     optimizer.param_groups[0]["weight_decay"] = 0.2
     with pytest.raises(ValueError, match=r"weight_decay must be 0 with defer=True, not 0\.2"):
         take(model, optimizer, range(1))

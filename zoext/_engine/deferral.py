@@ -74,10 +74,16 @@ class Deferral:
         self._module = module
         self._run = run
         self._held: dict[int, _Held] = {}
+        self._buffers: dict[int, Tensor] = {}  # the memory of all sums so far, which graphs write to
         self._seed: Tensor | None = None  # of the last step that is held, int64 [1]
         self._interval: tuple[int, int] | None = None  # the run seed and the origin of what is held
         self._hooks: list[RemovableHandle] = []
         self.was_merged = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held."""
+        return not self._held
 
     @property
     def sums(self) -> Mapping[int, Tensor]:
@@ -131,8 +137,10 @@ class Deferral:
                 self._enter(seed, number + index)
         yield steps[start:]
 
-    def count(self) -> bool:
-        """Called after a step; returns whether a look had merged before it."""
+    def count(self, seeds: Tensor) -> bool:
+        """Called after a step with these seeds; returns whether a look had merged before it."""
+        if self._held and len(seeds):
+            self._seed = seeds[:1]
         was_merged, self.was_merged = self.was_merged, False
         return was_merged
 
@@ -173,13 +181,20 @@ class Deferral:
         for position, (key, left, right) in enumerate(factors):
             if key not in self._held:
                 own = matrices.take([position])
-                self._held[key] = _Held(own, torch.zeros_like(left[0]), right)
+                self._held[key] = _Held(own, self._zeros_like(key, left[0]), right)
             scaled = moved(terms.coefficients, left.device) * self.direction.step_scale(right)
             for factor, scale in zip(left, scaled, strict=True):
                 self._held[key].sum.add_(factor * scale)
-        self._seed = terms.seeds[:1]
+        if self._seed is None:  # later steps may be replayed from a graph: ``count`` knows their seeds
+            self._seed = terms.seeds[:1]
         _HOLDING.add(self)
         self._install()
+
+    def _zeros_like(self, key: int, factor: Tensor) -> Tensor:
+        known = self._buffers.get(key)
+        if known is None or known.shape != factor.shape or known.device != factor.device:
+            known = self._buffers[key] = torch.empty_like(factor)
+        return known.zero_()
 
     def merge(self) -> None:
         """Writes what is held to theta.
@@ -203,6 +218,7 @@ class Deferral:
                 write_product(held.parameters, held.sum.unsqueeze(0), held.right, self._seed)
                 held.parameters.tell_autograd()
                 del self._held[key]
+        self._seed = None
         self._remove()
 
     def _install(self) -> None:

@@ -338,17 +338,17 @@ class StepEngine:
 
     def commit(self, step: AppliedStep, states: Sequence[State]) -> None:
         """Counts and records ``step``, which has moved theta."""
-        self._count([step], states)
-        merged = self.deferral.count()
+        merged = self._count([step], states)
         if self.run.recorder is not None:
             self.run.recorder.record(replace(step, merged=merged))
 
-    def _count(self, steps: Sequence[AppliedStep], states: Sequence[State]) -> None:
+    def _count(self, steps: Sequence[AppliedStep], states: Sequence[State]) -> bool:
         for group, state in zip(self.param_groups, states, strict=True):
             group["update_state"] = state
             group["step"] += len(steps)
         self.run.last_estimate = steps[-1].estimate
         self.run.frame = None
+        return self.deferral.count(steps[-1].estimate.seeds)
 
     @property
     def _target(self) -> applying.Target:

@@ -44,7 +44,8 @@ class GraphedStep(StepExecutor):
             scheduler.step()
 
     Steps with and without a graph can be mixed, checkpoints are the same, and the hooks of the optimizer run
-    at every step.
+    at every step. With ``LowRank(defer=True)``, the first step of an interval and the first one after a merge
+    run without the graph.
 
     A replay runs no Python code of the closure or the model. These changes are detected:
 
@@ -76,11 +77,6 @@ class GraphedStep(StepExecutor):
             raise ValueError(
                 "process_group: the members of an ElasticGroup read their losses on the host, which a graph "
                 "cannot; step with optimizer.step(closure), or pass a ProcessGroup"
-            )
-        if self._optimizer.engine.axes.direction.defers:
-            raise ValueError(
-                "optimizer: a graph would replay the sums that defer=True held at its capture; step with "
-                "optimizer.step(closure), or build it with defer=False"
             )
         given = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
         devices = dict.fromkeys(tensor.device for tensor in given if tensor.requires_grad)
@@ -120,11 +116,21 @@ class GraphedStep(StepExecutor):
             raise ValueError("closure must be a GraphedStep of this optimizer, not of another one")
         if self._fixed is None or self._fixed != _fixed_by_a_graph(engine, self._modules):
             self._begin_anew(engine)
+        if self._captured is None and (self._alike < WARM_UP or engine.probe.is_to_watch):
+            return self._warm_up(engine)
+        if self._holds_nothing(engine):
+            return engine.step(capturable(self._closure, self._device, nullcontext)).estimate.loss
         if self._captured is None:
-            if self._alike < WARM_UP or engine.probe.is_to_watch:
-                return self._warm_up(engine)
             self._captured = self._capture(engine)
         return self._replay(engine, self._captured)
+
+    def _holds_nothing(self, engine: StepEngine) -> bool:
+        """Whether probes find no sum of ``defer=True`` to add, while a graph adds one."""
+        if not engine.axes.direction.defers:
+            return False
+        engine.check_ready()
+        engine.deferral.begin(engine.param_groups)
+        return engine.deferral.is_empty
 
     def _begin_anew(self, engine: StepEngine) -> None:
         """Drops the graph, and takes the current state as the fixed one."""
