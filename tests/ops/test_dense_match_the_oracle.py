@@ -324,11 +324,13 @@ def test_the_oracles_floats_of_24_bits_are_the_nearest(dtype: torch.dtype) -> No
         assert (Fraction(nearest) / unit).denominator == 1
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_oracles_fused_multiply_add_rounds_once(dtype: type) -> None:
-    """No neighbour is nearer to the exact rational, also where two roundings would go wrong."""
+@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 0), (np.float64, 0), (np.float64, -1025)])
+def test_the_oracles_fused_multiply_add_rounds_once(dtype: type, size: int) -> None:
+    """No neighbour is nearer to the exact rational, also where two roundings would go wrong: on numbers of
+    the order of ``2**size``, which may be subnormal."""
     random, count = np.random.default_rng(6), 1500
     a, b = (random.standard_normal(count).astype(dtype) for _ in range(2))
+    a *= dtype(2.0**size)
     # Addends of all relative sizes, and a third that cancels the product down to its rounding error.
     c = (a * b * 2.0 ** random.integers(-70, 70, size=count)).astype(dtype)
     c[::3] = -(a * b)[::3]

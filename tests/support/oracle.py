@@ -7,8 +7,9 @@ Box-Muller is the subject of ``tests/noise/test_normals_are_curands.py``.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,22 +123,17 @@ def _fma32(a: ArrayLike, b: ArrayLike, c: NDArray[np.float32]) -> NDArray[np.flo
         return np.where(to_odd, neighbour, total).astype(np.float32)
 
 
+#: That of C99, which is exact but for one rounding; ``tests/ops/test_dense_match_the_oracle.py`` compares it
+#: with rational numbers.
+_c_fma = ctypes.CDLL(None).fma
+_c_fma.restype, _c_fma.argtypes = ctypes.c_double, [ctypes.c_double] * 3
+_one_fma64 = np.frompyfunc(_c_fma, 3, 1)
+
+
 def _fma64(a: ArrayLike, b: ArrayLike, c: NDArray[np.float64]) -> NDArray[np.float64]:
-    one = np.frompyfunc(_one_fma64, 3, 1)
-    return np.asarray(one(np.asarray(a, np.float64), np.asarray(b, np.float64), c), dtype=np.float64)
-
-
-def _one_fma64(a: float, b: float, c: float) -> float:
-    if not np.isfinite([a, b, c]).all():  # nothing to round; a finite product must not overflow to infinity
-        return c if np.isfinite([a, b]).all() else a * b + c
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    if exact == 0:  # the sign of a zero is that of the sum of the two terms' zeros
-        return a * b + c if a == 0 or b == 0 else 0.0
-    try:
-        rounded = exact.numerator / exact.denominator  # Python rounds this quotient to nearest, once
-    except OverflowError:
-        rounded = float("inf")
-    return float(np.copysign(rounded, 1 if exact > 0 else -1))
+    with np.errstate(all="ignore"):
+        total = _one_fma64(np.asarray(a, np.float64), np.asarray(b, np.float64), c)
+    return np.asarray(total, dtype=np.float64)
 
 
 # --- Rounding to 16 bits ----------------------------------------------------------------------------
@@ -153,14 +149,16 @@ class Format(NamedTuple):
     def infinity(self) -> int:
         return 0x7FFF >> self.mantissa_bits << self.mantissa_bits
 
-    def magnitudes(self) -> NDArray[np.float64]:
-        """The value of each pattern without its sign, up to that of infinity, which stands here for
-        the power of two that would come next."""
-        pattern = np.arange(self.infinity + 1)
-        exponent, mantissa = pattern >> self.mantissa_bits, pattern % 2**self.mantissa_bits
-        significand = np.where(exponent > 0, mantissa + 2**self.mantissa_bits, mantissa)
-        scale = np.maximum(exponent, 1) - self.exponent_bias - self.mantissa_bits
-        return np.ldexp(significand.astype(np.float64), scale)
+
+@cache
+def magnitudes(form: Format) -> NDArray[np.float64]:
+    """The value of each pattern without its sign, up to that of infinity, which stands here for the power of
+    two that would come next."""
+    pattern = np.arange(form.infinity + 1)
+    exponent, mantissa = pattern >> form.mantissa_bits, pattern % 2**form.mantissa_bits
+    significand = np.where(exponent > 0, mantissa + 2**form.mantissa_bits, mantissa)
+    scale = np.maximum(exponent, 1) - form.exponent_bias - form.mantissa_bits
+    return np.ldexp(significand.astype(np.float64), scale)
 
 
 FORMATS = {torch.bfloat16: Format(7, 127), torch.float16: Format(10, 15)}
@@ -175,7 +173,7 @@ class Neighbours(NamedTuple):
 
 def neighbours(finite: NDArray, form: Format) -> Neighbours:
     """Of magnitudes below infinity's."""
-    table = form.magnitudes()
+    table = magnitudes(form)
     lower = np.searchsorted(table, finite, side="right") - 1
     return Neighbours(lower, (finite - table[lower]) / (table[lower + 1] - table[lower]))
 
@@ -189,7 +187,7 @@ def magnitudes_of(values: NDArray, form: Format) -> tuple[NDArray, NDArray]:
     """Which have a pattern below them and one above, and the magnitudes, zero for the others."""
     with np.errstate(invalid="ignore"):  # signalling NaN
         magnitude = np.abs(values.astype(np.float64))
-    is_inside = magnitude < form.magnitudes()[-1]
+    is_inside = magnitude < magnitudes(form)[-1]
     return is_inside, np.where(is_inside, magnitude, 0)
 
 
@@ -240,7 +238,7 @@ def split(values: NDArray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def join(upper: Tensor, residual: Tensor) -> NDArray[np.float32]:
     """The values of 24 bits, flat; what is infinite or no number has no rest, that of zero is modulo 128."""
     form = FORMATS[upper.dtype]
-    table = form.magnitudes()
+    table = magnitudes(form)
     pattern = bits(upper).reshape(-1).numpy().astype(int) & 0x7FFF
     is_number = pattern < form.infinity
     rest = residual.reshape(-1).numpy().astype(int)
