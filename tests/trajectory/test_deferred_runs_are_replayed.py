@@ -233,7 +233,7 @@ def test_a_recording_that_begins_within_an_interval(tmp_path: Path) -> None:
     fresh.steps(range(1, 4))
     with zoext.Trajectory(path, run.optimizer):
         run.steps(range(4, 9))
-    assert merged(path) == []
+    assert merged(path) == [4]  # beginning to record is a look
     zoext.replay(fresh.optimizer, path)
     assert same(fresh.weights(), run.weights())
 
