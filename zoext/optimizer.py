@@ -20,8 +20,8 @@ from zoext._engine import (
     Recorder,
     StepEngine,
     StepExecutor,
-    check_decay,
     check_deferring,
+    check_groups,
     check_not_scaled,
     check_not_skipping,
     check_not_trainer,
@@ -151,7 +151,7 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
         given: Any = params if whole is None else list(whole.named_parameters())
         super().__init__(given, dict(self._own_defaults))
         axes.direction.check(module, parameters.trainable(self.param_groups))
-        check_decay(axes.direction, self.param_groups)
+        check_groups(axes.direction, self.param_groups)
 
     # torch.optim.Optimizer
 

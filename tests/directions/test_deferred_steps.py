@@ -274,6 +274,10 @@ def test_a_copy_that_lacks_steps_is_told() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"probe: InplaceProbe does not add the steps that defer=True"):
         setup(probe="inplace")
+    with pytest.raises(ValueError, match=r"process_group: a member that joins an ElasticGroup gets"):
+        setup(
+            process_group=zoext.distributed.ElasticGroup(torch.distributed.HashStore(), members=1, member=0)
+        )
     with pytest.raises(ValueError, match=r"weight_decay must be 0 with defer=True, not 0\.1"):
         setup(weight_decay=0.1)
     with pytest.raises(ValueError, match=r"update: AdamReplay does not add a combination .* use SGD"):

@@ -5,7 +5,7 @@ from zoext._engine.axes import Axes, with_current_names
 from zoext._engine.callers import check_not_skipping, check_not_trainer, initializes_state
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.deferral import check as check_deferring
-from zoext._engine.deferral import check_decay
+from zoext._engine.deferral import check_groups
 from zoext._engine.engine import StepEngine, StepExecutor
 from zoext._engine.estimation import Closure
 from zoext._engine.first_order import check_not_scaled
@@ -25,8 +25,8 @@ __all__ = [
     "StepEngine",
     "StepExecutor",
     "StepSeeds",
-    "check_decay",
     "check_deferring",
+    "check_groups",
     "check_not_scaled",
     "check_not_skipping",
     "check_not_trainer",

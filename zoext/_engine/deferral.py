@@ -59,9 +59,8 @@ class Deferral:
     modules that own the matrices merge before a forward that is no probe, and before their weights are
     saved or loaded. The hooks are there while something is held.
 
-    Attributes:
-        was_merged: whether a look has written something since the last step. It changes how later steps are
-            rounded, so trajectories record it.
+    A look within an interval changes how later steps are rounded: trajectories record it, and ranks must have
+    it alike.
 
     Args:
         direction: if it does not defer, nothing is ever held.
@@ -78,7 +77,18 @@ class Deferral:
         self._seed: Tensor | None = None  # of the last step that is held, int64 [1]
         self._interval: tuple[int, int] | None = None  # the run seed and the origin of what is held
         self._hooks: list[RemovableHandle] = []
-        self.was_merged = False
+        self._was_merged = False  # by a look, since the last step
+        self._continues = False  # a recording, in which a merge is at this place
+        self._looks = 0  # steps that followed a look
+
+    @property
+    def looks(self) -> int:
+        """A number that is the same on ranks with the same looks between their steps."""
+        return 2 * self._looks + self._was_merged
+
+    def forget_looks(self) -> None:
+        """Called after a state was loaded, on all ranks."""
+        self._looks, self._was_merged = 0, False
 
     @property
     def is_empty(self) -> bool:
@@ -102,7 +112,7 @@ class Deferral:
         """Called before the probes of a step; writes what is held if its directions have another factor."""
         self._merge_others(groups)
         if self.direction.defers:
-            check_decay(self.direction, groups)
+            check_groups(self.direction, groups)
             self._enter(groups[0]["seed"], groups[0]["step"])
 
     def look(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -141,14 +151,16 @@ class Deferral:
         """Called after a step with these seeds; returns whether a look had merged before it."""
         if self._held and len(seeds):
             self._seed = seeds[:1]
-        was_merged, self.was_merged = self.was_merged, False
-        return was_merged
+        was_merged, continues = self._was_merged, self._continues
+        self._looks += was_merged
+        self._was_merged = self._continues = False
+        return was_merged or continues
 
     def begin_recording(self, groups: Sequence[Mapping[str, Any]], *, continues: bool) -> None:
         """Merges; ``continues`` a recording, in which the next step then follows a merge."""
         self.look(groups)
         step = groups[0]["step"]
-        self.was_merged = continues and self.direction.defers and self.direction.origin(step) != step
+        self._continues = continues and self.direction.defers and self.direction.origin(step) != step
 
     def _enter(self, seed: int, step: int) -> None:
         origin = self.direction.origin(step)
@@ -156,7 +168,7 @@ class Deferral:
             self.merge()
             self._interval = seed, origin
         if origin == step:
-            self.was_merged = False  # the number of the step tells it
+            self._was_merged = self._continues = False  # the number of the step tells it
 
     def apply(
         self,
@@ -211,7 +223,7 @@ class Deferral:
                     "defer=True holds back; call optimizer.merge() before"
                 )
         assert self._seed is not None
-        self.was_merged = True
+        self._was_merged = True
         with torch.inference_mode(False), torch.no_grad():
             while self._held:
                 key, held = next(iter(self._held.items()))
@@ -254,17 +266,22 @@ def check(direction: Direction, probe: Probe, ranks: Sharing) -> None:
             f"probe: {type(probe).__name__} does not add the steps that defer=True holds back; pass the "
             "module with probe='streamed' or 'batched', or defer=False"
         )
-    if ranks.are_several:
+    if ranks.waits_for_losses:
         raise ValueError(
-            "process_group: a rank that saves or evaluates alone would have the steps of defer=True written "
-            "on itself only; pass process_group=None, or defer=False"
+            "process_group: a member that joins an ElasticGroup gets weights without the steps that "
+            "defer=True holds back; pass a ProcessGroup, or defer=False"
         )
 
 
-def check_decay(direction: Direction, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raises a ValueError for weight decay, which would take a pass over theta in every step."""
-    for group in groups:
-        if direction.defers and group["weight_decay"] != 0:
+def check_groups(direction: Direction, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises a ValueError for weight decay, which takes a pass over theta in every step, and for shards."""
+    for group in groups if direction.defers else ():
+        if any(map(shards.is_distributed, group["params"])):
+            raise ValueError(
+                "params: there are DTensors, and defer=True holds back the steps of whole matrices only; "
+                "pass defer=False"
+            )
+        if group["weight_decay"] != 0:
             raise ValueError(
                 f"weight_decay must be 0 with defer=True, not {group['weight_decay']!r}: decay writes all "
                 "weights in every step"

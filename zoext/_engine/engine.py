@@ -95,6 +95,7 @@ class StepEngine:
         """Discards what refers to the weights from before a state was loaded."""
         self.run.cancel()
         self.run.is_torn = False
+        self.deferral.forget_looks()
 
     def __getstate__(self) -> dict[str, Any]:
         """Supports copy.deepcopy of an optimizer together with its model; ``bind`` completes the copy."""
@@ -211,8 +212,8 @@ class StepEngine:
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
         self.deferral.begin(self.param_groups)
         if is_shared:
-            device, is_first = movable[0].device, not self.run.pending
-            self.ranks.begin(self.groups, self.param_groups, device, is_first=is_first)
+            device, is_first, looks = movable[0].device, not self.run.pending, self.deferral.looks
+            self.ranks.begin(self.groups, self.param_groups, device, is_first=is_first, looks=looks)
         return self.context(self._step_seeds(movable[0].device))
 
     def check_ready(self, *, recorder: bool = True) -> None:

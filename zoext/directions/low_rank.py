@@ -41,8 +41,9 @@ class LowRank(Factored):
             is no probe, ``state_dict()`` and ``load_state_dict()`` of the model or the optimizer: weights
             that are read in other ways lack up to ``refresh_interval`` steps. A run is reproducible if these
             happen at the same steps, and ``Trajectory`` records when they did. Needs a linear update
-            (``SGD``), streamed or batched probes, a single process and no weight decay; ``Follower``
-            refuses it. Default False.
+            (``SGD``), streamed or batched probes, unsharded parameters and no weight decay; ``Follower``
+            and ``ElasticGroup`` refuse it. Ranks must merge at the same steps: have all of them call
+            ``merge()`` before one saves or evaluates alone, else the next step raises. Default False.
 
     Raises:
         ValueError: for arguments out of range.

@@ -167,6 +167,7 @@ class ElasticRanks(Sharing):
         device: torch.device,
         *,
         is_first: bool = True,
+        looks: int = 0,
     ) -> None:
         if self._refused is not None:
             raise RuntimeError(self._refused)

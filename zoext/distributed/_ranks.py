@@ -61,6 +61,7 @@ class Ranks(Sharing):
         self._is_first = False  # whether the next round is the first of an estimate
         self._step = 0
         self._estimate, self._round = 0, 0  # of the step, and of the estimate
+        self._looks = 0  # see ``begin``
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return Ranks(*self._groups)  # a process group cannot be copied
@@ -163,7 +164,7 @@ class Ranks(Sharing):
             return losses
         digest = torch.zeros_like(seeds[0]) if self._digests is None else self._digests.sum()
         # Also of the estimate and the round: a rank that was interrupted may begin a step again.
-        at = seeds[0] + 7919 * (1009 * self._estimate + self._round)
+        at = seeds[0] + 7919 * (1009 * self._estimate + self._round) + 1000003 * self._looks
         self._round += 1
         kind = 2 * (losses.dtype == torch.float64) + (weight is not None)
         sums = losses.to(widest(losses.device))
@@ -223,6 +224,7 @@ class Ranks(Sharing):
         device: torch.device,
         *,
         is_first: bool = True,
+        looks: int = 0,
     ) -> None:
         """Prepares the comparison of the ranks, before the first round of an estimate.
 
@@ -248,6 +250,7 @@ class Ranks(Sharing):
             self._digests = torch.cat((numbers, _digests.of_weights(groups, device).view(1)))
         self._estimate = 0 if is_first else self._estimate + 1
         self._step, self._round, self._is_first = step, 0, True
+        self._looks = looks
 
     def raise_if_differing(self) -> None:
         """Raises a RuntimeError that names a rank, if a sum found one; all ranks of the sum find it alike."""
@@ -273,7 +276,9 @@ class Ranks(Sharing):
             return (
                 f"{name}: ranks are at different steps or have different seeds (this one is at step "
                 f"{self._step}), so their losses do not belong together. Have all ranks call step() or "
-                "estimate() equally often, also after an exception, and give them the same seed"
+                "estimate() equally often, also after an exception, and give them the same seed. With "
+                "defer=True, have all ranks call optimizer.merge() before one of them saves or evaluates "
+                "alone, or load a checkpoint on all of them if one already has"
             )
         if found.failed:
             which = f"rank {found.failed_rank}" if found.failed == 1 else f"{found.failed} ranks"

@@ -102,8 +102,11 @@ class Sharing(ABC):
         device: torch.device,
         *,
         is_first: bool = True,
+        looks: int = 0,
     ) -> None:
         """Begins an estimate, the first one of a step or another.
+
+        ``looks`` is a number that must be the same on all ranks: of the merges of ``LowRank(defer=True)``.
 
         Raises:
             RuntimeError: if the processes were found not to belong together.

@@ -81,7 +81,7 @@ _RESERVED = {
     *("params", "lr", "mu", "weight_decay", "seed", "probe", "precision"),
     *("direction", "estimator", "update", "options"),
     *("process_group", "probe_group"),
-    "defer",  # a trajectory, which the commands write, does not record it
+    "defer",  # a checkpoint is a merge, so a run that a signal stops would go on with other bits
 }
 
 
