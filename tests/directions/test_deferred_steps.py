@@ -239,6 +239,19 @@ def test_ask_and_tell_equal_steps() -> None:
         optimizer.ask().adapter(0)
 
 
+def test_a_look_in_an_open_round_does_not_count_twice() -> None:
+    (model, optimizer), (plain, other) = setup(), setup(False)
+    take(model, optimizer, range(6))
+    take(plain, other, range(6))
+    losses = []
+    for its, each in ((model, optimizer), (plain, other)):
+        pending = each.ask()
+        loss_of(its, 0)
+        with pending.displaced(1):
+            losses.append(loss_of(its, 6))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
 def test_a_frozen_weight_keeps_its_steps() -> None:
     (model, optimizer), (plain, other) = setup(), setup(False)
     start = weights(model)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
+from zoext._runtime import interrupts
 from zoext._runtime.devices import moved
 from zoext.directions import Direction, Frame, Terms
 from zoext.directions.factored import write_product
@@ -224,11 +225,12 @@ class Deferral:
                 )
         assert self._seed is not None
         self._was_merged = True
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
             while self._held:
                 key, held = next(iter(self._held.items()))
                 write_product(held.parameters, held.sum.unsqueeze(0), held.right, self._seed)
                 held.parameters.tell_autograd()
+                held.sum.zero_()  # an open round adds it to what it displaces
                 del self._held[key]
         self._seed = None
         self._remove()
