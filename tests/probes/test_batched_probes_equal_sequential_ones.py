@@ -23,7 +23,7 @@ DIRECTIONS = {
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "mu": 2e-2, "seed": 5}
 
 
-def sequential(given: Problem, direction: str, estimator: zoext.Estimator, steps: int = 2) -> list[Tensor]:
+def sequential(given: Problem, direction: str, estimator: zoext.Estimator, steps: int = 3) -> list[Tensor]:
     """The losses of each probe with a streamed probe."""
     found: list[Tensor] = []
 
@@ -42,7 +42,7 @@ def sequential(given: Problem, direction: str, estimator: zoext.Estimator, steps
 
 
 def batched(
-    given: Problem, direction: str, estimator: zoext.Estimator, steps: int = 2, **options: Any
+    given: Problem, direction: str, estimator: zoext.Estimator, steps: int = 3, **options: Any
 ) -> list[Tensor]:
     found: list[Tensor] = []
 

@@ -68,7 +68,7 @@ def test_forwards_that_others_replaced_stay() -> None:
     optimizer = zoext.LOZO(model, probe="batched")
     optimizer.estimate(lambda copies: zoext.mean_per_copy(model(x.repeat(copies, 1)).square(), copies))
     assert layer.forward is forward
-    assert calls == [6, 6, 6]
+    assert calls == [6, 6, 3, 3]  # what it computes is unknown, so that it runs copy by copy
 
 
 def test_describe_names_what_runs_copy_by_copy() -> None:
@@ -105,7 +105,8 @@ def test_an_interrupt_while_weights_are_others() -> None:
     def closure(copies: int) -> Tensor:
         return zoext.mean_per_copy(model(x.repeat(copies, 1)).square(), copies)
 
-    optimizer.estimate(closure)
+    for _ in range(2):  # sessions with a check
+        optimizer.estimate(closure)
     model[1].calls = 0
     with pytest.raises(KeyboardInterrupt):
         optimizer.estimate(closure)

@@ -6,8 +6,9 @@ from zoext._engine.callers import check_not_skipping, check_not_trainer, initial
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.deferral import check as check_deferring
 from zoext._engine.deferral import check_groups
-from zoext._engine.engine import StepEngine, StepExecutor
+from zoext._engine.engine import StepEngine
 from zoext._engine.estimation import Closure
+from zoext._engine.executor import StepExecutor
 from zoext._engine.first_order import check_not_scaled
 from zoext._engine.loss_watch import LossWatch
 from zoext._engine.open_round import LoRAFactors, OpenRound

@@ -6,7 +6,6 @@ The optimizer, ``GraphedStep`` and the replay of trajectories use it.
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -38,14 +37,6 @@ from zoext.estimators import Estimate, Round, reduced
 from zoext.ops import Rounding
 from zoext.probes import BatchedProbe, Probe
 from zoext.updates import State
-
-
-class StepExecutor(ABC):
-    """An alternative way to take a whole step; ``optimizer.step(executor)`` calls it between its hooks."""
-
-    @abstractmethod
-    def advance(self, engine: StepEngine) -> Tensor:
-        """Takes one step with ``engine`` and returns its loss."""
 
 
 class StepEngine:
@@ -83,6 +74,7 @@ class StepEngine:
         self.run = RunState()
         self.deferral = Deferral(axes.direction, module, self.run)
         self.groups: tuple[Parameters, ...] = ()  # the trainable tensors of each group, as of ``look``
+        self._movable: tuple[Parameters, ...] | None = None  # the groups that were checked
         self._mus: tuple[float, ...] = ()
         self._seeds: tuple[int, StepSeeds] | None = None
         self.bind(owner)
@@ -104,7 +96,15 @@ class StepEngine:
         names = ("axes", "module", "probe", "rounding", "watch", "ranks", "_reduction")
         kept = {name: getattr(self, name) for name in names}
         deferral = self.deferral.fresh(run)
-        return {**kept, "run": run, "deferral": deferral, "groups": (), "_mus": (), "_seeds": None}
+        return {
+            **kept,
+            "run": run,
+            "deferral": deferral,
+            "groups": (),
+            "_movable": None,
+            "_mus": (),
+            "_seeds": None,
+        }
 
     @property
     def owner(self) -> Owner:
@@ -207,7 +207,9 @@ class StepEngine:
         if self.run.pending:
             self._check_unchanged("the first estimate of this step was made")
         movable = [group for group in self.look() if len(group)]
-        parameters.check_movable(movable)
+        if self.groups is not self._movable or not all(group.is_whole for group in movable):
+            parameters.check_movable(movable)
+            self._movable = self.groups
         group_options.check_on_host(*self.param_groups)
         self._mus = tuple(float(options["mu"]) for options in self.param_groups)
         self.deferral.begin(self.param_groups)
@@ -360,6 +362,8 @@ class StepEngine:
     def look(self) -> tuple[Parameters, ...]:
         """The trainable tensors of each parameter group; returns the previous object if nothing changed."""
         owner = self.owner
+        if parameters.are_trainable(self.groups, owner.param_groups):
+            return self.groups
         now = parameters.trainable(owner.param_groups)
         if self.rounding is Rounding.RESIDUAL:
             now = [with_residuals(group, owner.state) for group in now]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ _ON_META = (
     "would lose its values. Otherwise give the model its weights first, with model.to_empty(device=...)"
 )
 
+_T = TypeVar("_T")
 _Row = tuple[Tensor, int, Block, str, int, Tensor]
 
 
@@ -59,10 +60,20 @@ class Parameters:
 
     def take(self, positions: Sequence[int]) -> Parameters:
         """The entries at ``positions``."""
-        columns = (self.tensors, self.keys, self.blocks, self.names, self.addresses, self.owners)
-        taken = Parameters(*(tuple(column[i] for i in positions) for column in columns))  # type: ignore[arg-type]
-        residuals = tuple(self.residuals[i] for i in positions) if self.residuals else ()
-        return replace(taken, rounding=self.rounding, residuals=residuals)
+
+        def of(column: tuple[_T, ...]) -> tuple[_T, ...]:
+            return tuple([column[position] for position in positions])
+
+        return Parameters(
+            of(self.tensors),
+            of(self.keys),
+            of(self.blocks),
+            of(self.names),
+            of(self.addresses),
+            of(self.owners),
+            self.rounding,
+            of(self.residuals) if self.residuals else (),
+        )
 
     def tell_autograd(self) -> None:
         """Increments the versions of DTensors, which writes to their local parts do not increment."""
@@ -107,6 +118,39 @@ def trainable(param_groups: list[dict[str, Any]]) -> list[Parameters]:
         groups.append(_from_rows(_trainable_rows(group, first_key)))
         first_key += len(group["params"])
     return groups
+
+
+def are_trainable(groups: Sequence[Parameters], param_groups: list[dict[str, Any]]) -> bool:
+    """Whether ``trainable`` would return ``groups``; False where only a full look can tell.
+
+    This runs twice in every step, and takes a tenth of the time of ``trainable``.
+    """
+    if len(groups) != len(param_groups):
+        return False
+    first_key = 0
+    for group, known in zip(param_groups, groups, strict=True):
+        if not known.is_whole or known.residuals:
+            return False
+        owners, tensors, keys = known.owners, known.tensors, known.keys
+        addresses, blocks = known.addresses, known.blocks
+        count = 0
+        for key, tensor in enumerate(group["params"], first_key):
+            if not tensor.requires_grad:
+                continue
+            if not (
+                count < len(owners)
+                and tensor is owners[count] is tensors[count]  # no DTensor
+                and key == keys[count]
+                and tensor.data_ptr() == addresses[count]
+                and tensor.shape == blocks[count].shape
+                and tensor.is_contiguous()
+            ):
+                return False
+            count += 1
+        if count != len(owners):
+            return False
+        first_key += len(group["params"])
+    return True
 
 
 def _trainable_rows(group: dict[str, Any], first_key: int) -> Iterator[_Row]:

@@ -142,8 +142,10 @@ def _factor(key: int, frames: Sequence[Frame]) -> Tensor:
 
 def _given(key: int, frames: Sequence[Frame], device: torch.device) -> Tensor:
     """The factors that the frames hold for a parameter; a single one if all terms share it."""
-    held = [frame.right.get(key, frame.left.get(key)) for frame in frames]
     known = _factor(key, frames)
+    if len(frames) == 1:
+        return moved(known, device).unsqueeze(0)
+    held = [frame.right.get(key, frame.left.get(key)) for frame in frames]
     if all(factor is known for factor in held):
         return moved(known, device).unsqueeze(0)
     # A matrix that was frozen or unused when a frame was made has no factor in that frame.

@@ -17,13 +17,16 @@ from zoext._runtime.arguments import check_count
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
 from zoext.probes._batched import isolation, layers
-from zoext.probes._batched.block import Block, Observed, Own, Way
+from zoext.probes._batched.block import Block, Own, Way
 from zoext.probes._batched.displacements import Displacements
+from zoext.probes._batched.draws import EqualDraws
 from zoext.probes._batched.errors import BatchedProbeError
 from zoext.probes._batched.installed import installed
+from zoext.probes._batched.observed import Observed
 from zoext.probes._owners import SEES_CLASSES
 from zoext.probes._reads import ReadGuard
-from zoext.probes.base import Probe, Session
+from zoext.probes._writes import WeightWriteError, refused
+from zoext.probes.base import Probe, Session, is_watched_session
 
 #: Calls the closure for a number of copies, with the state of the random generators that every probe starts
 #: from.
@@ -48,9 +51,10 @@ class BatchedProbe(Probe):
     from one generation of the noise. Linear layers (``Conv1D`` of transformers too), embeddings and norms
     then run once for all copies; any other module runs copy by copy.
 
-    The first session, and any in which other modules run than before, begins with two forwards at theta,
-    which check that the copies do not see each other. Each step compares losses of equal batches with equal
-    dropout masks.
+    Sessions 1, 2, 4, 8, ..., every 100th, and any in which other modules or more copies run than before,
+    begin with two forwards at theta, which check that the copies do not see each other. Each step compares
+    losses of equal batches with equal dropout masks, and tokens that ``torch.multinomial`` samples with equal
+    random numbers.
 
     Args:
         module: the model.
@@ -82,6 +86,13 @@ class BatchedProbe(Probe):
         self._checked: set[tuple[tuple[int, bool], ...]] = set()
         self._checked_copies = 1
         self._seen: set[nn.Module] = set()
+        self._routes: set[frozenset[nn.Module]] = set()  # the modules that ran in sessions with a check
+        self._outermost: list[nn.Module] = [module]  # which the closure calls itself
+        self._outline: list[tuple[int, list[int]]] = []
+        self._samples = False  # whether the closure samples tokens
+        self._sessions = 0
+        self._last_route: frozenset[nn.Module] = frozenset()
+        self._unknown: set[nn.Module] = set()  # of the last session
         self._signals = interrupts.Signals()
         self._modules: list[nn.Module] = []  # as of the beginning of the session
         self._known: list[Parameters] = []
@@ -120,6 +131,10 @@ class BatchedProbe(Probe):
     @contextmanager
     def session(self) -> Iterator[BatchedSession]:
         self._modules = list(self.module.modules())
+        self._forget_if_changed()
+        if not self._unwatched:
+            self._sessions += 1
+            self._check_next = self._check_next or is_watched_session(self._sessions)
         with interrupts.deferred() as signals:
             self._signals = signals
             try:
@@ -127,11 +142,22 @@ class BatchedProbe(Probe):
             finally:
                 torch.clear_autocast_cache()
 
+    def _forget_if_changed(self) -> None:
+        """Forgets everything if modules or their parameters were replaced."""
+        outline = [(id(module), list(map(id, module._parameters.values()))) for module in self._modules]
+        if outline != self._outline:
+            self._outline, self._known, self._check_next = outline, [], True
+            self._observed.clear()
+            self._checked.clear()
+            self._seen.clear()
+            self._routes.clear()
+            self._outermost = [self.module]
+
     def needs_check(self, combination: Combination, copies: int) -> bool:
         """Whether ``check`` must run before the copies are displaced."""
         self._update(combination)
-        # One copy does not show where several lie.
-        if self._modes() not in self._checked or (copies > 1 and self._checked_copies == 1):
+        # One copy does not show where several lie, and few may fit where more do not.
+        if self._modes() not in self._checked or copies > self._checked_copies:
             self._check_next = True
         return self.is_to_repeat()
 
@@ -139,68 +165,88 @@ class BatchedProbe(Probe):
         """Whether modules ran that no check has seen, so that the last probes must be evaluated again."""
         return self._check_next and not self._unwatched
 
+    def accept(self) -> None:
+        """Takes the modules that ran with displaced weights, right after a check, as checked.
+
+        Raises:
+            BatchedProbeError: if some of them did not run at theta.
+        """
+        if self._unknown:
+            names = [name for name, module in self.module.named_modules() if module in self._unknown]
+            raise BatchedProbeError(
+                f"{', '.join(names[:3])} ran at displaced weights only, or with inputs of another kind than "
+                "at theta, so that it is unknown where the copies lie; freeze it "
+                "with requires_grad_(False)"
+            )
+        self._routes.add(self._last_route)
+        self._check_next = False
+
     def _modes(self) -> tuple[tuple[int, bool], ...]:
         return tuple((id(module), module.training) for module in self._modules)
 
     def check(self, combination: Combination, copies: int, run: Run) -> None:
         """Runs the closure twice at theta and raises if its copies cannot be told apart."""
         for seen in self._observed.values():
-            seen.inputs.clear()
-            seen.outputs.clear()
+            seen.forget()
         moving = [owner for parameters, _ in combination.terms for owner in parameters.owners]
-        with isolation.Operators() as operators:
-            before, visited = self._at_theta(moving, copies, Way.OBSERVED, run)
+        with isolation.Operators() as operators, EqualDraws(copies) as draws:
+            before, block = self._at_theta(moving, copies, Way.OBSERVED, run)
         tolerance = isolation.tolerance_of(self.module)
         isolation.check_equal(before, operators.samples, tolerance)
-        names = [name for name, module in self.module.named_modules() if module in visited]
-        after, _ = self._at_theta(moving, copies, Way.ALTERED, run)
+        names = [name for name, module in self.module.named_modules() if module in block.visited]
+        with EqualDraws(copies):
+            after, _ = self._at_theta(moving, copies, Way.ALTERED, run)
         isolation.check_apart(before, after, names, tolerance)
-        self._seen |= visited
+        self._seen |= block.visited
+        self._routes.add(frozenset(block.visited))
+        self._outermost = list(block.outermost)
+        self._samples = self._samples or draws.has_drawn
         self._checked.add(self._modes())
-        self._checked_copies, self._check_next = copies, False
+        self._checked_copies, self._check_next = max(copies, self._checked_copies), False
 
-    def _at_theta(
-        self, moving: list[Tensor], copies: int, way: Way, run: Run
-    ) -> tuple[Tensor, set[nn.Module]]:
-        buffers = {name: (buffer, buffer._version) for name, buffer in self.module.named_buffers()}
+    def _at_theta(self, moving: list[Tensor], copies: int, way: Way, run: Run) -> tuple[Tensor, Block]:
         guard = ReadGuard(self._note_read)
-        block = Block(self.module, self._observed, copies, way, self._signals, guard=guard)
-        try:
-            with (
-                self._guarded(guard, moving, block),
-                installed(self.module, self._modules, self._owned, block),
-            ):
-                losses = losses_of(run())
-        except BatchedProbeError:
-            raise
-        except Exception as error:
-            if not block.spread:
+        block = Block(self.module, self._observed, copies, way, self._signals, guard)
+        # What a session that is watched calls may be other modules than before.
+        outermost = self._modules if way is Way.OBSERVED else self._outermost
+        with isolation.unwritten_buffers(self.module):
+            try:
+                with (
+                    refused(self.module),
+                    self._guarded(guard, moving, block, sees_gathered=True),
+                    installed(outermost, self._modules, self._owned, block),
+                ):
+                    losses = losses_of(run())
+            except (BatchedProbeError, WeightWriteError, torch.OutOfMemoryError):
                 raise
-            names = ", ".join(block.name(module) for module in dict.fromkeys(block.spread))
-            raise BatchedProbeError(
-                f"the input of {names} is the same for all copies, and the model cannot take its output for "
-                "each example; freeze it with requires_grad_(False)"
-            ) from error
-        written = [name for name, (buffer, version) in buffers.items() if buffer._version != version]
-        if written:
-            raise BatchedProbeError(
-                f"the forward writes to buffers, which all copies share: {', '.join(written[:3])}"
-            )
+            except Exception as error:
+                if not block.spread:
+                    raise
+                names = ", ".join(block.name(module) for module in dict.fromkeys(block.spread))
+                raise BatchedProbeError(
+                    f"the input of {names} is the same for all copies, and the model cannot take its output "
+                    "for each example; freeze it with requires_grad_(False)"
+                ) from error
         if not block.visited:
             raise BatchedProbeError(
                 "the closure ran no module that owns a weight of the optimizer, so nothing would be "
                 "displaced; have it run that model itself, not a copy"
             )
-        return losses, block.visited
+        return losses, block
 
     def _note_read(self, weight: Tensor) -> None:
         self._read.add(id(weight))
 
     @contextmanager
-    def _guarded(self, guard: ReadGuard, moving: list[Tensor], block: Block) -> Iterator[None]:
-        """A block that raises if a weight is read while its module does not run."""
+    def _guarded(
+        self, guard: ReadGuard, moving: list[Tensor], block: Block, *, sees_gathered: bool
+    ) -> Iterator[None]:
+        """A block that raises if a weight is read while its module does not run.
+
+        Reads of weights that FSDP2 gathers are seen with ``sees_gathered``, at a price for every operator.
+        """
         self._read.clear()
-        is_gathered = any(map(shards.is_distributed, moving))
+        is_gathered = sees_gathered and any(map(shards.is_distributed, moving))
         reads = isolation.GatheredReads(block.running) if is_gathered else nullcontext()
         guard.begin(moving)
         try:
@@ -221,7 +267,7 @@ class BatchedProbe(Probe):
     def displaced(self, combination: Combination, copies: int, *, is_checked: bool = True) -> Iterator[None]:
         """Runs modules with the weights of each copy within the block; coefficients are [C, K].
 
-        If no check preceded, the block raises if a weight is read while its module does not run.
+        The block raises if a weight is read while its module does not run.
         """
         self._update(combination)
         torch.clear_autocast_cache()
@@ -231,18 +277,24 @@ class BatchedProbe(Probe):
             return
         with record(Phase.PERTURB):
             weights = Displacements(combination, copies, self._factorable)
-        guard = None if is_checked else ReadGuard(self._note_read)
-        block = Block(self.module, self._observed, copies, Way.DISPLACED, self._signals, weights, guard)
+        guard = ReadGuard(self._note_read)
+        block = Block(self.module, self._observed, copies, Way.DISPLACED, self._signals, guard, weights)
         moving = [owner for parameters, _ in combination.terms for owner in parameters.owners]
         with (
-            self._guarded(guard, moving, block) if guard is not None else nullcontext(),
-            installed(self.module, self._modules, self._owned, block),
+            isolation.unwritten(combination),
+            self._guarded(guard, moving, block, sees_gathered=not is_checked),
+            installed(self._outermost, self._modules, self._owned, block),
+            EqualDraws(copies) if self._samples else nullcontext(),
             record(Phase.FORWARD),
         ):
             yield
         if not block.visited:
             raise BatchedProbeError("the closure ran no module that owns a weight of the optimizer")
-        if block.is_unknown or not block.visited <= self._seen:
+        self._unknown, self._last_route = (
+            block.unknown | (block.visited - self._seen),
+            frozenset(block.visited),
+        )
+        if self._unknown or self._last_route not in self._routes:
             self._check_next = True
 
     def _update(self, combination: Combination) -> None:
@@ -264,7 +316,8 @@ def losses_of(returned: Any) -> Tensor:
     """The losses [C] of what a closure returned: them, or them and their weight."""
     losses = returned[0] if isinstance(returned, tuple) else returned
     assert isinstance(losses, Tensor)
-    return losses.detach()
+    losses = losses.detach()
+    return losses if losses.is_floating_point() and losses.dim() else losses.float().reshape(-1)
 
 
 class BatchedSession(Session):
@@ -290,12 +343,17 @@ class BatchedSession(Session):
         ``combination`` has coefficients [C, K].
         """
         probe = self._probe
+        is_checked = False
         while True:
             if len(combination) and probe.needs_check(combination, copies):
                 probe.check(combination, copies, run)
+                is_checked = True
             with probe.displaced(combination, copies):
                 found = run()
             if not len(combination) or not probe.is_to_repeat():
+                return found
+            if is_checked:
+                probe.accept()
                 return found
 
 

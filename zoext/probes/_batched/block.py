@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_iter
 from zoext._parameters import shards
 from zoext._runtime.interrupts import Signals
 from zoext._runtime.randomness import RandomState
-from zoext.probes._batched import layers, places
+from zoext.probes._batched import by_copy, layers, places
 from zoext.probes._batched.displacements import Displacements
 from zoext.probes._batched.errors import BatchedProbeError
+from zoext.probes._batched.observed import Dims, Observed, shapes_of, sizes_of, takes_rows
 from zoext.probes._batched.places import Leaves
 from zoext.probes._reads import ReadGuard
 
@@ -41,15 +42,6 @@ class Own(NamedTuple):
     parameter: Tensor
 
 
-class Observed:
-    """What was seen of a module: where the copies lie in its tensors, by the dimensions of these."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[tuple[int, ...], tuple[int | None, ...]] = {}
-        self.outputs: dict[tuple[int, ...], tuple[int | None, ...]] = {}
-        self.takes_rows = True  # whether a weight for each row gives the same, see layers.is_rms_norm
-
-
 class Block:
     """The closure of one batched forward.
 
@@ -58,13 +50,14 @@ class Block:
         observed: what is known of each module; extended in ``Way.OBSERVED``.
         copies: how many copies, C.
         way: see above.
-        weights: of the copies; None in the other ways.
         signals: are deferred while a module runs, whose weights may be others for that time.
-        guard: sees reads of the weights that move, except by the module that owns them; None to see none.
+        guard: sees reads of the weights that move, except by the module that owns them.
+        weights: of the copies; None in the other ways.
 
     Attributes:
         visited: the modules that ran.
-        is_unknown: whether a module took tensors of another kind than before.
+        outermost: those that were called within no other.
+        unknown: the modules that took tensors of another kind than before.
         spread: the modules whose input all copies share, so that their output is made for each example.
         gathered: the names of weights that FSDP2 gathered for their modules, by their ids.
         running: the ids of those of the modules that run.
@@ -77,13 +70,14 @@ class Block:
         copies: int,
         way: Way,
         signals: Signals,
+        guard: ReadGuard,
         weights: Displacements | None = None,
-        guard: ReadGuard | None = None,
     ) -> None:
         self.copies = copies
         self.way = way
         self.visited: set[nn.Module] = set()
-        self.is_unknown = False
+        self.outermost: dict[nn.Module, None] = {}
+        self.unknown: set[nn.Module] = set()
         self.spread: list[nn.Module] = []
         self.gathered: dict[int, str] = {}
         self.running: set[int] = set()
@@ -94,16 +88,76 @@ class Block:
         self._signals = signals
         self._rows: int | None = None  # examples of all copies
         self._depth: set[nn.Module] = set()
+        self._within = 0  # how many of the modules that may be outermost run
         self._one: int | None = None  # the copy that a module above runs by itself
 
-    def begin_root(self, args: Any, kwargs: Any) -> None:
-        """Notes how many examples the model takes."""
+    @property
+    def is_of_one_copy(self) -> bool:
+        """Whether a module runs copy by copy, so that those within it take one copy."""
+        return self._one is not None
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Called before the forward of a module that may be outermost: notes how many examples it takes."""
+        self._within += 1
+        if self._within > 1:
+            return
+        self.outermost[module] = None
         tensors = _tensors_of((args, kwargs))
         sizes = [len(tensor) for tensor in tensors if tensor.dim() and len(tensor) % self.copies == 0]
-        if self._rows is None and sizes:
-            self._rows = sizes[0]
+        self._rows = sizes[0] if sizes else self._rows
 
-    def run(self, module: nn.Module, own: list[Own], forward: layers.Forward, args: Any, kwargs: Any) -> Any:
+    def end(self) -> None:
+        """Called after the forward of a module for which ``begin`` was called."""
+        self._within -= 1
+
+    def runner(self, module: nn.Module, own: list[Own], forward: layers.Forward) -> Callable[..., Any]:
+        """What runs in place of the forward of a module that owns displaced weights, ``own``."""
+        known = self._known(module, own)
+        if known is None:
+            return lambda *args, **kwargs: self._run_any(module, own, forward, args, kwargs)
+        layer, dims = known
+        weights, visited, guard = self._weights_of(), self.visited, self._guard
+        copies, parameters = self.copies, [each.parameter for each in own]
+
+        # A layer of a known kind swaps nothing, so that nothing has to be restored or held off.
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if (
+                len(args) == 1
+                and not kwargs
+                and type(args[0]) is Tensor
+                and args[0].dim() in dims
+                and not len(args[0]) % copies
+                and self._one is None
+                and not torch.is_grad_enabled()
+            ):
+                visited.add(module)
+                guard.release(parameters)
+                try:
+                    return layer(weights, module, forward, args[0])
+                finally:
+                    guard.guard(parameters)
+            return self._run_any(module, own, forward, args, kwargs)
+
+        return run
+
+    def _known(self, module: nn.Module, own: list[Own]) -> tuple[layers.Layer, frozenset[int]] | None:
+        """The kind of a layer, and the dimensions of inputs whose copies lie along the first one."""
+        layer = layers.layer_of(module)
+        if self.way is not Way.DISPLACED or layer not in layers.READING:
+            return None
+        if any(shards.is_distributed(each.parameter) for each in own):
+            return None
+        seen = self._observed.get(module, Observed())
+        dims = frozenset(
+            key[0]
+            for key, places in seen.inputs.items()
+            if places == (0,) and None not in seen.outputs.get(key, ())
+        )
+        return (layer, dims) if dims else None
+
+    def _run_any(
+        self, module: nn.Module, own: list[Own], forward: layers.Forward, args: Any, kwargs: Any
+    ) -> Any:
         """A call of a module that owns displaced weights, ``own``."""
         if module in self._depth:  # a recursive call
             return forward(*args, **kwargs)
@@ -114,8 +168,7 @@ class Block:
         self.visited.add(module)
         self._depth.add(module)
         parameters = [each.parameter for each in own]
-        if self._guard is not None:
-            self._guard.release(parameters)
+        self._guard.release(parameters)
         try:
             with self._signals.held():
                 if not any(map(shards.is_distributed, parameters)):
@@ -123,8 +176,7 @@ class Block:
                 return self._run_gathered(module, own, forward, args, kwargs)
         finally:
             self._depth.discard(module)
-            if self._guard is not None:
-                self._guard.guard(parameters)
+            self._guard.guard(parameters)
 
     def _run_gathered(
         self, module: nn.Module, own: list[Own], forward: layers.Forward, args: Any, kwargs: Any
@@ -151,19 +203,13 @@ class Block:
         if self._one is not None:
             return self._of_one_copy(own, self._one, partial(forward, *args, **kwargs))
         seen = self._observed.setdefault(module, Observed())
-        if self.way is Way.DISPLACED and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            key: tuple[int, ...] = (args[0].dim(),)
-            known = seen.inputs.get(key)
-            layer = self._layer_of(module, seen, key)
-            if known == (0,) and layer is not None:  # as nearly always
-                return layer(self._weights_of(), module, forward, args[0])
         leaves = Leaves((args, kwargs), partial(self._input_of, module))
         key = tuple(tensor.dim() for tensor in leaves.tensors)
         if self.way is Way.OBSERVED:
             return self._observe(module, seen, key, leaves, forward, args, kwargs)
         if key not in seen.inputs:
-            self.is_unknown = self.copies > 1
-            dims: tuple[int | None, ...] = tuple(
+            self.unknown.update([module] if self.copies > 1 else ())
+            dims: Dims = tuple(
                 0 if tensor.dim() and len(tensor) % self.copies == 0 else None for tensor in leaves.tensors
             )
         else:
@@ -173,11 +219,17 @@ class Block:
             spread = leaves.map(lambda tensor, _: self._spread(tensor), dims)
             leaves = Leaves(spread, partial(self._input_of, module))
             dims = (0,) * len(dims)
-            outputs: tuple[int | None, ...] | None = None
+            outputs: Dims | None = None
             args, kwargs = leaves.with_tensors(leaves.tensors)
         else:
             outputs = seen.outputs.get(key)
         if self.way is Way.ALTERED:
+            if not self.spread and sizes_of(leaves.tensors, dims) not in seen.sizes:
+                raise BatchedProbeError(
+                    f"{self._input_of(module)} has more or fewer rows if the values before it are others, as "
+                    "where experts or scores pick them: it is unknown which copy a row belongs to; "
+                    "freeze it with requires_grad_(False)"
+                )
             return self._altered(module, forward(*args, **kwargs), outputs)
         return self._displaced(module, own, seen, leaves, dims, outputs, forward)
 
@@ -220,37 +272,39 @@ class Block:
         kwargs: Any,
     ) -> Any:
         output = forward(*args, **kwargs)
-        if key in seen.inputs:
+        taken = shapes_of(leaves.tensors)
+        if taken in seen.shapes:
             return output
         if not leaves.tensors:
-            raise BatchedProbeError(f"{self.name(module)} takes no tensor, so its output has no copies")
-        found = tuple(places.find(tensor, self.copies) for tensor in leaves.tensors)
+            raise BatchedProbeError(
+                f"{self.name(module)} takes no tensor, so its output has no copies; "
+                "freeze it with requires_grad_(False)"
+            )
+        is_plain = layers.keeps_places(module)  # whose output may be large, as logits are
+        out = None if is_plain else Leaves(output, partial(self._output_of, module))
+        seen.shapes[taken] = shapes_of(out.tensors) if out is not None else ()
+        if key in seen.inputs:
+            seen.sizes.add(sizes_of(leaves.tensors, seen.inputs[key]))
+            return output
+        found = tuple(places.find(tensor, self.copies, self._rows) for tensor in leaves.tensors)
         seen.inputs[key] = found
+        seen.sizes.add(sizes_of(leaves.tensors, found))
         if any(dim is not None for dim in found):
-            if layers.keeps_places(module):  # whose output may be large, as logits are
+            if out is None:
                 seen.outputs[key] = found[:1]
             else:
-                out = Leaves(output, partial(self._output_of, module))
-                seen.outputs[key] = tuple(places.find(tensor, self.copies) for tensor in out.tensors)
+                seen.outputs[key] = tuple(
+                    places.find(tensor, self.copies, self._rows) for tensor in out.tensors
+                )
             if self._rows is None and found[0] == 0:
                 self._rows = len(leaves.tensors[0])
             if layers.is_rms_norm(module) and found[0] == 0:
-                seen.takes_rows = seen.takes_rows and self._takes_rows(module, forward, leaves, output)
+                seen.takes_rows = seen.takes_rows and takes_rows(
+                    module, forward, leaves.tensors[0], self.copies
+                )
         return output
 
-    def _takes_rows(self, module: nn.Module, forward: layers.Forward, leaves: Leaves, output: Any) -> bool:
-        if len(leaves.tensors) != 1 or not isinstance(output, Tensor) or leaves.tensors[0].dim() < 2:
-            return False
-        weight = module._parameters["weight"]
-        assert weight is not None
-        values = weight.detach().unsqueeze(0).expand(self.copies, -1)
-        try:
-            tried = layers.with_rows(module, forward, leaves.tensors[0], values)
-        except RuntimeError:
-            return False
-        return tried.shape == output.shape and bool((tried == output).all())
-
-    def _altered(self, module: nn.Module, output: Any, dims: tuple[int | None, ...] | None) -> Any:
+    def _altered(self, module: nn.Module, output: Any, dims: Dims | None) -> Any:
         """The output, with that of the first copy changed beyond any rounding."""
         leaves = Leaves(output, partial(self._output_of, module))
         known = dims if dims is not None else (0,) * len(leaves.tensors)
@@ -274,66 +328,71 @@ class Block:
         own: list[Tensor],
         seen: Observed,
         leaves: Leaves,
-        dims: tuple[int | None, ...],
-        outputs: tuple[int | None, ...] | None,
+        dims: Dims,
+        outputs: Dims | None,
         forward: layers.Forward,
     ) -> Any:
         layer = self._layer_of(module, seen, tuple(tensor.dim() for tensor in leaves.tensors))
+        self._check_divides(module, leaves, dims)
         if layer is not None and len(leaves.tensors) == 1 and dims[0] is not None:
             dim = dims[0]
             input = places.front(leaves.tensors[0], dim)
-            return places.back(layer(self._weights_of(), module, forward, input), dim)
-        if layer is layers.embedding and all(dim in (0, None) for dim in dims):
+            try:
+                return places.back(layer(self._weights_of(), module, forward, input), dim)
+            except layers.NotLookedUp:
+                pass
+        elif layer is layers.embedding and all(dim in (0, None) for dim in dims):
             args, kwargs = leaves.with_tensors(leaves.tensors)
-            return layers.looked_up(self._weights_of(), module, partial(forward, *args, **kwargs))
-        return self._copy_by_copy(module, own, leaves, dims, outputs, forward)
+            try:
+                return layers.looked_up(self._weights_of(), module, partial(forward, *args, **kwargs))
+            except layers.NotLookedUp:
+                pass
+        return self._copy_by_copy(module, own, seen, leaves, dims, outputs, forward)
+
+    def _check_divides(self, module: nn.Module, leaves: Leaves, dims: Dims) -> None:
+        for size in sizes_of(leaves.tensors, dims):
+            if size % self.copies:
+                raise BatchedProbeError(
+                    f"{self._input_of(module)} has {size} rows, not a multiple of {self.copies} copies; "
+                    "pass probe='streamed', or freeze it with requires_grad_(False)"
+                )
 
     def _of_one_copy(self, own: list[Tensor], copy: int, forward: Callable[[], Any]) -> Any:
         """A call within a module that runs copy by copy."""
-        weights = self._weights_of()
-        moving = [weight for weight in own if weights.moves(weight)]
-        originals = [weight.data for weight in moving]
-        try:
-            for weight, displaced in zip(moving, weights.weights(moving), strict=True):
-                weight.data = displaced[copy]
+        with by_copy.swapped(own, self._weights_of()) as assign:
+            assign(copy)
             return forward()
-        finally:
-            for weight, original in zip(moving, originals, strict=True):
-                weight.data = original
 
     def _copy_by_copy(
         self,
         module: nn.Module,
         own: list[Tensor],
+        seen: Observed,
         leaves: Leaves,
-        dims: tuple[int | None, ...],
-        outputs: tuple[int | None, ...] | None,
+        dims: Dims,
+        outputs: Dims | None,
         forward: layers.Forward,
     ) -> Any:
-        weights = self._weights_of()
-        moving = [weight for weight in own if weights.moves(weight)]
-        values = weights.weights(moving)
-        originals = [weight.data for weight in moving]
-        devices = {weight.device for weight in moving}
-        random = RandomState(*devices) if module.training and self.copies > 1 else None
-        found = []
-        try:
-            for copy in range(self.copies):
-                if random is not None and copy:  # each copy has the dropout masks of the first
-                    random.restore()
-                for weight, displaced in zip(moving, values, strict=True):
-                    weight.data = displaced[copy]
+        random = (
+            RandomState(*{weight.device for weight in own}) if module.training and self.copies > 1 else None
+        )
+        with by_copy.swapped(own, self._weights_of()) as assign:
+
+            def begin(copy: int) -> None:
+                assign(copy)
                 self._one = copy
-                args, kwargs = leaves.map(partial(places.part_of, copy=copy, copies=self.copies), dims)
-                found.append(forward(*args, **kwargs))
-        finally:
-            self._one = None
-            for weight, original in zip(moving, originals, strict=True):
-                weight.data = original
+
+            try:
+                parts = by_copy.parts_of_outputs(forward, leaves, dims, self.copies, random, begin)
+            finally:
+                self._one = None
         what = partial(self._output_of, module)
         if outputs is None:
-            outputs = (0,) * len(Leaves(found[0], what).tensors)
-        return places.joined(found, outputs, what, (self._rows or self.copies) // self.copies)
+            outputs = (0,) * len(Leaves(parts[0], what).tensors)
+        joined = places.joined(parts, outputs, what, (self._rows or self.copies) // self.copies)
+        if None not in outputs:
+            by_copy.check_shapes(Leaves(joined, what), seen.shapes.get(shapes_of(leaves.tensors)))
+        return joined
 
 
 def _tensors_of(structure: Any) -> list[Tensor]:

@@ -46,6 +46,7 @@ class Displacements:
         self._places: dict[int, tuple[Parameters, Terms, int]] = {}
         self._factors: dict[int, Factors] = {}
         self._made: dict[int, Tensor] = {}
+        self._shifts: dict[int, Tensor] = {}
         self._gathered: dict[int, tuple[Tensor, int]] = {}
         for parameters, terms in combination.terms:
             small, low_rank = [], []
@@ -103,6 +104,15 @@ class Displacements:
             found.update(zip(map(id, own.owners), self._copies(own, terms), strict=True))
         return [found[id(weight)] for weight in weights]
 
+    def shift(self, bias: Tensor) -> Tensor:
+        """The displacement of a bias in each copy, [C, 1, d]."""
+        known = self._shifts.get(id(bias))
+        if known is None:
+            known = self.weights([bias])[0].sub(bias.detach()).unsqueeze(1)
+            if id(bias) in self._made:
+                self._shifts[id(bias)] = known
+        return known
+
     def rows(self, table: Tensor, rows: Parameters) -> Tensor:
         """The values of rows of a table in each copy, [C, rows, width]."""
         _, terms, _ = self._places[self._key(table)]
@@ -132,13 +142,13 @@ class Displacements:
         if not all(block.is_whole for block in matrices.blocks):
             matrices = _whole(matrices, range(len(matrices)), matrices.tensors)
         lefts, rights = self._direction.factors(matrices, once)
+        with_held = torch.cat((terms.coefficients, torch.ones_like(terms.coefficients[:, :1])), 1)
         columns = zip(matrices.keys, matrices.owners, lefts, rights, strict=True)
         for key, owner, left, right in columns:
-            coefficients = moved(terms.coefficients, left.device)
+            coefficients = terms.coefficients
             if (held := terms.held.get(key)) is not None:  # every copy lacks it
-                left = torch.cat((left, held.unsqueeze(0)))
-                coefficients = torch.cat((coefficients, torch.ones_like(coefficients[:, :1])), 1)
-            self._factors[id(owner)] = Factors(left, right, coefficients)
+                left, coefficients = torch.cat((left, held.unsqueeze(0))), with_held
+            self._factors[id(owner)] = Factors(left, right, moved(coefficients, left.device))
 
 
 def _whole(parameters: Parameters, positions: Sequence[int], tensors: Sequence[Tensor]) -> Parameters:

@@ -13,45 +13,43 @@ from torch.utils.hooks import RemovableHandle
 
 from zoext.probes._batched.block import Block, Own
 from zoext.probes._batched.errors import BatchedProbeError
+from zoext.probes._batched.replaced import Replaced
 
 _MIXES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _DROPS_OTHERWISE = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
 
-class _Forward:
-    """The forward of one module while it is replaced; copies of the module would run the original's."""
-
-    def __init__(self, run: Callable[..., Any], name: Callable[[], str]) -> None:
-        self._run = run
-        self._name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise BatchedProbeError(f"the closure copies {self._name()}, and a copy would not be displaced")
-
-    def __reduce__(self) -> NoReturn:
-        raise BatchedProbeError(f"the closure pickles {self._name()}, and a copy would not be displaced")
-
-
 @contextmanager
 def installed(
-    root: nn.Module, modules: Iterable[nn.Module], owned: dict[nn.Module, list[Own]], block: Block
+    outermost: Iterable[nn.Module],
+    modules: Iterable[nn.Module],
+    owned: dict[nn.Module, list[Own]],
+    block: Block,
 ) -> Iterator[None]:
-    """The block in which ``block`` runs the modules of ``root`` that own weights that move."""
+    """The block in which ``block`` runs those of the modules that own weights that move.
+
+    ``outermost`` has the modules that the closure may call itself.
+    """
     own_forwards: dict[nn.Module, Any] = {}
-    handle: RemovableHandle | None = None
+    handles: list[RemovableHandle] = []
+
+    # Functions, since a copy of a module would copy the block that a method is bound to.
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        block.begin(module, args, kwargs)
+
+    def end(*_: Any) -> None:
+        block.end()
+
     try:
-        handle = root.register_forward_pre_hook(
-            lambda module, args, kwargs: block.begin_root(args, kwargs), with_kwargs=True, prepend=True
-        )
+        for module in outermost:
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(end, always_call=True))
         for module in modules:
             run = _replacement(module, owned, block)
             if run is not None:
-                own_forwards[module] = module.__dict__.get("forward")
-                module.__dict__["forward"] = _Forward(run, partial(block.name, module))
+                own_forwards[module] = original = module.__dict__.get("forward")
+                module.__dict__["forward"] = Replaced(run, original, partial(block.name, module))
         yield
     finally:
         for module, forward in own_forwards.items():
@@ -59,7 +57,7 @@ def installed(
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
-        if handle is not None:
+        for handle in handles:
             handle.remove()
 
 
@@ -71,12 +69,11 @@ def _replacement(
         if isinstance(module, _MIXES):
             return _refusing(block, module, "normalizes over all copies in training; call its eval()")
         if isinstance(module, _DROPS) and module.p > 0:
-            return partial(_dropped_alike, block.copies, module, forward)
+            return partial(_dropped_alike, block, module, forward)
         if isinstance(module, _DROPS_OTHERWISE):
             return _refusing(block, module, "draws other random numbers for each copy; call its eval()")
     if module in owned:
-        own = owned[module]
-        return lambda *args, **kwargs: block.run(module, own, forward, args, kwargs)
+        return block.runner(module, owned[module], forward)
     return None
 
 
@@ -87,8 +84,11 @@ def _refusing(block: Block, module: nn.Module, why: str) -> Callable[..., Any]:
     return refuse
 
 
-def _dropped_alike(copies: int, module: Any, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+def _dropped_alike(block: Block, module: Any, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     """Dropout with one mask for all copies, the one that a single copy would have."""
+    if block.is_of_one_copy:
+        return forward(input)
+    copies = block.copies
     if len(input) % copies:
         raise BatchedProbeError(
             f"{type(module).__name__} takes a tensor of shape {tuple(input.shape)}, which has no {copies} "

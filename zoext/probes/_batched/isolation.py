@@ -7,7 +7,8 @@ loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from zoext.directions import Combination
 from zoext.probes._batched.errors import BatchedProbeError
 from zoext.probes._reads import reads_nothing
 
@@ -80,6 +82,49 @@ def _drops_attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     return False
 
 
+@contextmanager
+def unwritten_buffers(root: nn.Module) -> Iterator[None]:
+    """A block that raises if buffers are written to or assigned, and takes back what was assigned."""
+    before = [
+        (module, name, f"{prefix}.{name}" if prefix else name, buffer, buffer._version)
+        for prefix, module in root.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        assigned = [
+            (module, name) for module, name, buffer, _ in before if module._buffers[name] is not buffer
+        ]
+        for module, name, buffer, _ in before:
+            module._buffers[name] = buffer
+    written = [
+        f"{type(module).__name__}.{name}"
+        for module, name, buffer, version in before
+        if buffer._version != version or (module, name) in assigned
+    ]
+    if written:
+        raise BatchedProbeError(
+            f"the forward writes to buffers, which all copies share: {', '.join(written[:3])}"
+        )
+
+
+@contextmanager
+def unwritten(combination: Combination) -> Iterator[None]:
+    """A block that raises at its end if theta was written to in it."""
+    groups = [parameters for parameters, _ in combination.terms]
+    before = [[owner._version for owner in parameters.owners] for parameters in groups]
+    yield
+    for parameters, versions in zip(groups, before, strict=True):
+        for owner, name, version in zip(parameters.owners, parameters.names, versions, strict=True):
+            if owner._version != version:
+                raise BatchedProbeError(
+                    f"the closure wrote to {name}, and the change outlasts the step; update weights between "
+                    "steps"
+                )
+
+
 def tolerance_of(model: nn.Module) -> float:
     """How far rounding may move a loss if other rows of a batch change: relative to the loss."""
     tensors = (*model.parameters(), *model.buffers())
@@ -114,4 +159,6 @@ def _close(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
 
 
 def _shown(losses: Tensor) -> str:
-    return f"[{', '.join(f'{loss:.4g}' for loss in losses.tolist()[:4])}{', ...' if len(losses) > 4 else ''}]"
+    values = losses.tolist()
+    shown = ", ".join(f"{loss:.4g}" for loss in (values if len(values) < 9 else values[:4] + values[-4:]))
+    return f"[{shown}]" if len(values) < 9 else f"[{shown}], the first and last of {len(values)}"

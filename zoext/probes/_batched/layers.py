@@ -18,6 +18,7 @@ from zoext._parameters import wrappers
 from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block
 from zoext.probes._batched.displacements import Displacements, Factors
+from zoext.probes._batched.replaced import own_forward
 
 Forward = Callable[..., Any]
 
@@ -32,10 +33,12 @@ class Layer(Protocol):
 
 def layer_of(module: nn.Module) -> Layer | None:
     """The function for a kind of module that takes one tensor; None for other kinds."""
+    if own_forward(module) is not None:  # which may compute anything
+        return None
     kind = type(module)
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
         return linear
-    if isinstance(module, wrappers.conv1d()):
+    if kind in wrappers.conv1d():
         return transposed_linear
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return embedding
@@ -96,7 +99,7 @@ def _linear(
     if factors is not None:
         add_side_path(by_copy, rows, factors, is_transposed=is_transposed)
     if bias is not None and weights.moves(bias):
-        by_copy += (weights.weights([bias])[0] - bias).unsqueeze(1)
+        by_copy += weights.shift(bias)
     return output
 
 
@@ -105,7 +108,9 @@ def add_side_path(output: Tensor, input: Tensor, factors: Factors, *, is_transpo
     left, right, coefficients = factors
     if is_transposed:
         left, right = right, left
-    ops.factored_linear_(output, input.to(output.dtype).contiguous(), left, right, coefficients)
+    if input.dtype != output.dtype:  # autocast
+        input = input.to(output.dtype)
+    ops.factored_linear_(output, input.contiguous(), left, right, coefficients)
 
 
 def embedding(weights: Displacements, module: nn.Embedding, forward: Forward, input: Tensor) -> Tensor:
@@ -119,10 +124,21 @@ def embedding(weights: Displacements, module: nn.Embedding, forward: Forward, in
     return read
 
 
+class NotLookedUp(Exception):
+    """A subclass of ``nn.Embedding`` does not call ``functional.embedding`` on its table."""
+
+
 def looked_up(weights: Displacements, module: Any, forward: Callable[[], Any]) -> Any:
-    """A forward in which rows of the table are those of each copy, for subclasses of ``nn.Embedding``."""
-    with _Lookups(weights, module):
-        return forward()
+    """A forward in which rows of the table are those of each copy, for subclasses of ``nn.Embedding``.
+
+    Raises:
+        NotLookedUp: if it reads the table in another way.
+    """
+    with _Lookups(weights, module) as lookups:
+        found = forward()
+    if not lookups.has_read:
+        raise NotLookedUp
+    return found
 
 
 class _Lookups(torch.overrides.TorchFunctionMode):
@@ -130,6 +146,7 @@ class _Lookups(torch.overrides.TorchFunctionMode):
 
     def __init__(self, weights: Displacements, module: nn.Embedding) -> None:
         super().__init__()
+        self.has_read = False
         self._weights, self._module = weights, module
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,6 +155,7 @@ class _Lookups(torch.overrides.TorchFunctionMode):
             index = args[0] if args else kwargs["input"]
             table = args[1] if len(args) > 1 else kwargs["weight"]
             if table is self._module.weight:
+                self.has_read = True
                 return _rows_of(self._weights, self._module, index)
         return func(*args, **kwargs)
 
@@ -163,7 +181,7 @@ def _rows_of(weights: Displacements, module: nn.Embedding, index: Tensor) -> Ten
 def _some_rows(weights: Displacements, table: Tensor, rows: Tensor) -> Parameters:
     parameters, position = weights.key_of(table)
     count, shape, width = len(rows), parameters.blocks[position].shape, table.shape[1]
-    tensors = tuple(table.detach()[rows].unbind(0))
+    tensors = functional.embedding(rows, table.detach()).unbind(0)  # refuses rows that do not exist
     return Parameters(
         tensors,
         (parameters.keys[position],) * count,
@@ -233,3 +251,7 @@ def with_rows(module: nn.Module, forward: Forward, input: Tensor, values: Tensor
         return result
     finally:
         module._parameters["weight"] = own
+
+
+#: The kinds of layers that only read weights.
+READING: tuple[Layer, ...] = (linear, transposed_linear, layer_norm)

@@ -20,14 +20,30 @@ from zoext.probes._batched.errors import BatchedProbeError
 _SHARED = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format)
 
 
-def find(tensor: Tensor, copies: int) -> int | None:
-    """The first dimension along which a tensor consists of ``copies`` equal parts; None if there is none."""
+_REMEDY = (
+    "; pass use_cache=False to the model if it is a cache, or freeze the module's own "
+    "weights with requires_grad_(False)"
+)
+
+
+def find(tensor: Tensor, copies: int, rows: int | None) -> int | None:
+    """The dimension along which a tensor consists of ``copies`` equal parts; None if there is none.
+
+    Among several it is the first whose size fits ``rows``, the examples of all copies. A tensor of zeros
+    consists of equal parts along any dimension: where no size fits, it is one that all copies share.
+    """
     if copies == 1:
         return 0 if tensor.dim() else None
-    for dim, size in enumerate(tensor.shape):
-        if size and size % copies == 0 and _is_repeated(front(tensor, dim), copies):
-            return dim
-    return None
+    found = [
+        dim
+        for dim, size in enumerate(tensor.shape)
+        if size and size % copies == 0 and _is_repeated(front(tensor, dim), copies)
+    ]
+    if rows is None:
+        return next(iter(found), None)
+    fitting = [dim for dim in found if tensor.shape[dim] % rows == 0]
+    others = (dim for dim in found if not _is_constant(front(tensor, dim)))
+    return next(iter(fitting), None) if fitting else next(others, None)
 
 
 def front(tensor: Tensor, dim: int) -> Tensor:
@@ -40,7 +56,13 @@ def back(tensor: Tensor, dim: int) -> Tensor:
     return tensor if dim == 0 else tensor.movedim(0, dim)
 
 
+def _is_constant(tensor: Tensor) -> bool:
+    return bool((tensor == tensor[:1]).all())
+
+
 def _is_repeated(tensor: Tensor, copies: int) -> bool:
+    if not tensor.numel():
+        return True
     parts = tensor.reshape(copies, -1)
     first, others = parts[:1], parts[1:]
     if not tensor.is_floating_point():
@@ -60,16 +82,18 @@ class Leaves:
 
     Attributes:
         tensors: in the order of the structure.
+        what: returns the description.
     """
 
     def __init__(self, structure: Any, what: Callable[[], str]) -> None:
+        self.what = what
         self._leaves, self._spec = tree_flatten(structure)
         self._positions = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [self._leaves[i] for i in self._positions]
         for leaf in self._leaves:
             if not isinstance(leaf, (Tensor, *_SHARED)):
                 raise BatchedProbeError(
-                    f"{what()} has a {type(leaf).__name__}, which cannot be divided into copies"
+                    f"{what()} has a {type(leaf).__name__}, which cannot be divided into copies{_REMEDY}"
                 )
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Any:
