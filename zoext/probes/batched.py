@@ -190,26 +190,29 @@ class BatchedProbe(Probe):
             seen.forget()
         moving = [owner for parameters, _ in combination.terms for owner in parameters.owners]
         with isolation.Operators() as operators, EqualDraws(copies) as draws:
-            before, block = self._at_theta(moving, copies, Way.OBSERVED, run)
+            before, block, assigned = self._at_theta(moving, copies, Way.OBSERVED, run)
         tolerance = isolation.tolerance_of(self.module)
         isolation.check_equal(before, operators.samples, tolerance)
+        self._outermost = list(block.outermost)
         names = [name for name, module in self.module.named_modules() if module in block.visited]
         with EqualDraws(copies):
-            after, _ = self._at_theta(moving, copies, Way.ALTERED, run)
+            after, _, others = self._at_theta(moving, copies, Way.ALTERED, run)
         isolation.check_apart(before, after, names, tolerance)
+        isolation.check_assigned(assigned, others)
         self._seen |= block.visited
         self._routes.add(frozenset(block.visited))
-        self._outermost = list(block.outermost)
         self._samples = self._samples or draws.has_drawn
         self._checked.add(self._modes())
         self._checked_copies, self._check_next = max(copies, self._checked_copies), False
 
-    def _at_theta(self, moving: list[Tensor], copies: int, way: Way, run: Run) -> tuple[Tensor, Block]:
+    def _at_theta(
+        self, moving: list[Tensor], copies: int, way: Way, run: Run
+    ) -> tuple[Tensor, Block, dict[str, Tensor | None]]:
         guard = ReadGuard(self._note_read)
         block = Block(self.module, self._observed, copies, way, self._signals, guard)
         # What a session that is watched calls may be other modules than before.
         outermost = self._modules if way is Way.OBSERVED else self._outermost
-        with isolation.unwritten_buffers(self.module):
+        with isolation.unwritten_buffers(self.module) as assigned:
             try:
                 with (
                     refused(self.module),
@@ -232,7 +235,7 @@ class BatchedProbe(Probe):
                 "the closure ran no module that owns a weight of the optimizer, so nothing would be "
                 "displaced; have it run that model itself, not a copy"
             )
-        return losses, block
+        return losses, block, assigned
 
     def _note_read(self, weight: Tensor) -> None:
         self._read.add(id(weight))

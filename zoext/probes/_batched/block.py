@@ -354,7 +354,7 @@ class Block:
             if size % self.copies:
                 raise BatchedProbeError(
                     f"{self._input_of(module)} has {size} rows, not a multiple of {self.copies} copies; "
-                    "pass probe='streamed', or freeze it with requires_grad_(False)"
+                    "freeze it with requires_grad_(False)"
                 )
 
     def _of_one_copy(self, own: list[Tensor], copy: int, forward: Callable[[], Any]) -> Any:
@@ -391,7 +391,7 @@ class Block:
             outputs = (0,) * len(Leaves(parts[0], what).tensors)
         joined = places.joined(parts, outputs, what, (self._rows or self.copies) // self.copies)
         if None not in outputs:
-            by_copy.check_shapes(Leaves(joined, what), seen.shapes.get(shapes_of(leaves.tensors)))
+            by_copy.check_shapes(Leaves(joined, what), seen.shapes.get(shapes_of(leaves.tensors)) or None)
         return joined
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,31 +84,39 @@ def _drops_attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 @contextmanager
-def unwritten_buffers(root: nn.Module) -> Iterator[None]:
-    """A block that raises if buffers are written to or assigned, and takes back what was assigned."""
+def unwritten_buffers(root: nn.Module) -> Iterator[dict[str, Tensor | None]]:
+    """A block that raises if buffers are written to. Those that it assigns are yielded and taken back."""
     before = [
         (module, name, f"{prefix}.{name}" if prefix else name, buffer, buffer._version)
         for prefix, module in root.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    assigned: dict[str, Tensor | None] = {}
     try:
-        yield
+        yield assigned
     finally:
-        assigned = [
-            (module, name) for module, name, buffer, _ in before if module._buffers[name] is not buffer
-        ]
-        for module, name, buffer, _ in before:
-            module._buffers[name] = buffer
-    written = [
-        f"{type(module).__name__}.{name}"
-        for module, name, buffer, version in before
-        if buffer._version != version or (module, name) in assigned
-    ]
+        for module, name, full, buffer, _ in before:
+            if (now := module._buffers.get(name)) is not buffer:
+                assigned[full] = now
+                module._buffers[name] = buffer
+    if written := [full for _, _, full, buffer, version in before if buffer._version != version]:
+        raise _shared_buffers(written)
+
+
+def check_assigned(before: dict[str, Tensor | None], after: dict[str, Tensor | None]) -> None:
+    """Raises if buffers that two forwards assign depend on activations, which one of them altered."""
+    written = [name for name in before | after if not _equal(before.get(name), after.get(name))]
     if written:
-        raise BatchedProbeError(
-            f"the forward writes to buffers, which all copies share: {', '.join(written[:3])}"
-        )
+        raise _shared_buffers(written)
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def _shared_buffers(names: Sequence[str]) -> BatchedProbeError:
+    return BatchedProbeError(f"the forward writes to buffers, which all copies share: {', '.join(names[:3])}")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def find(tensor: Tensor, copies: int, rows: int | None) -> int | None:
     Among several it is the first whose size fits ``rows``, the examples of all copies. A tensor of zeros
     consists of equal parts along any dimension: where no size fits, it is one that all copies share.
     """
-    if copies == 1:
+    if copies == 1 or not tensor.numel():
         return 0 if tensor.dim() else None
     found = [
         dim
@@ -42,7 +42,7 @@ def find(tensor: Tensor, copies: int, rows: int | None) -> int | None:
     if rows is None:
         return next(iter(found), None)
     fitting = [dim for dim in found if tensor.shape[dim] % rows == 0]
-    others = (dim for dim in found if not _is_constant(front(tensor, dim)))
+    others = (dim for dim in found if not _is_constant(front(tensor, dim), copies))
     return next(iter(fitting), None) if fitting else next(others, None)
 
 
@@ -56,13 +56,13 @@ def back(tensor: Tensor, dim: int) -> Tensor:
     return tensor if dim == 0 else tensor.movedim(0, dim)
 
 
-def _is_constant(tensor: Tensor) -> bool:
-    return bool((tensor == tensor[:1]).all())
+def _is_constant(tensor: Tensor, copies: int) -> bool:
+    """Whether the first dimension may look repeated only because nothing differs along it."""
+    first = tensor[:1] if len(tensor) > copies else tensor.flatten()[0]  # copies of one row are all equal
+    return bool((tensor == first).all())
 
 
 def _is_repeated(tensor: Tensor, copies: int) -> bool:
-    if not tensor.numel():
-        return True
     parts = tensor.reshape(copies, -1)
     first, others = parts[:1], parts[1:]
     if not tensor.is_floating_point():
