@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoext import noise
 from zoext._engine.axes import Axes
 from zoext._parameters.parameters import Parameters
-from zoext.directions import Combination, Frame, Terms
+from zoext.directions import Combination, Drawn, Frame, Terms
 
 
 class StepSeeds(NamedTuple):
@@ -46,6 +46,7 @@ class StepContext:
         shares_random: whether every probe starts from the same state of the global generators; False if
             the closure must not read them.
         held: see ``Terms.held``.
+        drawn: see ``Terms.drawn``.
     """
 
     axes: Axes
@@ -56,6 +57,7 @@ class StepContext:
     devices: tuple[torch.device, ...]
     shares_random: bool = True
     held: Mapping[int, Tensor] = field(default_factory=dict)
+    drawn: dict[int, Drawn] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +66,7 @@ class StepContext:
 
     def terms(self, position: int, seeds: Tensor, coefficients: Tensor, frame: Frame) -> Terms:
         """``mu * sum_k coefficients[k] D(seeds[k])``, with the mu of the group at ``position``."""
-        return Terms(seeds, coefficients * self.mus[position], frame, held=self.held)
+        return Terms(seeds, coefficients * self.mus[position], frame, held=self.held, drawn=self.drawn)
 
     def combination(self, seeds: Tensor, coefficients: Tensor, frame: Frame) -> Combination:
         """The displacement of all groups. At theta there are no seeds, and the frame is ignored."""

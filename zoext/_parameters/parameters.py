@@ -38,22 +38,22 @@ class Parameters:
     owners: tuple[Tensor, ...]  # the parameters, as modules and the optimizer's state know them
     rounding: ops.Rounding = ops.Rounding.NEAREST  # of values written to them
     residuals: tuple[Tensor, ...] = ()  # int8, one per tensor for Rounding.RESIDUAL
+    #: What others made of these parameters and need again, by what they made it from.
+    made: dict[Any, Any] = field(init=False, compare=False, repr=False, default_factory=dict)
+    spans: tuple[ops.Span, ...] = field(init=False)
     #: Whether one operator call takes them as they are: all are contiguous and on one device.
     is_whole: bool = field(init=False)
 
     def __post_init__(self) -> None:
         device = self.tensors[0].device if self.tensors else None
-        is_whole = all(tensor.device == device and tensor.is_contiguous() for tensor in self.tensors)
+        is_whole = all(tensor.is_contiguous() and tensor.device == device for tensor in self.tensors)
         object.__setattr__(self, "is_whole", is_whole)
+        object.__setattr__(self, "spans", tuple([block.span for block in self.blocks]))
 
     @property
     def device(self) -> torch.device:
         """That of the first tensor; others may be elsewhere."""
         return self.tensors[0].device
-
-    @property
-    def spans(self) -> tuple[ops.Span, ...]:
-        return tuple(block.span for block in self.blocks)
 
     def __len__(self) -> int:
         return len(self.tensors)

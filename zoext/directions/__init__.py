@@ -7,7 +7,7 @@ learning rates.
 
 from zoext.directions._subspaces import kind_of
 from zoext.directions.activation_subspace import ActivationSubspace
-from zoext.directions.base import Combination, Direction, Frame, Observer, Step, Terms, Window
+from zoext.directions.base import Combination, Direction, Drawn, Frame, Observer, Step, Terms, Window
 from zoext.directions.dense import Gaussian, Rademacher
 from zoext.directions.low_rank import LowRank
 
@@ -15,6 +15,7 @@ __all__ = [
     "ActivationSubspace",
     "Combination",
     "Direction",
+    "Drawn",
     "Frame",
     "Gaussian",
     "LowRank",

@@ -13,7 +13,7 @@ from zoext._parameters.parameters import Parameters
 from zoext._parameters.shards import Block, matrix_shape
 from zoext._runtime.devices import moved
 from zoext.directions._parts import parts
-from zoext.directions.base import Frame
+from zoext.directions.base import Drawn, Frame
 
 
 class Matrix(NamedTuple):
@@ -67,13 +67,18 @@ def _matrices(position: int, key: int, block: Block, factor: Tensor) -> Iterator
 
 
 def operands(
-    parameters: Parameters, matrices: Sequence[Matrix], seeds: Tensor, frames: Sequence[Frame]
+    parameters: Parameters,
+    matrices: Sequence[Matrix],
+    seeds: Tensor,
+    frames: Sequence[Frame],
+    drawn: dict[int, Drawn] | None = None,
 ) -> Operands:
     """The matrices with the factors of T terms: ``seeds`` is int64 [T], ``frames`` has an entry for each.
 
-    For a sharded matrix, factors are drawn for the whole matrix and narrowed to the local block.
+    For a sharded matrix, factors are drawn for the whole matrix and narrowed to the local block. Factors of
+    whole parameters are taken from ``drawn``, or put there.
     """
-    left, right = _factors(parameters, matrices, seeds, frames)
+    left, right = factors_of(parameters, matrices, seeds, frames, drawn)
     residuals = [
         matrix.of(residual.view_as(parameters.tensors[matrix.position])) if residual.numel() else residual
         for matrix in (matrices if parameters.residuals else ())
@@ -89,38 +94,72 @@ def operands(
     )
 
 
-def _factors(
-    parameters: Parameters, matrices: Sequence[Matrix], seeds: Tensor, frames: Sequence[Frame]
+def factors_of(
+    parameters: Parameters,
+    matrices: Sequence[Matrix],
+    seeds: Tensor,
+    frames: Sequence[Frame],
+    drawn: dict[int, Drawn] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    is_right = {matrix.key: any(matrix.key in frame.right for frame in frames) for matrix in matrices}
-    devices = {matrix.key: parameters.tensors[matrix.position].device for matrix in matrices}
-    given = {key: _given(key, frames, device) for key, device in devices.items()}
-    drawn, spans = [], []
+    """The left and the right factors of ``operands``."""
+    given: dict[int, Tensor] = {}
+    one = frames[0] if len(frames) == 1 else None
+    sides = [
+        matrix.key in one.right if one is not None else any(matrix.key in frame.right for frame in frames)
+        for matrix in matrices
+    ]
     for matrix in matrices:
-        rank = given[matrix.key].shape[-2]
-        length = matrix_shape(matrix.block.shape)[0 if is_right[matrix.key] else 1]
+        if matrix.key not in given:
+            given[matrix.key] = _given(matrix.key, frames, parameters.tensors[matrix.position].device)
+    signature = Drawn.signature(seeds)
+    found: list[Tensor | None] = [_known(matrix, signature, drawn) for matrix in matrices]
+    missing = [place for place, factor in enumerate(found) if factor is None]
+    if missing:
+        pairs = [(matrices[place], sides[place]) for place in missing]
+        for place, new in zip(missing, _drawn(pairs, given, seeds), strict=True):
+            found[place] = new
+            if drawn is not None and is_kept(matrices[place]):
+                drawn[matrices[place].key] = Drawn(signature, new)
+    lefts, rights = [], []
+    for matrix, is_right, factor in zip(matrices, sides, found, strict=True):
+        assert factor is not None
+        known = given[matrix.key]
+        if matrix.entry is not None:
+            known = known.select(1, matrix.entry).contiguous()
+        left, right = (factor, known) if is_right else (known, factor)
+        lefts.append(left if matrix.block.is_whole else _rows_of(matrix.block, left))
+        rights.append(right if matrix.block.is_whole else _columns_of(matrix.block, right))
+    return lefts, rights
+
+
+def is_kept(matrix: Matrix) -> bool:
+    """Whether the factor of a matrix is kept for other probes of a step."""
+    return matrix.entry is None and matrix.block.is_whole
+
+
+def _known(matrix: Matrix, signature: tuple[int, int, int], drawn: dict[int, Drawn] | None) -> Tensor | None:
+    known = drawn.get(matrix.key) if drawn else None
+    return known.factor if known is not None and known.seeds == signature and is_kept(matrix) else None
+
+
+def _drawn(pairs: Sequence[tuple[Matrix, bool]], given: dict[int, Tensor], seeds: Tensor) -> list[Tensor]:
+    """The factors that are not in the frames: rows of the matrices where the right ones are, else columns."""
+    drawn, spans = [], []
+    for matrix, is_right in pairs:
+        known = given[matrix.key]
+        rank, length = known.shape[-2], matrix_shape(matrix.block.shape)[0 if is_right else 1]
         size = rank * length
-        drawn.append(
-            torch.empty((len(frames), rank, length), dtype=torch.float32, device=devices[matrix.key])
-        )
+        drawn.append(known.new_empty((seeds.numel(), rank, length)))
         spans.append(((matrix.entry or 0) * size, max(size, 1), 0))
     # Both sides use one stream, so that a layer that stores its weight transposed draws the same numbers.
     stream = ops.Stream.LEFT_FACTOR
-    keys = [matrix.key for matrix in matrices]
+    keys = [matrix.key for matrix, _ in pairs]
     for part in parts(drawn, spans):
         own = part.here(seeds)
         for k in range(seeds.numel()):
             here = [factor[k] for factor in part.tensors]
             ops.normal_(here, own[k : k + 1], part.of(keys), part.spans, stream=stream)
-    lefts, rights = [], []
-    for matrix, factor in zip(matrices, drawn, strict=True):
-        known = given[matrix.key]
-        if matrix.entry is not None:
-            known = known.select(1, matrix.entry).contiguous()
-        left, right = (factor, known) if is_right[matrix.key] else (known, factor)
-        lefts.append(left if matrix.block.is_whole else _rows_of(matrix.block, left))
-        rights.append(right if matrix.block.is_whole else _columns_of(matrix.block, right))
-    return lefts, rights
+    return drawn
 
 
 def _rows_of(block: Block, left: Tensor) -> Tensor:
@@ -136,7 +175,7 @@ def _columns_of(block: Block, right: Tensor) -> Tensor:
 
 def _factor(key: int, frames: Sequence[Frame]) -> Tensor:
     """The factor of a matrix or of a stack of them, in the first frame that has one."""
-    known = next(frame for frame in frames if frame.holds(key))
+    known = frames[0] if len(frames) == 1 else next(frame for frame in frames if frame.holds(key))
     return known.right[key] if key in known.right else known.left[key]
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,20 @@ class Frame:
         return "unused" if key in self.unused else "dense"
 
 
+class Drawn(NamedTuple):
+    """The factor of a matrix, float32 [K, rank, m or n], and the seeds it was drawn from.
+
+    Seeds are compared by their address and version: a comparison of values would wait for the device.
+    """
+
+    seeds: tuple[int, int, int]
+    factor: Tensor
+
+    @staticmethod
+    def signature(seeds: Tensor) -> tuple[int, int, int]:
+        return seeds.data_ptr(), seeds.numel(), seeds._version
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """``sum_k coefficients[k] D(seeds[k])``: int64 [K], float32 [K], in one frame, or two by ``plus``."""
@@ -54,6 +68,8 @@ class Terms:
     joined: tuple[Frame, ...] = ()
     #: What theta lacks of matrices in the frame, ``held^T R``, by key: float32 [rank, m]; see ``defers``.
     held: Mapping[int, Tensor] = field(default_factory=dict)
+    #: Keeps factors that were drawn from the seeds for the other probes of a step; None to draw them again.
+    drawn: dict[int, Drawn] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return self.seeds.numel()
@@ -161,6 +177,9 @@ class Direction(ABC):
     @abstractmethod
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
         """``out = theta + sum_k c_k D(s_k)``; theta is only read."""
+
+    def prepare(self, parameters: Parameters, terms: Terms) -> None:  # noqa: B027
+        """Draws into ``terms.drawn`` at once what ``copy_`` would draw for one module after the other."""
 
     def copies_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
         """``out[c] = theta + sum_k coefficients[c, k] D(s_k)``, [C, *shape] each; theta is only read.

@@ -15,7 +15,7 @@ from zoext._parameters.shards import matrix_shape
 from zoext._runtime.devices import moved
 from zoext._runtime.notices import warn
 from zoext.directions._parts import parts
-from zoext.directions._stacks import matrices_of, operands
+from zoext.directions._stacks import Matrix, factors_of, is_kept, matrices_of, operands
 from zoext.directions.base import Direction, Frame, Terms, Window, decay_of, rectangle, terms_of
 from zoext.directions.dense import Gaussian
 
@@ -28,6 +28,24 @@ class _Kinds(NamedTuple):
     dense: list[int]
     matrices: list[int]
     unused: list[int]
+
+
+class _Split:
+    """Parameters by the kind of their directions; None where there are none."""
+
+    def __init__(self, parameters: Parameters, kinds: _Kinds, *, has_stacks: bool) -> None:
+        self.kinds = kinds
+        self.dense, self.matrices, self.unused = (
+            parameters.take(positions) if positions else None for positions in kinds
+        )
+        self._has_stacks = has_stacks
+        self._matrices: list[Matrix] | None = None
+
+    def matrices_of(self, frames: Sequence[Frame]) -> list[Matrix]:
+        if self._matrices is None or self._has_stacks:
+            assert self.matrices is not None
+            self._matrices = matrices_of(self.matrices, frames)
+        return self._matrices
 
 
 class Factored(Direction):
@@ -71,18 +89,23 @@ class Factored(Direction):
                     residuals=part.rows_of(given.residuals),
                 )
 
+    def prepare(self, parameters: Parameters, terms: Terms) -> None:
+        split = _split(parameters, [terms.frame] if len(terms) else [])
+        if split.matrices is not None:
+            matrices = list(filter(is_kept, split.matrices_of([terms.frame])))
+            factors_of(split.matrices, matrices, terms.seeds, terms.frames, terms.drawn)
+
     def copy_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
-        kinds = _kinds(parameters, [terms.frame] if len(terms) else [])
-        if kinds.dense:
-            out_dense = [out[i] for i in kinds.dense]
-            _DENSE.copy_(out_dense, parameters.take(kinds.dense), self._of_dense(terms))
-        if kinds.unused:
-            _DENSE.copy_([out[i] for i in kinds.unused], parameters.take(kinds.unused), _nothing(terms))
-        if kinds.matrices:
-            these = parameters.take(kinds.matrices)
+        split = _split(parameters, [terms.frame] if len(terms) else [])
+        kinds = split.kinds
+        if split.dense is not None:
+            _DENSE.copy_([out[i] for i in kinds.dense], split.dense, self._of_dense(terms))
+        if split.unused is not None:
+            _DENSE.copy_([out[i] for i in kinds.unused], split.unused, _nothing(terms))
+        if split.matrices is not None:
             frames = [terms.frame] * len(terms)
-            matrices = matrices_of(these, frames)
-            given = operands(these, matrices, terms.seeds, frames)
+            matrices = split.matrices_of(frames)
+            given = operands(split.matrices, matrices, terms.seeds, frames, terms.drawn)
             seeds, coefficients = terms.seeds, terms.coefficients
             if terms.held:
                 left = [
@@ -160,9 +183,9 @@ class Factored(Direction):
                 f"direction: {these.names[stack.position]} is a stack of matrices with factors each; "
                 "freeze it with requires_grad_(False)"
             )
-        given = operands(these, matrices, terms.seeds, terms.frames)
+        factors = factors_of(these, matrices, terms.seeds, terms.frames, terms.drawn)
         left, right = ([torch.zeros(0)] * len(parameters) for _ in range(2))
-        for place, *found in zip(kinds.matrices, given.left, given.right, strict=True):
+        for place, *found in zip(kinds.matrices, *factors, strict=True):
             left[place], right[place] = found
         for place in kinds.unused:
             shape = matrix_shape(parameters.blocks[place].shape)
@@ -244,6 +267,16 @@ def _kinds(parameters: Parameters, frames: Sequence[Frame]) -> _Kinds:
         else:
             kinds.dense.append(position)
     return kinds
+
+
+def _split(parameters: Parameters, frames: Sequence[Frame]) -> _Split:
+    """The parameters by their kinds in the frames, which hardly ever change from step to step."""
+    key = tuple([frame.kind(key) for frame in frames for key in parameters.keys])
+    known: _Split | None = parameters.made.get(key)
+    if known is None:
+        has_stacks = any(len(block.shape) > 2 for block in parameters.blocks)
+        known = parameters.made[key] = _Split(parameters, _kinds(parameters, frames), has_stacks=has_stacks)
+    return known
 
 
 def _changes_kind(parameters: Parameters, frames: Sequence[Frame]) -> bool:

@@ -147,6 +147,8 @@ class ModuleSwap:
             if len(combination):
                 self._gathers.begin(self._fill, self._owners)
             self._make_room(combination)
+            for parameters, terms in combination.terms if len(combination) else ():
+                combination.direction.prepare(parameters, terms)
             for tensor in self._outside:
                 self._hold(tensor)
             self._guarded = [

@@ -138,7 +138,7 @@ class Displacements:
     def _draw(self, matrices: Parameters, terms: Terms) -> None:
         if not len(matrices):
             return
-        once = Terms(terms.seeds, terms.coefficients[0], terms.frame, terms.joined)
+        once = replace(terms, coefficients=terms.coefficients[0])
         if not all(block.is_whole for block in matrices.blocks):
             matrices = _whole(matrices, range(len(matrices)), matrices.tensors)
         lefts, rights = self._direction.factors(matrices, once)
