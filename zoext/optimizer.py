@@ -205,7 +205,7 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
         if self.recorder is not None and saved_state.same(self.state_dict(), state_dict):
             return
         self._check_not_recorded("load_state_dict")
-        self.engine.deferral.merge()
+        self.engine.deferral.merge(loads=True)
         # The check runs after the user's pre-hooks, which may change the state; _settle runs before the
         # user's post-hooks, which see the result.
         before = self.register_load_state_dict_pre_hook(lambda _, state: self._checked(state))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -261,27 +260,6 @@ def test_a_frozen_weight_keeps_its_steps() -> None:
         take(each, its, range(6, 10))
         its.merge()
     assert close(weights(model), weights(plain), start)
-
-
-def test_weights_in_other_memory_are_refused() -> None:
-    model, optimizer = setup()
-    take(model, optimizer, range(2))
-    before = model.wide.weight.data
-    model.wide.weight.data = before.clone()
-    with pytest.raises(RuntimeError, match=r"was moved, cast or copied.* call optimizer\.merge\(\) before"):
-        optimizer.merge()
-    model.wide.weight.data = before
-    optimizer.merge()
-
-
-def test_a_copy_that_lacks_steps_is_told() -> None:
-    model, optimizer = setup()
-    take(model, optimizer, range(2))
-    lacking = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match=r"was moved, cast or copied"):
-        loss_of(lacking, 0)
-    optimizer.merge()
-    assert torch.equal(loss_of(copy.deepcopy(model), 0), loss_of(model, 0))
 
 
 def test_what_does_not_fit_is_refused() -> None:

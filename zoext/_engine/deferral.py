@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from zoext._engine.held import Held, listed, report
+from zoext._engine.looks import Hooks
 from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
 from zoext._runtime import interrupts
 from zoext._runtime.devices import moved
+from zoext._runtime.notices import warn
 from zoext.directions import Direction, Frame, Terms
-from zoext.directions.factored import write_product
 from zoext.distributed import Sharing
 from zoext.probes import Probe
 from zoext.updates import GroupStep, LinearUpdate, State
 
 
 class Run(Protocol):
-    """The state of a run, as far as it concerns forwards."""
+    """The state of a run, as far as it concerns forwards and sums."""
+
+    #: How often sums were changed.
+    sums_changed: int
 
     @property
     def is_estimating(self) -> bool:
@@ -41,12 +46,13 @@ class Recorded(Protocol):
 AnyStep = TypeVar("AnyStep", bound=Recorded)
 
 
-class _Held(NamedTuple):
-    """``sum^T right``, which the only matrix in ``parameters`` lacks."""
+class _Product(NamedTuple):
+    """What a step adds to the sum of a matrix: ``terms`` in order, float32 [rank, m] each."""
 
-    parameters: Parameters
-    sum: Tensor  # float32 [rank, m]
-    right: Tensor  # float32 [1, rank, n]
+    matrix: Parameters
+    sum: Tensor  # its memory
+    right: Tensor
+    terms: list[Tensor]
 
 
 #: Those that hold something. A probe of another optimizer looks at their weights.
@@ -57,8 +63,8 @@ class Deferral:
     """Holds back the steps of matrices whose directions share a factor, ``theta + sum^T V``.
 
     ``merge`` writes the sums. It is called before the factor changes, and by whoever looks: hooks on the
-    modules that own the matrices merge before a forward that is no probe, and before their weights are
-    saved or loaded. The hooks are there while something is held.
+    modules that own the matrices, and on those above, merge before a forward that is no probe, and before
+    weights are saved, loaded or copied. They act while something is held.
 
     A look within an interval changes how later steps are rounded: trajectories record it, and ranks must have
     it alike.
@@ -73,11 +79,11 @@ class Deferral:
         self.direction = direction
         self._module = module
         self._run = run
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._buffers: dict[int, Tensor] = {}  # the memory of all sums so far, which graphs write to
         self._seed: Tensor | None = None  # of the last step that is held, int64 [1]
         self._interval: tuple[int, int] | None = None  # the run seed and the origin of what is held
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = Hooks()
         self._was_merged = False  # by a look, since the last step
         self._continues = False  # a recording, in which a merge is at this place
         self._looks = 0  # steps that followed a look
@@ -102,16 +108,19 @@ class Deferral:
         return {key: held.sum for key, held in self._held.items()}
 
     def fresh(self, run: Run) -> Deferral:
-        """One without sums, for a copy of the optimizer."""
+        """Merges, and returns one for a copy of the optimizer."""
+        self._merge(leave_hooks=True)
         return Deferral(self.direction, self._module, run)
 
     def holds_any(self, weights: Set[int]) -> bool:
         """Whether one of the weights with these ids lacks something."""
-        return any(id(held.parameters.owners[0]) in weights for held in self._held.values())
+        return any(id(held.owner) in weights for held in self._held.values())
 
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Called before the probes of a step; writes what is held if its directions have another factor."""
         self._merge_others(groups)
+        if any(held.notice_writes() for held in self._held.values()):
+            self.merge()
         if self.direction.defers:
             check_groups(self.direction, groups)
             self._enter(groups[0]["seed"], groups[0]["step"])
@@ -124,7 +133,7 @@ class Deferral:
     def _merge_others(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for other in [each for each in _HOLDING if each is not self]:
             seen = {id(tensor) for group in groups for tensor in group["params"]}
-            seen.update(map(id, self._module.parameters() if self._module is not None else ()))
+            seen.update(self._in_module())
             if other.holds_any(seen):
                 other.merge()
 
@@ -182,81 +191,151 @@ class Deferral:
         for step, frame in steps:
             held = [position for position, key in enumerate(parameters.keys) if frame.holds(key)]
             written = [position for position in range(len(parameters)) if position not in held]
+            terms = replace(update.terms(step), frame=frame)
+            # Before anything moves, because memory may run out here.
+            products = self._products(parameters.take(held), terms) if held and len(terms.seeds) else []
             if written:
                 state = update.apply(self.direction, parameters.take(written), [step], state)
-            terms = replace(update.terms(step), frame=frame)
-            if held and len(terms.seeds):
-                self._add(parameters.take(held), terms)
+            if products:
+                self._add(products, terms.seeds)
         return state
 
-    def _add(self, matrices: Parameters, terms: Terms) -> None:
+    def _products(self, matrices: Parameters, terms: Terms) -> list[_Product]:
+        products = []
         factors = zip(matrices.keys, *self.direction.factors(matrices, terms), strict=True)
         for position, (key, left, right) in enumerate(factors):
-            if key not in self._held:
-                own = matrices.take([position])
-                self._held[key] = _Held(own, self._zeros_like(key, left[0]), right)
             scaled = moved(terms.coefficients, left.device) * self.direction.step_scale(right)
-            for factor, scale in zip(left, scaled, strict=True):
-                self._held[key].sum.add_(factor * scale)
-        if self._seed is None:  # later steps may be replayed from a graph: ``count`` knows their seeds
-            self._seed = terms.seeds[:1]
-        _HOLDING.add(self)
-        self._install()
+            scaled_terms = [factor * scale for factor, scale in zip(left, scaled, strict=True)]
+            own = matrices.take([position])
+            products.append(_Product(own, self._memory_like(key, left[0]), right, scaled_terms))
+        return products
 
-    def _zeros_like(self, key: int, factor: Tensor) -> Tensor:
+    def _add(self, products: Sequence[_Product], seeds: Tensor) -> None:
+        self._run.sums_changed += 1
+        if self._seed is None:  # later steps may be replayed from a graph: ``count`` knows their seeds
+            self._seed = seeds[:1]
+        is_new = False
+        for product in products:
+            (key,) = product.matrix.keys
+            if key not in self._held:
+                self._held[key] = Held(product.matrix, product.sum.zero_(), product.right)
+                is_new = True
+            for term in product.terms:
+                self._held[key].sum.add_(term)
+        _HOLDING.add(self)
+        if is_new and self._module is not None:
+            self._hooks.install(self, self._module, {id(held.owner) for held in self._held.values()})
+
+    def _memory_like(self, key: int, factor: Tensor) -> Tensor:
         known = self._buffers.get(key)
         if known is None or known.shape != factor.shape or known.device != factor.device:
             known = self._buffers[key] = torch.empty_like(factor)
-        return known.zero_()
+        return known
 
-    def merge(self) -> None:
-        """Writes what is held to theta.
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """The block of a closure. Probes leave the weights as they were, and autograd is told of writes."""
+        for held in self._held.values():
+            held.notice_writes()
+        try:
+            yield
+        finally:
+            for held in self._held.values():
+                held.excuse_writes()
+
+    def merge(self, *, loads: bool = False) -> None:
+        """Writes what is held to theta, and holds nothing then.
+
+        A weight that somebody else wrote to meanwhile keeps what was written, and a warning tells so.
+
+        Args:
+            loads: whether other weights are loaded next, which needs no error.
 
         Raises:
-            RuntimeError: if a weight is in other memory than when its steps were taken.
+            RuntimeError: for weights that cannot take their steps any more. The others have theirs.
         """
-        if not self._held:
+        self._merge(loads=loads)
+
+    def _merge(self, *, loads: bool = False, leave_hooks: bool = False) -> None:
+        seed = self._seed
+        if seed is None or not self._held:
             return
-        for held in self._held.values():
-            if shards.part_of(held.parameters.owners[0]).data_ptr() != held.parameters.addresses[0]:
-                raise RuntimeError(
-                    f"{held.parameters.names[0]} was moved, cast or copied, and lacks the steps there that "
-                    "defer=True holds back; call optimizer.merge() before"
-                )
-        assert self._seed is not None
+        lost, written, replaced = [], [], []
+        inside = self._in_module()
         self._was_merged = True
         with torch.inference_mode(False), torch.no_grad(), interrupts.deferred():
             while self._held:
                 key, held = next(iter(self._held.items()))
-                write_product(held.parameters, held.sum.unsqueeze(0), held.right, self._seed)
-                held.parameters.tell_autograd()
+                if held.notice_writes():
+                    written.append(held.name)
+                elif not held.write(seed):
+                    lost.append(held.name)
+                elif id(held.owner) not in inside:
+                    replaced.append(held.name)
                 held.sum.zero_()  # an open round adds it to what it displaces
                 del self._held[key]
         self._seed = None
-        self._remove()
-
-    def _install(self) -> None:
-        if self._hooks or self._module is None:
-            return
-        owners = {id(held.parameters.owners[0]) for held in self._held.values()}
-        for part in self._module.modules():
-            if owners.isdisjoint(map(id, part.parameters(recurse=False))):
-                continue
-            self._hooks += [
-                part.register_forward_pre_hook(self._look),
-                part.register_state_dict_pre_hook(self._look),
-                part.register_load_state_dict_pre_hook(self._look),
-            ]
-
-    def _look(self, *_: Any) -> None:
-        if not self._run.is_estimating:
-            self.merge()
-
-    def _remove(self) -> None:
         _HOLDING.discard(self)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if leave_hooks:
+            self._hooks.silence()
+        else:
+            self._hooks.remove()
+        report(lost, written, replaced, loads)
+
+    def _in_module(self) -> set[int]:
+        """The ids of the parameters of the module."""
+        return set(map(id, self._module.parameters())) if self._module is not None else set()
+
+    def merge_outside(self) -> None:
+        """``merge``, for those who must not be in a closure.
+
+        Raises:
+            RuntimeError: within one.
+        """
+        if self._run.is_estimating:
+            raise RuntimeError(
+                "weights are read within a closure, where they lack steps that defer=True holds back; do so "
+                "between steps"
+            )
+        self.merge()
+
+    # Called by the hooks
+
+    def look_at(self, *, loads: bool) -> None:
+        if not self._run.is_estimating:
+            self.merge(loads=loads)
+
+    def copied(self, copies: dict[int, Any]) -> None:
+        if self._run.is_estimating:
+            return
+        lacking = [held.owner for held in self._held.values() if id(held.owner) in copies]
+        self._merge(leave_hooks=True)
+        with torch.no_grad():
+            for owner in lacking:
+                copies[id(owner)].detach().copy_(owner.detach())
+
+    def pickled(self, *, is_late: bool) -> None:
+        if self._run.is_estimating:
+            return
+        names = [held.name for held in self._held.values()] if is_late else []
+        self._merge(leave_hooks=True)
+        if names:
+            warn(
+                f"pickle: a module was pickled that owns one of {listed(names)}, and may lack the steps "
+                "there that defer=True held back: pickle writes parameters first. torch.save writes values "
+                "last and has them; for pickle itself call optimizer.merge() before"
+            )
+
+
+def merge_all(weights: Iterable[Tensor]) -> None:
+    """Writes what any optimizer holds of these weights; called before they are read without a forward.
+
+    Raises:
+        RuntimeError: within a closure of such an optimizer.
+    """
+    ids = set(map(id, weights))
+    for each in [each for each in _HOLDING if each.holds_any(ids)]:
+        each.merge_outside()
 
 
 def check(direction: Direction, probe: Probe, ranks: Sharing) -> None:

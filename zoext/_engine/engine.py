@@ -91,7 +91,6 @@ class StepEngine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Supports copy.deepcopy of an optimizer together with its model; ``bind`` completes the copy."""
-        self.deferral.merge()
         run = RunState(last_estimate=self.run.last_estimate, is_torn=self.run.is_torn)
         names = ("axes", "module", "probe", "rounding", "watch", "ranks", "_reduction")
         kept = {name: getattr(self, name) for name in names}
@@ -195,7 +194,7 @@ class StepEngine:
         self.run.is_estimating = True
         try:
             # Inference mode is off because later steps use tensors that are created here.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self.deferral.probing():
                 yield
         finally:
             self.run.is_estimating = False

@@ -38,6 +38,7 @@ class RunState:
         is_estimating: whether a closure is running.
         is_torn: whether an update raised after it had moved some of the parameters.
         has_kept: whether estimates are kept aside while ``step(closure)`` makes another one.
+        sums_changed: how often steps were added to the sums of ``LowRank(defer=True)``.
     """
 
     pending: list[Estimate] = field(default_factory=list)
@@ -48,6 +49,7 @@ class RunState:
     is_estimating: bool = False
     is_torn: bool = False
     has_kept: bool = False
+    sums_changed: int = 0
 
     @property
     def open_round(self) -> OpenRound | None:
@@ -82,12 +84,12 @@ class RunState:
 
     @contextmanager
     def tearing(self, groups: Sequence[Parameters]) -> Iterator[None]:
-        """Marks the run as torn if the block raises after it has modified a parameter."""
-        before = _versions(groups)
+        """Marks the run as torn if the block raises after it has modified a parameter or a sum."""
+        before = _versions(groups), self.sums_changed
         try:
             yield
         except BaseException:
-            self.is_torn = _versions(groups) != before
+            self.is_torn = (_versions(groups), self.sums_changed) != before
             raise
 
     def check_no_round(self) -> None:

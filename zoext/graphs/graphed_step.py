@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -202,12 +202,18 @@ class GraphedStep(StepExecutor):
             captured.inputs.fill(engine)
             captured.graph.replay()
             # Without a new version, autograd would silently use stale saved tensors in later gradients.
-            moved = chain.from_iterable(group.tensors for group in engine.groups)
-            torch.autograd.graph.increment_version(tuple(moved))
+            torch.autograd.graph.increment_version(tuple(_moved(engine)))
             step, states = captured.results(engine)
             engine.watch.note(step.estimate)
             engine.commit(step, states)
         return step.estimate.loss
+
+
+def _moved(engine: StepEngine) -> Iterator[Tensor]:
+    """The tensors that a step writes to: not those whose steps ``defer=True`` holds back."""
+    held = engine.deferral.sums
+    for group in engine.groups:
+        yield from (tensor for key, tensor in zip(group.keys, group.tensors, strict=True) if key not in held)
 
 
 def _uncapturable(reason: object) -> RuntimeError:
