@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from zoext._engine import merge_all
 from zoext._parameters import shards, wrappers
 from zoext._runtime import atomic
 from zoext.side_paths import NAME, SidePath, paths_of
@@ -26,7 +27,8 @@ def export_adapter(model: nn.Module, folder: str | Path, *, replace: bool = Fals
         tuned = peft.PeftModel.from_pretrained(base, "adapter")
 
     A is ``lora_A``, B is ``lora_B``, and ``lora_alpha`` equals the rank, so the outputs are the same to
-    rounding. The factors keep their dtype, float32 unless the model was cast. PEFT is not needed here.
+    rounding. The factors keep their dtype, float32 unless the model was cast. PEFT is not needed here. Steps
+    that ``LowRank(defer=True)`` holds back are merged before, also in the model.
 
     Args:
         model: a model with side paths, see ``attach_side_paths``.
@@ -40,6 +42,7 @@ def export_adapter(model: nn.Module, folder: str | Path, *, replace: bool = Fals
     Raises:
         ValueError: for a model without side paths, other trainable parameters, which the adapter would lack,
             and weights that are not finite, sharded or on the meta device. Nothing is then written.
+        RuntimeError: within a closure of an optimizer that holds steps back.
         FileExistsError: if the folder exists, or has other files.
         ImportError: if safetensors is not installed.
     """
@@ -49,6 +52,7 @@ def export_adapter(model: nn.Module, folder: str | Path, *, replace: bool = Fals
     paths = paths_of(model)
     _check(model, paths)
     _check_folder(folder, replace)
+    merge_all(weight for path in paths.values() for weight in path.parameters())
     rank = max(path.rank for path in paths.values())
     tensors = {}
     for name, path in paths.items():

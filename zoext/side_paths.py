@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from zoext import noise, ops
+from zoext._engine import merge_all
 from zoext._parameters import parameters, wrappers
 from zoext._runtime.arguments import check_count
 from zoext.directions import ActivationSubspace, Step
@@ -29,6 +30,11 @@ class SidePath(nn.Module):
         up: holds B, float32 [d_out, rank], zeros at first. It trains.
     """
 
+    # Names, since a copy of the model, or of a part of it, must find its own. Models that were pickled by
+    # earlier versions have none.
+    _name: str = ""
+    _frozen: tuple[str, ...] = ()
+
     def __init__(self, projection: Tensor, width: int) -> None:
         super().__init__()
         rank, inputs = projection.shape
@@ -39,6 +45,19 @@ class SidePath(nn.Module):
     @property
     def rank(self) -> int:
         return self.down.out_features
+
+    def note(self, name: str, frozen: tuple[str, ...]) -> None:
+        """Keeps the name of its layer, and of the parameters that trained before the path was added."""
+        self._name, self._frozen = name, frozen
+
+    def frozen_in(self, name: str) -> set[str]:
+        """The names of these parameters in a model that calls the layer ``name``, larger or a part."""
+        own = self._name
+        if name.endswith(own):
+            added = _prefix(name.removesuffix(own))
+            return {added + each for each in self._frozen}
+        left_out = _prefix(own.removesuffix(name))
+        return {each.removeprefix(left_out) for each in self._frozen if each.startswith(left_out)}
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_out], in the dtype of the factors."""
@@ -103,10 +122,15 @@ def attach_side_paths(
     layers = _chosen(model, names)
     paths = {name: _path(layer, rank, seed, key) for name, (key, layer) in layers.items()}
     earlier = {id(each) for path in paths_of(model).values() for each in path.parameters()}
-    trainable = [each for each in model.parameters() if each.requires_grad and id(each) not in earlier]
-    for each in trainable:
+    trainable = {
+        name: each
+        for name, each in model.named_parameters(remove_duplicate=False)
+        if each.requires_grad and id(each) not in earlier
+    }
+    for each in trainable.values():
         each.requires_grad_(False)
     for name, (_, layer) in layers.items():
+        paths[name].note(name, tuple(trainable))
         layer.add_module(NAME, paths[name])
         layer.register_forward_hook(_add_path, with_kwargs=True)
     if closure is not None:
@@ -114,8 +138,6 @@ def attach_side_paths(
             _calibrate(model, paths, rank, seed, closure, mask)
         except BaseException:
             _detach(model, paths)
-            for each in trainable:
-                each.requires_grad_(True)
             raise
     return paths
 
@@ -127,18 +149,37 @@ def paths_of(model: nn.Module) -> dict[str, SidePath]:
 
 
 def detach_side_paths(model: nn.Module) -> dict[str, SidePath]:
-    """Removes all paths and returns them by the names of their layers; the model is then its base."""
+    """Removes all paths and returns them by the names of their layers; the model is then its base.
+
+    Parameters that trained before ``attach_side_paths`` do so again. Steps that ``LowRank(defer=True)`` holds
+    back are merged into the paths.
+
+    Raises:
+        RuntimeError: within a closure of an optimizer that holds steps back.
+    """
     paths = paths_of(model)
+    merge_all(weight for path in paths.values() for weight in path.parameters())
     _detach(model, paths)
     return paths
 
 
-def _detach(model: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
+def _detach(model: nn.Module, paths: Mapping[str, SidePath]) -> None:
+    frozen: set[str] = set()
+    for name, path in paths.items():
+        frozen |= path.frozen_in(name)
         layer = model.get_submodule(name)
         del layer._modules[NAME]
         for key in [key for key, hook in layer._forward_hooks.items() if hook is _add_path]:
             del layer._forward_hooks[key]
+            layer._forward_hooks_with_kwargs.pop(key, None)
+    for name, each in model.named_parameters(remove_duplicate=False):
+        if name in frozen and each.is_floating_point():  # the model may have been packed since
+            each.requires_grad_(True)
+
+
+def _prefix(name: str) -> str:
+    """What the names of all that is in a module begin with."""
+    return f"{name.removesuffix('.')}." if name else ""
 
 
 def widths_of(layer: nn.Module) -> tuple[int, int] | None:

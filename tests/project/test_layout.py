@@ -28,6 +28,7 @@ NOT_OURS = {
     "_pop_torch_function_stack",
     "_push_on_torch_function_stack",
     "_forward_hooks",  # of a module
+    "_forward_hooks_with_kwargs",
     "_forward_pre_hooks",  # of a module
     "_getframe",  # sys
     "_get_fsdp_state",  # FSDP2

@@ -158,3 +158,32 @@ def test_folders_are_replaced_only_if_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"has files that are no adapter: notes\.txt"):
         zoext.export_adapter(built, folder, replace=True)
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_held_steps_are_exported(tmp_path: Path) -> None:
+    """B is all zeros until ``LOZO(defer=True)`` writes its steps."""
+    files = {}
+    for merges in (True, False):
+        built = model()
+        zoext.attach_side_paths(built, 3)
+        optimizer = zoext.LOZO(built, lr=0.1, rank=1, defer=True)
+
+        def loss(built: nn.Module = built) -> Tensor:
+            return built(torch.ones(2, 3, 7)).square().mean()
+
+        optimizer.step(loss)
+        if merges:
+            optimizer.merge()
+        folder = zoext.export_adapter(built, tmp_path / str(merges))
+        files[merges] = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(value, files[True][name]) for name, value in files[False].items())
+    assert any(value.any() for name, value in files[False].items() if "lora_B" in name)
+
+    def exporting() -> Tensor:
+        zoext.export_adapter(built, tmp_path / "in a closure")
+        return loss()
+
+    optimizer.step(loss)
+    with pytest.raises(RuntimeError, match=r"read within a closure, where they lack steps"):
+        optimizer.step(exporting)
+    assert not (tmp_path / "in a closure").exists()

@@ -5,7 +5,7 @@ from zoext._engine.axes import Axes, with_current_names
 from zoext._engine.callers import check_not_skipping, check_not_trainer, initializes_state
 from zoext._engine.context import StepContext, StepSeeds
 from zoext._engine.deferral import check as check_deferring
-from zoext._engine.deferral import check_groups
+from zoext._engine.deferral import check_groups, merge_all
 from zoext._engine.engine import StepEngine
 from zoext._engine.estimation import Closure
 from zoext._engine.executor import StepExecutor
@@ -32,5 +32,6 @@ __all__ = [
     "check_not_skipping",
     "check_not_trainer",
     "initializes_state",
+    "merge_all",
     "with_current_names",
 ]
