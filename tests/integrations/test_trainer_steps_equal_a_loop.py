@@ -87,3 +87,16 @@ def test_what_is_meant_for_gradients_changes_nothing(tmp_path: Path) -> None:
     trainer_of(plain, tmp_path, given={}).train()
     assert torch.equal(weights(model), weights(plain))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_held_steps_are_written_at_the_end(tmp_path: Path) -> None:
+    """Of an interval that is longer than the run, for those who read parameters next."""
+    model, plain = tiny_llama(), tiny_llama()
+    options = {"refresh_interval": 50, "defer": True}
+    trainer_of(model, tmp_path, given={}, zo_optimizer="LOZO", zo_options=options).train()
+    read = weights(model)
+    optimizer = zoext.LOZO(plain, lr=2e-2, mu=2e-3, seed=5, **options)
+    loop(optimizer, plain)
+    assert not torch.equal(read, weights(plain))
+    optimizer.merge()
+    assert torch.equal(read, weights(plain))

@@ -130,7 +130,9 @@ class ZOTrainerMixin(_Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            unwrap(self.optimizer).merge()  # for those who read the weights without a forward
+            return result
         finally:
             self._batch, self._forward = (), None
             for callback in self.callback_handler.callbacks:
