@@ -288,10 +288,13 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
     def merge(self) -> None:
         """Writes to theta what ``LowRank(defer=True)`` holds back; without it there is nothing to write.
 
-        Call it before weights are read in other ways than by a forward or a ``state_dict()`` of the model.
+        Call it before weights are read in other ways than by a forward, a ``state_dict()`` or a copy of the
+        model, and before they are written to: a weight that somebody wrote to while steps were held stays as
+        it was written, and a UserWarning names it.
 
         Raises:
-            RuntimeError: within a closure, and for a weight that is in other memory than at its last step.
+            RuntimeError: within a closure; and, once, for weights that have another shape or no values now,
+                so that they cannot take their steps.
         """
         self.engine.run.check_between_closures()
         self.engine.deferral.merge()

@@ -104,7 +104,9 @@ def test_steps_that_nothing_can_take_are_told_once(loads: str) -> None:
     other.merge()
     for each in (model, exact):
         each[0].weight.data = torch.zeros(5, 7, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"^0\.weight has another shape or no values .* load a checkpoint"):
+    with pytest.raises(
+        RuntimeError, match=r"have another shape or no values .*: 0\.weight\. .* load a checkpoint"
+    ):
         optimizer.merge()
     optimizer.merge()
     assert all(map(torch.equal, values(model), values(exact)))  # the others have theirs
@@ -115,7 +117,7 @@ def test_steps_that_nothing_can_take_are_told_once(loads: str) -> None:
         "model": lambda: model.load_state_dict({}, strict=False),
         "optimizer": lambda: optimizer.load_state_dict(state),
     }[loads]
-    with pytest.warns(UserWarning, match=r"^0\.weight has another shape or no values"):
+    with pytest.warns(UserWarning, match=r"another shape or no values .*: 0\.weight\. "):
         load()
     assert optimizer.engine.deferral.is_empty
 
@@ -130,7 +132,7 @@ def test_a_rollback_by_hand() -> None:
     with torch.no_grad():
         model[0].weight.copy_(saved)
     with pytest.warns(
-        UserWarning, match=r"^0\.weight changed while .* optimizer\.merge\(\) before you write"
+        UserWarning, match=r": 0\.weight\. They stay .* Call optimizer\.merge\(\) before you write"
     ):
         loss(model)
     assert torch.equal(model[0].weight, saved)
@@ -162,7 +164,7 @@ def test_a_rollback_by_hand_before_a_step() -> None:
         model, optimizer = holding()
         with torch.no_grad():
             model[0].weight.fill_(0.25)
-        with pytest.warns(UserWarning, match=r"^0\.weight changed while"):
+        with pytest.warns(UserWarning, match=r"written to while .*: 0\.weight\. "):
             step(model, optimizer)
         optimizer.merge()
         runs.append(values(model))
@@ -200,6 +202,6 @@ def test_a_replaced_weight_is_told() -> None:
     other.merge()
     before = model[0].weight
     model[0].weight = nn.Parameter(before.detach().clone())
-    with pytest.warns(UserWarning, match=r"^0\.weight is no parameter of the model any more"):
+    with pytest.warns(UserWarning, match=r"no parameters of the model any more .*: 0\.weight\. "):
         loss(model)
     assert torch.equal(before, other.param_groups[0]["params"][0])

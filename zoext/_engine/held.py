@@ -81,19 +81,20 @@ def report(lost: list[str], written: list[str], replaced: list[str], loads: bool
     """Tells of weights, by their names, whose steps went elsewhere; see ``Deferral.merge``."""
     if written:
         warn(
-            f"{listed(written)} changed while defer=True held back steps of that weight, which are dropped: "
-            "it stays as it was written. Call optimizer.merge() before you write to weights"
+            f"weights were written to while defer=True held back steps of them: {listed(written)}. They stay "
+            "as they were written, and those steps are dropped. Call optimizer.merge() before you write to "
+            "weights"
         )
     if replaced:
         warn(
-            f"{listed(replaced)} is no parameter of the model any more, and the optimizer's has the steps "
-            "that defer=True held back. If another one took its place, that lacks them: call "
-            "optimizer.merge() before you replace weights"
+            "weights that are no parameters of the model any more got the steps that defer=True held back: "
+            f"{listed(replaced)}. If others took their place, these lack the steps. Call optimizer.merge() "
+            "before you replace weights or merge adapters"
         )
     if lost:
         message = (
-            f"{listed(lost)} has another shape or no values (meta) now, so the steps that defer=True held "
-            "back of that weight are lost; load a checkpoint, and call optimizer.merge() before you change "
+            f"weights have another shape or no values (meta) now: {listed(lost)}. The steps that defer=True "
+            "held back of them are lost; load a checkpoint, and call optimizer.merge() before you change "
             "weights"
         )
         if not loads:

@@ -38,8 +38,10 @@ class LowRank(Factored):
             row), and write them to theta once, when V is redrawn. A step then makes no pass over the
             matrices, and 16-bit weights are rounded once in ``refresh_interval`` steps. Probes are displaced
             from the weights with the sum. ``optimizer.merge()`` writes it earlier, and so do a forward that
-            is no probe, ``state_dict()`` and ``load_state_dict()`` of the model or the optimizer: weights
-            that are read in other ways lack up to ``refresh_interval`` steps. A run is reproducible if these
+            is no probe, ``state_dict()`` and ``load_state_dict()`` of the model or the optimizer, and copying
+            or pickling them: weights that are read in other ways, or within a closure, lack up to
+            ``refresh_interval`` steps. A weight that is written to meanwhile stays as it was written, with a
+            UserWarning; one that is cast or moved gets its steps there. A run is reproducible if these
             happen at the same steps, and ``Trajectory`` records when they did. Needs a linear update
             (``SGD``), streamed or batched probes, unsharded parameters and no weight decay; ``Follower``
             and ``ElasticGroup`` refuse it. Ranks must merge at the same steps: have all of them call
