@@ -18,7 +18,7 @@ from zoext._parameters.parameters import Parameters
 from zoext._runtime import interrupts
 from zoext._runtime.devices import moved
 from zoext._runtime.notices import warn
-from zoext.directions import Direction, Frame, Terms
+from zoext.directions import Direction, Drawn, Frame, Terms
 from zoext.distributed import Sharing
 from zoext.probes import Probe
 from zoext.updates import GroupStep, LinearUpdate, State
@@ -49,7 +49,8 @@ AnyStep = TypeVar("AnyStep", bound=Recorded)
 class _Product(NamedTuple):
     """What a step adds to the sum of a matrix: ``terms`` in order, float32 [rank, m] each."""
 
-    matrix: Parameters
+    matrices: Parameters
+    position: int
     sum: Tensor  # its memory
     right: Tensor
     terms: list[Tensor]
@@ -73,6 +74,9 @@ class Deferral:
         direction: if it does not defer, nothing is ever held.
         module: the model; known if the direction defers.
         run: tells whether a forward is a probe.
+
+    Attributes:
+        drawn: the factors that the probes of the step have drawn, see ``Terms.drawn``.
     """
 
     def __init__(self, direction: Direction, module: nn.Module | None, run: Run) -> None:
@@ -87,6 +91,7 @@ class Deferral:
         self._was_merged = False  # by a look, since the last step
         self._continues = False  # a recording, in which a merge is at this place
         self._looks = 0  # steps that followed a look
+        self.drawn: dict[int, Drawn] = {}
 
     @property
     def looks(self) -> int:
@@ -161,6 +166,7 @@ class Deferral:
         """Called after a step with these seeds; returns whether a look had merged before it."""
         if self._held and len(seeds):
             self._seed = seeds[:1]
+        self.drawn = {}
         was_merged, continues = self._was_merged, self._continues
         self._looks += was_merged
         self._was_merged = self._continues = False
@@ -191,23 +197,25 @@ class Deferral:
         for step, frame in steps:
             held = [position for position, key in enumerate(parameters.keys) if frame.holds(key)]
             written = [position for position in range(len(parameters)) if position not in held]
-            terms = replace(update.terms(step), frame=frame)
+            terms = replace(update.terms(step), frame=frame, drawn=self.drawn)
             # Before anything moves, because memory may run out here.
-            products = self._products(parameters.take(held), terms) if held and len(terms.seeds) else []
+            products = self._products(parameters.part(held), terms) if held and len(terms.seeds) else []
             if written:
-                state = update.apply(self.direction, parameters.take(written), [step], state)
+                state = update.apply(self.direction, parameters.part(written), [step], state)
             if products:
                 self._add(products, terms.seeds)
         return state
 
     def _products(self, matrices: Parameters, terms: Terms) -> list[_Product]:
         products = []
+        scales: dict[tuple[torch.device, float], list[Tensor]] = {}
         factors = zip(matrices.keys, *self.direction.factors(matrices, terms), strict=True)
         for position, (key, left, right) in enumerate(factors):
-            scaled = moved(terms.coefficients, left.device) * self.direction.step_scale(right)
-            scaled_terms = [factor * scale for factor, scale in zip(left, scaled, strict=True)]
-            own = matrices.take([position])
-            products.append(_Product(own, self._memory_like(key, left[0]), right, scaled_terms))
+            place = left.device, self.direction.step_scale(right)
+            if place not in scales:
+                scales[place] = list((moved(terms.coefficients, place[0]) * place[1]).unbind())
+            scaled = [factor * scale for factor, scale in zip(left.unbind(), scales[place], strict=True)]
+            products.append(_Product(matrices, position, self._memory_like(key, left[0]), right, scaled))
         return products
 
     def _add(self, products: Sequence[_Product], seeds: Tensor) -> None:
@@ -216,9 +224,10 @@ class Deferral:
             self._seed = seeds[:1]
         is_new = False
         for product in products:
-            (key,) = product.matrix.keys
+            key = product.matrices.keys[product.position]
             if key not in self._held:
-                self._held[key] = Held(product.matrix, product.sum.zero_(), product.right)
+                own = product.matrices.take([product.position])
+                self._held[key] = Held(own, product.sum.zero_(), product.right)
                 is_new = True
             for term in product.terms:
                 self._held[key].sum.add_(term)

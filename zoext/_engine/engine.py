@@ -95,15 +95,8 @@ class StepEngine:
         names = ("axes", "module", "probe", "rounding", "watch", "ranks", "_reduction")
         kept = {name: getattr(self, name) for name in names}
         deferral = self.deferral.fresh(run)
-        return {
-            **kept,
-            "run": run,
-            "deferral": deferral,
-            "groups": (),
-            "_movable": None,
-            "_mus": (),
-            "_seeds": None,
-        }
+        empty = {"groups": (), "_movable": None, "_mus": (), "_seeds": None}
+        return {**kept, **empty, "run": run, "deferral": deferral}
 
     @property
     def owner(self) -> Owner:
@@ -229,7 +222,9 @@ class StepEngine:
         """The context of a step with the parameters and scales that the engine last read."""
         devices = parameters.devices(self.param_groups)
         own = (self.axes, self.module, self.groups, self._mus)
-        return StepContext(*own, seeds, devices, shares_random, self.deferral.sums)
+        self.deferral.drawn = {}
+        held = self.deferral.sums, self.deferral.drawn
+        return StepContext(*own, seeds, devices, shares_random, *held)
 
     def _estimation(self, context: StepContext) -> Estimation:
         found = self.run.frame if self.run.pending else None

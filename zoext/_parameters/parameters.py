@@ -75,6 +75,14 @@ class Parameters:
             of(self.residuals) if self.residuals else (),
         )
 
+    def part(self, positions: Sequence[int]) -> Parameters:
+        """``take``, which returns the same object for the same positions."""
+        key = ("part", *positions)
+        known: Parameters | None = self.made.get(key)
+        if known is None:
+            known = self.made[key] = self.take(positions)
+        return known
+
     def tell_autograd(self) -> None:
         """Increments the versions of DTensors, which writes to their local parts do not increment."""
         pairs = zip(self.owners, self.tensors, strict=True)

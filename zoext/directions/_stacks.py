@@ -111,15 +111,14 @@ def factors_of(
     for matrix in matrices:
         if matrix.key not in given:
             given[matrix.key] = _given(matrix.key, frames, parameters.tensors[matrix.position].device)
-    signature = Drawn.signature(seeds)
-    found: list[Tensor | None] = [_known(matrix, signature, drawn) for matrix in matrices]
+    found: list[Tensor | None] = [_known(matrix, seeds, drawn) for matrix in matrices]
     missing = [place for place, factor in enumerate(found) if factor is None]
     if missing:
         pairs = [(matrices[place], sides[place]) for place in missing]
         for place, new in zip(missing, _drawn(pairs, given, seeds), strict=True):
             found[place] = new
             if drawn is not None and is_kept(matrices[place]):
-                drawn[matrices[place].key] = Drawn(signature, new)
+                drawn[matrices[place].key] = Drawn(seeds, seeds._version, new)
     lefts, rights = [], []
     for matrix, is_right, factor in zip(matrices, sides, found, strict=True):
         assert factor is not None
@@ -137,9 +136,9 @@ def is_kept(matrix: Matrix) -> bool:
     return matrix.entry is None and matrix.block.is_whole
 
 
-def _known(matrix: Matrix, signature: tuple[int, int, int], drawn: dict[int, Drawn] | None) -> Tensor | None:
+def _known(matrix: Matrix, seeds: Tensor, drawn: dict[int, Drawn] | None) -> Tensor | None:
     known = drawn.get(matrix.key) if drawn else None
-    return known.factor if known is not None and known.seeds == signature and is_kept(matrix) else None
+    return known.factor if known is not None and known.is_of(seeds) and is_kept(matrix) else None
 
 
 def _drawn(pairs: Sequence[tuple[Matrix, bool]], given: dict[int, Tensor], seeds: Tensor) -> list[Tensor]:

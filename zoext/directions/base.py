@@ -45,17 +45,19 @@ class Frame:
 
 
 class Drawn(NamedTuple):
-    """The factor of a matrix, float32 [K, rank, m or n], and the seeds it was drawn from.
+    """The factor of a matrix, float32 [K, rank, m or n], and the seeds it was drawn from."""
 
-    Seeds are compared by their address and version: a comparison of values would wait for the device.
-    """
-
-    seeds: tuple[int, int, int]
+    seeds: Tensor  # kept, so that no other tensor has their address
+    version: int
     factor: Tensor
 
-    @staticmethod
-    def signature(seeds: Tensor) -> tuple[int, int, int]:
-        return seeds.data_ptr(), seeds.numel(), seeds._version
+    def is_of(self, seeds: Tensor) -> bool:
+        """Whether seeds are the same. Their values are not compared, which would wait for the device."""
+        same = seeds is self.seeds or (seeds.data_ptr(), len(seeds)) == (
+            self.seeds.data_ptr(),
+            len(self.seeds),
+        )
+        return same and seeds._version == self.version
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,14 +170,15 @@ class Factored(Direction):
                 )
 
     def factors(self, parameters: Parameters, terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
-        kinds = _kinds(parameters, [terms.frame])
+        split = _split(parameters, [terms.frame])
+        kinds = split.kinds
         if kinds.dense:
             raise ValueError(
                 f"direction: {parameters.names[kinds.dense[0]]} has dense directions, which have no factors; "
                 "freeze it with requires_grad_(False)"
             )
-        these = parameters.take(kinds.matrices)
-        matrices = matrices_of(these, terms.frames)
+        these = split.matrices if split.matrices is not None else parameters.take([])
+        matrices = split.matrices_of(terms.frames) if kinds.matrices else []
         if stack := next((matrix for matrix in matrices if matrix.entry is not None), None):
             raise ValueError(
                 f"direction: {these.names[stack.position]} is a stack of matrices with factors each; "

@@ -59,8 +59,8 @@ class Displacements:
                     low_rank.append(position)
                 elif owner.numel() <= SMALL and owner.dim() <= 1 and not shards.is_distributed(owner):
                     small.append(position)
-            self._draw(parameters.take(low_rank), terms)
-            self._make(parameters.take(small), terms)
+            self._draw(parameters.part(low_rank), terms)
+            self._make(parameters.part(small), terms)
 
     @contextmanager
     def gathered(self, weights: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
