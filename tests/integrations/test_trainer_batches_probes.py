@@ -51,3 +51,14 @@ def test_losses_of_its_own_are_refused(tmp_path: Path) -> None:
         run(tmp_path, "batched", kind=OwnLoss)
     with pytest.raises(ValueError, match="zo_compact_loss"):
         run(tmp_path, "batched", zo_compact_loss=False)
+
+
+def test_refusal_of_the_compact_loss_is_told(tmp_path: Path) -> None:
+    model = tiny("Mixtral", output_router_logits=True)
+    with (
+        pytest.warns(UserWarning, match="the loss makes logits for all tokens"),
+        pytest.raises(
+            ValueError, match=r"for language models that it takes; .* adds the loss of the routers"
+        ),
+    ):
+        run(tmp_path, "batched", model)

@@ -29,10 +29,12 @@ class Agreement:
     Attributes:
         parts: a way to take the model apart.
         scales: whether the model divides its loss by ``num_items_in_batch``.
+        takes_shifted: whether the model takes ``shift_labels``, which are labels where they are predicted.
     """
 
     parts: Parts
     scales: bool
+    takes_shifted: bool
 
 
 def find(model: nn.Module) -> Agreement:
@@ -48,7 +50,7 @@ def find(model: nn.Module) -> Agreement:
             try:
                 whole = whole or _Whole(parts)
                 whole.compare(parts)
-                return Agreement(parts, whole.scales)
+                return Agreement(parts, whole.scales, whole.takes_shifted)
             except CompactLossError as error:
                 last = error
             except Exception as error:
@@ -69,11 +71,21 @@ class _Whole:
         output = model(**self.batch, return_dict=True)
         self.logits: Tensor = output.logits
         self.loss = float(output.loss)
-        self.scales = False
+        self.scales = self.takes_shifted = False
         takes = inspect.signature(parts.model.forward).parameters.values()
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes):
             losses = [float(model(**self.batch, num_items_in_batch=n, return_dict=True).loss) for n in (1, 2)]
             self.scales = abs(losses[0] - 2 * losses[1]) < 0.1 * abs(losses[0])
+            self.takes_shifted = parts.kind == "causal" and self._takes_shifted(model)
+
+    def _takes_shifted(self, model: Any) -> bool:
+        """Whether ``shift_labels`` count: the mean loss of no label is NaN."""
+        nothing = torch.full_like(self.batch["labels"], _IGNORED)
+        try:
+            loss = model(**self.batch, shift_labels=nothing, return_dict=True).loss
+        except TypeError:
+            return False
+        return bool(loss.isnan())
 
     def compare(self, parts: Parts) -> None:
         """Raises a CompactLossError unless ``parts`` agree."""

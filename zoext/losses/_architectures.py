@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zoext.losses._changes import Comparison
 from zoext.losses._heads import Head, heads_of
 from zoext.losses._refusals import CompactLossError, NotALanguageModelError
 
@@ -21,9 +22,12 @@ _TABLES = {
 }
 _SUFFIXES = {"ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHeadModel": "causal"}
 #: Arguments of a model that its base model never sees, as far as they are allowed.
-_OWN = ("labels", "num_items_in_batch")
+_OWN = ("labels", "num_items_in_batch", "shift_labels", "ignore_index")
+#: Keywords that a base model passes to its layers, beside those of ``TransformersKwargs``.
+_PASSED_ON = ("return_dict",)
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 _IGNORED = -100  # in the labels that models shift
+_ROUTERS = "output_router_logits"  # which adds their loss
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,14 @@ class Parts:
     _base: nn.Module | None
     _known: frozenset[str]  # the arguments that the base model names
     _unseen: frozenset[str]  # those that only the whole model does
-    _takes_any: bool  # whether the base model takes others
+    _passed_on: frozenset[str]  # others that the base model passes to its layers
+    _comparison: Comparison
 
     def hidden_states(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
         """The hidden states of a batch, [B, T, d], that the head makes logits of."""
+        self._comparison.check()
+        _check_adapters(self.model)
+        _check(self._core)
         batch = {name: batch[name] for name in batch if name not in _OWN}
         self._check_names(batch)
         if "use_cache" in self._known:
@@ -84,9 +92,10 @@ class Parts:
         return shifted.masked_fill(shifted == _IGNORED, config.pad_token_id)
 
     def _check_names(self, batch: dict[str, Any]) -> None:
-        """Refuses arguments that only the forward of the whole model would use."""
-        for name in batch:
-            if name in self._unseen or (name not in self._known and not self._takes_any):
+        """Refuses arguments that only the forward or the loss of the whole model would use."""
+        for name, value in batch.items():
+            is_of_loss = name == _ROUTERS and value
+            if name in self._unseen or name not in self._known | self._passed_on or is_of_loss:
                 raise CompactLossError(
                     f"batch[{name!r}]: the base model of {type(self._core).__name__} does not take it, so "
                     "the compact loss would not see it; leave it out, or use the loss of the model"
@@ -117,8 +126,10 @@ def parts_of(model: nn.Module) -> Iterator[Parts]:
     if not own:  # a wrapper that passes all on to the decoder
         own, _ = _arguments(core.get_decoder())
     unseen = _arguments(core)[0] - own
+    passed_on = _keywords() if takes_any else frozenset[str]()
+    comparison = Comparison(model, core)
     for head in heads_of(core, base):
-        yield Parts(whole, kind, head, is_replicated, core, base, own, unseen, takes_any)
+        yield Parts(whole, kind, head, is_replicated, core, base, own, unseen, passed_on, comparison)
 
 
 def _innermost(model: nn.Module) -> Any:
@@ -187,7 +198,7 @@ def _several(value: Any) -> tuple[Any, ...]:
 def _check(model: Any) -> None:
     """Refuses what the comparison with the model's loss would not find."""
     config = model.config
-    if getattr(config, "output_router_logits", False):
+    if getattr(config, _ROUTERS, False):
         raise CompactLossError(
             "config.output_router_logits=True adds the loss of the routers to the loss of the model; set it "
             "to False, or use the loss of the model"
@@ -210,3 +221,9 @@ def _arguments(module: nn.Module) -> tuple[frozenset[str], bool]:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = frozenset(parameter.name for parameter in parameters if parameter.kind not in several)
     return names, any(parameter.kind is several[1] for parameter in parameters)
+
+
+def _keywords() -> frozenset[str]:
+    """The keywords that models of transformers take for their layers, such as those of flash attention."""
+    generic: Any = importlib.import_module("transformers.utils.generic")
+    return frozenset((*generic.TransformersKwargs.__annotations__, *_PASSED_ON))

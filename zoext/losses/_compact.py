@@ -33,7 +33,10 @@ class CompactLoss:
         >>> loss = zoext.CompactLoss(model)
         >>> optimizer.step(lambda: loss(batch))
 
-    The constructor compares logits and loss with the model's own, on a few made-up tokens in eval mode.
+    The constructor compares logits and loss with the model's own, on a few made-up tokens in eval mode. A
+    call raises a CompactLossError if the loss of the model may be another one since: after forward hooks were
+    registered on it, or its ``forward`` or its ``loss_function`` was replaced. Settings of the config that
+    scale or cap the logits are read by every call.
 
     Without ``rows``, each new ``labels`` tensor on a device makes the host wait for it once, to learn how
     many labels there are. With ``rows`` nothing waits, which a captured CUDA graph needs.
@@ -74,9 +77,11 @@ class CompactLoss:
         agreement = _agreement.find(model)
         self._parts: Parts = agreement.parts
         self._scales = agreement.scales
+        self._takes_shifted = agreement.takes_shifted
         self._chunk = chunk or max(1, _LOGITS // self._parts.head.vocabulary)
         shift = int(self._parts.kind == "causal")
         self._finder = RowFinder(shift, ignore_index, rows)
+        self._shifted_finder = RowFinder(0, ignore_index, rows)
 
     @property
     def kind(self) -> str:
@@ -98,7 +103,8 @@ class CompactLoss:
         """The mean loss of the labelled tokens of a batch.
 
         Args:
-            batch: the arguments of the model, with ``labels``: int64 [B, T].
+            batch: the arguments of the model, with ``labels``: int64 [B, T]. ``shift_labels``, labels at the
+                positions where they are predicted, replace them, as in most causal models.
             copies: the batch is one of so many copies, made by ``zoext.repeat``, and the loss of each is
                 wanted. Default None: a single loss.
             num_items_in_batch: what the sum of the losses is divided by. Default: ``num_items_in_batch`` of
@@ -106,6 +112,11 @@ class CompactLoss:
 
         Returns:
             [], or [copies]; float32, or float64 for a model in float64. NaN without a label.
+
+        Raises:
+            CompactLossError: for an entry of the batch that only the forward or the loss of the whole model
+                would use, and for a model that was changed, see above.
+            ValueError: for labels of another shape, or more of them than ``rows``.
         """
         losses, rows = self._losses(batch, 1 if copies is None else copies)
         counts: Tensor | int | None = num_items_in_batch
@@ -138,7 +149,7 @@ class CompactLoss:
                 "the model is in DistributedDataParallel, whose forward CompactLoss leaves out, so gradients "
                 "would not be averaged; call it under torch.no_grad(), as zoext calls closures"
             )
-        rows = self._finder.find(batch["labels"], copies)
+        rows = self._rows(batch, copies)
         hidden = rows.of(self._parts.hidden_states(dict(batch), batch["labels"]))
         width = max(1, self._chunk // copies)
         losses = [
@@ -147,6 +158,24 @@ class CompactLoss:
         ]
         joined = torch.cat(losses, 1) if losses else hidden.new_zeros(copies, 0, dtype=torch.float32)
         return (joined if rows.overflow is None else joined + rows.overflow), rows
+
+    def _rows(self, batch: Mapping[str, Any], copies: int) -> Rows:
+        """The labelled tokens, by the keywords that the loss of the model takes beside the labels."""
+        ignored = batch.get("ignore_index", self._ignore_index)
+        if ignored != self._ignore_index:
+            raise CompactLossError(
+                f"batch['ignore_index'] is {ignored!r}, but this loss ignores {self._ignore_index}; build "
+                f"CompactLoss(model, ignore_index={ignored!r}), or use the loss of the model"
+            )
+        shifted = batch.get("shift_labels")
+        if shifted is None:
+            return self._finder.find(batch["labels"], copies)
+        if not self._takes_shifted:
+            raise CompactLossError(
+                "batch['shift_labels']: the loss of this model does not take them; leave them out, or use "
+                "the loss of the model"
+            )
+        return self._shifted_finder.find(shifted, copies, "shift_labels")
 
     def _losses_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The losses [C, r] of hidden states [C, r, d]. The head gets [C r, d], one copy after the other."""

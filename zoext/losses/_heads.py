@@ -28,6 +28,9 @@ _FACTORS = ("lm_head_multiplier", "output_multiplier", "logit_scale")
 _DIVISOR = "logits_scaling"
 #: Settings with the ``c`` of ``c tanh(logits / c)``.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_KNOWN = (*_FACTORS, _DIVISOR, *_CAPS)
+#: Settings that say whether hidden states are scaled before a tied head.
+_TIED = ("scale_decoder_outputs", "tie_word_embeddings")
 #: Other settings by such names change the logits in a way that is unknown here, unless they are of attention.
 _SUSPICIOUS = re.compile(r"logit.*(cap|scal|mul|temp)|(cap|scal|mul|temp).*logit")
 _ELSEWHERE = re.compile(r"attn|attention|router|index")
@@ -54,7 +57,13 @@ def heads_of(model: nn.Module, base: nn.Module | None) -> Iterator[Head]:
         CompactLossError: if it has no head that is known here.
     """
     config: Any = model.config
-    settings = _Settings(model, config)
+    settings = _Settings(model)
+    for name, value in settings.unknown().items():
+        if value not in (None, 0, 1):
+            raise CompactLossError(
+                f"config.{name}={value!r} may change the logits of {type(model).__name__} in a way that "
+                "CompactLoss does not know; use the loss of the model"
+            )
     modules = _modules(model, base)
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary = int(getattr(output, "out_features", None) or settings.of("vocab_size") or 2**15)
@@ -63,9 +72,9 @@ def heads_of(model: nn.Module, base: nn.Module | None) -> Iterator[Head]:
             *before,
             *modules,
             *_biases(model),
-            *_factors(settings),
+            *_scaled(settings, _FACTORS, _multiply),
             *divide,
-            *_caps(settings),
+            *_scaled(settings, _CAPS, _cap),
         )
         yield Head(operations, vocabulary)
 
@@ -73,21 +82,34 @@ def heads_of(model: nn.Module, base: nn.Module | None) -> Iterator[Head]:
 class _Settings:
     """The settings of a model that are set, of its text part too."""
 
-    def __init__(self, model: nn.Module, config: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def _configs(self) -> tuple[Any, Any]:
+        config: Any = self._model.config
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        self._places = (model, config, text)
-        known = (*_FACTORS, _DIVISOR, *_CAPS)
-        for name in {**vars(config), **vars(text)}:
-            is_unknown = name not in known and _SUSPICIOUS.search(name) and not _ELSEWHERE.search(name)
-            if is_unknown and self.of(name) not in (None, 0, 1):
-                raise CompactLossError(
-                    f"config.{name}={self.of(name)!r} may change the logits of {type(model).__name__} in a "
-                    "way that CompactLoss does not know; use the loss of the model"
-                )
+        return config, text
 
     def of(self, name: str) -> Any:
-        found = (getattr(place, name, None) for place in self._places)
+        found = (getattr(place, name, None) for place in (self._model, *self._configs))
         return next((value for value in found if isinstance(value, int | float)), None)
+
+    def unknown(self) -> dict[str, Any]:
+        """What may change the logits in a way that is unknown here."""
+        names = {name for config in self._configs for name in vars(config)}
+        return {
+            name: self.of(name)
+            for name in sorted(names - {*_KNOWN})
+            if _SUSPICIOUS.search(name) and not _ELSEWHERE.search(name)
+        }
+
+
+def unread_settings(model: nn.Module) -> dict[str, Any]:
+    """The settings that logits of ``model`` may depend on and that a ``Head`` does not read when it runs."""
+    settings = _Settings(model)
+    tied = {name: settings.of(name) for name in _TIED}
+    return tied | settings.unknown() | {name: settings.of(name) is None for name in _KNOWN}
 
 
 def _modules(model: nn.Module, base: nn.Module | None) -> list[_Operation]:
@@ -123,7 +145,7 @@ def _inputs(config: Any, base: nn.Module | None) -> list[list[_Operation]]:
     if base is not None or not width:
         return [[]]
     scaled: list[_Operation] = [partial(_multiply, width**-0.5)]
-    is_scaled = getattr(config, "scale_decoder_outputs", getattr(config, "tie_word_embeddings", False))
+    is_scaled = getattr(config, _TIED[0], getattr(config, _TIED[1], False))
     return [scaled, []] if is_scaled else [[], scaled]
 
 
@@ -132,24 +154,29 @@ def _biases(model: nn.Module) -> list[_Operation]:
     return [lambda logits: logits + model.get_buffer("final_logits_bias")] if bias is not None else []
 
 
-def _factors(settings: _Settings) -> list[_Operation]:
-    return [partial(_multiply, factor) for name in _FACTORS if (factor := settings.of(name)) is not None]
+def _scaled(
+    settings: _Settings, names: tuple[str, ...], function: Callable[[float, Tensor], Tensor]
+) -> list[_Operation]:
+    """The operations of settings that are set now, with the values that they have when they run."""
+    present = [name for name in names if settings.of(name) is not None]
+    return [partial(_with, settings, name, function) for name in present]
 
 
 def _divisors(settings: _Settings) -> list[list[_Operation]]:
-    divisor = settings.of(_DIVISOR)
-    if divisor is None:
+    if settings.of(_DIVISOR) is None:
         return [[]]
-    return [[partial(_divide, divisor)], [partial(_multiply, divisor)]]
-
-
-def _caps(settings: _Settings) -> list[_Operation]:
-    return [partial(_cap, cap) for name in _CAPS if (cap := settings.of(name))]
+    return [_scaled(settings, (_DIVISOR,), function) for function in (_divide, _multiply)]
 
 
 def _run(model: nn.Module, name: str, rows: Tensor) -> Tensor:
     logits: Tensor = getattr(model, name)(rows)
     return logits
+
+
+def _with(
+    settings: _Settings, name: str, function: Callable[[float, Tensor], Tensor], logits: Tensor
+) -> Tensor:
+    return function(settings.of(name), logits)
 
 
 def _multiply(factor: float, x: Tensor) -> Tensor:
@@ -161,4 +188,4 @@ def _divide(divisor: float, x: Tensor) -> Tensor:
 
 
 def _cap(cap: float, logits: Tensor) -> Tensor:
-    return torch.tanh(logits / cap) * cap
+    return torch.tanh(logits / cap) * cap if cap else logits

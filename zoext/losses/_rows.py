@@ -63,12 +63,12 @@ class RowFinder:
         self._rows = rows
         self._found: Any = WeakTensorKeyDictionary()  # by labels on a device: their version, copies and rows
 
-    def find(self, labels: Any, copies: int) -> Rows:
-        """The rows of labels [C B, T]."""
+    def find(self, labels: Any, copies: int, name: str = "labels") -> Rows:
+        """The rows of labels [C B, T], an entry of the batch of this name."""
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[0] % copies:
             shown = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
-                f"batch['labels'] must be a tensor [{'' if copies == 1 else f'{copies} * '}B, T], not {shown}"
+                f"batch[{name!r}] must be a tensor [{'' if copies == 1 else f'{copies} * '}B, T], not {shown}"
             )
         if labels.is_cpu or labels.is_inference() or self._rows is not None:
             return self._find(labels, copies)

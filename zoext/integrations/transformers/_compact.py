@@ -23,13 +23,12 @@ class CompactForward:
         self.copies: int | None = None  # of the batch, whose losses are wanted one by one
         self._autocast = trainer.accelerator.autocast  # which Accelerate puts around the model's forward only
         self._compact: CompactLoss | None = None
+        self._refusal: CompactLossError | None = None
         try:
             with self._autocast():
                 self._compact = CompactLoss(model)
-        except NotALanguageModelError:
-            pass
         except CompactLossError as error:
-            self._tell(error)
+            self._refuse(error)
 
     @classmethod
     def of(cls, trainer: Trainer, model: nn.Module) -> CompactForward | None:
@@ -51,15 +50,21 @@ class CompactForward:
                 with self._autocast():
                     return {"loss": self._compact(batch, self.copies)}
             except CompactLossError as error:
-                self._compact = None
-                self._tell(error)
+                self._refuse(error)
         if self.copies is not None:
             raise ValueError(
                 "probe='batched' needs a loss for each copy of the batch, which CompactLoss has for language "
-                "models that it takes, and this model has only for all copies; use probe='streamed'"
-            )
+                f"models that it takes; use probe='streamed'. {self._cause}"
+            ) from self._refusal
         return self.model(**inputs)
 
-    @staticmethod
-    def _tell(error: CompactLossError) -> None:
-        notices.warn(f"the loss makes logits for all tokens, with a label or not (zo_compact_loss): {error}")
+    @property
+    def _cause(self) -> str:
+        return str(self._refusal or "The batch has no entry 'labels'")
+
+    def _refuse(self, error: CompactLossError) -> None:
+        self._compact, self._refusal = None, error
+        if not isinstance(error, NotALanguageModelError):
+            notices.warn(
+                f"the loss makes logits for all tokens, with a label or not (zo_compact_loss): {error}"
+            )
