@@ -58,7 +58,7 @@ def test_refusal_of_the_compact_loss_is_told(tmp_path: Path) -> None:
     with (
         pytest.warns(UserWarning, match="the loss makes logits for all tokens"),
         pytest.raises(
-            ValueError, match=r"for language models that it takes; .* adds the loss of the routers"
+            ValueError, match=r"models that it takes; .* adds the loss of the routers"
         ),
     ):
         run(tmp_path, "batched", model)

@@ -126,6 +126,23 @@ def test_means_are_those_of_each_copy(dtype: torch.dtype, shape: tuple[int, ...]
     torch.testing.assert_close(one, zoext.mean_per_copy(losses, 3, torch.cat([weights[:5]] * 3)))
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda x: np.array(x, np.float32)])
+def test_numbers_of_reward_functions_are_averaged(kind: Any) -> None:
+    numbers, mask = [0.5, 1.5, 2.0, 4.0, 1.0, -1.0], [True, False, True]
+    want = torch.tensor([4 / 3, 4 / 3])
+    torch.testing.assert_close(zoext.mean_per_copy(kind(numbers), 2), want, check_dtype=False)
+    got = zoext.mean_per_copy(kind(numbers), 2, kind(mask))
+    torch.testing.assert_close(got, torch.tensor([1.25, 1.5]), check_dtype=False)
+
+
+@pytest.mark.parametrize("values", ["many", [1.0, None], iter([1.0, 2.0]), [torch.ones(2), torch.ones(3)]])
+def test_what_is_no_number_is_refused(values: Any) -> None:
+    with pytest.raises(TypeError, match="losses must be a tensor, or a list or an array of numbers, not "):
+        zoext.mean_per_copy(values, 2)
+    with pytest.raises(TypeError, match="weights must be a tensor, or a list or an array of numbers, not "):
+        zoext.mean_per_copy([1.0, 2.0], 2, values)
+
+
 def test_masked_losses_are_left_out() -> None:
     losses = torch.tensor([[1.0, torch.nan], [5.0, 2.0], [4.0, torch.inf], [torch.nan, 1.0]])
     mask = torch.tensor([[True, False], [True, True]])

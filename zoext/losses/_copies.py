@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from enum import Enum
 from numbers import Number
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import KeyPath, keystr, tree_flatten_with_path, tree_unflatten
 
 from zoext._runtime.arguments import check_count
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _Batch = TypeVar("_Batch")
 
@@ -50,27 +53,37 @@ def repeat(batch: _Batch, copies: int) -> _Batch:
     return repeated
 
 
-def mean_per_copy(losses: Tensor, copies: int, weights: Tensor | None = None) -> Tensor:
+def mean_per_copy(
+    losses: Tensor | Sequence[Any] | NDArray[Any],
+    copies: int,
+    weights: Tensor | Sequence[Any] | NDArray[Any] | None = None,
+) -> Tensor:
     """The mean loss of each copy of a batch that ``repeat`` made.
 
     ``mean[c] = sum_i w_i loss_i / sum_i w_i`` over the examples (and tokens) ``i`` of copy ``c``.
 
         >>> zoext.mean_per_copy(torch.tensor([1.0, 3.0, 5.0, 9.0]), copies=2)
         tensor([2., 7.])
+        >>> zoext.mean_per_copy([0.5, 1.5, 2.0, 4.0], copies=2)  # rewards
+        tensor([1., 3.])
 
     Args:
-        losses: [copies B, ...]: a loss per example, or per token.
+        losses: [copies B, ...]: a loss per example, or per token; a tensor, a list of numbers or an array.
         copies: the number of copies, at least 1.
-        weights: numbers or a mask, of the shape of ``losses`` or of the losses of one copy, [B, ...]. A loss
-            with the weight 0 is left out even if it is not finite. Default: 1 for each.
+        weights: numbers or a mask, of the shape of ``losses`` or of the losses of one copy, [B, ...]; a list
+            or an array as well. A loss with the weight 0 is left out even if it is not finite. Default: 1 for
+            each.
 
     Returns:
         [copies], float64 for losses in float64 and else float32. NaN for a copy whose weights are all 0.
 
     Raises:
         ValueError: for a first dimension that ``copies`` does not divide, or weights of another shape.
+        TypeError: for what is no tensor, list or array of numbers.
     """
     check_count("copies", copies)
+    losses = _tensor(losses, "losses")
+    weights = weights if weights is None else _tensor(weights, "weights").to(losses.device)
     if not losses.dim() or losses.shape[0] % copies:
         raise ValueError(
             f"losses must have a first dimension that copies={copies} divides, not the shape "
@@ -87,6 +100,15 @@ def mean_per_copy(losses: Tensor, copies: int, weights: Tensor | None = None) ->
         )
     factors = weights.to(wide.dtype).reshape(-1, wide.shape[1])
     return torch.where(factors == 0, 0.0, wide * factors).sum(1) / factors.sum(1)
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor, or a list or an array of numbers, not {type(values).__name__}: {error}"
+        ) from None
 
 
 class _Examples:
