@@ -13,28 +13,63 @@ from zoext._parameters import shards
 from zoext._runtime.devices import moved, widest
 from zoext.estimators import Round
 
+_COPIES = "copies"
+
 
 def check_closure(closure: object, *, takes_copies: bool) -> None:
-    """Raises a TypeError for a closure that cannot be called, or not with a number of copies if it must."""
+    """Raises a TypeError for a closure that cannot be called, with a number of copies or without arguments."""
     if not callable(closure):
         raise TypeError(
             f"closure must be a function that evaluates the loss, not {type(closure).__name__}: "
             "step(lambda: loss_of(model, batch))"
         )
-    if not takes_copies:
-        return
     try:
         signature = inspect.signature(closure)
-    except ValueError:  # of a function that is not written in Python
+    except (ValueError, TypeError):  # of a function that is not written in Python
         return
-    try:
-        signature.bind(2)
-    except TypeError:
+    first = next(iter(signature.parameters.values()), None)
+    if not takes_copies:
+        if not _takes(signature):
+            raise TypeError(f"{_shown(signature)}: {_called_without(first)}")
+    elif not _takes(signature, 2):
         raise TypeError(
-            f"closure{signature}: a batched probe calls closure(copies), which runs the model on "
+            f"{_shown(signature)}: a batched probe calls closure(copies), which runs the model on "
             "zoext.repeat(batch, copies) and returns a loss for each copy, zoext.mean_per_copy(losses, "
             "copies)"
-        ) from None
+        )
+    elif first is not None and first.default is not first.empty and first.name != _COPIES:
+        raise TypeError(
+            f"{_shown(signature)}: a batched probe calls closure(copies), and the number of copies would "
+            f"replace the default of {first.name!r}; take it first: lambda copies, {first.name}=...: ..."
+        )
+
+
+def _takes(signature: inspect.Signature, *arguments: object) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _shown(signature: inspect.Signature) -> str:
+    """The signature without its defaults, which may be large tensors."""
+    parameters = signature.parameters.values()
+    names = (str(each.replace(default=each.empty, annotation=each.empty)) for each in parameters)
+    defaults = ("" if each.default is each.empty else "=..." for each in parameters)
+    return f"closure({', '.join(map(''.join, zip(names, defaults, strict=True)))})"
+
+
+def _called_without(first: inspect.Parameter | None) -> str:
+    if first is not None and first.name == _COPIES:
+        return (
+            "this closure takes copies, and only a batched probe passes their number; pass probe='batched' "
+            "to the optimizer, or a closure without arguments"
+        )
+    return (
+        "the closure is called without arguments; pass step(lambda: loss_of(model, batch)), or "
+        "probe='batched' to the optimizer if the argument is a number of copies of the batch"
+    )
 
 
 def portions(indices: Sequence[int], largest: int | None) -> Iterator[Sequence[int]]:
