@@ -30,7 +30,7 @@ Make = Callable[[nn.Module], Callable[..., Any]]
 BATCHED: dict[str, tuple[Make, str]] = {
     "a batch by default": (
         lambda model: lambda batch=X: model(batch).square().mean(),
-        r"^closure\(batch=\.\.\.\): a .* would replace the default of 'batch'; take it first: lambda copies, batch=",
+        r"^closure\(batch=\.\.\.\): a .* would replace the default of 'batch'; take it first: lambda",
     ),
     "copies second": (
         lambda model: lambda batch=X, copies=2: loss(model, copies),

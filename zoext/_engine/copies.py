@@ -17,7 +17,7 @@ _COPIES = "copies"
 
 
 def check_closure(closure: object, *, takes_copies: bool) -> None:
-    """Raises a TypeError for a closure that cannot be called, with a number of copies or without arguments."""
+    """Raises a TypeError for a closure that cannot be called, with a number of copies or without any."""
     if not callable(closure):
         raise TypeError(
             f"closure must be a function that evaluates the loss, not {type(closure).__name__}: "

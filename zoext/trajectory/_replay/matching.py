@@ -91,8 +91,11 @@ def _check(header: Header, groups: Groups, path: Path, mismatch: Mismatch, what:
         )
 
 
-def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -> ZerothOrderOptimizer:
+def optimizer_of(
+    header: Header, model: nn.Module, groups: Groups, path: Path, probe: str | probes.Probe
+) -> ZerothOrderOptimizer:
     """The optimizer of the run, for the parameters that ``find`` returned."""
+    chosen = probes.choose(probe, model)
     names = [[parameter.name for parameter in group] for group in header.groups]
     try:
         axes = Axes.from_recipe(header.recipe)
@@ -105,7 +108,7 @@ def optimizer_of(header: Header, model: nn.Module, groups: Groups, path: Path) -
             **axes._asdict(),
             seed=header.seed,
             precision=header.precision,
-            probe=probes.choose("auto", model),
+            probe=chosen,
         )
     except (ValueError, TypeError) as error:
         raise TrajectoryError(f"{path}: {str(error)[:500]}") from None

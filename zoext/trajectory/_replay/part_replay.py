@@ -16,6 +16,7 @@ from zoext.directions import Frame, Step
 from zoext.directions.factored import Factored
 from zoext.estimators import Estimate
 from zoext.optimizer import ZerothOrderOptimizer
+from zoext.probes import Probe
 from zoext.trajectory._format import frames
 from zoext.trajectory._format.fields import TrajectoryError
 from zoext.trajectory._format.reading import Part
@@ -32,9 +33,12 @@ class PartReplay:
     Raises:
         TrajectoryError: if the trajectory does not match ``target``, or its side file is corrupted.
         RuntimeError: for an optimizer whose steps are being recorded.
+        ValueError, TypeError: for a ``probe`` that the model cannot have.
     """
 
-    def __init__(self, target: nn.Module | ZerothOrderOptimizer, part: Part) -> None:
+    def __init__(
+        self, target: nn.Module | ZerothOrderOptimizer, part: Part, probe: str | Probe = "auto"
+    ) -> None:
         if isinstance(target, ZerothOrderOptimizer):
             _check_not_recorded(target)
         header, path = part.header, part.path
@@ -52,7 +56,7 @@ class PartReplay:
             if isinstance(target, ZerothOrderOptimizer):
                 self.optimizer = target
             else:
-                self.optimizer = matching.optimizer_of(header, target, groups, path)
+                self.optimizer = matching.optimizer_of(header, target, groups, path, probe)
         self._direction = self.optimizer.engine.axes.direction
         self.optimizer.engine.deferral.look(self.optimizer.param_groups)  # the weights are checked next
         if header.frames or self._direction.watches:
