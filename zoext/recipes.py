@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from torch import nn
 
 from zoext.directions import ActivationSubspace, LowRank
-from zoext.estimators import CentralDifference, ForwardDifference, GreedyPool, GuidingVector
+from zoext.estimators import CentralDifference, Estimator, ForwardDifference, GreedyPool, GuidingVector
 from zoext.optimizer import ZerothOrderOptimizer
 from zoext.probes import Probe
 from zoext.updates import AdamReplay
@@ -59,7 +59,8 @@ class AdaMeZO(ZerothOrderOptimizer):
         theta <- theta - lr m / sqrt(v + eps) - lr weight_decay theta
 
     over the last ``horizon`` steps; ``bias_correction`` divides the moments by the mass of the window.
-    Two forwards per step and no memory for moments; each update generates ``horizon`` normals per element. lr
+    Two forwards per step and no memory for moments; each update generates ``horizon`` normals per element.
+    ``samples=n`` averages over n directions, with 2n forwards and n times as many normals. lr
     acts as in Adam: the length of a step hardly depends on the slope. The published code's lr 1e-7 has an
     unexplained factor of 100, hence the default of 1e-5. ``betas=(b, 0)`` means momentum only.
     """
@@ -73,10 +74,12 @@ class AdaMeZO(ZerothOrderOptimizer):
         horizon: int = 10,
         eps: float = 1e-8,
         bias_correction: bool = True,
+        samples: int = 1,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
+            estimator=CentralDifference(samples=samples),
             update=AdamReplay(betas=betas, horizon=horizon, eps=eps, bias_correction=bias_correction),
             lr=lr,
             **options,
@@ -90,7 +93,8 @@ class AGZO(ZerothOrderOptimizer):
         g = (L(theta + mu Delta) - L(theta)) / mu,   theta <- theta - lr (g Delta + weight_decay theta)
 
     for the weights of linear layers, dense normals for all else; see ``ActivationSubspace`` for ``mask`` and
-    ``balance``. Two forwards per step, because A is computed during the forward at theta. The paper's mu of
+    ``balance``. Two forwards per step, because A is computed during the forward at theta; ``samples=n``
+    averages over n directions, with n + 1 forwards. ``estimator`` replaces the difference. The paper's mu of
     1e-7 is a few units in the last place of a float32 loss; 1e-4 to 1e-3 is better.
     """
 
@@ -103,6 +107,8 @@ class AGZO(ZerothOrderOptimizer):
         power_iterations: int = 3,
         mask: str | None = "attention_mask",
         balance: str = "paper",
+        samples: int = 1,
+        estimator: Estimator | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
@@ -110,7 +116,7 @@ class AGZO(ZerothOrderOptimizer):
             direction=ActivationSubspace(
                 rank=rank, power_iterations=power_iterations, mask=mask, balance=balance
             ),
-            estimator=ForwardDifference(),
+            estimator=_estimator(estimator, ForwardDifference, samples),
             lr=lr,
             **options,
         )
@@ -164,7 +170,8 @@ class LOZO(ZerothOrderOptimizer):
 
         c = (L(theta + mu U V^T) - L(theta - mu U V^T)) / (2 mu),   theta <- theta - lr c U V^T / rank
 
-    for matrices, dense normals for vectors. Two forwards per step. ``defer=True`` writes matrices once in
+    for matrices, dense normals for vectors. Two forwards per step; ``samples=n`` averages over n directions,
+    with 2n forwards. ``estimator`` replaces the difference. ``defer=True`` writes matrices once in
     ``refresh_interval`` steps.
     """
 
@@ -177,11 +184,27 @@ class LOZO(ZerothOrderOptimizer):
         refresh_interval: int = 50,
         scale: str = "paper",
         defer: bool = False,
+        samples: int = 1,
+        estimator: Estimator | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
             direction=LowRank(rank=rank, refresh_interval=refresh_interval, scale=scale, defer=defer),
+            estimator=_estimator(estimator, CentralDifference, samples),
             lr=lr,
             **options,
         )
+
+
+def _estimator(
+    given: Estimator | None, kind: type[CentralDifference | ForwardDifference], samples: int
+) -> Estimator:
+    if given is None:
+        return kind(samples=samples)
+    if samples != 1:
+        raise ValueError(
+            f"samples={samples} belongs to the {kind.__name__} that estimator={given} replaces; leave it "
+            "out, or give it to the estimator"
+        )
+    return given
