@@ -6,7 +6,18 @@ import peft
 import pytest
 
 import zoext
-from support.peft_methods import HEAD, METHODS, MU, PAGE, Method, outcome, plain_slope, row, table_of_the_page
+from support.peft_methods import (
+    HEAD,
+    METHODS,
+    MU,
+    PAGE,
+    Method,
+    outcome,
+    plain_slope,
+    row,
+    runs_batched,
+    table_of_the_page,
+)
 
 #: Losses of these models are float32 numbers between 4 and 8, even where their weights are float64.
 LAST_BIT = 2**-21
@@ -31,7 +42,7 @@ def test_method(method: Method) -> None:
     assert mezo.error == lozo.error == ""
     assert not agzo.error or agzo.error.startswith("ActivationSubspace")
     if PAGE.exists():
-        assert row(method, mezo, agzo) in table_of_the_page(), (
+        assert row(method, mezo, agzo, runs_batched(method, built)) in table_of_the_page(), (
             "python -m support.peft_methods writes the table"
         )
 

@@ -82,6 +82,10 @@ def test_other_arguments_take_the_mixin(tmp_path: Path) -> None:
             "the options of MeZO are samples, probe, nonfinite, precision, not 'sample'",
         ),
         ({"zo_options": {"lr": 1e-3}}, "zo_options: give lr as the argument learning_rate"),
+        (
+            {"zo_optimizer": "LOZO", "zo_options": {"estimator": zoext.Population(4)}},
+            r"zo_options: give estimator as the argument optimizers=\(optimizer, None\) of the trainer",
+        ),
         ({"zo_options": {"mu": 1e-3}}, "zo_options: give mu as the argument zo_mu"),
     ],
 )

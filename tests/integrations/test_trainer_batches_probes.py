@@ -57,8 +57,6 @@ def test_refusal_of_the_compact_loss_is_told(tmp_path: Path) -> None:
     model = tiny("Mixtral", output_router_logits=True)
     with (
         pytest.warns(UserWarning, match="the loss makes logits for all tokens"),
-        pytest.raises(
-            ValueError, match=r"models that it takes; .* adds the loss of the routers"
-        ),
+        pytest.raises(ValueError, match=r"models that it takes; .* adds the loss of the routers"),
     ):
         run(tmp_path, "batched", model)

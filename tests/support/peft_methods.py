@@ -307,6 +307,42 @@ def outcome(
     )
 
 
+def runs_batched(method: Method, built: nn.Module) -> bool:
+    """Whether a batched probe runs it; its slope must then be that of a streamed one."""
+    slopes = []
+    for probe in ("streamed", "batched"):
+        model = copy.deepcopy(built)
+        before = snapshot(model)
+        with quiet():
+            optimizer = zoext.LOZO(model, lr=1e-2, mu=MU, probe=probe)
+            try:
+                estimate = optimizer.estimate(
+                    (lambda copies, model=model: losses(method, model, copies))
+                    if probe == "batched"
+                    else (lambda model=model: losses(method, model, 1))
+                )
+            except RuntimeError:
+                assert probe == "batched"
+                return False
+        assert differences(before, snapshot(model)) == ()
+        slopes.append(float(estimate.coefficients))
+    assert abs(slopes[0] - slopes[1]) <= 1e-5 * abs(slopes[0]) + 1e-6
+    return True
+
+
+def losses(method: Method, model: nn.Module, copies: int) -> Tensor:
+    """The loss of each copy of the batch, of the logits alone."""
+    torch.manual_seed(1)
+    labels = torch.tensor([0, 1]) if method.task == "SEQ_CLS" else TOKENS
+    batch = zoext.repeat({"input_ids": TOKENS, "labels": labels, **method.inputs()}, copies)
+    labels = batch["labels"] if method.task == "SEQ_2_SEQ_LM" else batch.pop("labels")
+    logits = model(**batch).logits
+    if method.task == "CAUSAL_LM":  # without virtual tokens
+        logits, labels = logits[:, -TOKENS.shape[1] : -1], labels[:, 1:]
+    each = nn.functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+    return zoext.mean_per_copy(each, copies)
+
+
 def plain_slope(method: Method, built: nn.Module) -> float:
     """The central difference along the same direction, by plain PyTorch on copies."""
     losses = []
@@ -336,17 +372,18 @@ def differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[st
     return tuple(name for name, value in before.items() if not torch.equal(value, after[name]))
 
 
-HEAD = "| method | configuration | displaced | AGZO |\n|---|---|---|---|\n"
+HEAD = "| method | configuration | displaced | AGZO | batched |\n|---|---|---|---|---|\n"
 
 
-def row(method: Method, mezo: Outcome, agzo: Outcome) -> str:
+def row(method: Method, mezo: Outcome, agzo: Outcome, is_batched: bool) -> str:
     """The line of the page's table."""
     displaced = "while its module runs"
     if mezo.held:
         displaced = "until the closure ends"
         if mezo.held != mezo.trainable:
             displaced = f"some {displaced}"
-    return f"| {method.name} | `{method.config}` | {displaced} | {'no' if agzo.error else 'yes'} |\n"
+    takes = " | ".join("yes" if each else "no" for each in (not agzo.error, is_batched))
+    return f"| {method.name} | `{method.config}` | {displaced} | {takes} |\n"
 
 
 def table_of_the_page() -> str:
@@ -359,7 +396,8 @@ def write_table() -> None:
     rows = []
     for method in METHODS:
         built = method.build()
-        rows.append(row(method, outcome(method, built, zoext.MeZO), outcome(method, built, zoext.AGZO, 1)))
+        mezo, agzo = outcome(method, built, zoext.MeZO), outcome(method, built, zoext.AGZO, 1)
+        rows.append(row(method, mezo, agzo, runs_batched(method, built)))
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(page.replace(table_of_the_page(), HEAD + "".join(rows)), encoding="utf-8")
 

@@ -35,6 +35,7 @@ _ELSEWHERE = {
     "mu": "zo_mu",
     "weight_decay": "weight_decay",
     "seed": "seed",
+    "estimator": "optimizers=(optimizer, None) of the trainer: arguments are saved as JSON",
 }
 
 
@@ -129,7 +130,7 @@ def _options(given: dict[str, Any] | str | None, recipe: type[ZerothOrderOptimiz
     own = [
         name
         for name, parameter in inspect.signature(recipe).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in _ELSEWHERE
     ]
     known = (*own, "probe", "nonfinite", "precision")
     for name in options:
