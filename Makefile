@@ -13,7 +13,7 @@ WORKERS ?= 2
 ARGS ?=
 
 LINTERS := ruff ruff-format clang-format mypy typos
-EXTRAS := demo test dev machine-code
+EXTRAS := finetune transformers lightning accelerate peft packed trl demo test machine-code dev
 IN_PARALLEL = $(shell $(RUN) -c "import xdist" 2> /dev/null && echo --numprocesses=$(WORKERS) --dist=worksteal)
 SOURCES := setup.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')

@@ -52,6 +52,21 @@ def test_the_papers_of_all_methods_are_cited() -> None:
     assert {f"10.48550/arXiv.{paper}" for paper in papers} <= cited
 
 
+def test_make_installs_every_extra() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    extras = re.search(r"^EXTRAS := (.*)$", makefile, re.MULTILINE)
+    assert extras
+    document = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
+    assert extras[1].split() == [*document["project"]["optional-dependencies"]]
+
+
+def test_the_installation_page_has_every_extra() -> None:
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    document = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
+    listed = re.findall(r"^\| `([\w-]+)` \|", page.split("## Extras")[1].split("\n## ")[0], re.MULTILINE)
+    assert listed == [*document["project"]["optional-dependencies"]]
+
+
 def test_pre_commit_runs_the_linters_of_make_lint() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     linters = re.search(r"^LINTERS := (.*)$", makefile, re.MULTILINE)
