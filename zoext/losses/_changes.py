@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from zoext.losses._heads import unread_settings
+from zoext.losses._heads import Settings
 from zoext.losses._refusals import CompactLossError
 
 
@@ -21,6 +21,7 @@ class Comparison:
 
     def __init__(self, model: nn.Module, core: Any) -> None:
         self._core = core
+        self._settings = Settings(core)
         self._left_out = list(_around(model, core))
         self._compared = self._state()
 
@@ -35,7 +36,7 @@ class Comparison:
                 )
 
     def _state(self) -> dict[str, Any]:
-        settings = {f"config.{name}": value for name, value in unread_settings(self._core).items()}
+        settings = {f"config.{name}": value for name, value in self._settings.unread().items()}
         forwards = [(type(module).forward, vars(module).get("forward")) for module in self._left_out]
         hooks = [
             hook

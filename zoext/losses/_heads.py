@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -57,7 +57,7 @@ def heads_of(model: nn.Module, base: nn.Module | None) -> Iterator[Head]:
         CompactLossError: if it has no head that is known here.
     """
     config: Any = model.config
-    settings = _Settings(model)
+    settings = Settings(model)
     for name, value in settings.unknown().items():
         if value not in (None, 0, 1):
             raise CompactLossError(
@@ -79,37 +79,50 @@ def heads_of(model: nn.Module, base: nn.Module | None) -> Iterator[Head]:
         yield Head(operations, vocabulary)
 
 
-class _Settings:
+class Settings:
     """The settings of a model that are set, of its text part too."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-
-    @property
-    def _configs(self) -> tuple[Any, Any]:
-        config: Any = self._model.config
-        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        return config, text
+        self._configs: tuple[Any, Any] = (None, None)
+        self._suspicious: tuple[int, list[str]] = (0, [])
 
     def of(self, name: str) -> Any:
-        found = (getattr(place, name, None) for place in (self._model, *self._configs))
-        return next((value for value in found if isinstance(value, int | float)), None)
+        return _first_number(getattr(place, name, None) for place in (self._model, *self._found()))
 
     def unknown(self) -> dict[str, Any]:
         """What may change the logits in a way that is unknown here."""
-        names = {name for config in self._configs for name in vars(config)}
-        return {
-            name: self.of(name)
-            for name in sorted(names - {*_KNOWN})
-            if _SUSPICIOUS.search(name) and not _ELSEWHERE.search(name)
-        }
+        stored = self._stored()
+        return {name: _first_number(place.get(name) for place in stored) for name in self._names(stored)}
+
+    def unread(self) -> dict[str, Any]:
+        """What logits may depend on and a ``Head`` does not read when it runs. Every forward compares it."""
+        stored = self._stored()
+        values = {name: _first_number(place.get(name) for place in stored) for name in (*_TIED, *_KNOWN)}
+        return self.unknown() | values | {name: values[name] is None for name in _KNOWN}
+
+    def _names(self, stored: Sequence[dict[str, Any]]) -> list[str]:
+        count = sum(map(len, stored[1:]))
+        if count != self._suspicious[0]:
+            names = sorted({*stored[1], *stored[2]} - {*_KNOWN})
+            found = [name for name in names if _SUSPICIOUS.search(name) and not _ELSEWHERE.search(name)]
+            self._suspicious = count, found
+        return self._suspicious[1]
+
+    def _stored(self) -> Sequence[dict[str, Any]]:
+        """What the model and its configurations hold. Their ``__getattribute__`` takes long."""
+        return tuple(map(vars, (self._model, *self._found())))
+
+    def _found(self) -> tuple[Any, Any]:
+        config: Any = self._model.config
+        if config is not self._configs[0]:  # whose text part takes long to find
+            has_text = hasattr(config, "get_text_config")
+            self._configs = config, config.get_text_config(decoder=True) if has_text else config
+        return self._configs
 
 
-def unread_settings(model: nn.Module) -> dict[str, Any]:
-    """The settings that logits of ``model`` may depend on and that a ``Head`` does not read when it runs."""
-    settings = _Settings(model)
-    tied = {name: settings.of(name) for name in _TIED}
-    return tied | settings.unknown() | {name: settings.of(name) is None for name in _KNOWN}
+def _first_number(values: Iterable[Any]) -> Any:
+    return next((value for value in values if isinstance(value, int | float)), None)
 
 
 def _modules(model: nn.Module, base: nn.Module | None) -> list[_Operation]:
@@ -155,14 +168,14 @@ def _biases(model: nn.Module) -> list[_Operation]:
 
 
 def _scaled(
-    settings: _Settings, names: tuple[str, ...], function: Callable[[float, Tensor], Tensor]
+    settings: Settings, names: tuple[str, ...], function: Callable[[float, Tensor], Tensor]
 ) -> list[_Operation]:
     """The operations of settings that are set now, with the values that they have when they run."""
     present = [name for name in names if settings.of(name) is not None]
     return [partial(_with, settings, name, function) for name in present]
 
 
-def _divisors(settings: _Settings) -> list[list[_Operation]]:
+def _divisors(settings: Settings) -> list[list[_Operation]]:
     if settings.of(_DIVISOR) is None:
         return [[]]
     return [_scaled(settings, (_DIVISOR,), function) for function in (_divide, _multiply)]
@@ -174,7 +187,7 @@ def _run(model: nn.Module, name: str, rows: Tensor) -> Tensor:
 
 
 def _with(
-    settings: _Settings, name: str, function: Callable[[float, Tensor], Tensor], logits: Tensor
+    settings: Settings, name: str, function: Callable[[float, Tensor], Tensor], logits: Tensor
 ) -> Tensor:
     return function(settings.of(name), logits)
 
