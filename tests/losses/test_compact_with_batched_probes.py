@@ -5,21 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 import zoext
 from support.tiny_language_models import MODELS, ragged, tiny
 
-#: Refused as they are: positions that all examples share, unless the batch has them or they are frozen.
-WITH_POSITIONS = {"GPT-2", "BERT", "DistilBERT", "ALBERT", "ELECTRA"}
-FROZEN = {
-    "T5": "relative_attention_bias",
-    "T5, untied": "relative_attention_bias",
-    "mT5": "relative_attention_bias",
-    "BART": "embed_positions",
-    "GPT-2": "wpe",
-    "BERT": "position_embeddings",
-}
+#: Refused as they are: relative positions whose table cannot be read for each example.
+FROZEN = dict.fromkeys(("T5", "T5, untied", "mT5"), "relative_attention_bias")
 
 
 def slope(name: str, probe: str, frozen: str | None, batch: dict[str, Any]) -> float:
@@ -41,14 +32,9 @@ def assert_equal(name: str, frozen: str | None, batch: dict[str, Any]) -> None:
     assert got == pytest.approx(want, rel=1e-3, abs=2e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in WITH_POSITIONS | FROZEN.keys()])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FROZEN])
 def test_models_run_as_they_are(name: str) -> None:
     assert_equal(name, None, ragged())
-
-
-@pytest.mark.parametrize("name", sorted(WITH_POSITIONS))
-def test_models_run_with_positions_in_the_batch(name: str) -> None:
-    assert_equal(name, None, {**ragged(), "position_ids": torch.arange(9).repeat(3, 1)})
 
 
 @pytest.mark.parametrize("name", FROZEN)
