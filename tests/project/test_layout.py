@@ -21,7 +21,10 @@ NOT_OURS = {
     "_all_gather_result",  # FSDP2: no public hook runs when it reads shards
     "_buffers",  # of a module: named_buffers() leaves out what is shared
     "_cdata",  # of a storage: tells storages apart
-    "_foreach_copy_",  # torch
+    "_foreach_add_",  # torch, as its own optimizers call them
+    "_foreach_copy_",
+    "_foreach_mul",
+    "_foreach_sub",
     "_fsdp_param_group",  # FSDP2
     "_functorch",  # torch._C: nothing public tells whether a transform is active
     "_len_torch_function_stack",  # torch._C: nothing public tells which modes are on it

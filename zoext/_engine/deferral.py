@@ -207,15 +207,20 @@ class Deferral:
         return state
 
     def _products(self, matrices: Parameters, terms: Terms) -> list[_Product]:
+        lefts, rights = self.direction.factors(matrices, terms)
+        places: dict[tuple[torch.device, float], list[int]] = {}
+        for position, right in enumerate(rights):
+            places.setdefault((right.device, self.direction.step_scale(right)), []).append(position)
         products = []
-        scales: dict[tuple[torch.device, float], list[Tensor]] = {}
-        factors = zip(matrices.keys, *self.direction.factors(matrices, terms), strict=True)
-        for position, (key, left, right) in enumerate(factors):
-            place = left.device, self.direction.step_scale(right)
-            if place not in scales:
-                scales[place] = list((moved(terms.coefficients, place[0]) * place[1]).unbind())
-            scaled = [factor * scale for factor, scale in zip(left.unbind(), scales[place], strict=True)]
-            products.append(_Product(matrices, position, self._memory_like(key, left[0]), right, scaled))
+        for (device, scale), positions in places.items():
+            scaled = moved(terms.coefficients, device) * scale
+            columns = [
+                torch._foreach_mul([lefts[position][number] for position in positions], factor)
+                for number, factor in enumerate(scaled.unbind())
+            ]
+            for position, *added in zip(positions, *columns, strict=True):
+                memory = self._memory_like(matrices.keys[position], added[0])
+                products.append(_Product(matrices, position, memory, rights[position], added))
         return products
 
     def _add(self, products: Sequence[_Product], seeds: Tensor) -> None:
@@ -229,8 +234,9 @@ class Deferral:
                 own = product.matrices.take([product.position])
                 self._held[key] = Held(own, product.sum.zero_(), product.right)
                 is_new = True
-            for term in product.terms:
-                self._held[key].sum.add_(term)
+        sums = [self._held[product.matrices.keys[product.position]].sum for product in products]
+        for terms in zip(*(product.terms for product in products), strict=True):
+            torch._foreach_add_(sums, terms)
         _HOLDING.add(self)
         if is_new and self._module is not None:
             self._hooks.install(self, self._module, {id(held.owner) for held in self._held.values()})

@@ -101,7 +101,7 @@ class LowRank(Factored):
         return 1.0 if self.scale == "code" else 1 / factor.shape[-2]
 
     def gradient(self, terms: Terms) -> Terms:
-        if self.scale == "code" or self.rank == 1:
+        if self.scale == "code" or self.rank == 1 or self.defer:  # sums are scaled when a step is added
             return terms
         # Products have the same bits on every device; quotients may not.
         scaled = {key: factor * self.step_scale(factor) for key, factor in terms.frame.right.items()}

@@ -17,12 +17,12 @@ from zoext._runtime.arguments import check_count
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
 from zoext.probes._batched import isolation, layers
-from zoext.probes._batched.block import Block, Own, Way
+from zoext.probes._batched.block import Block, Way
 from zoext.probes._batched.displacements import Displacements
 from zoext.probes._batched.draws import EqualDraws
 from zoext.probes._batched.errors import BatchedProbeError
 from zoext.probes._batched.installed import installed
-from zoext.probes._batched.observed import Observed
+from zoext.probes._batched.observed import Observed, Own
 from zoext.probes._owners import SEES_CLASSES
 from zoext.probes._reads import ReadGuard
 from zoext.probes._writes import WeightWriteError, refused

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Enum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from zoext._runtime.randomness import RandomState
 from zoext.probes._batched import by_copy, layers, places
 from zoext.probes._batched.displacements import Displacements
 from zoext.probes._batched.errors import BatchedProbeError
-from zoext.probes._batched.observed import Dims, Observed, shapes_of, sizes_of, takes_rows
+from zoext.probes._batched.known_layer import KnownLayer
+from zoext.probes._batched.observed import Dims, Observed, Own, shapes_of, sizes_of, takes_rows
 from zoext.probes._batched.places import Leaves
 from zoext.probes._reads import ReadGuard
 
@@ -32,14 +33,6 @@ class Way(Enum):
     OBSERVED = "observed"
     ALTERED = "altered"
     DISPLACED = "displaced"
-
-
-class Own(NamedTuple):
-    """A weight that moves, and the module that has it."""
-
-    holder: nn.Module
-    name: str
-    parameter: Tensor
 
 
 class Block:
@@ -84,7 +77,7 @@ class Block:
         self._observed = observed
         self._root = root
         self._weights = weights
-        self._guard = guard
+        self.guard = guard
         self._signals = signals
         self._rows: int | None = None  # examples of all copies
         self._depth: set[nn.Module] = set()
@@ -112,52 +105,15 @@ class Block:
 
     def runner(self, module: nn.Module, own: list[Own], forward: layers.Forward) -> Callable[..., Any]:
         """What runs in place of the forward of a module that owns displaced weights, ``own``."""
-        known = self._known(module, own)
-        if known is None:
-            return lambda *args, **kwargs: self._run_any(module, own, forward, args, kwargs)
-        layer, dims = known
-        weights, visited, guard = self._weights_of(), self.visited, self._guard
-        copies, parameters = self.copies, [each.parameter for each in own]
+        layer = layers.layer_of(module) if self.way is Way.DISPLACED else None
+        seen = self._observed.get(module)
+        if layer in layers.READING and seen is not None and seen.first_dims:
+            parameters = [each.parameter for each in own]
+            if not any(map(shards.is_distributed, parameters)):
+                return KnownLayer(self, module, own, forward, layer, seen.first_dims, parameters)
+        return lambda *args, **kwargs: self.run(module, own, forward, args, kwargs)
 
-        # A layer of a known kind swaps nothing, so that nothing has to be restored or held off.
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if (
-                len(args) == 1
-                and not kwargs
-                and type(args[0]) is Tensor
-                and args[0].dim() in dims
-                and not len(args[0]) % copies
-                and self._one is None
-                and not torch.is_grad_enabled()
-            ):
-                visited.add(module)
-                guard.release(parameters)
-                try:
-                    return layer(weights, module, forward, args[0])
-                finally:
-                    guard.guard(parameters)
-            return self._run_any(module, own, forward, args, kwargs)
-
-        return run
-
-    def _known(self, module: nn.Module, own: list[Own]) -> tuple[layers.Layer, frozenset[int]] | None:
-        """The kind of a layer, and the dimensions of inputs whose copies lie along the first one."""
-        layer = layers.layer_of(module)
-        if self.way is not Way.DISPLACED or layer not in layers.READING:
-            return None
-        if any(shards.is_distributed(each.parameter) for each in own):
-            return None
-        seen = self._observed.get(module, Observed())
-        dims = frozenset(
-            key[0]
-            for key, places in seen.inputs.items()
-            if places == (0,) and None not in seen.outputs.get(key, ())
-        )
-        return (layer, dims) if dims else None
-
-    def _run_any(
-        self, module: nn.Module, own: list[Own], forward: layers.Forward, args: Any, kwargs: Any
-    ) -> Any:
+    def run(self, module: nn.Module, own: list[Own], forward: layers.Forward, args: Any, kwargs: Any) -> Any:
         """A call of a module that owns displaced weights, ``own``."""
         if module in self._depth:  # a recursive call
             return forward(*args, **kwargs)
@@ -168,7 +124,7 @@ class Block:
         self.visited.add(module)
         self._depth.add(module)
         parameters = [each.parameter for each in own]
-        self._guard.release(parameters)
+        self.guard.release(parameters)
         try:
             with self._signals.held():
                 if not any(map(shards.is_distributed, parameters)):
@@ -176,7 +132,7 @@ class Block:
                 return self._run_gathered(module, own, forward, args, kwargs)
         finally:
             self._depth.discard(module)
-            self._guard.guard(parameters)
+            self.guard.guard(parameters)
 
     def _run_gathered(
         self, module: nn.Module, own: list[Own], forward: layers.Forward, args: Any, kwargs: Any
@@ -239,9 +195,21 @@ class Block:
         layer = layers.layer_of(module)
         return None if layer is layers.rms_norm and not seen.takes_rows else layer
 
-    def _weights_of(self) -> Displacements:
-        assert self._weights is not None  # in Way.DISPLACED
+    @property
+    def weights(self) -> Displacements:
+        """Those of the copies, in ``Way.DISPLACED``."""
+        assert self._weights is not None
         return self._weights
+
+    def takes(self, input: Any, dims: set[int]) -> bool:
+        """Whether an input is a plain tensor of one of these dimensions, whose copies lie along the first."""
+        return (
+            type(input) is Tensor
+            and input.dim() in dims
+            and not len(input) % self.copies
+            and self._one is None
+            and not torch.is_grad_enabled()
+        )
 
     def _input_of(self, module: nn.Module) -> str:
         return f"the input of {self.name(module)}"
@@ -298,6 +266,8 @@ class Block:
                 )
             if self._rows is None and found[0] == 0:
                 self._rows = len(leaves.tensors[0])
+            if found == (0,) and None not in seen.outputs[key]:
+                seen.first_dims.add(key[0])
             if layers.is_rms_norm(module) and found[0] == 0:
                 seen.takes_rows = seen.takes_rows and takes_rows(
                     module, forward, leaves.tensors[0], self.copies
@@ -338,13 +308,13 @@ class Block:
             dim = dims[0]
             input = places.front(leaves.tensors[0], dim)
             try:
-                return places.back(layer(self._weights_of(), module, forward, input), dim)
+                return places.back(layer(self.weights, module, forward, input), dim)
             except layers.NotLookedUp:
                 pass
         elif layer is layers.embedding and all(dim in (0, None) for dim in dims):
             args, kwargs = leaves.with_tensors(leaves.tensors)
             try:
-                return layers.looked_up(self._weights_of(), module, partial(forward, *args, **kwargs))
+                return layers.looked_up(self.weights, module, partial(forward, *args, **kwargs))
             except layers.NotLookedUp:
                 pass
         return self._copy_by_copy(module, own, seen, leaves, dims, outputs, forward)
@@ -359,7 +329,7 @@ class Block:
 
     def _of_one_copy(self, own: list[Tensor], copy: int, forward: Callable[[], Any]) -> Any:
         """A call within a module that runs copy by copy."""
-        with by_copy.swapped(own, self._weights_of()) as assign:
+        with by_copy.swapped(own, self.weights) as assign:
             assign(copy)
             return forward()
 
@@ -376,7 +346,7 @@ class Block:
         random = (
             RandomState(*{weight.device for weight in own}) if module.training and self.copies > 1 else None
         )
-        with by_copy.swapped(own, self._weights_of()) as assign:
+        with by_copy.swapped(own, self.weights) as assign:
 
             def begin(copy: int) -> None:
                 assign(copy)

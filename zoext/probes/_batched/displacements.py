@@ -47,6 +47,7 @@ class Displacements:
         self._factors: dict[int, Factors] = {}
         self._made: dict[int, Tensor] = {}
         self._shifts: dict[int, Tensor] = {}
+        self._small: list[Tensor] = []  # the values at theta of what is made
         self._gathered: dict[int, tuple[Tensor, int]] = {}
         for parameters, terms in combination.terms:
             small, low_rank = [], []
@@ -106,12 +107,12 @@ class Displacements:
 
     def shift(self, bias: Tensor) -> Tensor:
         """The displacement of a bias in each copy, [C, 1, d]."""
-        known = self._shifts.get(id(bias))
-        if known is None:
-            known = self.weights([bias])[0].sub(bias.detach()).unsqueeze(1)
-            if id(bias) in self._made:
-                self._shifts[id(bias)] = known
-        return known
+        if id(bias) not in self._made:
+            return self.weights([bias])[0].sub(bias.detach()).unsqueeze(1)
+        if not self._shifts:  # all at once, which is faster
+            shifts = torch._foreach_sub(list(self._made.values()), self._small)
+            self._shifts.update(zip(self._made, [each.unsqueeze(1) for each in shifts], strict=True))
+        return self._shifts[id(bias)]
 
     def rows(self, table: Tensor, rows: Parameters) -> Tensor:
         """The values of rows of a table in each copy, [C, rows, width]."""
@@ -134,6 +135,7 @@ class Displacements:
     def _make(self, small: Parameters, terms: Terms) -> None:
         if len(small):
             self._made.update(zip(map(id, small.owners), self._copies(small, terms), strict=True))
+            self._small += [tensor.detach() for tensor in small.tensors]
 
     def _draw(self, matrices: Parameters, terms: Terms) -> None:
         if not len(matrices):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zoext.probes._batched.block import Block, Own
+from zoext.probes._batched.block import Block
 from zoext.probes._batched.errors import BatchedProbeError
+from zoext.probes._batched.observed import Own
 from zoext.probes._batched.replaced import Replaced
 
 _MIXES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -31,6 +32,7 @@ def installed(
 
     ``outermost`` has the modules that the closure may call itself.
     """
+    name = block.name
     own_forwards: dict[nn.Module, Any] = {}
     handles: list[RemovableHandle] = []
 
@@ -49,7 +51,7 @@ def installed(
             run = _replacement(module, owned, block)
             if run is not None:
                 own_forwards[module] = original = module.__dict__.get("forward")
-                module.__dict__["forward"] = Replaced(run, original, partial(block.name, module))
+                module.__dict__["forward"] = Replaced(run, original, module, name)
         yield
     finally:
         for module, forward in own_forwards.items():

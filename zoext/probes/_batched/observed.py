@@ -1,6 +1,8 @@
-"""What a forward at theta shows of a module."""
+"""The weights of a module, and what a forward at theta shows of it."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,14 @@ Dims = tuple[int | None, ...]
 Shapes = tuple[torch.Size, ...]
 
 
+class Own(NamedTuple):
+    """A weight that moves, and the module that has it."""
+
+    holder: nn.Module
+    name: str
+    parameter: Tensor
+
+
 class Observed:
     """Where the copies lie in the tensors of a module, by the dimensions of those that it takes.
 
@@ -18,6 +28,7 @@ class Observed:
         inputs, outputs: the dimension of each tensor; None where the copies share it.
         shapes: those of the outputs, by the shapes of the inputs.
         sizes: of the inputs, along the dimensions of the copies.
+        first_dims: the numbers of dimensions of single inputs whose copies lie along the first dimension.
         takes_rows: whether a norm computes the same with a weight for each row.
     """
 
@@ -26,6 +37,7 @@ class Observed:
         self.outputs: dict[tuple[int, ...], Dims] = {}
         self.shapes: dict[Shapes, Shapes] = {}
         self.sizes: set[tuple[int, ...]] = set()
+        self.first_dims: set[int] = set()
         self.takes_rows = True
 
     def forget(self) -> None:
@@ -34,6 +46,7 @@ class Observed:
         self.outputs.clear()
         self.shapes.clear()
         self.sizes.clear()
+        self.first_dims.clear()
 
 
 def shapes_of(tensors: list[Tensor]) -> Shapes:

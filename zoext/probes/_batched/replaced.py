@@ -17,21 +17,32 @@ class Replaced:
         original: what the module had in its ``__dict__`` before, as hooks of Accelerate put there.
     """
 
+    __slots__ = ("_module", "_name", "_run", "original")
+
     def __init__(
-        self, run: Callable[..., Any], original: Callable[..., Any] | None, name: Callable[[], str]
+        self,
+        run: Callable[..., Any],
+        original: Callable[..., Any] | None,
+        module: nn.Module,
+        name: Callable[[nn.Module], str],
     ) -> None:
         self._run = run
         self.original = original
+        self._module = module
         self._name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise BatchedProbeError(f"the closure copies {self._name()}, and a copy would not be displaced")
+        raise BatchedProbeError(
+            f"the closure copies {self._name(self._module)}, and a copy would not be displaced"
+        )
 
     def __reduce__(self) -> NoReturn:
-        raise BatchedProbeError(f"the closure pickles {self._name()}, and a copy would not be displaced")
+        raise BatchedProbeError(
+            f"the closure pickles {self._name(self._module)}, and a copy would not be displaced"
+        )
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
