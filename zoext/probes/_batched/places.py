@@ -34,16 +34,17 @@ def find(tensor: Tensor, copies: int, rows: int | None) -> int | None:
     """
     if copies == 1 or not tensor.numel():
         return 0 if tensor.dim() else None
-    found = [
-        dim
-        for dim, size in enumerate(tensor.shape)
-        if size and size % copies == 0 and _is_repeated(front(tensor, dim), copies)
-    ]
-    if rows is None:
-        return next(iter(found), None)
-    fitting = [dim for dim in found if tensor.shape[dim] % rows == 0]
-    others = (dim for dim in found if not _is_constant(front(tensor, dim), copies))
-    return next(iter(fitting), None) if fitting else next(others, None)
+    dims = [dim for dim, size in enumerate(tensor.shape) if size % copies == 0]
+    # Unseen by the modes that watch the forward, of whose operators these are none.
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        found = (dim for dim in dims if _is_repeated(front(tensor, dim), copies))
+        if rows is None:
+            return next(found, None)
+        fitting = (dim for dim in dims if tensor.shape[dim] % rows == 0)
+        for dim in fitting:
+            if _is_repeated(front(tensor, dim), copies):
+                return dim
+        return next((dim for dim in found if not _is_constant(front(tensor, dim), copies)), None)
 
 
 def front(tensor: Tensor, dim: int) -> Tensor:
@@ -65,8 +66,10 @@ def _is_constant(tensor: Tensor, copies: int) -> bool:
 def _is_repeated(tensor: Tensor, copies: int) -> bool:
     parts = tensor.reshape(copies, -1)
     first, others = parts[:1], parts[1:]
+    if bool((others == first).all()):
+        return True
     if not tensor.is_floating_point():
-        return bool((others == first).all())
+        return False
     # Equal rows of a product may be rounded differently in different places of a matrix.
     tolerance = 1e-3 if tensor.dtype.itemsize > 2 else 3e-2
     is_finite = torch.isfinite(first)
