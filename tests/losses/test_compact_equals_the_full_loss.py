@@ -73,6 +73,15 @@ def test_num_items_divide_the_sum(name: str, count: int | Tensor) -> None:
     assert nothing == 0
 
 
+@pytest.mark.parametrize("name", ["T5", "BART", "BERT"])
+def test_num_items_are_ignored_where_the_model_ignores_them(name: str) -> None:
+    model, batch = tiny(name), {**ragged(), "num_items_in_batch": 7}
+    loss = zoext.CompactLoss(model)
+    assert not loss.follows_num_items
+    with torch.no_grad():
+        assert_equal(loss(batch), full(model, batch))
+
+
 @pytest.mark.parametrize("name", ["Llama", "BERT", "T5"])
 @pytest.mark.parametrize("rows", [None, 4])
 def test_no_label_is_nan_as_in_the_model(name: str, rows: int | None) -> None:

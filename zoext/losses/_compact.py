@@ -108,7 +108,7 @@ class CompactLoss:
             copies: the batch is one of so many copies, made by ``zoext.repeat``, and the loss of each is
                 wanted. Default None: a single loss.
             num_items_in_batch: what the sum of the losses is divided by. Default: ``num_items_in_batch`` of
-                the batch, or the number of labelled tokens.
+                the batch if the model follows it (``follows_num_items``), or the number of labelled tokens.
 
         Returns:
             [], or [copies]; float32, or float64 for a model in float64. NaN without a label.
@@ -120,7 +120,8 @@ class CompactLoss:
         """
         losses, rows = self._losses(batch, 1 if copies is None else copies)
         counts: Tensor | int | None = num_items_in_batch
-        counts = batch.get("num_items_in_batch") if counts is None else counts
+        if counts is None and self._scales:  # T5, BART, BERT and others take it and ignore it
+            counts = batch.get("num_items_in_batch")
         if counts is None:
             counts = self._counts(rows.targets)
         elif isinstance(counts, Tensor):
