@@ -93,8 +93,8 @@ def _dropped_alike(block: Block, module: Any, forward: Callable[[Tensor], Tensor
     copies = block.copies
     if len(input) % copies:
         raise BatchedProbeError(
-            f"{type(module).__name__} takes a tensor of shape {tuple(input.shape)}, which has no {copies} "
-            "copies along its first dimension"
+            f"{block.name(module)} ({type(module).__name__}) takes a tensor of shape {tuple(input.shape)}, "
+            f"which has no {copies} copies along its first dimension; set its p to 0"
         )
     first = input[: len(input) // copies]
     inplace, module.inplace = module.inplace, False
