@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import zoext
 from support.compiled_code import counting
+from zoext._runtime.compiled import uncompiled
 
 X = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 STEPS = 7  # watched: 1, 2 and 4
@@ -92,6 +93,20 @@ def test_of_other_code(compiled: Callable[[Any], Any], calls: list[int]) -> None
     before = calls[0]
     other(X)
     assert calls[0] == before + 1
+
+
+def test_after_watches_of_threads_that_overlap(compiled: Callable[[Any], Any], calls: list[int]) -> None:
+    """As those of members of a group that run in one process."""
+    other = compiled(lambda x: torch.tanh(x) + 1)
+    first, second = uncompiled(), uncompiled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    other(X)
+    assert calls[0] == 0
+    second.__exit__(None, None, None)
+    other(X)
+    assert calls[0] == 1
 
 
 def test_layers_of_a_kind_share_their_code() -> None:

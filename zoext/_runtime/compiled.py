@@ -6,15 +6,36 @@ Dynamo is imported by then: building a ``torch.optim.Optimizer`` imports it.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
+_LOCK = threading.Lock()
+_STANCE = ExitStack()  # how the last block is left
+_blocks = 0  # that are open, in all threads
 
-def uncompiled() -> AbstractContextManager[None]:
-    """Runs compiled code as it is written within the block."""
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs compiled code as it is written within the block.
+
+    The stance of torch.compile belongs to the process. Blocks of several threads, such as those of members of
+    a group, end in any order, so the first one sets it and the last one puts back what was there.
+    """
+    global _blocks
+    with _LOCK:
+        if not _blocks:
+            _STANCE.enter_context(torch.compiler.set_stance("force_eager"))
+        _blocks += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _blocks -= 1
+            if not _blocks:
+                _STANCE.close()
 
 
 def runs_compiled() -> bool:
