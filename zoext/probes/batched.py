@@ -151,7 +151,7 @@ class BatchedProbe(Probe):
             self._checked.clear()
             self._seen.clear()
             self._routes.clear()
-            self._outermost = [self.module]
+            self._outermost, self._checked_copies = [self.module], 1
 
     def needs_check(self, combination: Combination, copies: int) -> bool:
         """Whether ``check`` must run before the copies are displaced."""
@@ -175,8 +175,7 @@ class BatchedProbe(Probe):
             names = [name for name, module in self.module.named_modules() if module in self._unknown]
             raise BatchedProbeError(
                 f"{', '.join(names[:3])} ran at displaced weights only, or with inputs of another kind than "
-                "at theta, so that it is unknown where the copies lie; freeze it "
-                "with requires_grad_(False)"
+                "at theta, so that it is unknown where the copies lie; freeze it with requires_grad_(False)"
             )
         self._routes.add(self._last_route)
         self._check_next = False
@@ -293,10 +292,8 @@ class BatchedProbe(Probe):
             yield
         if not block.visited:
             raise BatchedProbeError("the closure ran no module that owns a weight of the optimizer")
-        self._unknown, self._last_route = (
-            block.unknown | (block.visited - self._seen),
-            frozenset(block.visited),
-        )
+        self._unknown = block.unknown | (block.visited - self._seen)
+        self._last_route = frozenset(block.visited)
         if self._unknown or self._last_route not in self._routes:
             self._check_next = True
 
