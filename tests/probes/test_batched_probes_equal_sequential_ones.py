@@ -11,6 +11,7 @@ from torch import Tensor
 import zoext
 from support.batched_models import CAUSAL, PLAIN, Problem, plain, problem
 from support.oracle import bits
+from zoext.probes._batched import displacements
 
 pytest.importorskip("transformers")
 
@@ -92,6 +93,21 @@ def test_in_the_precision_of_the_model(direction: str, dtype: torch.dtype, toler
     expected = sequential(given, direction, estimator)
     found = batched(given, direction, estimator)
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 5000])
+@pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("name", [*PLAIN, "Llama", "GPT2"])
+def test_weights_made_in_pieces(
+    name: str, direction: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of one row, and of numbers of rows that do not divide all; weights are tied in some models."""
+    monkeypatch.setitem(displacements.PIECE, "cpu", size)
+    given = problem(name)
+    estimator = zoext.ForwardDifference(samples=2)
+    expected = sequential(given, direction, estimator)
+    found = batched(given, direction, estimator)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("estimator", [zoext.GuidingVector(pool_size=5), zoext.GreedyPool(pool_size=3)])

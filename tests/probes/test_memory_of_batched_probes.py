@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import zoext
 from support.allocations import peak_of
+from zoext.probes._batched import displacements
 
 KIB = 2**10
 
@@ -61,3 +62,16 @@ def test_copies_of_the_largest_module(dtype: torch.dtype) -> None:
     found = extra(optimizer, model, 2)
     assert found <= 2 * max(weights) + 128 * KIB
     assert found > 2 * max(weights[1:]) - 128 * KIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_piece_of_a_large_linear_layer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = 128 * KIB
+    monkeypatch.setitem(displacements.PIECE, "cpu", piece)
+    model = model_of(dtype)
+    model[0].requires_grad_(False)  # a table is not multiplied
+    optimizer = zoext.MeZO(model, probe="batched")
+    smallest = min(layer.weight.numel() * layer.weight.element_size() for layer in model[1:])
+    found = extra(optimizer, model, 2)
+    assert found <= piece + 64 * KIB
+    assert piece + 64 * KIB < smallest

@@ -18,6 +18,8 @@ from zoext.directions import Combination, Terms
 
 #: Elements of the weights that are made once for all calls of their modules, such as biases and norms.
 SMALL = 2**16
+#: Bytes of the copies of a weight that are made at once: what stays in a cache, and enough to fill a GPU.
+PIECE = {"cpu": 2**23, "cuda": 2**26}
 
 
 class Factors(NamedTuple):
@@ -105,6 +107,27 @@ class Displacements:
             found.update(zip(map(id, own.owners), self._copies(own, terms), strict=True))
         return [found[id(weight)] for weight in weights]
 
+    def pieces(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Successive rows of a weight, and their values in each copy, [C, rows, ...].
+
+        The values are overwritten when the next rows are asked for, so that a large weight is never whole.
+        """
+        count = max(1, PIECE.get(weight.device.type, 2**26) * len(weight) // (self.copies * weight.nbytes))
+        parameters, position = self.key_of(weight)
+        is_whole = parameters.blocks[position].is_whole and weight.is_contiguous()
+        if count >= len(weight) or not is_whole or id(weight) in self._gathered:
+            yield slice(0, len(weight)), self.weights([weight])[0]
+            return
+        memory = weight.new_empty((self.copies * count, *weight.shape[1:]))
+        terms = self._places[id(weight)][1]
+        for first in range(0, len(weight), count):
+            rows = slice(first, min(first + count, len(weight)))
+            size = rows.stop - first
+            out = memory[: self.copies * size].view(self.copies, size, *weight.shape[1:])
+            own = rows_of(parameters, position, [weight.detach()[rows]], [first])
+            self._direction.copies_([out], own, terms)
+            yield rows, out
+
     def shift(self, bias: Tensor) -> Tensor:
         """The displacement of a bias in each copy, [C, 1, d]."""
         if id(bias) not in self._made:
@@ -117,7 +140,7 @@ class Displacements:
     def rows(self, table: Tensor, rows: Parameters) -> Tensor:
         """The values of rows of a table in each copy, [C, rows, width]."""
         _, terms, _ = self._places[self._key(table)]
-        return torch.stack(self._copies(rows, terms), 1)
+        return torch.cat(self._copies(rows, terms), 1)
 
     def key_of(self, weight: Tensor) -> tuple[Parameters, int]:
         """The parameters that a weight is among, and its position."""
@@ -151,6 +174,25 @@ class Displacements:
             if (held := terms.held.get(key)) is not None:  # every copy lacks it
                 left, coefficients = torch.cat((left, held.unsqueeze(0))), with_held
             self._factors[id(owner)] = Factors(left, right, moved(coefficients, left.device))
+
+
+def rows_of(
+    parameters: Parameters, position: int, tensors: Sequence[Tensor], firsts: Sequence[int]
+) -> Parameters:
+    """Parts of one parameter: tensors of successive rows, and the first row of each."""
+    count, shape = len(tensors), parameters.blocks[position].shape
+    ends = (0,) * (len(shape) - 1)
+    return Parameters(
+        tuple(tensors),
+        (parameters.keys[position],) * count,
+        tuple(
+            Block.of_shard(shape, (first, *ends), (len(tensor), *shape[1:]))
+            for first, tensor in zip(firsts, tensors, strict=True)
+        ),
+        (parameters.names[position],) * count,
+        tuple(tensor.data_ptr() for tensor in tensors),
+        (parameters.owners[position],) * count,
+    )
 
 
 def _whole(parameters: Parameters, positions: Sequence[int], tensors: Sequence[Tensor]) -> Parameters:

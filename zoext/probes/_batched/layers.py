@@ -16,8 +16,7 @@ from torch.nn import functional
 from zoext import ops
 from zoext._parameters import wrappers
 from zoext._parameters.parameters import Parameters
-from zoext._parameters.shards import Block
-from zoext.probes._batched.displacements import Displacements, Factors
+from zoext.probes._batched.displacements import Displacements, Factors, rows_of
 from zoext.probes._batched.replaced import own_forward
 
 Forward = Callable[..., Any]
@@ -87,12 +86,12 @@ def _linear(
     rows = input.reshape(copies, -1, input.shape[-1])
     factors = weights.factors(weight)
     if factors is None and weights.moves(weight):
-        (matrices,) = weights.weights([weight])
-        factor = matrices if is_transposed else matrices.mT
-        if bias is None:
-            output = torch.bmm(rows, factor)
-        else:  # rounded once, as in a linear layer
-            output = torch.baddbmm(weights.weights([bias])[0].unsqueeze(1), rows, factor)
+        biases = None if bias is None else weights.weights([bias])[0].unsqueeze(1)
+        if is_transposed:
+            (matrices,) = weights.weights([weight])
+            output = _product(rows, matrices, biases)
+        else:
+            output = _product_by_pieces(weights, weight, biases, rows)
         return output.view(*input.shape[:-1], output.shape[-1])
     output = forward(input)
     by_copy = output.view(copies, -1, output.shape[-1])
@@ -101,6 +100,27 @@ def _linear(
     if bias is not None and weights.moves(bias):
         by_copy += weights.shift(bias)
     return output
+
+
+def _product_by_pieces(weights: Displacements, weight: Tensor, biases: Tensor | None, rows: Tensor) -> Tensor:
+    """The product of the rows of each copy with its transposed weights, of which few exist at a time."""
+    output = None
+    for columns, matrices in weights.pieces(weight):
+        own = None if biases is None else biases[..., columns]
+        part = _product(rows, matrices.mT, own)
+        if part.shape[-1] == len(weight):
+            return part
+        if output is None:
+            output = part.new_empty((*rows.shape[:-1], len(weight)))
+        output[..., columns] = part
+    assert output is not None
+    return output
+
+
+def _product(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+    if biases is None:
+        return torch.bmm(rows, matrices)
+    return torch.baddbmm(biases, rows, matrices)  # rounded once, as in a linear layer
 
 
 def add_side_path(output: Tensor, input: Tensor, factors: Factors, *, is_transposed: bool) -> None:
@@ -179,17 +199,8 @@ def _rows_of(weights: Displacements, module: nn.Embedding, index: Tensor) -> Ten
 
 
 def _some_rows(weights: Displacements, table: Tensor, rows: Tensor) -> Parameters:
-    parameters, position = weights.key_of(table)
-    count, shape, width = len(rows), parameters.blocks[position].shape, table.shape[1]
-    tensors = functional.embedding(rows, table.detach()).unbind(0)  # refuses rows that do not exist
-    return Parameters(
-        tensors,
-        (parameters.keys[position],) * count,
-        tuple(Block.of_shard(shape, (row, 0), (1, width)) for row in rows.tolist()),
-        (parameters.names[position],) * count,
-        tuple(tensor.data_ptr() for tensor in tensors),
-        (table,) * count,
-    )
+    found = functional.embedding(rows, table.detach())  # refuses rows that do not exist
+    return rows_of(*weights.key_of(table), found.split(1), rows.tolist())
 
 
 def _add_rows(output: Tensor, index: Tensor, factors: Factors) -> None:
