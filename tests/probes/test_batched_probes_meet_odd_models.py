@@ -226,6 +226,52 @@ def test_zeros_that_all_copies_share() -> None:
     same(make)
 
 
+class Rotated(nn.Module):
+    """Multiplies with a table whose halves are equal, as those of rotary embeddings."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, h: Tensor, table: Tensor) -> Tensor:
+        return h * table * self.scale
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Rotated(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.linspace(0, 1, 12, dtype=x.dtype).view(1, 3, 4)
+        table = torch.cat((half, half), 2).cos()
+        h = x.unsqueeze(1) * torch.linspace(1, 2, 24, dtype=x.dtype).view(3, 8)
+        return self.inner(h, table).mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tables_whose_halves_are_equal(batch: int) -> None:
+    def make() -> tuple[nn.Module, Losses]:
+        model = nn.Sequential(nn.Linear(WIDTH, 8), Rotary()).double()
+        return model, losses_of(model, batch=batch)
+
+    same(make)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_state_of_one_layer(batch: int) -> None:
+    def make() -> tuple[nn.Module, Losses]:
+        state = WithState()
+        state.inner = nn.LSTM(1, WIDTH, batch_first=True)
+        state.forward = lambda x: state.inner(  # type: ignore[method-assign]
+            x.unsqueeze(2), (x.new_zeros(1, len(x), WIDTH), x.new_ones(1, len(x), WIDTH))
+        )[0][:, -1]
+        model = sequence(state)
+        return model, losses_of(model, batch=batch)
+
+    same(make)
+
+
 class Base(nn.Module):
     """Has positions, which all examples share."""
 

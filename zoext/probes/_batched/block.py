@@ -254,7 +254,7 @@ class Block:
         if key in seen.inputs:
             seen.sizes.add(sizes_of(leaves.tensors, seen.inputs[key]))
             return output
-        found = tuple(places.find(tensor, self.copies, self._rows) for tensor in leaves.tensors)
+        found = places.find_each(leaves.tensors, self.copies, self._rows)
         seen.inputs[key] = found
         seen.sizes.add(sizes_of(leaves.tensors, found))
         if any(dim is not None for dim in found):

@@ -47,6 +47,25 @@ def find(tensor: Tensor, copies: int, rows: int | None) -> int | None:
         return next((dim for dim in found if not _is_constant(front(tensor, dim), copies)), None)
 
 
+def find_each(tensors: Sequence[Tensor], copies: int, rows: int | None) -> tuple[int | None, ...]:
+    """``find`` for the arguments of a call, of which the first tells the number of examples.
+
+    Another with a single entry along the dimension of the examples, and not as many along any other, is
+    shared, whatever it looks like: the halves of rotary tables [1, positions, width] are equal.
+    """
+    found = tuple(find(tensor, copies, rows) for tensor in tensors)
+    known = found[0] if found else None
+    if known is None or copies == 1:
+        return found
+
+    def is_shared(tensor: Tensor, dim: int) -> bool:
+        has_one = tensor.dim() > known and tensor.shape[known] == 1
+        return has_one and tensor.shape[dim] != tensors[0].shape[known]
+
+    pairs = zip(tensors, found, strict=True)
+    return tuple(None if dim is None or is_shared(tensor, dim) else dim for tensor, dim in pairs)
+
+
 def front(tensor: Tensor, dim: int) -> Tensor:
     """``tensor`` with dimension ``dim`` first."""
     return tensor if dim == 0 else tensor.movedim(dim, 0)
