@@ -29,8 +29,11 @@ def rounding_of(precision: str) -> Rounding:
 
 
 def rounded(parameters: Parameters, rounding: Rounding) -> Parameters:
-    """The parameters, with updates rounded by ``rounding``."""
-    return dataclasses.replace(parameters, rounding=rounding)
+    """The parameters, with updates rounded by ``rounding``; the same object at every call."""
+    known: Parameters | None = parameters.made.get(rounding)
+    if known is None:
+        known = parameters.made[rounding] = dataclasses.replace(parameters, rounding=rounding)
+    return known
 
 
 def with_residuals(

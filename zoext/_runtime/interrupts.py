@@ -6,10 +6,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from types import FrameType
 from typing import Any
 
 _Received = tuple[int, FrameType | None]
+
+
+@cache
+def _valid_signals() -> tuple[int, ...]:
+    return tuple(signal.valid_signals())
 
 
 class Signals:
@@ -44,7 +50,7 @@ class Signals:
             self._deliver()
 
     def _install(self) -> None:
-        for number in signal.valid_signals():
+        for number in _valid_signals():
             handler = signal.getsignal(number)
             if callable(handler):  # the others do not run Python code
                 self._handlers[number] = handler

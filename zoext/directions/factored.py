@@ -64,16 +64,15 @@ class Factored(Direction):
             for number, step in enumerate(steps):
                 self.axpy_(parameters, [step], decay if decay is None else decay[number])
             return
-        kinds = _kinds(parameters, frames)
-        if kinds.dense and self.dense_scale:
-            _DENSE.axpy_(parameters.take(kinds.dense), [self._of_dense(step) for step in steps], decay)
-        if kinds.unused:
-            _DENSE.axpy_(parameters.take(kinds.unused), [_nothing(step) for step in steps], decay)
-        if kinds.matrices:
-            these = parameters.take(kinds.matrices)
+        split = _split(parameters, frames)
+        if split.dense is not None and self.dense_scale:
+            _DENSE.axpy_(split.dense, [self._of_dense(step) for step in steps], decay)
+        if split.unused is not None:
+            _DENSE.axpy_(split.unused, [_nothing(step) for step in steps], decay)
+        if (these := split.matrices) is not None:
             seeds, coefficients = terms_of(steps)
             of_terms = [frame for step in steps for frame in _filled_up(step, seeds.shape[-1])]
-            given = operands(these, matrices_of(these, of_terms), seeds.flatten(), of_terms)
+            given = operands(these, split.matrices_of(of_terms), seeds.flatten(), of_terms)
             decays = decay_of(steps, decay)
             for part in parts(given.tensors, given.spans):
                 ops.factored_axpy_(
@@ -128,9 +127,10 @@ class Factored(Direction):
                 )
 
     def copies_(self, out: Sequence[Tensor], parameters: Parameters, terms: Terms) -> None:
-        dense = _kinds(parameters, [terms.frame]).dense
-        if dense:
-            _DENSE.copies_([out[i] for i in dense], parameters.take(dense), self._of_dense(terms))
+        split = _split(parameters, [terms.frame])
+        dense = split.kinds.dense
+        if split.dense is not None:
+            _DENSE.copies_([out[i] for i in dense], split.dense, self._of_dense(terms))
         others = [i for i in range(len(parameters)) if i not in dense]
         if others:
             super().copies_([out[i] for i in others], parameters.take(others), terms)
@@ -272,7 +272,8 @@ def _kinds(parameters: Parameters, frames: Sequence[Frame]) -> _Kinds:
 
 def _split(parameters: Parameters, frames: Sequence[Frame]) -> _Split:
     """The parameters by their kinds in the frames, which hardly ever change from step to step."""
-    key = tuple([frame.kind(key) for frame in frames for key in parameters.keys])
+    own = frames[:1] if all(frame is frames[0] for frame in frames) else frames
+    key = tuple([frame.kind(key) for frame in own for key in parameters.keys])
     known: _Split | None = parameters.made.get(key)
     if known is None:
         has_stacks = any(len(block.shape) > 2 for block in parameters.blocks)

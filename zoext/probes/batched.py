@@ -256,7 +256,9 @@ class BatchedProbe(Probe):
                 yield
         finally:
             guard.release(moving)
-        names = [name for name, weight in self.module.named_parameters() if id(weight) in self._read]
+        names: list[str] = []
+        if self._read:
+            names += [name for name, weight in self.module.named_parameters() if id(weight) in self._read]
         if gathered is not None:
             names += [block.gathered[key] for key in gathered.read if key in block.gathered]
         if names:

@@ -52,18 +52,10 @@ class Displacements:
         self._small: list[Tensor] = []  # the values at theta of what is made
         self._gathered: dict[int, tuple[Tensor, int]] = {}
         for parameters, terms in combination.terms:
-            small, low_rank = [], []
-            for position, (key, owner) in enumerate(zip(parameters.keys, parameters.owners, strict=True)):
-                kind = terms.frame.kind(key)
-                if kind == "unused":
-                    continue
-                self._places[id(owner)] = (parameters, terms, position)
-                if kind != "dense" and owner.dim() == 2 and id(owner) in factorable:
-                    low_rank.append(position)
-                elif owner.numel() <= SMALL and owner.dim() <= 1 and not shards.is_distributed(owner):
-                    small.append(position)
-            self._draw(parameters.part(low_rank), terms)
-            self._make(parameters.part(small), terms)
+            ways = _ways(parameters, terms, factorable)
+            self._places.update((owner, (parameters, terms, position)) for owner, position in ways.moving)
+            self._draw(ways.low_rank, terms)
+            self._make(ways.small, terms)
 
     @contextmanager
     def gathered(self, weights: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
@@ -174,6 +166,34 @@ class Displacements:
             if (held := terms.held.get(key)) is not None:  # every copy lacks it
                 left, coefficients = torch.cat((left, held.unsqueeze(0))), with_held
             self._factors[id(owner)] = Factors(left, right, moved(coefficients, left.device))
+
+
+class _Ways(NamedTuple):
+    """How parameters are displaced: by factors, made once for all calls, or while their module runs."""
+
+    moving: list[tuple[int, int]]  # ids of the owners, and positions
+    low_rank: Parameters
+    small: Parameters
+
+
+def _ways(parameters: Parameters, terms: Terms, factorable: frozenset[int]) -> _Ways:
+    """How each parameter is displaced, which hardly ever changes from step to step."""
+    kinds = tuple([terms.frame.kind(key) for key in parameters.keys])
+    known: _Ways | None = parameters.made.get((factorable, kinds))
+    if known is not None:
+        return known
+    moving, low_rank, small = [], [], []
+    for position, (kind, owner) in enumerate(zip(kinds, parameters.owners, strict=True)):
+        if kind == "unused":
+            continue
+        moving.append((id(owner), position))
+        if kind != "dense" and owner.dim() == 2 and id(owner) in factorable:
+            low_rank.append(position)
+        elif owner.numel() <= SMALL and owner.dim() <= 1 and not shards.is_distributed(owner):
+            small.append(position)
+    found = _Ways(moving, parameters.take(low_rank), parameters.take(small))
+    parameters.made[factorable, kinds] = found
+    return found
 
 
 def rows_of(
