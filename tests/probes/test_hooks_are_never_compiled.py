@@ -36,7 +36,7 @@ def test_of_a_compiled_closure(first: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(swap.ModuleSwap, name, note)
 
-    for name in ("_before", "_after", "_restore"):
+    for name in ("_begin", "_after", "_restore"):
         noting(name)
     torch.compiler.reset()
     model = model_of()
@@ -46,7 +46,7 @@ def test_of_a_compiled_closure(first: bool, monkeypatch: pytest.MonkeyPatch) -> 
         optimizer.step(lambda: model(X).square().mean())
     called.clear()
     losses = [float(optimizer.step(lambda: compiled(X).square().mean())) for _ in range(3)]
-    assert set(called) == {"_before", "_after", "_restore"}
+    assert set(called) == {"_begin", "_after", "_restore"}
     assert not any(traced)
 
     other = model_of()

@@ -2,7 +2,7 @@
 
 from zoext.probes._batched.errors import BatchedProbeError
 from zoext.probes._choice import choose
-from zoext.probes._swap import StreamedProbeError
+from zoext.probes._running import StreamedProbeError
 from zoext.probes.base import Probe, Session
 from zoext.probes.batched import BatchedProbe, BatchedSession
 from zoext.probes.inplace import InplaceProbe

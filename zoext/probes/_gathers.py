@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -13,7 +14,7 @@ from zoext._parameters.parameters import Parameters
 from zoext._runtime.interrupts import Signals
 from zoext._runtime.profiling import Phase, record
 from zoext.probes._owners import Owners
-from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
+from zoext.probes._scratch import Scratch, bytes_of, empty_like
 
 #: Fills tensors with displaced parameters, of the parameter group with this number.
 Fill = Callable[[Sequence[Tensor], Parameters, int], None]
@@ -75,16 +76,12 @@ class GatherSwap:
         self._held = []
         self.free()
 
-    def largest(self) -> dict[torch.device, int]:
+    def largest(self) -> Counter[torch.device]:
         """The bytes of the largest group on each device."""
-        largest: dict[torch.device, int] = {}
+        largest: Counter[torch.device] = Counter()
         for moving in self._moving.values():
-            own: dict[torch.device, int] = {}
-            for shard in (self._shards[id(owner)] for _, part in moving for owner in part.owners):
-                device = shard.gathered.device
-                own[device] = own.get(device, 0) + aligned_bytes(shard.gathered)
-            for device, size in own.items():
-                largest[device] = max(largest.get(device, 0), size)
+            shards = [self._shards[id(owner)] for _, part in moving for owner in part.owners]
+            largest |= bytes_of(shard.gathered for shard in shards)
         return largest
 
     def hold(self, parameter: Tensor, like: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Hook:
@@ -30,3 +32,12 @@ class Hook:
 
 def _do_nothing(*arguments: Any) -> None:
     """The function of hooks that were copied."""
+
+
+def registered(module: nn.Module, hooks: tuple[Hook, Hook]) -> list[RemovableHandle]:
+    """Registers hooks around the forward of a module, outside of those that it has."""
+    before, after = hooks
+    return [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    ]

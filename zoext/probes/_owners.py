@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoext._parameters import shards
 from zoext._parameters.parameters import Parameters
+from zoext.probes._running import StreamedProbeError
 
 #: Modules that run other code if a weight below them has functions of its own.
 SEES_CLASSES = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -91,12 +92,15 @@ class Owners:
                 positions.setdefault(place[0], []).append(place[1])
         return [(group, self._groups[group].take(own)) for group, own in positions.items()]
 
-    def replaced(self, module: nn.Module) -> str | None:
-        """The name of a DTensor in ``sharded`` that the module has no more, as others have gathered it."""
+    def check_shards(self, module: nn.Module) -> None:
+        """Raises if a module lacks a DTensor of ``sharded``, since others have gathered it."""
         for name, owner in self.sharded.get(module, ()):
             if all(parameter is not owner for parameter in module._parameters.values()):
-                return name
-        return None
+                raise StreamedProbeError(
+                    f"streamed probe: {name} was gathered by an FSDPModule that is no part of the model of "
+                    "the optimizer, so it was not displaced; pass the whole model, to which fully_shard was "
+                    "applied"
+                )
 
     def _owners(self, modules: Sequence[nn.Module]) -> dict[nn.Module, list[tuple[int, Parameters]]]:
         owners: dict[nn.Module, list[tuple[int, Parameters]]] = {}

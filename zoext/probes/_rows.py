@@ -5,6 +5,7 @@ The vocabulary table is often the largest module, and a batch reads a small part
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,12 +20,20 @@ from zoext.directions import Direction, Terms
 ROW_OVERHEAD = 8
 
 
-def to_read(module: nn.Embedding, args: Any, own: list[tuple[Parameters, Terms]]) -> list[int] | None:
+def to_read(
+    module: nn.Embedding, args: Any, own: list[tuple[Parameters, Terms]], swapped: Collection[int]
+) -> list[int] | None:
     """The rows that an embedding is about to read, if displacing only those is cheaper.
 
-    On CUDA the indices would have to be copied to the host, so the whole table is displaced there.
+    ``swapped`` has the ids of the weights that are displaced already. On CUDA the indices would have to be
+    copied to the host, so the whole table is displaced there.
     """
-    if module.max_norm is not None or torch.is_grad_enabled() or shards.is_distributed(module.weight):
+    if (
+        id(module.weight) in swapped
+        or module.max_norm is not None
+        or torch.is_grad_enabled()
+        or shards.is_distributed(module.weight)
+    ):
         return None
     others_hook = len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
     if others_hook or module.weight.device.type != "cpu":

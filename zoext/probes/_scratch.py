@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from zoext._parameters.parameters import Parameters
-from zoext.probes._memory import storage_of
+from zoext.probes._memory import distinct, storage_of
 
 ALIGNMENT = 64
 
@@ -17,6 +19,14 @@ ALIGNMENT = 64
 def aligned_bytes(tensor: Tensor) -> int:
     size = tensor.numel() * tensor.element_size()
     return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> Counter[torch.device]:
+    """The memory that tensors take on each device."""
+    found: Counter[torch.device] = Counter()
+    for tensor in tensors:
+        found[tensor.device] += aligned_bytes(tensor)
+    return found
 
 
 class _Views(NamedTuple):
@@ -60,6 +70,11 @@ class Scratch:
         return self.take(parameters.tensors)
 
     def forget_views(self) -> None:
+        """Forgets what ``take_again`` returned."""
+        for stack in self._stacks.values():
+            stack.forget_views()
+
+    def forget(self) -> None:
         """Forgets what ``take_again`` returned, and memory on devices that may not be used any more."""
         self._stacks = {device: stack for device, stack in self._stacks.items() if stack.top}
 
@@ -76,6 +91,17 @@ class Scratch:
         if not isinstance(value, Tensor) or value.device not in self._stacks:
             return False
         return self._stacks[value.device].holds(value)
+
+    def returned(self, output: Any) -> tuple[Any, int]:
+        """What a module returns, with clones of the tensors that lie in this memory; and how many these are.
+
+        The memory holds no reference to them when the caller has let go of ``output``.
+        """
+        if isinstance(output, Tensor):
+            return (output.clone(), 1) if self.holds(output) else (output, 0)
+        if not (count := len(distinct(output, self.holds))):
+            return output, 0
+        return tree_map(lambda value: value.clone() if self.holds(value) else value, output), count
 
     def _stack_of(self, device: torch.device) -> _Stack:
         if device not in self._stacks:

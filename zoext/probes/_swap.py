@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from zoext._parameters import shards
@@ -19,37 +18,15 @@ from zoext._runtime.interrupts import Signals
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination, Terms
 from zoext.probes import _rows
-from zoext.probes._buffers import BufferSwap, SwappedBuffer
+from zoext.probes._buffers import BufferSwap
 from zoext.probes._gathers import GatherSwap
-from zoext.probes._hooks import Hook
-from zoext.probes._memory import distinct, overlap
+from zoext.probes._groups import Group, Groups, Holder
+from zoext.probes._hooks import Hook, registered
+from zoext.probes._memory import overlap
 from zoext.probes._owners import SEES_CLASSES, Owners
 from zoext.probes._reads import ReadGuard
-from zoext.probes._scratch import Scratch, aligned_bytes, empty_like
-
-
-class StreamedProbeError(RuntimeError):
-    """The model cannot be streamed: it uses weights while the modules that own them are not running."""
-
-
-class _Swapped(NamedTuple):
-    """A parameter that points to displaced values."""
-
-    parameter: Tensor
-    local: Tensor  # the tensor that points to them: for a DTensor, its part
-    original: Tensor
-
-
-class _Running:
-    """A running module: its original tensors, and the state of the scratch memory before it ran."""
-
-    def __init__(self, top: dict[torch.device, int], users: int) -> None:
-        self.depth = 1
-        self.top = top
-        self.users = users
-        self.parameters: list[_Swapped] = []
-        self.buffers: list[SwappedBuffer] = []
-        self.rows: list[int] | None = None
+from zoext.probes._running import Running, StreamedProbeError, Swapped, check_no_transform
+from zoext.probes._scratch import Scratch, bytes_of, empty_like
 
 
 class ModuleSwap:
@@ -62,20 +39,22 @@ class ModuleSwap:
         self._scratch = Scratch()
         self._buffers = BufferSwap()
         self._gathers = GatherSwap(self._scratch)
-        self._running: dict[nn.Module, _Running] = {}
+        self._groups = Groups()
+        self._running: dict[Holder, Running] = {}
         self._room: dict[tuple[torch.device, bool, int], dict[torch.device, int]] = {}
         self._guard = ReadGuard(self.hold)
         self._guarded: list[Tensor] = []  # until the probe ends: weights that move
-        self._held: list[_Swapped] = []  # until the probe ends
+        self._held: list[Swapped] = []  # until the probe ends
         self._outside: dict[int, str] = {}  # the names of weights to hold, since they are read elsewhere
         self._owners = Owners()
         self._swapped: set[int] = set()
         self.originals: dict[int, Tensor] = {}  # of weights that are displaced, by their ids
-        self._terms: dict[nn.Module, list[tuple[Parameters, Terms]]] = {}
+        self._terms: dict[Holder, list[tuple[Parameters, Terms]]] = {}
         self._combination: Combination | None = None
         self._visited: set[int] = set()
         self.is_displacing = False  # reading the originals, to make the displaced weights of them
         self._hooks = Hook(self._before_forward), Hook(self._after_forward)
+        self._group_hooks = Hook(self._before_group), Hook(self._after_group)
 
     @property
     def memory(self) -> list[Tensor]:
@@ -100,21 +79,23 @@ class ModuleSwap:
         return tuple((id(module), module.training) for module in self._modules)
 
     @contextmanager
-    def hooked(self, signals: Signals) -> Iterator[None]:
+    def hooked(self, signals: Signals, find_groups: bool = False) -> Iterator[None]:
         """Installs hooks on every module that owns parameters or buffers, within the block.
 
-        The hooks defer ``signals``, so that no module is left partly swapped.
+        The hooks defer ``signals``, so that no module is left partly swapped. With ``find_groups``, a watched
+        probe finds modules whose weights later ones displace together.
         """
         handles: list[RemovableHandle] = []
         self._signals = signals
         self._modules = list(self._root.modules())
-        before, after = self._hooks
         try:
             with self._gathers.hooked(self._modules, signals):
                 for module in self._modules:
                     if module._parameters or module._buffers or isinstance(module, SEES_CLASSES):
-                        handles.append(module.register_forward_pre_hook(before, prepend=True))
-                        handles.append(module.register_forward_hook(after, always_call=True))
+                        handles += registered(module, self._hooks)
+                handles += self._groups.watch(self._modules if find_groups else [])
+                for group in self._groups:
+                    handles += registered(group.container, self._group_hooks)
                 self._owners.check(self._modules)
                 self._buffers.forget()  # those of a session that raised
                 yield
@@ -137,7 +118,7 @@ class ModuleSwap:
         self._buffers.begin(find_written_buffers, keep_buffers)
         self._visited = set()
         try:
-            self._terms = self._terms_of_modules(combination)
+            self._terms = self._terms_of_holders(combination)
             # Read here, not in the hooks: a dispatch mode that watches operators would see those reads.
             self.originals = {
                 id(owner): tensor.data
@@ -160,15 +141,17 @@ class ModuleSwap:
             self._guard.begin(self._guarded)
             self._count_change(combination)
             yield self._visited
+            if self._groups.are_watched and find_written_buffers and len(combination):
+                self._find_groups()
         finally:
             self._end(combination)
 
     def _end(self, combination: Combination) -> None:
         if self._combination is not combination:  # already ended by the exit of ``hooked``
             return
-        for module in reversed(list(self._running)):
+        for holder in reversed(list(self._running)):
             with record(Phase.RESTORE):
-                self._restore(module)
+                self._restore(holder)
         self._guard.release(self._guarded)
         for swapped in self._held:
             swapped.local.data = swapped.original
@@ -185,20 +168,30 @@ class ModuleSwap:
             moving = [owner for parameters, _ in combination.terms for owner in parameters.owners]
             torch.autograd.graph.increment_version(moving)
 
-    def _terms_of_modules(self, combination: Combination) -> dict[nn.Module, list[tuple[Parameters, Terms]]]:
+    def _terms_of_holders(self, combination: Combination) -> dict[Holder, list[tuple[Parameters, Terms]]]:
         if not len(combination):
             return {}
         groups = [parameters for parameters, _ in combination.terms]
         if self._owners.update(groups, self._modules, self._gathers.managed):
             places = self._owners.places
             self._outside = {key: name for key, name in self._outside.items() if key in places}
-            self._scratch.forget_views()
-            self._room = {}
+            self._scratch.forget()
+            self.forget_groups()
         terms = [terms for _, terms in combination.terms]
-        return {
-            module: [(parameters, terms[group]) for group, parameters in own]
-            for module, own in self._owners.swapped.items()
-        }
+        holders: dict[Holder, list[tuple[int, Parameters]]] = dict(self._owners.swapped.items())
+        holders.update((group, group.own) for group in self._groups)
+        return {holder: [(part, terms[number]) for number, part in own] for holder, own in holders.items()}
+
+    def forget_groups(self) -> None:
+        """Displaces the weights of each module by themselves, until groups are found again."""
+        self._groups.forget()
+        self._scratch.forget_views()
+        self._room = {}
+
+    def _find_groups(self) -> None:
+        self.forget_groups()
+        if not self._gathers.managed and not self._owners.sharded:
+            self._groups.find(self._root, self._owners, self._outside)
 
     def displaced_at(self, tensor: Tensor) -> Tensor | None:
         """The weight in whose displaced copy a tensor lies; None if it lies elsewhere."""
@@ -231,13 +224,13 @@ class ModuleSwap:
             self._swap_for(parameters, self._combination.terms[group][1], displaced, self._held)
 
     def _swap_for(
-        self, parameters: Parameters, terms: Terms, displaced: list[Tensor], restored: list[_Swapped]
+        self, parameters: Parameters, terms: Terms, displaced: list[Tensor], restored: list[Swapped]
     ) -> None:
         """Fills ``displaced`` and lets the parameters point to it; adds them to ``restored``."""
         self._write(displaced, parameters, terms)
         for owner, replacement in zip(parameters.owners, displaced, strict=True):
             local = shards.local_of(owner)
-            restored.append(_Swapped(owner, local, self.originals[id(owner)]))
+            restored.append(Swapped(owner, local, self.originals[id(owner)]))
             self._swapped.add(id(owner))
             local.data = replacement
 
@@ -265,49 +258,77 @@ class ModuleSwap:
 
     def _largest(self, combination: Combination) -> dict[torch.device, int]:
         """The bytes of the largest module on each device."""
-        largest = {combination.seeds.device: 0, **self._gathers.largest()}
-        for module, terms in self._terms.items():
-            own: dict[torch.device, int] = {}
+        largest = self._gathers.largest()
+        for holder, terms in self._terms.items():
+            buffers = self._buffers.of(holder) if isinstance(holder, nn.Module) else []
             weights = [tensor for parameters, _ in terms for tensor in parameters.tensors]
-            for tensor in weights + [buffer for _, buffer in self._buffers.of(module)]:
-                own[tensor.device] = own.get(tensor.device, 0) + aligned_bytes(tensor)
-            for device, size in own.items():
-                largest[device] = max(largest.get(device, 0), size)
-        return largest
+            largest |= bytes_of(weights + [buffer for _, buffer in buffers])
+        return {combination.seeds.device: 0, **largest}
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self._combination is None:  # between two probes
             return
-        _check_no_transform()
+        self._visited.add(id(module))
+        if self._is_displaced_by_group(module):
+            return
         with self._signals.held():
-            if module in self._running:  # a recursive call: its weights are already displaced
-                self._running[module].depth += 1
-            else:
-                self._before(module, args)
+            running = self._begin(module, self._owners.opened.get(module, ()))
+            if running is None:
+                return
+            # The watch would report the reads of rows from the original table.
+            if type(module) is nn.Embedding and not self._buffers.finds_written:
+                running.rows = _rows.to_read(module, args, self._terms.get(module, []), self._swapped)
+            if running.rows is not None:
+                return
+            self._owners.check_shards(module)
+            with record(Phase.PERTURB):
+                self._displace(module, running)
+                if module._buffers:
+                    running.buffers = self._buffers.swap(module, self._scratch)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if module not in self._running:  # a group displaced it, or an error was raised before it began
+            return None
         with self._signals.held():
             return self._after(module, output)
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        users = self._scratch.users()
-        running = self._running[module] = _Running(self._scratch.top, users)
-        self._guard.release(self._owners.opened.get(module, ()))
-        self._visited.add(id(module))
-        running.rows = self._rows_to_read(module, args)
-        if running.rows is None:
-            with record(Phase.PERTURB):
-                self._displace(module, running)
+    def _is_displaced_by_group(self, module: nn.Module) -> bool:
+        """Whether a running group has displaced all weights of a module, which has nothing else to swap."""
+        if module in self._running or not any(group in self._running for group in self._groups.of(module)):
+            return False
+        return not module._buffers or not self._buffers.of(module)
 
-    def _displace(self, module: nn.Module, running: _Running) -> None:
-        if module in self._terms and (name := self._owners.replaced(module)):
-            raise StreamedProbeError(
-                f"streamed probe: {name} was gathered by an FSDPModule that is no part of the model of the "
-                "optimizer, so it was not displaced; pass the whole model, to which fully_shard was applied"
-            )
+    def _before_group(self, container: nn.Module, args: Any) -> None:
+        group = self._groups.at(container)
+        if self._combination is None or group is None or self._buffers.finds_written:  # then it is watched
+            return
+        with self._signals.held():
+            running = self._begin(group, group.opened)
+            if running is not None:
+                with record(Phase.PERTURB):
+                    self._displace(group, running)
+
+    def _after_group(self, container: nn.Module, args: Any, output: Any) -> Any:
+        group = self._groups.at(container)
+        if group is None or group not in self._running:
+            return None
+        with self._signals.held():
+            return self._after(group, output)
+
+    def _begin(self, holder: Holder, opened: Sequence[Tensor]) -> Running | None:
+        """Notes that a forward begins; None for a recursive one, whose weights are already displaced."""
+        check_no_transform()
+        if holder in self._running:
+            self._running[holder].depth += 1
+            return None
+        running = self._running[holder] = Running(self._scratch.top, self._scratch.users())
+        self._guard.release(opened)
+        return running
+
+    def _displace(self, holder: Holder, running: Running) -> None:
         # Derivatives of the model read its weights again, after this forward.
         hold = torch.is_grad_enabled()
-        for parameters, terms in self._terms.get(module, ()):
+        for parameters, terms in self._terms.get(holder, ()):
             fresh = self._not_yet_displaced(parameters)
             if not len(fresh):
                 continue
@@ -318,40 +339,31 @@ class ModuleSwap:
             else:
                 displaced = self._scratch.take(fresh.tensors)
             self._swap_for(fresh, terms, displaced, self._held if hold else running.parameters)
-        if module._buffers:
-            running.buffers = self._buffers.swap(module, self._scratch)
 
     def _not_yet_displaced(self, parameters: Parameters) -> Parameters:
         """Leaves out weights that a running parent shares, or that are displaced until the probe ends."""
         fresh = [i for i, owner in enumerate(parameters.owners) if id(owner) not in self._swapped]
         return parameters if len(fresh) == len(parameters) else parameters.take(fresh)
 
-    def _after(self, module: nn.Module, output: Any) -> Any:
-        running = self._running.get(module)
-        if running is None:  # an error was raised before its forward began
-            return None
+    def _after(self, holder: Holder, output: Any) -> Any:
+        running = self._running[holder]
         running.depth -= 1
         if running.depth:
             return None
         if running.rows is not None and output is not None:
             with record(Phase.PERTURB):
                 assert self._combination is not None
-                _rows.displace(running.rows, output, self._terms[module], self._combination.direction)
+                _rows.displace(running.rows, output, self._terms[holder], self._combination.direction)
         # The output may be a view of the displaced weights, whose memory the next module will reuse.
-        if isinstance(output, Tensor):
-            borrowed = [output] if self._scratch.holds(output) else []
-        else:
-            borrowed = distinct(output, self._scratch.holds)
-        if borrowed:
-            output = tree_map(lambda value: value.clone() if self._scratch.holds(value) else value, output)
+        output, borrowed = self._scratch.returned(output)
         with record(Phase.RESTORE):
-            self._restore(module)
+            self._restore(holder)
         has_raised = output is None and sys.exc_info()[0] is not None  # then views live on in the traceback
         if has_raised or torch.is_grad_enabled():
             return output if borrowed else None
-        if self._scratch.users() > running.users + len(borrowed):
+        if self._scratch.users() > running.users + borrowed:
             names = ", ".join(
-                name for parameters, _ in self._terms.get(module, ()) for name in parameters.names
+                name for parameters, _ in self._terms.get(holder, ()) for name in parameters.names
             )
             raise StreamedProbeError(
                 f"streamed probe: a view of {names or 'a buffer'} outlives the forward of the module that "
@@ -360,25 +372,22 @@ class ModuleSwap:
             )
         return output if borrowed else None
 
-    def _rows_to_read(self, module: nn.Module, args: Any) -> list[int] | None:
-        # The watch would report the reads of rows from the original table.
-        if type(module) is not nn.Embedding or self._buffers.finds_written:
-            return None
-        is_swapped = id(module.weight) in self._swapped
-        return None if is_swapped else _rows.to_read(module, args, self._terms.get(module, []))
-
-    def _restore(self, module: nn.Module) -> None:
+    def _restore(self, holder: Holder) -> None:
         """Restores weights and buffers; may be called again if an interrupt cut it short."""
-        running = self._running[module]
+        running = self._running[holder]
         for swapped in running.parameters:
             swapped.local.data = swapped.original
             self._swapped.discard(id(swapped.parameter))
-        self._buffers.restore(module, running.buffers, self._scratch)
-        if self._guarded and (opened := self._owners.opened.get(module)):
+        if isinstance(holder, Group):
+            opened = holder.opened
+        else:
+            self._buffers.restore(holder, running.buffers, self._scratch)
+            opened = self._owners.opened.get(holder, [])
+        if self._guarded and opened:
             if self._swapped:
                 opened = [parameter for parameter in opened if id(parameter) not in self._swapped]
             self._guard.guard(opened)
-        del self._running[module]
+        del self._running[holder]
         self._scratch.release(running.top)
 
     def take_buffers(self) -> Callable[[Tensor], None]:
@@ -388,12 +397,3 @@ class ModuleSwap:
 
 def _like(parameters: Parameters) -> list[Tensor]:
     return [empty_like(tensor) for tensor in parameters.tensors]
-
-
-def _check_no_transform() -> None:
-    """Raises within a transform of torch.func, whose tensors do not show weights that are swapped."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise StreamedProbeError(
-            "streamed probe: the closure runs the model inside a transform of torch.func (grad, vmap, jvp, "
-            "...), which does not see swapped weights. Pass probe='inplace', or use torch.autograd.grad"
-        )

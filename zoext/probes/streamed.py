@@ -18,7 +18,8 @@ from zoext._runtime.compiled import runs_compiled, uncompiled
 from zoext._runtime.profiling import Phase, record
 from zoext.directions import Combination
 from zoext.probes._memory import interval_of, storage_of
-from zoext.probes._swap import ModuleSwap, StreamedProbeError
+from zoext.probes._running import StreamedProbeError
+from zoext.probes._swap import ModuleSwap
 from zoext.probes._writes import refused
 from zoext.probes.base import Probe, Session, is_watched_session
 
@@ -71,6 +72,7 @@ class StreamedProbe(Probe):
         self._is_repetition = False
         self._sessions = 0
         self._has_displaced = False
+        self._is_compiled = False  # a part of what the closure runs
 
     def __getstate__(self) -> dict[str, Any]:
         """Only the module; everything else is recomputed."""
@@ -110,7 +112,11 @@ class StreamedProbe(Probe):
         if not self._unwatched:
             self._sessions += 1
             self._watch_next = self._watch_next or is_watched_session(self._sessions)
-        with interrupts.deferred() as signals, self._swap.hooked(signals):
+        # In the first session, compiled code would have shown. It must not be compiled again for other hooks.
+        find_groups = (
+            self._watch_next and self._sessions > 1 and not self._unwatched and not self._is_compiled
+        )
+        with interrupts.deferred() as signals, self._swap.hooked(signals, find_groups):
             try:
                 yield _StreamedSession(signals, self._displaced, self._swap.take_buffers, self._was_stale)
             finally:
@@ -146,6 +152,9 @@ class StreamedProbe(Probe):
             self._is_stale = is_unseen or (reads is not None and reads.found_alias)
             # Compiled code ran as it is written: its loss must not be compared with those of other probes.
             self._ran_uncompiled = reads is not None and reads.ran_uncompiled
+            if self._ran_uncompiled and not self._is_compiled:
+                self._is_compiled = True
+                self._swap.forget_groups()
             # A new route that ran unwatched is watched at the next probe.
             unwatched = route not in self._watched or self._is_stale
             self._watch_next = unwatched or (self._unwatched and self._watch_next)
