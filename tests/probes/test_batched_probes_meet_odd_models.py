@@ -258,6 +258,73 @@ def test_tables_whose_halves_are_equal(batch: int) -> None:
     same(make)
 
 
+class Packed(nn.Module):
+    """Takes the tokens of all examples in one row, beside a tensor of examples."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.3)
+        self.reads = reads
+
+    def forward(self, mean: Tensor, packed: Tensor) -> Tensor:
+        rows = packed[0, : 3 * len(mean)] if self.reads == "as many as it needs" else packed[0]
+        return mean + (rows @ self.scale).view(len(mean), 3, WIDTH).mean(1)
+
+
+class Packing(nn.Module):
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.inner = Packed(reads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.unsqueeze(1) * torch.linspace(1, 2, 3 * WIDTH, dtype=x.dtype).view(3, WIDTH)
+        return self.inner(h.sum(1), h.reshape(1, -1, WIDTH))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reads", ["all", "as many as it needs"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_examples_in_one_row(batch: int, reads: str) -> None:
+    def make() -> tuple[nn.Module, Losses]:
+        model = sequence(Packing(reads))
+        return model, losses_of(model, batch=batch)
+
+    same(make)
+
+
+class Unclear(nn.Module):
+    """Takes a table that looks like copies, and computes something else for fewer examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, h: Tensor, table: Tensor) -> Tensor:
+        return h * table * self.scale * len(h)
+
+
+def test_arguments_that_remain_unclear() -> None:
+    rotary = Rotary()
+    rotary.inner = Unclear()  # type: ignore[assignment]
+    model = nn.Sequential(nn.Linear(WIDTH, 8), rotary).double()
+    losses = losses_of(model)
+    optimizer = zoext.MeZO(model, probe="batched")
+    with pytest.raises(BatchedProbeError, match=r"1\.inner has a tensor of shape \(1, 3, 8\)"):
+        optimizer.step(losses)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(x).sum(1, keepdim=True)
+
+    same(lambda: plain(Empty()))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_state_of_one_layer(batch: int) -> None:
     def make() -> tuple[nn.Module, Losses]:

@@ -226,6 +226,114 @@ def test_closures_that_differentiate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal_without_groups(make, 2, monkeypatch)
 
 
+class Energy(nn.Sequential):
+    """Enables gradients itself, and returns before they are computed."""
+
+    @torch.enable_grad()
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h).square().sum()
+
+
+class Force(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Conv1d(4, 64, 3)
+        self.energy = Energy(nn.Conv1d(64, 2, 1), nn.Tanh(), nn.Conv1d(2, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.large(x).requires_grad_()
+        energy = self.energy(h)
+        with torch.enable_grad():
+            return torch.autograd.grad(energy, h)[0].square().mean()
+
+
+def test_containers_that_enable_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> tuple[nn.Module, Callable[[], Tensor]]:
+        model = Force()
+        return model, lambda: model(torch.ones(2, 4, 9))
+
+    assert_equal_without_groups(make, 1, monkeypatch)
+
+
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self) -> Tensor:
+        return self.weight[:6]
+
+
+class Collecting(Block):
+    """Puts what a layer returns, a view of its weight, outside of the container, or writes to it."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.view, self.writes = Viewing(), writes
+
+    def forward(self, h: Tensor, found: list[Tensor] | None = None) -> Tensor:
+        view = self.view()
+        if self.writes:
+            view.mul_(2)
+        if found is not None:
+            found.append(view)
+        return super().forward(h + view + self.view())
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_members_that_return_views_of_their_weights(writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> tuple[nn.Module, Callable[[], Tensor]]:
+        model = Blocks(Collecting(writes), Block())
+
+        def closure() -> Tensor:
+            found: list[Tensor] = []
+            return model.blocks[1](model.blocks[0](model.large(X), found)).square().mean() + found[0].sum()
+
+        return model, closure
+
+    assert_equal_without_groups(make, 2, monkeypatch)
+
+
+class Around(Blocks):
+    """Has a weight of its own, which is displaced while the blocks run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(6, 50))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.own.square().mean()
+
+
+def test_groups_within_a_module_with_weights_need_no_more_memory() -> None:
+    memory = []
+    for most in (2**20, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(groups, "MOST", {"cpu": most})
+            model = Around()
+            _, optimizer = run(model, lambda model=model: model(X))  # type: ignore[misc]
+        memory.append(sum(map(len, optimizer.engine.probe._swap.memory)))  # type: ignore[attr-defined]
+    assert memory[0] == memory[1]
+
+
+def test_kinds_that_change_are_not_kept_forever() -> None:
+    """AGZO's directions are zero for layers that did not run."""
+    model = Blocks(*(Block() for _ in range(5)))
+    optimizer = zoext.AGZO(model, lr=1e-4, seed=1, probe="streamed")
+    for step in range(32):
+        used = [block for number, block in enumerate(model.blocks) if step >> number & 1]
+
+        def closure(used: list[nn.Module] = used) -> Tensor:
+            h = model.large(X)
+            for block in used:
+                h = block(h)
+            return h.square().mean()
+
+        optimizer.step(closure)
+    kept = [len(parameters.made) for parameters in optimizer.engine.groups]
+    assert 1 < max(kept) <= 16
+
+
 def test_several_parameter_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> tuple[nn.Module, Callable[[], Tensor]]:
         model = Blocks()

@@ -22,6 +22,9 @@ _ON_META = (
     "would lose its values. Otherwise give the model its weights first, with model.to_empty(device=...)"
 )
 
+#: How many things made of parameters are kept.
+MOST_MADE = 16
+
 _T = TypeVar("_T")
 _Row = tuple[Tensor, int, Block, str, int, Tensor]
 
@@ -80,8 +83,15 @@ class Parameters:
         key = ("part", *positions)
         known: Parameters | None = self.made.get(key)
         if known is None:
-            known = self.made[key] = self.take(positions)
+            known = self.take(positions)
+            self.remember(key, known)
         return known
+
+    def remember(self, key: Any, made: Any) -> None:
+        """Keeps something in ``made``; few things, as the kinds of directions may change in every step."""
+        if len(self.made) >= MOST_MADE:
+            self.made.clear()
+        self.made[key] = made
 
     def tell_autograd(self) -> None:
         """Increments the versions of DTensors, which writes to their local parts do not increment."""

@@ -32,7 +32,8 @@ def rounded(parameters: Parameters, rounding: Rounding) -> Parameters:
     """The parameters, with updates rounded by ``rounding``; the same object at every call."""
     known: Parameters | None = parameters.made.get(rounding)
     if known is None:
-        known = parameters.made[rounding] = dataclasses.replace(parameters, rounding=rounding)
+        known = dataclasses.replace(parameters, rounding=rounding)
+        parameters.remember(rounding, known)
     return known
 
 

@@ -277,7 +277,8 @@ def _split(parameters: Parameters, frames: Sequence[Frame]) -> _Split:
     known: _Split | None = parameters.made.get(key)
     if known is None:
         has_stacks = any(len(block.shape) > 2 for block in parameters.blocks)
-        known = parameters.made[key] = _Split(parameters, _kinds(parameters, frames), has_stacks=has_stacks)
+        known = _Split(parameters, _kinds(parameters, frames), has_stacks=has_stacks)
+        parameters.remember(key, known)
     return known
 
 

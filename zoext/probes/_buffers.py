@@ -65,6 +65,11 @@ class BufferSwap(_KeptBuffers):
             and _is_plain(buffer)
         ]
 
+    def written_by(self, module: nn.Module) -> list[Tensor]:
+        """The buffers that a module is known to write."""
+        buffers = module._buffers.items()
+        return [each for name, each in buffers if each is not None and (id(module), name) in self._written]
+
     def swap(self, module: nn.Module, scratch: Scratch) -> list[SwappedBuffer]:
         """Lets the buffers of a module point to copies."""
         swapped = []

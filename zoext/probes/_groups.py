@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zoext._parameters.parameters import Parameters
@@ -42,25 +42,30 @@ class Nesting:
     """Which modules ran inside which others."""
 
     def __init__(self) -> None:
-        self._stack: list[nn.Module] = []
-        self._runs: Counter[nn.Module] = Counter()
-        self._inside: dict[nn.Module, Counter[nn.Module]] = {}
+        self._running: list[tuple[nn.Module, set[nn.Module]]] = []
+        self._always: dict[nn.Module, set[nn.Module]] = {}
+        self._around: dict[nn.Module, set[nn.Module]] = {}
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """A pre-hook of all modules."""
-        for container in self._stack:
-            self._inside.setdefault(container, Counter())[module] += 1
-        self._runs[module] += 1
-        self._stack.append(module)
+        for _, inside in self._running:
+            inside.add(module)
+        self._around.setdefault(module, set()).update(container for container, _ in self._running)
+        self._running.append((module, set()))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook of all modules."""
-        if self._stack and self._stack[-1] is module:
-            self._stack.pop()
+        if self._running and self._running[-1][0] is module:
+            inside = self._running.pop()[1]
+            self._always[module] = self._always.get(module, inside) & inside
 
-    def always_runs(self, container: nn.Module, module: nn.Module) -> bool:
-        """Whether a module ran at least once in each forward of a container."""
-        return 0 < self._runs[container] <= self._inside.get(container, Counter())[module]
+    def always_inside(self, container: nn.Module) -> Set[nn.Module]:
+        """The modules that ran in each forward of a container."""
+        return self._always.get(container, set())
+
+    def around(self, module: nn.Module) -> Set[nn.Module]:
+        """The modules in some of whose forwards a module ran."""
+        return self._around.get(module, set())
 
 
 class Groups:
@@ -106,72 +111,71 @@ class Groups:
         watched = (module for module in modules if not isinstance(module, nn.Embedding))
         return [handle for module in watched for handle in registered(module, hooks)]
 
-    def find(self, root: nn.Module, owners: Owners, apart: Collection[int]) -> None:
+    def find(
+        self,
+        root: nn.Module,
+        owners: Owners,
+        written: Callable[[nn.Module], Sequence[Tensor]],
+        apart: Collection[int],
+    ) -> None:
         """Makes the largest groups of modules that always run inside their container, if they were watched.
 
-        ``apart`` has the ids of the weights that are displaced otherwise.
+        ``written`` returns the buffers that a module writes. ``apart`` has the ids of the weights that are
+        displaced otherwise.
         """
         nesting, self._nesting = self._nesting, None
         self.forget()
         if nesting is None:
             return
-        sizes = {
-            module: bytes_of(tensor for _, parameters in own for tensor in parameters.tensors)
-            for module, own in owners.swapped.items()
-        }
-        largest: Counter[torch.device] = Counter()
-        for size in sizes.values():
-            largest |= size
-        for container in _containers(root, sizes, largest, nesting):
-            below = [module for module in container.modules() if module in sizes]
-            ids = {
-                id(owner): None
-                for module in below
-                for _, part in owners.swapped[module]
-                for owner in part.owners
-            }
+        search = _Search(owners, nesting, written)
+        for container, below in search.containers(root):
+            parameters = [part for module in below for _, part in owners.swapped[module]]
+            ids = dict.fromkeys(id(owner) for part in parameters for owner in part.owners)
             group = Group(container, owners.take(key for key in ids if key not in apart))
             self._groups[container] = group
             for module in below:
                 self._of.setdefault(module, []).append(group)
 
 
-def _containers(
-    root: nn.Module,
-    sizes: dict[nn.Module, Counter[torch.device]],
-    largest: Counter[torch.device],
-    nesting: Nesting,
-) -> Iterator[nn.Module]:
-    """The outermost modules whose weights fit into the memory of a group."""
-    waiting, seen = [root], {root}
-    while waiting:
-        container = waiting.pop()
-        below = [module for module in container.modules() if module in sizes]
-        if len(below) > 1 and _fits(container, below, sizes, largest, nesting):
-            yield container
-            continue
-        if isinstance(container, SEES_CLASSES):
-            continue
-        fresh = [module for module in container.children() if module not in seen]
-        seen.update(fresh)
-        waiting += fresh
+class _Search:
+    """The containers whose weights are displaced together."""
 
+    def __init__(
+        self, owners: Owners, nesting: Nesting, written: Callable[[nn.Module], Sequence[Tensor]]
+    ) -> None:
+        self._nesting, self._written = nesting, written
+        self._sizes = {
+            module: bytes_of(tensor for _, parameters in own for tensor in parameters.tensors)
+            for module, own in owners.swapped.items()
+        }
+        self._largest: Counter[torch.device] = Counter()
+        for size in self._sizes.values():
+            self._largest |= size
 
-def _fits(
-    container: nn.Module,
-    below: list[nn.Module],
-    sizes: dict[nn.Module, Counter[torch.device]],
-    largest: Counter[torch.device],
-    nesting: Nesting,
-) -> bool:
-    # An embedding displaces the rows it reads instead of its table.
-    if any(isinstance(module, nn.Embedding) for module in below):
-        return False
-    if any(isinstance(module, SEES_CLASSES) for module in container.modules()):
-        return False
-    size: Counter[torch.device] = Counter()
-    for module in below:
-        size += sizes[module]
-    if any(size[device] > min(largest[device], MOST.get(device.type, 2**26)) for device in size):
-        return False
-    return all(module is container or nesting.always_runs(container, module) for module in below)
+    def containers(self, root: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+        """The outermost modules that fit, each with the modules below it, or it, that own weights."""
+        waiting, seen = [root], {root}
+        while waiting:
+            container = waiting.pop()
+            below = [module for module in container.modules() if module in self._sizes]
+            if len(below) > 1 and self._fits(container, below):
+                yield container, below
+            elif not isinstance(container, SEES_CLASSES):
+                fresh = [module for module in container.children() if module not in seen]
+                seen.update(fresh)
+                waiting += fresh
+
+    def _fits(self, container: nn.Module, below: list[nn.Module]) -> bool:
+        parts = list(container.modules())
+        # An embedding displaces the rows it reads instead of its table.
+        if any(isinstance(module, (nn.Embedding, *SEES_CLASSES)) for module in parts):
+            return False
+        if not set(below) - {container} <= self._nesting.always_inside(container):
+            return False
+        size = bytes_of(buffer for module in parts for buffer in self._written(module))
+        # The weights of modules around it are in the same memory.
+        for module in {*below, *self._nesting.around(container)} & self._sizes.keys():
+            size += self._sizes[module]
+        return all(
+            size[device] <= min(self._largest[device], MOST.get(device.type, 2**26)) for device in size
+        )

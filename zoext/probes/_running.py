@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,15 @@ class Running:
         self.parameters: list[Swapped] = []
         self.buffers: list[SwappedBuffer] = []
         self.rows: list[int] | None = None
+
+    def check_views(self, users: int, names: Iterable[str]) -> None:
+        """Raises if more users of the scratch memory are left than there were before the module ran."""
+        if users > self.users:
+            raise StreamedProbeError(
+                f"streamed probe: a view of {', '.join(names) or 'a buffer'} outlives the forward of the "
+                "module that owns it, and would later show other weights. Pass probe='inplace', or keep a "
+                "copy instead of a view."
+            )
 
 
 def check_no_transform() -> None:

@@ -25,7 +25,7 @@ from zoext.probes._hooks import Hook, registered
 from zoext.probes._memory import overlap
 from zoext.probes._owners import SEES_CLASSES, Owners
 from zoext.probes._reads import ReadGuard
-from zoext.probes._running import Running, StreamedProbeError, Swapped, check_no_transform
+from zoext.probes._running import Running, Swapped, check_no_transform
 from zoext.probes._scratch import Scratch, bytes_of, empty_like
 
 
@@ -191,7 +191,7 @@ class ModuleSwap:
     def _find_groups(self) -> None:
         self.forget_groups()
         if not self._gathers.managed and not self._owners.sharded:
-            self._groups.find(self._root, self._owners, self._outside)
+            self._groups.find(self._root, self._owners, self._buffers.written_by, self._outside)
 
     def displaced_at(self, tensor: Tensor) -> Tensor | None:
         """The weight in whose displaced copy a tensor lies; None if it lies elsewhere."""
@@ -219,7 +219,7 @@ class ModuleSwap:
         if parameter in self._gathers.managed:
             displaced = [self._gathers.hold(parameters.owners[0], parameters.tensors[0])]
         else:
-            displaced = _like(parameters)
+            displaced = [empty_like(tensor) for tensor in parameters.tensors]
         with record(Phase.PERTURB):
             self._swap_for(parameters, self._combination.terms[group][1], displaced, self._held)
 
@@ -269,11 +269,13 @@ class ModuleSwap:
         if self._combination is None:  # between two probes
             return
         self._visited.add(id(module))
-        if self._is_displaced_by_group(module):
-            return
+        check_no_transform()
         with self._signals.held():
-            running = self._begin(module, self._owners.opened.get(module, ()))
-            if running is None:
+            if (group := self._displaced_by(module)) is not None:
+                if torch.is_grad_enabled():
+                    self._keep(module, self._running[group])
+                return
+            if (running := self._begin(module, self._owners.opened.get(module, ()))) is None:
                 return
             # The watch would report the reads of rows from the original table.
             if type(module) is nn.Embedding and not self._buffers.finds_written:
@@ -287,24 +289,34 @@ class ModuleSwap:
                     running.buffers = self._buffers.swap(module, self._scratch)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if module not in self._running:  # a group displaced it, or an error was raised before it began
-            return None
-        with self._signals.held():
-            return self._after(module, output)
+        if module in self._running:
+            with self._signals.held():
+                return self._after(module, output)
+        # A group displaced it, or an error was raised before it began.
+        output, borrowed = self._scratch.returned(output)
+        return output if borrowed else None
 
-    def _is_displaced_by_group(self, module: nn.Module) -> bool:
-        """Whether a running group has displaced all weights of a module, which has nothing else to swap."""
-        if module in self._running or not any(group in self._running for group in self._groups.of(module)):
-            return False
-        return not module._buffers or not self._buffers.of(module)
+    def _displaced_by(self, module: nn.Module) -> Group | None:
+        """The running group that has displaced all weights of a module, if it has nothing else to swap."""
+        if module in self._running or (module._buffers and self._buffers.of(module)):
+            return None
+        return next((group for group in self._groups.of(module) if group in self._running), None)
+
+    def _keep(self, module: nn.Module, running: Running) -> None:
+        """Keeps weights that a group displaced until the probe ends: derivatives read them again."""
+        own = {id(owner) for parameters, _ in self._terms.get(module, ()) for owner in parameters.owners}
+        for swapped in (each for each in running.parameters if id(each.parameter) in own):
+            self._held.append(swapped)
+            swapped.local.data = swapped.local.data.clone()
+        running.parameters = [swapped for swapped in running.parameters if id(swapped.parameter) not in own]
 
     def _before_group(self, container: nn.Module, args: Any) -> None:
         group = self._groups.at(container)
         if self._combination is None or group is None or self._buffers.finds_written:  # then it is watched
             return
+        check_no_transform()
         with self._signals.held():
-            running = self._begin(group, group.opened)
-            if running is not None:
+            if (running := self._begin(group, group.opened)) is not None:
                 with record(Phase.PERTURB):
                     self._displace(group, running)
 
@@ -317,7 +329,6 @@ class ModuleSwap:
 
     def _begin(self, holder: Holder, opened: Sequence[Tensor]) -> Running | None:
         """Notes that a forward begins; None for a recursive one, whose weights are already displaced."""
-        check_no_transform()
         if holder in self._running:
             self._running[holder].depth += 1
             return None
@@ -333,7 +344,7 @@ class ModuleSwap:
             if not len(fresh):
                 continue
             if hold:
-                displaced = _like(fresh)
+                displaced = [empty_like(tensor) for tensor in fresh.tensors]
             elif fresh is parameters:
                 displaced = self._scratch.take_again(fresh)
             else:
@@ -361,15 +372,8 @@ class ModuleSwap:
         has_raised = output is None and sys.exc_info()[0] is not None  # then views live on in the traceback
         if has_raised or torch.is_grad_enabled():
             return output if borrowed else None
-        if self._scratch.users() > running.users + borrowed:
-            names = ", ".join(
-                name for parameters, _ in self._terms.get(holder, ()) for name in parameters.names
-            )
-            raise StreamedProbeError(
-                f"streamed probe: a view of {names or 'a buffer'} outlives the forward of the module that "
-                "owns it, and would later show other weights. Pass probe='inplace', or keep a copy instead "
-                "of a view."
-            )
+        names = (name for parameters, _ in self._terms.get(holder, ()) for name in parameters.names)
+        running.check_views(self._scratch.users() - borrowed, names)
         return output if borrowed else None
 
     def _restore(self, holder: Holder) -> None:
@@ -393,7 +397,3 @@ class ModuleSwap:
     def take_buffers(self) -> Callable[[Tensor], None]:
         """Hands over the values that ``keep_buffers`` kept; see ``Session.take_buffers``."""
         return self._buffers.take()
-
-
-def _like(parameters: Parameters) -> list[Tensor]:
-    return [empty_like(tensor) for tensor in parameters.tensors]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 from zoext._parameters import shards
 from zoext._runtime.interrupts import Signals
 from zoext._runtime.randomness import RandomState
-from zoext.probes._batched import by_copy, layers, places
+from zoext.probes._batched import by_copy, layers, places, trials
 from zoext.probes._batched.displacements import Displacements
 from zoext.probes._batched.errors import BatchedProbeError
 from zoext.probes._batched.known_layer import KnownLayer
@@ -83,6 +83,7 @@ class Block:
         self._depth: set[nn.Module] = set()
         self._within = 0  # how many of the modules that may be outermost run
         self._one: int | None = None  # the copy that a module above runs by itself
+        self._is_trying = False  # which arguments of a module above have copies
 
     @property
     def is_of_one_copy(self) -> bool:
@@ -156,6 +157,8 @@ class Block:
     def _run(
         self, module: nn.Module, own: list[Tensor], forward: layers.Forward, args: Any, kwargs: Any
     ) -> Any:
+        if self._is_trying:
+            return forward(*args, **kwargs)
         if self._one is not None:
             return self._of_one_copy(own, self._one, partial(forward, *args, **kwargs))
         seen = self._observed.setdefault(module, Observed())
@@ -239,6 +242,7 @@ class Block:
         args: Any,
         kwargs: Any,
     ) -> Any:
+        random = RandomState(*{each.device for each in leaves.tensors}) if module.training else None
         output = forward(*args, **kwargs)
         taken = shapes_of(leaves.tensors)
         if taken in seen.shapes:
@@ -254,7 +258,17 @@ class Block:
         if key in seen.inputs:
             seen.sizes.add(sizes_of(leaves.tensors, seen.inputs[key]))
             return output
-        found = places.find_each(leaves.tensors, self.copies, self._rows)
+        found = tuple(places.find(tensor, self.copies, self._rows) for tensor in leaves.tensors)
+        likely = places.without_doubtful(leaves.tensors, found)
+        if out is not None and likely != found and self.copies > 1:
+            places_of_out = tuple(places.find(each, self.copies, self._rows) for each in out.tensors)
+            self._is_trying = True
+            try:
+                found = trials.settled(
+                    forward, leaves, out, (found, likely), places_of_out, self.copies, random
+                )
+            finally:
+                self._is_trying = False
         seen.inputs[key] = found
         seen.sizes.add(sizes_of(leaves.tensors, found))
         if any(dim is not None for dim in found):

@@ -104,7 +104,8 @@ class Displacements:
 
         The values are overwritten when the next rows are asked for, so that a large weight is never whole.
         """
-        count = max(1, PIECE.get(weight.device.type, 2**26) * len(weight) // (self.copies * weight.nbytes))
+        row = max(1, self.copies * weight[:1].nbytes)
+        count = max(1, PIECE.get(weight.device.type, 2**26) // row)
         parameters, position = self.key_of(weight)
         is_whole = parameters.blocks[position].is_whole and weight.is_contiguous()
         if count >= len(weight) or not is_whole or id(weight) in self._gathered:
@@ -192,7 +193,7 @@ def _ways(parameters: Parameters, terms: Terms, factorable: frozenset[int]) -> _
         elif owner.numel() <= SMALL and owner.dim() <= 1 and not shards.is_distributed(owner):
             small.append(position)
     found = _Ways(moving, parameters.take(low_rank), parameters.take(small))
-    parameters.made[factorable, kinds] = found
+    parameters.remember((factorable, kinds), found)
     return found
 
 

@@ -47,23 +47,29 @@ def find(tensor: Tensor, copies: int, rows: int | None) -> int | None:
         return next((dim for dim in found if not _is_constant(front(tensor, dim), copies)), None)
 
 
-def find_each(tensors: Sequence[Tensor], copies: int, rows: int | None) -> tuple[int | None, ...]:
-    """``find`` for the arguments of a call, of which the first tells the number of examples.
+def without_doubtful(tensors: Sequence[Tensor], found: Sequence[int | None]) -> tuple[int | None, ...]:
+    """The dimensions that were ``found``, with None for tensors that may only look like copies.
 
-    Another with a single entry along the dimension of the examples, and not as many along any other, is
-    shared, whatever it looks like: the halves of rotary tables [1, positions, width] are equal.
+    These have a single entry along the dimension of the examples in the first tensor, and not as many along
+    any other. The halves of rotary tables [1, positions, width] are equal, and packed examples look alike.
     """
-    found = tuple(find(tensor, copies, rows) for tensor in tensors)
     known = found[0] if found else None
-    if known is None or copies == 1:
-        return found
+    if known is None:
+        return tuple(found)
 
-    def is_shared(tensor: Tensor, dim: int) -> bool:
+    def is_doubtful(tensor: Tensor, dim: int) -> bool:
         has_one = tensor.dim() > known and tensor.shape[known] == 1
         return has_one and tensor.shape[dim] != tensors[0].shape[known]
 
     pairs = zip(tensors, found, strict=True)
-    return tuple(None if dim is None or is_shared(tensor, dim) else dim for tensor, dim in pairs)
+    return tuple(None if dim is None or is_doubtful(tensor, dim) else dim for tensor, dim in pairs)
+
+
+def are_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to what products round differently."""
+    return one.shape == other.shape and (
+        not one.numel() or _is_repeated(torch.stack((one.detach(), other.detach())), 2)
+    )
 
 
 def front(tensor: Tensor, dim: int) -> Tensor:
