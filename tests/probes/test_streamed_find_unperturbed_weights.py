@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +176,26 @@ def test_a_view_that_outlives_its_module_is_named(how: str) -> None:
     with pytest.raises(zoext.StreamedProbeError, match=r"a view of layer\.weight.* outlives .*inplace"):
         zoext.MeZO(model).step(lambda: model(x).sum())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_view_that_another_thread_lets_go_of_is_no_error() -> None:
+    """As those of torch.distributed do a moment after a collective."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    kept: list[Tensor] = []
+    threads: list[threading.Timer] = []
+
+    def keep(module: nn.Module, *_: Any) -> None:
+        kept.append(module.weight.view(-1))
+        threads.append(threading.Timer(0.05, kept.clear))
+        threads[-1].start()
+
+    model[0].register_forward_hook(keep)
+    optimizer = zoext.MeZO(model)
+    for _ in range(3):
+        optimizer.step(lambda: model(x).square().mean())
+    for thread in threads:
+        thread.join()
+    assert len(threads) >= 6
 
 
 def test_closures_with_gradients_are_no_error() -> None:

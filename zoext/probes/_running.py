@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoext.probes._buffers import SwappedBuffer
+
+#: Seconds until a view of displaced weights counts as kept.
+GRACE = 1.0
 
 
 class StreamedProbeError(RuntimeError):
@@ -34,9 +38,16 @@ class Running:
         self.buffers: list[SwappedBuffer] = []
         self.rows: list[int] | None = None
 
-    def check_views(self, users: int, names: Iterable[str]) -> None:
-        """Raises if more users of the scratch memory are left than there were before the module ran."""
-        if users > self.users:
+    def check_views(self, users: Callable[[], int], returned: int, names: Iterable[str]) -> None:
+        """Raises if more users of the scratch memory are left than before the module ran, and ``returned``.
+
+        Threads of torch.distributed let go of a tensor a moment after its collective is done.
+        """
+        end = time.monotonic() + GRACE
+        while users() > self.users + returned:
+            if time.monotonic() < end:
+                time.sleep(GRACE / 1000)
+                continue
             raise StreamedProbeError(
                 f"streamed probe: a view of {', '.join(names) or 'a buffer'} outlives the forward of the "
                 "module that owns it, and would later show other weights. Pass probe='inplace', or keep a "

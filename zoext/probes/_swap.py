@@ -373,7 +373,7 @@ class ModuleSwap:
         if has_raised or torch.is_grad_enabled():
             return output if borrowed else None
         names = (name for parameters, _ in self._terms.get(holder, ()) for name in parameters.names)
-        running.check_views(self._scratch.users() - borrowed, names)
+        running.check_views(self._scratch.users, borrowed, names)
         return output if borrowed else None
 
     def _restore(self, holder: Holder) -> None:
