@@ -93,10 +93,7 @@ class Scratch:
         return self._stacks[value.device].holds(value)
 
     def returned(self, output: Any) -> tuple[Any, int]:
-        """What a module returns, with clones of the tensors that lie in this memory; and how many these are.
-
-        The memory holds no reference to them when the caller has let go of ``output``.
-        """
+        """What a module returns, with clones of tensors that lie in this memory; and how many these are."""
         if isinstance(output, Tensor):
             return (output.clone(), 1) if self.holds(output) else (output, 0)
         if not (count := len(distinct(output, self.holds))):
