@@ -312,6 +312,22 @@ def test_arguments_that_remain_unclear() -> None:
         optimizer.step(losses)
 
 
+class Exhausted(Unclear):
+    def forward(self, h: Tensor, table: Tensor) -> Tensor:
+        if len(h) == BATCH:  # tried with one copy
+            raise torch.OutOfMemoryError("no memory")
+        return super().forward(h, table)
+
+
+def test_errors_of_memory_in_a_trial_stay_themselves() -> None:
+    rotary = Rotary()
+    rotary.inner = Exhausted()  # type: ignore[assignment]
+    model = nn.Sequential(nn.Linear(WIDTH, 8), rotary).double()
+    losses = losses_of(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        zoext.MeZO(model, probe="batched").step(losses)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_a_layer_without_outputs() -> None:
     class Empty(nn.Module):

@@ -39,6 +39,8 @@ def settled(
             random.restore()
         try:
             found = Leaves(forward(*args, **kwargs), output.what).tensors
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, IndexError, AssertionError):
             continue
         # Unseen by the modes that watch the forward, of whose operators these are none.
