@@ -16,8 +16,8 @@ from zoext.cli._comparison.settings import DEMO, ComparisonSettings
 from zoext.cli._comparison.start import halves
 from zoext.cli._errors import UserError
 from zoext.cli._problem import steps
-from zoext.cli._problem.objectives import Example
 from zoext.cli._runs import tensors
+from zoext.tasks import Example, Row
 
 STEP_FORWARDS = {"mezo": 2, "one-sided": 3, "signs": 4}
 
@@ -135,7 +135,7 @@ def test_centres_of_grids_by_name(command: CompareCommand) -> None:
 
 
 def test_one_half_of_what_is_held_out_chooses_and_the_other_is_reported() -> None:
-    examples = [Example((i % 11, 5), i % 2) for i in range(40)]
+    examples = [Example((Row((i % 11, 5)),), i % 2) for i in range(40)]
     selection, report = halves(examples)
     assert sorted(map(repr, selection + report)) == sorted(map(repr, examples))
     texts = [{example.tokens for example in half} for half in (selection, report)]
@@ -146,4 +146,4 @@ def test_one_half_of_what_is_held_out_chooses_and_the_other_is_reported() -> Non
 
 def test_too_few_held_out_examples_for_two_halves() -> None:
     with pytest.raises(UserError, match=r"only 3 distinct held-out texts.*--valid-data"):
-        halves([Example((i % 3, 1), 0) for i in range(9)])
+        halves([Example((Row((i % 3, 1)),), 0) for i in range(9)])

@@ -39,7 +39,7 @@ def test_the_demo(
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
     # transformers loads the model that was evaluated last.
-    classes = models.classes_of(str(out / "model"), demo.LABEL_WORDS)
+    classes = models.classes_of(models.config_of(str(out / "model")), demo.LABEL_WORDS)
     assert classes == ("negative", "positive")
     model, _ = models.load(str(out / "model"), Base(False, "classification", classes, "float32", 0))
     words = demo.load(demo.SETTINGS)

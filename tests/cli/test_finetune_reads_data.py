@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,36 @@ import torch
 from safetensors.torch import load_file
 
 from support.tiny_language_models import tiny
-from support.tiny_models import labelled, tiny_bert
+from support.tiny_models import labelled, tiny_bert, tiny_language_model
 from zoext.cli import main
 from zoext.cli._errors import UserError
 from zoext.cli._problem import data, demo, problem
 from zoext.cli._problem.evaluation import ratio
-from zoext.cli._problem.objectives import Classification, Example, NextToken
+from zoext.cli._problem.holding_out import hold_out
 from zoext.cli._problem.steps import batch_indices
 from zoext.cli._settings import Settings
+from zoext.tasks import Answers, Classes, Example, Row
 
 TEXTS = ('She said: "fine, so be it"', "naïve — très bien", "two\tparts", "x = [1, 2]")
 LABELS = (3, -1, 3, 10)
+
+
+def texts_of(table: data.Table) -> tuple[str, ...]:
+    return tuple(row["text"] for row in table.rows)
+
+
+def labels_of(table: data.Table) -> tuple[data.Label, ...]:
+    return tuple(row["label"] for row in data.with_labels(table).rows)
+
+
+def table_of(texts: Sequence[str], labels: Sequence[data.Label]) -> data.Table:
+    return data.Table(
+        "here", tuple({"text": text, "label": label} for text, label in zip(texts, labels, strict=True))
+    )
+
+
+def held_out(table: data.Table, fraction: float, seed: int) -> tuple[data.Table, data.Table]:
+    return hold_out(table, fraction, seed, lambda row: str(row["text"]), "label")
 
 
 def write(path: Path, labels: tuple[int | str, ...] | None) -> Path:
@@ -51,17 +71,21 @@ def write(path: Path, labels: tuple[int | str, ...] | None) -> Path:
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_tables(tmp_path: Path, suffix: str, labels: tuple[int | str, ...] | None) -> None:
     table, valid = data.read(str(write(tmp_path / f"some{suffix}", labels)))
-    assert (table.texts, table.labels, valid) == (TEXTS, labels, None)
+    assert (texts_of(table), valid) == (TEXTS, None)
+    if labels is None:
+        assert "label" not in table.columns
+    else:
+        assert labels_of(table) == labels
 
 
 def test_text_on_lines(tmp_path: Path) -> None:
     table, _ = data.read(str(write(tmp_path / "some.txt", None)))
-    assert (table.texts, table.labels) == (TEXTS, None)
+    assert (texts_of(table), table.columns) == (TEXTS, ("text",))
 
 
 def test_a_csv_text_of_several_lines(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,label\n"one\ntwo",1\nthree,0\n', encoding="utf-8")
-    assert data.read(str(tmp_path / "a.csv"))[0].texts == ("one\ntwo", "three")
+    assert texts_of(data.read(str(tmp_path / "a.csv"))[0]) == ("one\ntwo", "three")
 
 
 #: Line ends for str.splitlines, but not for any file format here.
@@ -79,12 +103,12 @@ def test_characters_that_end_no_line(tmp_path: Path, character: str, end: str) -
     }
     for name, lines in rows.items():
         (tmp_path / name).write_bytes("".join(line + end for line in lines).encode())
-        assert data.read(str(tmp_path / name))[0].texts == texts, name
+        assert texts_of(data.read(str(tmp_path / name))[0]) == texts, name
 
 
 def test_a_line_end_inside_a_csv_text_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'text,label\r\n"one\r\ntwo",1\r\n"a\nb",0\r\n')
-    assert data.read(str(tmp_path / "a.csv"))[0].texts == ("one\r\ntwo", "a\nb")
+    assert texts_of(data.read(str(tmp_path / "a.csv"))[0]) == ("one\r\ntwo", "a\nb")
 
 
 @pytest.mark.parametrize("name", ["valid.csv", "validation.csv", "dev.csv"])
@@ -93,22 +117,20 @@ def test_folders(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, LABELS)
     train, valid = data.read(str(tmp_path))
     assert valid is not None
-    assert train.labels == valid.labels == LABELS
+    assert labels_of(train) == labels_of(valid) == LABELS
     assert valid.source == str(tmp_path / name)
 
 
 def test_a_part_held_out_is_of_other_texts() -> None:
     texts = tuple(f"text {i % 60}" for i in range(100))  # 40 texts occur twice
-    table = data.Table("here", texts, tuple(i % 7 for i in range(100)))
-    train, valid = data.hold_out(table, 0.25, seed=1)
-    assert train.labels is not None
-    assert valid.labels is not None
-    both = zip(train.texts + valid.texts, train.labels + valid.labels, strict=True)
-    assert Counter(both) == Counter(zip(texts, table.labels or (), strict=True))
-    assert len(set(valid.texts)) == 15
-    assert not set(train.texts) & set(valid.texts)
-    assert data.hold_out(table, 0.25, seed=1)[1] == valid
-    assert data.hold_out(table, 0.25, seed=2)[1] != valid
+    table = table_of(texts, [i % 7 for i in range(100)])
+    train, valid = held_out(table, 0.25, seed=1)
+    both = [tuple(row.values()) for row in train.rows + valid.rows]
+    assert Counter(both) == Counter(tuple(row.values()) for row in table.rows)
+    assert len(set(texts_of(valid))) == 15
+    assert not set(texts_of(train)) & set(texts_of(valid))
+    assert held_out(table, 0.25, seed=1)[1] == valid
+    assert held_out(table, 0.25, seed=2)[1] != valid
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -116,36 +138,41 @@ def test_each_label_keeps_a_text_to_train_on(seed: int) -> None:
     # "rare" occurs once, "twin" in one text twice, "few" in three texts.
     rows = [("r", "rare"), ("t", "twin"), ("t", "twin"), ("a", "few"), ("b", "few"), ("c", "few")]
     rows += [(f"text {i}", "usual") for i in range(4)]
-    table = data.Table("here", tuple(text for text, _ in rows), tuple(label for _, label in rows))
-    train, valid = data.hold_out(table, 0.5, seed)
-    assert set(train.labels or ()) == {"rare", "twin", "few", "usual"}
-    assert not set(valid.labels or ()) & {"rare", "twin"}
-    assert len(set(valid.texts)) == 4  # of 9: round(0.5 * 9)
+    table = table_of([text for text, _ in rows], [label for _, label in rows])
+    train, valid = held_out(table, 0.5, seed)
+    assert set(labels_of(train)) == {"rare", "twin", "few", "usual"}
+    assert not set(labels_of(valid)) & {"rare", "twin"}
+    assert len(set(texts_of(valid))) == 4  # of 9: round(0.5 * 9)
 
 
 def test_labels_with_a_single_text_each_cannot_be_held_out() -> None:
-    table = data.Table("here", ("a", "b", "b"), (0, 1, 1))
+    table = table_of(("a", "b", "b"), (0, 1, 1))
     with pytest.raises(UserError, match=r"here: no text can be held out.*give --valid-data"):
-        data.hold_out(table, 0.5, 0)
+        held_out(table, 0.5, 0)
 
 
 def test_labels_do_not_matter_to_a_language_model(tmp_path: Path) -> None:
     rows = [{"text": f"{word} so", "label": word} for word in ("bright", "kind", "sweet", "grim")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = Settings(data=str(tmp_path / "a.jsonl"), task="causal-lm", validation_fraction=0.5)
-    train, valid = problem._tables(str(tmp_path / "a.jsonl"), settings)
-    assert (len(train), len(valid)) == (2, 2)
+    settings = Settings(
+        model=str(tiny_language_model(tmp_path / "model")),
+        data=str(tmp_path / "a.jsonl"),
+        task="causal-lm",
+        validation_fraction=0.5,
+    )
+    loaded = problem.load(settings)
+    assert (len(loaded.train), len(loaded.valid)) == (2, 2)
 
 
 @pytest.mark.parametrize("labels", [("01", "1", "1", "0"), ("1", "+1", "0", "0"), (" 1", "1", "1_0", "1")])
 def test_labels_that_are_no_plain_integers_stay_texts(tmp_path: Path, labels: tuple[str, ...]) -> None:
-    assert data.read(str(write(tmp_path / "a.csv", labels)))[0].labels == labels
+    assert labels_of(data.read(str(write(tmp_path / "a.csv", labels)))[0]) == labels
 
 
 def test_a_label_that_is_a_number_and_a_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", (1, "1", 0, "no"))
     with pytest.raises(UserError, match="label 1 is a number in some rows and a text in others"):
-        data.read(str(path))
+        data.with_labels(data.read(str(path))[0])
 
 
 def test_an_epoch_shows_each_example_once() -> None:
@@ -184,8 +211,8 @@ class Fixed(torch.nn.Module):
 
 def test_losses_of_next_tokens_ignore_padding() -> None:
     texts = ((5, 2, 0, 7), (1, 0), (3, 3, 3, 4, 0, 0, 6))  # 0 pads, and occurs in texts too
-    objective, model = NextToken(padding=0), Fixed(8, pooled=False)
-    examples = [Example(tokens) for tokens in texts]
+    objective, model = Answers(padding=0, kind="causal"), Fixed(8, pooled=False)
+    examples = [Example((Row(tokens, tokens),)) for tokens in texts]
     scores = objective.scores(model, objective.collate(examples, torch.device("cpu")))
     assert scores.loss.dtype == torch.float32
     for i, tokens in enumerate(texts):
@@ -199,10 +226,11 @@ def test_losses_of_next_tokens_ignore_padding() -> None:
 
 
 def test_losses_of_next_tokens_are_those_of_a_language_model() -> None:
-    model, objective = tiny("Llama"), NextToken(padding=0)
+    model, objective = tiny("Llama"), Answers(padding=0, kind="causal")
     rows: list[torch.Size] = []
     model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape))
-    examples = [Example((5, 2, 60, 7)), Example((1, 9)), Example((3, 3, 80, 4, 8, 8, 6))]
+    texts = ((5, 2, 60, 7), (1, 9), (3, 3, 80, 4, 8, 8, 6))
+    examples = [Example((Row(tokens, tokens),)) for tokens in texts]
     batch = objective.collate(examples, torch.device("cpu"))
     objective.prepare(model)
     rows.clear()
@@ -216,14 +244,14 @@ def test_losses_of_next_tokens_are_those_of_a_language_model() -> None:
 
 
 def test_losses_of_classes() -> None:
-    examples = [Example((1, 2), 2), Example((3, 1, 5, 2, 4), 0), Example((4,), 1)]
-    objective, model = Classification(padding=0), Fixed(6, pooled=True)
+    examples = [Example((Row((1, 2)),), 2), Example((Row((3, 1, 5, 2, 4)),), 0), Example((Row((4,)),), 1)]
+    objective, model = Classes(padding=0), Fixed(6, pooled=True)
     scores = objective.scores(model, objective.collate(examples, torch.device("cpu")))
     assert scores.loss.dtype == torch.float32
     for i, example in enumerate(examples):
         logits = sum(model.table[token, place] for place, token in enumerate(example.tokens)).float()
         assert scores.loss[i].item() == pytest.approx(-logits.log_softmax(0)[example.label].item(), rel=1e-2)
-        assert scores.correct[i] == (logits.argmax() == example.label)
+        assert scores.metrics["accuracy"][i] == (logits.argmax() == example.label)
 
 
 def test_the_standard_error_of_a_mean() -> None:
@@ -286,9 +314,9 @@ def test_held_out_words_of_the_demo_are_no_inflections_of_training_words() -> No
     train, valid = demo.read_words(demo._folder(demo.DATA_PACKAGE) / "vader_lexicon.txt")
     assert len(train) > 4000
     assert len(valid) > 1000
-    assert not {word[:4] for word in train.texts} & {word[:4] for word in valid.texts}
-    assert not {"negative", "positive", "positively"} & {*train.texts, *valid.texts}
-    ratings = dict(zip(train.texts + valid.texts, (train.labels or ()) + (valid.labels or ()), strict=True))
+    assert not {word[:4] for word in texts_of(train)} & {word[:4] for word in texts_of(valid)}
+    assert not {"negative", "positive", "positively"} & {*texts_of(train), *texts_of(valid)}
+    ratings = {row["text"]: row["label"] for row in train.rows + valid.rows}
     assert (ratings["abandon"], ratings["joyful"]) == ("negative", "positive")
     assert all(word.replace("-", "").replace("'", "").isalpha() for word in ratings)
 

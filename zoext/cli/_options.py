@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 from zoext import ops
 from zoext.cli._errors import UserError
 from zoext.cli._ranks import PARALLELS, Ranks
-from zoext.cli._settings import DTYPES, PROBES, TASKS, CommonSettings
+from zoext.cli._settings import DTYPES, KINDS_OF_DATA, PROBES, TASKS, CommonSettings
+from zoext.tasks import PRESETS, TRAINS, Template
 
 _Number = TypeVar("_Number", int, float)
 
@@ -50,12 +52,26 @@ seed = _number(int, "an integer of 64 bits", lambda value: -(2**63) <= value < 2
 
 
 def named_values(text: str) -> dict[str, str]:
-    """The type of ``NAME=VALUE,...``: the values by name, as text."""
+    """The type of ``NAME=VALUE,...``, or of a JSON object: the values by name, as text."""
+    if text.startswith("{"):
+        try:
+            return {name: str(value) for name, value in json.loads(text).items()}
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be NAME=VALUE,... or a JSON object: {error}") from None
     pairs = [part.partition("=") for part in text.split(",")]
     names = [name for name, _, _ in pairs]
     if not all(name and equals and value for name, equals, value in pairs) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE,... with each name once, not {text}")
     return {name: value for name, _, value in pairs}
+
+
+def template(text: str) -> str:
+    """The type of a template: shells pass \\n as two characters."""
+    text = text.replace("\\n", "\n").replace("\\t", "\t")
+    try:
+        return Template(text).text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class Defaults:
 def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     """Adds the options for model, data and trainable parameters."""
     group = parser.add_argument_group("model and data")
+    general = defaults.general
     group.add_argument("--model", metavar="M", help="a folder, or a name on the hub (default: the demo's)")
     group.add_argument(
         "--data", metavar="D", help="a file, a folder, or a name on the hub (default: the demo's)"
@@ -91,7 +108,36 @@ def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     defaults.add(
         group, "validation-fraction", fraction, "F", "share of the data to hold out if it has no such part"
     )
-    group.add_argument("--task", choices=TASKS, help="default: classification if there are labels")
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"{', '.join(KINDS_OF_DATA)}, or a task of the MeZO study: {', '.join(PRESETS)} "
+        "(default: by the columns of the data and the head of the model)",
+    )
+    group.add_argument(
+        "--template",
+        type=template,
+        metavar="TEXT",
+        help="the prompt, with columns in braces, as 'Review: {text}\\nSentiment:'; \\n is a new line, and "
+        "{mask} what a masked model fills in",
+    )
+    group.add_argument(
+        "--label-words",
+        type=named_values,
+        metavar="LABEL=WORD,...",
+        help="the answer that stands for each label (default: the labels themselves)",
+    )
+    group.add_argument(
+        "--text-column", metavar="NAME[,NAME]", help="the column with the text, or the two of a pair of texts"
+    )
+    group.add_argument("--label-column", metavar="NAME", help="the column with the label")
+    group.add_argument(
+        "--loss",
+        choices=TRAINS,
+        help="what is trained with candidate answers: the choice among them, or the answer as text "
+        f"(default {general.loss})",
+    )
     defaults.add(group, "max-length", count, "N", "tokens; longer texts are truncated")
     group.add_argument(
         "--trainable",
@@ -150,7 +196,7 @@ class Request:
 
     @property
     def is_demo(self) -> bool:
-        return "model" not in self.given and "data" not in self.given
+        return not {"model", "data", "task"} & self.given.keys()
 
 
 def choose_device(name: str | None, ranks: Ranks) -> torch.device:

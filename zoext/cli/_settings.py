@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from zoext.cli._ranks import DATA
+from zoext.tasks import PRESETS
 
-TASKS = ("classification", "causal-lm")
+#: The heads of models: what their last layer predicts.
+HEADS = ("classification", "causal-lm", "masked-lm", "seq2seq-lm")
+#: Kinds of data that ``--task`` names, beside the presets of ``zoext.tasks``.
+KINDS_OF_DATA = (
+    "classification",
+    "label-words",
+    "causal-lm",
+    "completion",
+    "chat",
+    "multiple-choice",
+    "generation",
+)
+TASKS = (*KINDS_OF_DATA, *PRESETS)
 DTYPES = ("float32", "bfloat16", "float16")
 PROBES = ("auto", "streamed", "inplace")
 PRECISIONS = ("nearest", "stochastic", "residual")
@@ -28,6 +42,11 @@ class CommonSettings:
     valid_data: str | None = None
     validation_fraction: float = 0.1
     task: str | None = None
+    template: str | None = None
+    label_words: dict[str, str] = field(default_factory=dict)
+    text_column: str | None = None
+    label_column: str | None = None
+    loss: str = "choice"
     max_length: int = 256
     trainable: str = ""
     lr: float = 1e-6
@@ -41,7 +60,7 @@ class CommonSettings:
 
     @property
     def is_demo(self) -> bool:
-        return self.model is None and self.data is None
+        return self.model is None and self.data is None and self.task is None
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,14 @@ _RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
 
 
 #: Settings that earlier versions did not have, and the values that describe their runs.
-_ADDED = {"parallel": DATA}
+_ADDED: dict[str, Any] = {
+    "parallel": DATA,
+    "template": None,
+    "label_words": {},
+    "text_column": None,
+    "label_column": None,
+    "loss": "choice",
+}
 
 
 class OtherVersionError(ValueError):
@@ -127,5 +153,5 @@ def _as_option(option: str, value: Any) -> str:
     if isinstance(value, list):
         value = ",".join(map(str, value))
     if isinstance(value, dict):
-        value = ",".join(f"{name}={item}" for name, item in value.items())
+        value = json.dumps(value)  # words may contain commas
     return f"{option}={value}"

@@ -140,8 +140,29 @@ class CompactLoss:
         losses, rows = self._losses(batch, copies)
         return rows.spread(losses)
 
+    def logits(self, batch: Mapping[str, Any], copies: int = 1) -> Tensor:
+        """The logits of the labelled tokens, from which a choice among some tokens is scored.
+
+        Returns:
+            [copies, R, vocabulary] for R labelled tokens in a copy, in their order in the flattened labels;
+            float32, or float64 for a model in float64. All of them are made at once: label few tokens.
+        """
+        hidden, _ = self._labelled(batch, copies)
+        return self._logits_of(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:2], -1)
+
     def _losses(self, batch: Mapping[str, Any], copies: int) -> tuple[Tensor, Rows]:
         """The losses of the labelled tokens of each copy, [C, R]; 0 for rows that do not count."""
+        hidden, rows = self._labelled(batch, copies)
+        width = max(1, self._chunk // copies)
+        losses = [
+            self._losses_of(hidden[:, first : first + width], rows.targets[:, first : first + width])
+            for first in range(0, hidden.shape[1], width)
+        ]
+        joined = torch.cat(losses, 1) if losses else hidden.new_zeros(copies, 0, dtype=torch.float32)
+        return (joined if rows.overflow is None else joined + rows.overflow), rows
+
+    def _labelled(self, batch: Mapping[str, Any], copies: int) -> tuple[Tensor, Rows]:
+        """The hidden states [C, R, d] that predict the labels, and where these are."""
         check_count("copies", copies)
         if "labels" not in batch:
             raise ValueError("batch needs an entry 'labels'")
@@ -151,14 +172,7 @@ class CompactLoss:
                 "would not be averaged; call it under torch.no_grad(), as zoext calls closures"
             )
         rows = self._rows(batch, copies)
-        hidden = rows.of(self._parts.hidden_states(dict(batch), batch["labels"]))
-        width = max(1, self._chunk // copies)
-        losses = [
-            self._losses_of(hidden[:, first : first + width], rows.targets[:, first : first + width])
-            for first in range(0, hidden.shape[1], width)
-        ]
-        joined = torch.cat(losses, 1) if losses else hidden.new_zeros(copies, 0, dtype=torch.float32)
-        return (joined if rows.overflow is None else joined + rows.overflow), rows
+        return rows.of(self._parts.hidden_states(dict(batch), batch["labels"])), rows
 
     def _rows(self, batch: Mapping[str, Any], copies: int) -> Rows:
         """The labelled tokens, by the keywords that the loss of the model takes beside the labels."""
@@ -180,9 +194,7 @@ class CompactLoss:
 
     def _losses_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The losses [C, r] of hidden states [C, r, d]. The head gets [C r, d], one copy after the other."""
-        rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-        logits = self._parts.head.logits(rows)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as transformers does
+        logits = self._logits_of(hidden.reshape(-1, hidden.shape[-1]))
         targets = targets.to(logits.device).reshape(-1)
         losses = cross_entropy(
             logits,
@@ -192,6 +204,10 @@ class CompactLoss:
             label_smoothing=self._label_smoothing,
         )
         return losses.reshape(hidden.shape[:2])
+
+    def _logits_of(self, rows: Tensor) -> Tensor:
+        logits = self._parts.head.logits(rows.contiguous())
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # as transformers does
 
     def _counted(self, targets: Tensor) -> Tensor:
         return targets != self._ignore_index

@@ -159,5 +159,7 @@ def _introduce(training: Training) -> None:
         f"{settings.optimizer}: lr {settings.lr:g}, mu {settings.mu:g}, batch {settings.batch_size}, "
         f"seed {settings.seed}; output in {training.folder.path}"
     )
+    for note in training.problem.notes:
+        print(note)
     if (reason := obstacle(settings, training.optimizer)) is not None:
         print(f"the trajectory cannot be replayed: {reason}")

@@ -13,11 +13,11 @@ from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._errors import UserError
 from zoext.cli._problem import optimizers, steps
 from zoext.cli._problem.evaluation import evaluate
-from zoext.cli._problem.objectives import Example
 from zoext.cli._problem.problem import Problem
 from zoext.cli._ranks import Ranks
 from zoext.cli._runs import tensors
 from zoext.cli._runs.records import Record
+from zoext.tasks import Example
 
 _STEPS = 2  # the second runs with the state that the first allocated
 _LR = 1e-12  # cannot diverge, and the cost does not depend on it
@@ -110,7 +110,7 @@ def _peak_of_forwards(start: Start, settings: ComparisonSettings) -> int:
     def forwards() -> None:
         for number in range(_STEPS):
             batch = steps.batch(problem, of_run, number, start.device)
-            problem.objective.scores(problem.model, batch).mean_loss()
+            problem.objective.training.loss(problem.model, batch)
 
     return peak(forwards, start.device)
 

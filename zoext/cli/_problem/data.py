@@ -1,62 +1,104 @@
-"""Reads examples, texts with or without labels, from a file, a folder or the Hugging Face hub."""
+"""Reads tables, rows of named columns, from a file, a folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
+import dataclasses
 import importlib
 import importlib.util
 import io
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoext.cli._errors import UserError
 
-SUFFIXES = (".csv", ".jsonl", ".txt")
+#: What zoext reads itself, and what the package datasets reads.
+OWN_SUFFIXES = (".csv", ".jsonl", ".txt")
+OTHER_SUFFIXES = (".parquet", ".json", ".tsv", ".arrow")
+SUFFIXES = (*OWN_SUFFIXES, *OTHER_SUFFIXES)
 TRAIN_NAMES = ("train",)
 VALID_NAMES = ("valid", "validation", "dev")
 
+LABEL = "label"
+
 Label = int | str
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Texts and their labels, which are None if there are none."""
+    """Rows of the same columns, and where they are from, for messages.
+
+    ``is_text`` says that all values are texts, as in a CSV file.
+    """
 
     source: str
-    texts: tuple[str, ...]
-    labels: tuple[Label, ...] | None
+    rows: tuple[Row, ...]
+    is_text: bool = False
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.rows)
 
-    def rows(self, wanted: Iterable[int]) -> Table:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all columns, in the order in which they occur."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row))
+
+    def take(self, wanted: Iterable[int]) -> Table:
         """The rows at these indices."""
-        wanted = list(wanted)
-        labels = None if self.labels is None else tuple(self.labels[i] for i in wanted)
-        return Table(self.source, tuple(self.texts[i] for i in wanted), labels)
+        return dataclasses.replace(self, rows=tuple(self.rows[i] for i in wanted))
+
+    def renamed(self, names: Mapping[str, str]) -> Table:
+        """With other names for some columns.
+
+        Raises:
+            UserError: for a column that the table lacks, or a new name that it has.
+        """
+        for old, new in names.items():
+            if old not in self.columns:
+                raise UserError(f"{self.source}: no column {old!r}; it has {', '.join(self.columns)}")
+            if new in self.columns and new not in names:
+                raise UserError(
+                    f"{self.source}: {old!r} cannot be read as {new!r}, a column that it has as well; "
+                    "remove that column"
+                )
+        rows = tuple({names.get(name, name): value for name, value in row.items()} for row in self.rows)
+        return dataclasses.replace(self, rows=rows)
+
+    def arranged(self, arrange: Callable[[Row], Row]) -> Table:
+        """With rows made by ``arrange`` of these."""
+        return dataclasses.replace(self, rows=tuple(arrange(row) for row in self.rows))
 
 
-def read(source: str) -> tuple[Table, Table | None]:
-    """The training examples of ``source``, and its validation examples or None."""
+def read(
+    source: str, configuration: str | None = None, with_names: bool = True
+) -> tuple[Table, Table | None]:
+    """The training rows of ``source``, and its validation rows or None.
+
+    On the hub, ``configuration`` selects one of several data sets of one name; "NAME:CONFIGURATION" does too.
+    Where a data set stores numbers of classes and their names, the latter are read, or ``with_names`` is
+    false.
+    """
     path = Path(source)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, with_names)
     if path.is_file():
         return read_file(path), None
-    if path.suffix in SUFFIXES:
+    if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         raise UserError(f"--data {source}: no such file")
-    return _read_hub(source)
+    name, _, named = source.partition(":")
+    return _read_hub(name, configuration or named or None, with_names)
 
 
 def read_file(path: Path) -> Table:
-    """The examples of a .csv, .jsonl or .txt file."""
+    """The rows of a file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix in OTHER_SUFFIXES:
+        return _of_datasets(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # each format splits lines itself
             text = file.read()
@@ -69,32 +111,35 @@ def read_file(path: Path) -> Table:
             lines = (line.strip() for line in _lines(text))
             return table(str(path), [{"text": line} for line in lines if line])
         case ".csv":
-            return table(str(path), _csv_rows(path, text), labels_are_text=True)
+            return table(str(path), _csv_rows(path, text), is_text=True)
         case ".jsonl":
             return table(str(path), _jsonl_rows(path, text))
     raise UserError(f"{path}: unknown file type; give one of {', '.join(SUFFIXES)}")
 
 
-def _lines(text: str) -> list[str]:
+def _lines(text: str) -> Iterator[str]:
     """Splits at \\n and \\r\\n only; str.splitlines also splits at U+2028 and others."""
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    return (line.removesuffix("\r") for line in text.split("\n"))
 
 
-def _csv_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
+def _csv_rows(path: Path, text: str) -> Sequence[Row]:
+    csv.field_size_limit(2**31 - 1)  # texts may be long; the default of 131,072 letters refuses them
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
     try:
-        rows = list(reader)
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path}: line {reader.line_num}: row {len(rows) + 1} has more fields than the header; "
+                    "quote texts that contain commas"
+                )
+            rows.append(row)
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num}: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise UserError(
-                f"{path}: row {number} has more fields than the header; quote texts that contain commas"
-            )
     return rows
 
 
-def _jsonl_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
+def _jsonl_rows(path: Path, text: str) -> Sequence[Row]:
     rows = []
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
@@ -109,35 +154,56 @@ def _jsonl_rows(path: Path, text: str) -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def table(source: str, rows: Sequence[Mapping[str, Any]], labels_are_text: bool = False) -> Table:
-    """Checks that every row has a text, and that either all rows or none have a label."""
+def table(source: str, rows: Sequence[Row], is_text: bool = False) -> Table:
+    """A table of at least one row."""
     if not rows:
         raise UserError(f"{source}: contains no examples")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if "text" not in columns:
-        raise UserError(f"{source}: no column 'text'; it has {', '.join(columns)}: rename one of them")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("text"), str) or not row["text"].strip():
-            raise UserError(
-                f"{source}: row {number}: text is {row.get('text')!r}, not a text; correct or remove the row"
-            )
-    texts = tuple(row["text"] for row in rows)
-    if "label" not in columns:
-        return Table(source, texts, None)
-    for number, row in enumerate(rows, 1):
-        label = row.get("label")
+    return Table(source, tuple(rows), is_text)
+
+
+def with_labels(table: Table, column: str = LABEL) -> Table:
+    """Checks that each row has a label, a class, in ``column``; texts that are integers become these.
+
+    Raises:
+        UserError: for a label that is missing or no class.
+    """
+    source = table.source
+    for number, row in enumerate(table.rows, 1):
+        label = row.get(column)
         if isinstance(label, bool) or not isinstance(label, Label) or label == "":
             raise UserError(
-                f"{source}: row {number}: label is {label!r}; a label is a class, an integer or a text"
+                f"{source}: row {number}: {column} is {label!r}; a label is a class, an integer or a text"
             )
-    labels: tuple[Label, ...] = tuple(row["label"] for row in rows)
+    labels: tuple[Label, ...] = tuple(row[column] for row in table.rows)
     distinct = set(labels)
     both = sorted(str(label) for label in distinct if isinstance(label, int) and str(label) in distinct)
     if both:
         raise UserError(
-            f"{source}: label {both[0]} is a number in some rows and a text in others; use one form"
+            f"{source}: {column} {both[0]} is a number in some rows and a text in others; use one form"
         )
-    return Table(source, texts, _integers(labels) if labels_are_text else labels)
+    fraction = next((number for number, label in enumerate(labels, 1) if _is_fraction(label)), None)
+    if fraction is not None and all(_is_number(label) for label in distinct):
+        raise UserError(
+            f"{source}: row {fraction}: {column} is {labels[fraction - 1]!r}; a label is a class, not a "
+            "quantity: round the labels to classes, or name these"
+        )
+    if not table.is_text:
+        return table
+    integers = _integers(labels)
+    rows = tuple({**row, column: label} for row, label in zip(table.rows, integers, strict=True))
+    return dataclasses.replace(table, rows=rows)
+
+
+def _is_number(label: Label) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_fraction(label: Label) -> bool:
+    return _is_number(label) and not float(label).is_integer()
 
 
 def _integers(labels: tuple[Label, ...]) -> tuple[Label, ...]:
@@ -149,7 +215,9 @@ def _integers(labels: tuple[Label, ...]) -> tuple[Label, ...]:
     return integers if tuple(map(str, integers)) == labels else labels
 
 
-def _read_folder(folder: Path) -> tuple[Table, Table | None]:
+def _read_folder(folder: Path, with_names: bool) -> tuple[Table, Table | None]:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _of_splits(str(folder), _datasets(str(folder)).load_from_disk(str(folder)), with_names)
     train, valid = _split_file(folder, TRAIN_NAMES), _split_file(folder, VALID_NAMES)
     if train is None:
         kinds = ", ".join(f"train{suffix}" for suffix in SUFFIXES)
@@ -171,65 +239,60 @@ def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
     return found[0] if found else None
 
 
-def _read_hub(name: str) -> tuple[Table, Table | None]:
+def _datasets(wanted: str) -> Any:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"--data {wanted}: needs the package datasets to be read: pip install datasets")
+    return importlib.import_module("datasets")
+
+
+def _of_datasets(path: Path) -> Table:
+    kind = {".tsv": "csv"}.get(path.suffix, path.suffix.removeprefix("."))
+    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    datasets = _datasets(str(path))
+    try:
+        loaded = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:  # of any parser
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: cannot be read: {first_line(cause)}") from None
+    return _of_dataset(str(path), loaded, with_names=True)
+
+
+def _read_hub(name: str, configuration: str | None, with_names: bool) -> tuple[Table, Table | None]:
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
             f"--data {name}: neither a file nor a folder; "
             "to load it from the Hugging Face hub: pip install datasets"
         )
-    datasets: Any = importlib.import_module("datasets")
+    datasets = _datasets(name)
     try:
-        splits = datasets.load_dataset(name)
+        splits = datasets.load_dataset(name, configuration)
     except Exception as error:  # raised by a script, the network or a parser
-        raise UserError(f"--data {name}: cannot be loaded from the hub: {first_line(error)}") from None
-    tables = {part: table(f"{name}[{part}]", list(rows)) for part, rows in splits.items()}
+        raise UserError(
+            f"--data {name}: neither a file nor a folder, and it cannot be loaded from the hub: "
+            f"{first_line(error)}; check the name and the network, or give a file"
+        ) from None
+    return _of_splits(name, splits, with_names)
+
+
+def _of_splits(name: str, splits: Any, with_names: bool) -> tuple[Table, Table | None]:
+    if not isinstance(splits, dict):  # a single data set that was saved
+        return _of_dataset(name, splits, with_names), None
+    parts = {part: splits[part] for part in (*TRAIN_NAMES, *VALID_NAMES) if part in splits}
+    tables = {part: _of_dataset(f"{name}[{part}]", rows, with_names) for part, rows in parts.items()}
     train = next((tables[part] for part in TRAIN_NAMES if part in tables), None)
     if train is None:
-        raise UserError(f"--data {name}: has no split 'train', only {', '.join(tables)}")
+        raise UserError(f"--data {name}: has no split 'train', only {', '.join(splits)}")
     return train, next((tables[part] for part in VALID_NAMES if part in tables), None)
+
+
+def _of_dataset(source: str, dataset: Any, with_names: bool) -> Table:
+    found = table(source, list(dataset))
+    names = getattr(dataset.features.get(LABEL), "names", None) if with_names else None
+    if not names:
+        return found
+    return found.arranged(lambda row: {**row, LABEL: names[row[LABEL]] if row[LABEL] >= 0 else row[LABEL]})
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error message of another library."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def hold_out(examples: Table, fraction: float, seed: int) -> tuple[Table, Table]:
-    """Holds out ``fraction`` of the distinct texts; examples with the same text stay together.
-
-    At least one text of each label remains for training, so fewer texts may be held out.
-    """
-    # Sorting by a hash gives the same split on every platform and version.
-    order = sorted(set(examples.texts), key=lambda text: _digest(seed, text))
-    if len(order) < 2:
-        raise UserError(f"{examples.source}: too few distinct texts to hold some out; give --valid-data")
-    held = _held_out(examples, order, min(max(1, round(fraction * len(order))), len(order) - 1))
-    if not held:
-        raise UserError(
-            f"{examples.source}: no text can be held out without leaving a label with no training example; "
-            "add examples or give --valid-data"
-        )
-    parts: tuple[list[int], list[int]] = ([], [])
-    for i, text in enumerate(examples.texts):
-        parts[text in held].append(i)
-    return examples.rows(parts[0]), examples.rows(parts[1])
-
-
-def _held_out(examples: Table, order: Sequence[str], count: int) -> set[str]:
-    """The first ``count`` texts in ``order`` that are not the only remaining text of one of their labels."""
-    if examples.labels is None:
-        return set(order[:count])
-    labels: dict[str, set[Label]] = {text: set() for text in order}
-    for text, label in zip(examples.texts, examples.labels, strict=True):
-        labels[text].add(label)
-    in_training = Counter(label for theirs in labels.values() for label in theirs)
-    held: set[str] = set()
-    for text in order:
-        if len(held) < count and all(in_training[label] > 1 for label in labels[text]):
-            held.add(text)
-            in_training.subtract(labels[text])
-    return held
-
-
-def _digest(seed: int, text: str) -> bytes:
-    return hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()

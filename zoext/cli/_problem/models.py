@@ -13,14 +13,16 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from zoext import tasks
 from zoext.cli._errors import UserError
 from zoext.cli._problem.data import Label, first_line
-from zoext.cli._settings import DTYPES, TASKS
+from zoext.cli._settings import DTYPES, HEADS
 from zoext.trajectory import Fields, Header
 
 #: The key in the notes of a trajectory.
@@ -33,7 +35,7 @@ class Base:
 
     Attributes:
         demo: whether it is the demo's model.
-        task: one of ``TASKS``; selects the head of the model.
+        task: one of ``HEADS``: what the last layer of the model predicts.
         classes: the names of the classes, in the order of the outputs of a classifier.
         dtype: of the weights.
         seed: of the weights of a new head.
@@ -60,7 +62,7 @@ def base_of(header: Header, where: str) -> Base | None:
         return None
     fields = Fields(header.notes[_NOTE], f"{where}: notes")
     task, dtype = fields.text("task"), fields.text("dtype")
-    for name, value, known in (("task", task, TASKS), ("dtype", dtype, DTYPES)):
+    for name, value, known in (("task", task, HEADS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise fields.error(f"{name} must be one of {', '.join(known)}, not {value[:20]!r}")
     classes = fields.list_of("classes", lambda name: isinstance(name, str), "names")
@@ -78,44 +80,89 @@ def _check_classes(classes: list[str], header: Header, fields: Fields) -> None:
         raise fields.error(f"classes has {len(classes)} names, but no parameter of the run has as many rows")
 
 
-def classes_of(name: str, labels: Collection[Label]) -> tuple[str, ...]:
-    """The names of the classes of ``labels``, in the order of the outputs of the model ``name``.
+def config_of(name: str) -> Any:
+    """The configuration of the model ``name``."""
+    with _loading(name):
+        return _transformers().AutoConfig.from_pretrained(**_files(name))
+
+
+def kind_of(config: Any, task: str | None) -> str:
+    """The kind of the model, see ``zoext.tasks``; without a classification head unless the task has one."""
+    return tasks.kind_of(config) if task in (None, "classification") else tasks.language_kind_of(config)
+
+
+def has_head(config: Any, classes: Collection[str]) -> bool:
+    """Whether the model was saved with a classification head for as many classes."""
+    return tasks.kind_of(config) == tasks.CLASSIFIER and config.num_labels == len(classes)
+
+
+def classes_of(config: Any, labels: Collection[Label]) -> tuple[str, ...]:
+    """The names of the classes of ``labels``, in the order of the outputs of a classifier with ``config``.
 
     A model with a head for these classes keeps it; any other gets a new head.
     """
-    transformers = _transformers()
-    with _loading(name):
-        config = transformers.AutoConfig.from_pretrained(name)
-        return tuple(_classes(config, labels))
+    return tuple(_classes(config, labels))
 
 
 def load(name: str, base: Base) -> tuple[Any, Any]:
     """The model ``name`` with the head that ``base`` describes, and its tokenizer."""
     transformers = _transformers()
     with _loading(name), _new_weights_from(base.seed):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = _tokenizer(transformers, name)
         _ensure_padding(tokenizer)
-        model = _AUTO[base.task](transformers, name, base)
+        model = _with_head(transformers, name, base)
     if base.task == "classification":
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
-def _classifier(transformers: Any, name: str, base: Base) -> Any:
-    return transformers.AutoModelForSequenceClassification.from_pretrained(
-        name,
-        dtype=getattr(torch, base.dtype),
-        id2label=dict(enumerate(base.classes)),
-        label2id={label: index for index, label in enumerate(base.classes)},
-        ignore_mismatched_sizes=True,
-    )
+def _tokenizer(transformers: Any, name: str) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(**_files(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model {name}: its tokenizer cannot be loaded: {first_line(error)}; save the tokenizer that the "
+            "model was trained with beside it, with tokenizer.save_pretrained"
+        ) from None
 
 
-def _causal(transformers: Any, name: str, base: Base) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, base.dtype))
+def _with_head(transformers: Any, name: str, base: Base) -> Any:
+    """The model with the head that ``base`` names: a new one for classes, that of its files for tokens."""
+    options: dict[str, Any] = {"dtype": getattr(torch, base.dtype), "output_loading_info": True}
+    if base.task == "classification":
+        options["id2label"] = dict(enumerate(base.classes))
+        options["label2id"] = {label: index for index, label in enumerate(base.classes)}
+        options["ignore_mismatched_sizes"] = True
+    if name.endswith(_GGUF):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    auto = getattr(transformers, _AUTO[base.task])
+    model, info = auto.from_pretrained(**_files(name), **options)
+    missing = sorted(info["missing_keys"])
+    if base.task != "classification" and missing:
+        raise UserError(
+            f"model {name}: its files lack {missing[0]}, so it predicts no tokens; give a language model, or "
+            "--task classification"
+        )
+    if name.endswith(_GGUF):  # the weights are plain now, and are saved so
+        del model.config.quantization_config
+    return model
 
 
-_AUTO = {"classification": _classifier, "causal-lm": _causal}
+def _files(name: str) -> dict[str, Any]:
+    """The arguments of from_pretrained for a folder, a name on the hub or a GGUF file."""
+    if not name.endswith(_GGUF):
+        return {"pretrained_model_name_or_path": name}
+    path = Path(name)
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+_GGUF = ".gguf"
+_AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
 
 
 def load_own(name: str, dtype: torch.dtype) -> tuple[Any, Any | None]:
@@ -171,6 +218,8 @@ def _loading(name: str) -> Iterator[None]:
     with quiet_transformers():
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:  # raised by a file, the network or a parser
             raise UserError(f"model {name}: cannot be loaded: {first_line(error)}") from None
 

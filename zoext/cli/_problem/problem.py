@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zoext.cli._errors import UserError
-from zoext.cli._problem import data, models
-from zoext.cli._problem.data import Table
+from zoext.cli._problem import choosing, data, models
+from zoext.cli._problem.data import LABEL, Table
+from zoext.cli._problem.holding_out import hold_out
 from zoext.cli._problem.models import Base
-from zoext.cli._problem.objectives import Classification, Example, NextToken, Objective
 from zoext.cli._settings import Settings
+from zoext.tasks import PRESETS, Encoder, Example, Objective, RowError, Task
+
+#: Kinds of data whose rows have labels.
+_LABELLED = ("classification", "label-words")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``model`` and ``tokenizer`` are those of transformers; ``base`` says how the model was built."""
+    """``model`` and ``tokenizer`` are those of transformers; ``base`` says how the model was built.
+
+    ``names`` are those of the answers, in the order of their indices, if they have names; ``notes`` are what
+    a user should know about the data.
+    """
 
     title: str
     base: Base
@@ -27,93 +34,141 @@ class Problem:
     objective: Objective
     train: tuple[Example, ...]
     valid: tuple[Example, ...]
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
 
     def fingerprint(self) -> str:
         """A hash of the tokenised examples: a resumed run must see the same ones."""
         digest = hashlib.sha256()
         for part in (self.train, self.valid):
             for example in part:
-                digest.update(repr((example.tokens, example.label)).encode())
+                digest.update(_identity(example).encode())
             digest.update(b"\n")
         return digest.hexdigest()
 
 
+def _identity(example: Example) -> str:
+    """All that determines the losses of an example; of one row as earlier versions had it."""
+    (row, *others) = example.rows
+    if others or row.labels not in ((), row.tokens):
+        rows = [(each.tokens, each.labels) for each in example.rows]
+        return repr((rows, example.label, example.also_right, example.references))
+    return repr((row.tokens, example.label))
+
+
 def load(settings: Settings) -> Problem:
     """Reads the data and loads the model that ``settings`` name."""
-    if settings.model is None or settings.data is None:
-        given, missing = ("--data", "--model") if settings.model is None else ("--model", "--data")
-        raise UserError(f"{given} needs {missing} as well; leave both out for the demo")
-    train, valid = _tables(settings.data, settings)
-    task = settings.task or ("causal-lm" if train.labels is None else "classification")
-    title = f"{settings.model} on {train.source} ({task})"
-    labels = _check_labels(train, valid) if task == "classification" else None
-    names = () if labels is None else models.classes_of(settings.model, labels)
-    base = Base(False, task, names, settings.dtype, settings.seed)
-    model, tokenizer = models.load(settings.model, base)
-    length = _length(settings, model, tokenizer)
-    if labels is None:
-        objective: Objective = NextToken(tokenizer.pad_token_id)
-        parts = [_predictable(tokenize(tokenizer, part, length), part) for part in (train, valid)]
-    else:
-        objective = Classification(tokenizer.pad_token_id)
-        parts = [tokenize(tokenizer, part, length, names) for part in (train, valid)]
-    return Problem(title, base, model, tokenizer, objective, parts[0], parts[1])
-
-
-def _tables(source: str, settings: Settings) -> tuple[Table, Table]:
-    train, valid = data.read(source)
-    if settings.valid_data is not None:
-        valid, _ = data.read(settings.valid_data)
+    if settings.model is None:
+        raise UserError("--data needs --model as well; leave both out for the demo")
+    train, valid = _read(settings)
+    config = models.config_of(settings.model)
+    kind = models.kind_of(config, settings.task)
+    name = choosing.name_of(settings, train, kind)
+    if name != "classification":
+        kind = models.kind_of(config, name)
+    classes: tuple[str, ...] = ()
+    if name in _LABELLED:
+        train, valid = _labelled(train), None if valid is None else _labelled(valid)
+        classes = models.classes_of(config, choosing.labels_of(train))
+    task = choosing.task_of(name, settings, train, kind, classes)
     if valid is None:
-        if settings.task == "causal-lm":  # labels are not used
-            train = dataclasses.replace(train, labels=None)
-        train, valid = data.hold_out(train, settings.validation_fraction, settings.seed)
-    return train, valid
+        label = LABEL if name in _LABELLED else None
+        train, valid = hold_out(train, settings.validation_fraction, settings.seed, task.key, label)
+    if name in _LABELLED:
+        _check_labels(train, valid)
+    names = classes if name == "classification" else ()
+    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
+    model, tokenizer = models.load(settings.model, base)
+    encoder = Encoder(tokenizer, kind, _length(settings, model, tokenizer))
+    examples, held_out = (_examples(task, part, encoder) for part in (train, valid))
+    return Problem(
+        f"{settings.model} on {train.source} ({name})",
+        base,
+        model,
+        tokenizer,
+        task.objective(encoder),
+        examples,
+        held_out,
+        names=tuple(getattr(task, "names", names)),
+        notes=tuple(_notes(task, config, name, encoder, len(examples) + len(held_out))),
+    )
 
 
-def _check_labels(train: Table, valid: Table) -> set[data.Label]:
-    if train.labels is None or valid.labels is None:
-        source = train.source if train.labels is None else valid.source
-        raise UserError(f"{source}: classification needs a column 'label'; for plain text: --task causal-lm")
-    labels = set(train.labels)
+def _read(settings: Settings) -> tuple[Table, Table | None]:
+    preset = PRESETS.get(settings.task or "")
+    if settings.data is None and preset is None:
+        raise UserError("--model needs --data as well; leave both out for the demo")
+    source = preset.source if preset and settings.data is None else (settings.data or "",)
+    configuration = source[1] if len(source) > 1 else None
+    train, valid = data.read(source[0], configuration, with_names=preset is None)
+    if settings.valid_data is not None:
+        valid, _ = data.read(settings.valid_data, with_names=preset is None)
+    if preset is None:
+        parts = [choosing.with_columns(part, settings) for part in (train, valid) if part is not None]
+    else:
+        for part in (train, valid):
+            missing = [] if part is None else [name for name in preset.columns if name not in part.columns]
+            if missing:
+                raise UserError(
+                    f"{train.source}: --task {settings.task} needs the columns {', '.join(preset.columns)}; "
+                    f"it has {', '.join(train.columns)}"
+                )
+        parts = [part.arranged(preset.arrange) for part in (train, valid) if part is not None]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _labelled(table: Table) -> Table:
+    if LABEL not in table.columns:
+        raise UserError(
+            f"{table.source}: needs a column 'label'; it has {', '.join(table.columns)}: name it with "
+            "--label-column, or for plain text: --task causal-lm"
+        )
+    return data.with_labels(table)
+
+
+def _check_labels(train: Table, valid: Table) -> None:
+    labels = choosing.labels_of(train)
     if len(labels) < 2:
         raise UserError(
-            f"{train.source}: every label is {train.labels[0]!r}; classification needs two classes"
+            f"{train.source}: every label is {next(iter(labels))!r}; classification needs two classes"
         )
-    unknown = sorted(set(map(str, valid.labels)) - set(map(str, labels)))
+    unknown = sorted(set(map(str, choosing.labels_of(valid))) - set(map(str, labels)))
     if unknown:
         raise UserError(
             f"{valid.source}: label {unknown[0]!r} does not occur in {train.source}; "
             "remove its examples there or add some to train on"
         )
-    return labels
 
 
 def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
-    """The number of tokens that a text is truncated to, at most the number of positions of the model."""
-    positions = getattr(model.config, "max_position_embeddings", settings.max_length)
+    """The number of tokens that a row is cut to, at most the number of positions of the model."""
+    positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     return min(settings.max_length, int(positions), int(tokenizer.model_max_length))
 
 
-def tokenize(
-    tokenizer: Any, table: Table, max_length: int, classes: Sequence[str] | None = None
-) -> tuple[Example, ...]:
-    """Tokenises the texts, truncated to ``max_length``, and maps labels to the indices of ``classes``."""
-    encoded = models.encode(tokenizer, table.texts, truncation=True, max_length=max_length)
-    rows: Sequence[list[int]] = encoded["input_ids"]
-    if classes is None or table.labels is None:
-        return tuple(Example(tuple(row)) for row in rows)
-    indices = {name: index for index, name in enumerate(classes)}
-    return tuple(
-        Example(tuple(row), indices[str(label)]) for row, label in zip(rows, table.labels, strict=True)
-    )
+def _examples(task: Task, table: Table, encoder: Encoder) -> tuple[Example, ...]:
+    try:
+        return tuple(task.examples(table.rows, encoder))
+    except RowError as error:
+        raise UserError(f"{table.source}: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
-def _predictable(examples: tuple[Example, ...], table: Table) -> tuple[Example, ...]:
-    """Keeps the examples with at least two tokens: the first token is not predicted."""
-    kept = tuple(example for example in examples if len(example.tokens) > 1)
-    if not kept:
-        raise UserError(
-            f"{table.source}: every text has fewer than two tokens, so there is nothing to predict"
+def _notes(task: Task, config: Any, name: str, encoder: Encoder, count: int) -> Sequence[str]:
+    notes = []
+    if described := choosing.described(task):
+        notes.append(described)
+    if name == "classification" and not models.has_head(config, getattr(task, "classes", ())):
+        notes.append(
+            "the model gets a classification head with random weights, which takes many steps to train; a "
+            "prompt starts from what a language model knows: --task label-words, with --template and "
+            "--label-words"
         )
-    return kept
+    if encoder.cuts.rows:
+        cuts = encoder.cuts
+        notes.append(
+            f"{cuts.rows} of {count} examples are longer than {encoder.max_length} tokens and lose their "
+            f"end, {100 * cuts.lost / cuts.tokens:.0f} % of their tokens; --max-length keeps more"
+        )
+    return notes

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from zoext import StreamedProbeError, ZerothOrderOptimizer
 from zoext.cli._errors import UserError
-from zoext.cli._problem.objectives import Batch, Example
 from zoext.cli._problem.problem import Problem
 from zoext.cli._ranks import ALONE, Ranks
 from zoext.cli._settings import Settings
+from zoext.tasks import Batch, Example
 
 
 def batch_indices(seed: int, step: int, batch_size: int, size: int) -> list[int]:
@@ -38,7 +38,7 @@ def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
 
 def batch(problem: Problem, settings: Settings, step: int, device: torch.device) -> Batch:
     """The batch of step ``step``: a pure function of the seed."""
-    return problem.objective.collate(_examples(problem, settings, step), device)
+    return problem.objective.training.collate(_examples(problem, settings, step), device)
 
 
 def _examples(problem: Problem, settings: Settings, step: int) -> list[Example]:
@@ -72,17 +72,18 @@ def _loss_of(
     problem: Problem, settings: Settings, step: int, device: torch.device, ranks: Ranks
 ) -> Callable[[], Tensor | tuple[Tensor, Tensor]]:
     """The closure of a step: the loss of the batch, or of the part of this rank with its weight."""
-    problem.objective.prepare(problem.model)
+    objective = problem.objective.training
+    objective.prepare(problem.model)
     examples = _examples(problem, settings, step)
     if ranks.batch_parts(settings.parallel) == 1:
-        whole = problem.objective.collate(examples, device)
-        return lambda: problem.objective.scores(problem.model, whole).mean_loss()
+        whole = objective.collate(examples, device)
+        return lambda: objective.loss(problem.model, whole)
     # A rank without examples evaluates one that does not count, so that it takes the step like the others.
     own = ranks.share_of(examples)
-    part = problem.objective.collate(own or examples[:1], device)
+    part = objective.collate(own or examples[:1], device)
 
     def closure() -> tuple[Tensor, Tensor]:
-        scores = problem.objective.scores(problem.model, part)
+        scores = objective.scores(problem.model, part)
         predictions = scores.predictions.sum()
         return scores.mean_loss(), predictions if own else torch.zeros_like(predictions)
 

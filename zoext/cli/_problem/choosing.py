@@ -1,0 +1,168 @@
+"""Chooses the task by the columns of a table and the head of a model, or as the user asks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from zoext.cli._errors import UserError
+from zoext.cli._problem.data import LABEL, Label, Table
+from zoext.cli._settings import CommonSettings
+from zoext.tasks import (
+    CLASSIFIER,
+    ENCODER,
+    MASKED,
+    PRESETS,
+    Chat,
+    Classification,
+    Completion,
+    Generation,
+    LabelWords,
+    MultipleChoice,
+    Task,
+    Template,
+    Text,
+)
+
+#: What asks for labels if no template is given.
+_PROMPT, _MASKED_PROMPT = "{text}\nLabel:", "{text} Label: {mask}"
+_PROMPT_OF_A_PAIR = "{text}\n{text2}\nLabel:"
+
+#: Kinds of data by the columns that tell them.
+_BY_COLUMNS = (
+    ("chat", {"messages"}),
+    ("completion", {"prompt", "completion"}),
+    ("multiple-choice", {"choices", "answer"}),
+    ("generation", {"question", "answers"}),
+)
+_HEADS = {"causal": "causal-lm", "masked": "masked-lm", "seq2seq": "seq2seq-lm", "encoder": "masked-lm"}
+
+
+def name_of(settings: CommonSettings, table: Table, kind: str) -> str:
+    """The kind of the data: what ``--task`` says, or else what the columns and the head of the model say.
+
+    Raises:
+        UserError: for columns that tell nothing.
+    """
+    if settings.task is not None:
+        return settings.task
+    columns = set(table.columns)
+    for name, needed in _BY_COLUMNS:
+        if needed <= columns:
+            return name
+    if LABEL in columns and (settings.template is not None or settings.label_words):
+        return "label-words"
+    if {"text", LABEL} <= columns:
+        return "classification" if kind in (CLASSIFIER, ENCODER) else "label-words"
+    if "text" in columns:
+        return "causal-lm"
+    raise UserError(
+        f"{table.source}: no column 'text'; it has {', '.join(table.columns)}: name the column with "
+        "--text-column and that of the labels with --label-column, give a --template with columns in braces, "
+        "or rename columns to text and label, prompt and completion, or messages"
+    )
+
+
+def head_of(name: str, kind: str) -> str:
+    """The head that a model of this kind gets, one of ``HEADS``."""
+    return "classification" if name == "classification" else _HEADS.get(kind, "causal-lm")
+
+
+def with_columns(table: Table, settings: CommonSettings) -> Table:
+    """The table with its columns named as tasks expect them: text, text2 and label."""
+    names: dict[str, str] = {}
+    if settings.text_column is not None:
+        columns = settings.text_column.split(",")
+        if len(columns) > 2:
+            raise UserError(f"--text-column {settings.text_column}: give one column, or two for pairs")
+        names |= dict(zip(columns, ("text", "text2"), strict=False))
+    if settings.label_column is not None:
+        names[settings.label_column] = LABEL
+    return table.renamed({old: new for old, new in names.items() if old != new})
+
+
+def task_of(name: str, settings: CommonSettings, table: Table, kind: str, classes: Collection[str]) -> Task:
+    """The task for the table.
+
+    Args:
+        classes: the labels that occur, in the order of the outputs of a classifier.
+
+    Raises:
+        UserError: for options that contradict each other, the columns or the model.
+    """
+    try:
+        return _task(name, settings, table, kind, classes)
+    except ValueError as error:
+        raise UserError(_in_terms_of_options(str(error))) from None
+
+
+def _task(name: str, settings: CommonSettings, table: Table, kind: str, classes: Collection[str]) -> Task:
+    template = settings.template
+    match name:
+        case "label-words":
+            return _label_words(settings, table, kind, classes)
+        case "classification":
+            columns = [column for column in ("text", "text2") if column in table.columns]
+            return Classification(list(classes), text=columns or ["text"])
+        case "completion":
+            return Completion(template or "{prompt}", completion=_first(table, "completion", "answer"))
+        case "chat":
+            return Chat()
+        case "multiple-choice":
+            return MultipleChoice(template or "{question}\nAnswer:", trains=settings.loss)
+        case "generation":
+            return Generation(
+                template or "Question: {question}\nAnswer:", answers=_first(table, "answers", "answer")
+            )
+        case "causal-lm":
+            return Text()
+    return PRESETS[name].task
+
+
+def _label_words(settings: CommonSettings, table: Table, kind: str, classes: Collection[str]) -> LabelWords:
+    usual = _MASKED_PROMPT if kind == MASKED else _PROMPT_OF_A_PAIR if "text2" in table.columns else _PROMPT
+    template = Template(settings.template or usual)
+    words = settings.label_words or {name: name for name in classes}
+    missing = sorted(set(classes) - words.keys())
+    if missing:
+        raise UserError(
+            f"--label-words: no word for the label {missing[0]!r} of {table.source}; give "
+            f"{missing[0]}=WORD too"
+        )
+    return LabelWords(
+        template, {name: _spaced(word, template) for name, word in words.items()}, trains=settings.loss
+    )
+
+
+def _spaced(word: str, template: Template) -> str:
+    """The word with the space before it that separates it from the template, unless that ends with one."""
+    before = template.text.partition("{mask}")[0] if template.masks else template.text
+    is_separated = word[:1].isspace() or before[-1:] == "\n"
+    return word if is_separated else f" {word.strip()}"
+
+
+def _first(table: Table, *names: str) -> str:
+    """The first of the columns that the table has, or the first name."""
+    return next((name for name in names if name in table.columns), names[0])
+
+
+def labels_of(table: Table) -> set[Label]:
+    """The labels that occur."""
+    return {row[LABEL] for row in table.rows}
+
+
+def _in_terms_of_options(error: str) -> str:
+    for argument, option in (("template ", "--template "), ("words: ", "--label-words: ")):
+        if error.startswith(argument):
+            return option + error.removeprefix(argument)
+    return error
+
+
+def described(task: Any) -> str:
+    """The task as it is shown before a run."""
+    if isinstance(task, LabelWords):
+        words = ", ".join(map(repr, task.words.values()))
+        return f"prompt {task.template.text!r}, answered by {words}"
+    if isinstance(task, Completion | MultipleChoice | Generation):
+        return f"prompt {task.template.text!r}"
+    return ""

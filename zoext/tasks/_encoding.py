@@ -1,0 +1,178 @@
+"""Tokens of prompts and answers, with columns cut where a prompt is too long."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoext.tasks._kinds import CAUSAL, MASKED
+from zoext.tasks._prompts import Cuts, Prompt, longest_fit
+from zoext.tasks._rows import IGNORED, Row
+from zoext.tasks._templates import RowError
+
+_Tokens = Sequence[int]
+
+
+@dataclass
+class Encoder:
+    """Tokenises for a kind of model.
+
+    Where a row is longer than ``max_length``, the longest column of its prompt loses its end, so that the
+    rest of the template, the question, stays whole.
+
+    Attributes:
+        tokenizer: of transformers; it is copied, since calls change what it would save.
+        kind: of the model, see ``kind_of``.
+        max_length: tokens of a row; of a sequence-to-sequence model, of the input and of the answer each.
+        cuts: what was cut so far.
+    """
+
+    tokenizer: Any
+    kind: str
+    max_length: int
+    cuts: Cuts = field(default_factory=Cuts)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = copy.deepcopy(self.tokenizer)
+        self._before, self._after = self._specials()
+
+    def _specials(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that the tokenizer puts before and after a text."""
+        plain = self.tokens_of(["a"])[0]
+        whole = list(self.tokenizer("a")["input_ids"])
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+        return (), ()
+
+    def tokens_of(self, texts: Iterable[str]) -> list[list[int]]:
+        """The tokens of texts, without special ones."""
+        texts = list(texts)
+        if not texts:
+            return []
+        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return rows
+
+    @property
+    def padding(self) -> int:
+        """The token that fills rows up: any will do, as the attention mask and the labels exclude it."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(token) for token in known if token is not None), 0)
+
+    @property
+    def mask(self) -> str:
+        """The mask token of a masked model, "" for others."""
+        return str(self.tokenizer.mask_token or "") if self.kind == MASKED else ""
+
+    def texts(self, texts: Sequence[str], others: Sequence[str] | None = None) -> list[Row]:
+        """Rows without labels: texts, or pairs with ``others``, as the tokenizer makes them."""
+        pairs = [list(texts)] if others is None else [list(texts), list(others)]
+        rows = []
+        for row in self.tokenizer(*pairs, truncation=False)["input_ids"]:
+            rows.append(tuple(row))
+        for number, row in enumerate(rows):
+            if len(row) > self.max_length:
+                pair = [each[number] for each in pairs]
+                options = {"truncation": True, "max_length": self.max_length}
+                rows[number] = tuple(self.tokenizer(*pair, **options)["input_ids"])
+                self.cuts.count(len(row), len(rows[number]))
+        return [Row(row) for row in rows]
+
+    def answered(self, prompts: Sequence[Prompt]) -> list[tuple[Row, ...]]:
+        """The rows of each prompt, one for each of its answers, which are labelled.
+
+        Raises:
+            RowError: for a row that is too long even without its longest column.
+        """
+        wholes = iter(self.tokens_of(prompt.text + answer for prompt in prompts for answer in prompt.answers))
+        starts = self.tokens_of(prompt.text.rstrip(" ") for prompt in prompts)
+        result = []
+        for number, (prompt, start) in enumerate(zip(prompts, starts, strict=True), 1):
+            rows = [self._answered(*_split(start, next(wholes)), prompt.ends) for _ in prompt.answers]
+            result.append(self._fitting(prompt, rows, self._rows_of, number))
+        return result
+
+    def _rows_of(self, prompt: Prompt) -> Sequence[Row]:
+        start = self.tokens_of([prompt.text.rstrip(" ")])[0]
+        wholes = self.tokens_of(prompt.text + answer for answer in prompt.answers)
+        return [self._answered(*_split(start, whole), prompt.ends) for whole in wholes]
+
+    def _answered(self, prompt: _Tokens, answer: _Tokens, ends: bool) -> Row:
+        eos = self.tokenizer.eos_token_id
+        end = (eos,) if ends and eos is not None else ()
+        if self.kind == CAUSAL:
+            tokens = (*self._before, *prompt, *answer, *end)
+            unlabelled = len(self._before) + len(prompt)
+            return Row(tokens, (IGNORED,) * unlabelled + tokens[unlabelled:])
+        return Row((*self._before, *prompt, *self._after), (*answer, *end))
+
+    def masked(self, prompts: Sequence[Prompt], words: Sequence[str]) -> list[tuple[Row, ...]]:
+        """The rows of prompts with one mask each, one for each word in its place.
+
+        Raises:
+            ValueError: for a word of several tokens, which one mask cannot stand for.
+            RowError: as ``answered``.
+        """
+        tokens = [self._only_token(word) for word in words]
+
+        def rows_of(prompt: Prompt) -> Sequence[Row]:
+            return self._masked(self.tokens_of([prompt.text])[0], tokens)
+
+        found = self.tokens_of(prompt.text for prompt in prompts)
+        return [
+            self._fitting(prompt, self._masked(tokens_, tokens), rows_of, number)
+            for number, (prompt, tokens_) in enumerate(zip(prompts, found, strict=True), 1)
+        ]
+
+    def _masked(self, prompt: _Tokens, words: Sequence[int]) -> Sequence[Row]:
+        whole = (*self._before, *prompt, *self._after)
+        place = whole.index(self.tokenizer.mask_token_id)
+        before, after = (IGNORED,) * place, (IGNORED,) * (len(whole) - place - 1)
+        return [Row(whole, (*before, word, *after)) for word in words]
+
+    def _only_token(self, word: str) -> int:
+        tokens = self.tokens_of([word])[0]
+        if len(tokens) != 1:
+            pieces = " + ".join(self.tokenizer.convert_ids_to_tokens(tokens))
+            raise ValueError(
+                f"the word {word!r} has {len(tokens)} tokens, {pieces}, but a masked model predicts "
+                "one; give another word"
+            )
+        return tokens[0]
+
+    def _fitting(
+        self,
+        prompt: Prompt,
+        rows: Sequence[Row],
+        rows_of: Callable[[Prompt], Sequence[Row]],
+        number: int,
+    ) -> tuple[Row, ...]:
+        """``rows`` of the prompt, or those of the longest part of it that fits."""
+        size = max(row.size for row in rows)
+        if size <= self.max_length:
+            return tuple(rows)
+        found = longest_fit(prompt, rows_of, lambda some: max(row.size for row in some) <= self.max_length)
+        if found is None:
+            raise RowError(
+                f"row {number}: its prompt and answer take {size} tokens, and even without its longest "
+                f"column more than the {self.max_length} that fit; shorten the template or the answer, or "
+                "allow longer rows"
+            )
+        self.cuts.count(size, max(row.size for row in found))
+        return tuple(found)
+
+
+def _split(prompt: _Tokens, whole: _Tokens) -> tuple[_Tokens, _Tokens]:
+    """Splits the tokens of prompt and answer after those that they share with the prompt alone.
+
+    At the seam a tokenizer may merge both, and then the merged token belongs to the answer. At least one
+    token does.
+    """
+    shared = 0
+    for ours, theirs in zip(prompt, whole[:-1], strict=False):
+        if ours != theirs:
+            break
+        shared += 1
+    return whole[:shared], whole[shared:]

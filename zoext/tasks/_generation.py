@@ -1,0 +1,137 @@
+"""Answers that are generated and compared with references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoext.tasks._answers import Answers
+from zoext.tasks._encoding import Encoder
+from zoext.tasks._kinds import CAUSAL, SEQ2SEQ
+from zoext.tasks._metrics import exact_match, f1
+from zoext.tasks._objective import Objective
+from zoext.tasks._prompts import Prompt
+from zoext.tasks._rows import IGNORED, Example
+from zoext.tasks._task import Record, Task
+from zoext.tasks._templates import RowError, Template, text_of
+
+_END = "\n"  # answers are one line
+
+
+class Generation(Task):
+    """Questions whose answers are generated: trained by the language-model loss of the first reference.
+
+    Evaluated by exact match and F1 of SQuAD (arXiv 1606.05250) between the line that the model generates
+    greedily and the references.
+
+    Args:
+        template: the prompt, with columns in braces.
+        answers: the column with a text, or with a list of texts that are all right.
+        max_new_tokens: the length of a generated answer. Default 50, as in MeZO.
+    """
+
+    kinds = (CAUSAL, SEQ2SEQ)
+
+    def __init__(
+        self, template: str | Template, *, answers: str = "answers", max_new_tokens: int = 50
+    ) -> None:
+        self.template = template if isinstance(template, Template) else Template(template)
+        self.answers, self.max_new_tokens = answers, max_new_tokens
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.template.columns
+
+    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+        self.check(encoder)
+        prompts, references = [], []
+        for number, row in enumerate(rows, 1):
+            try:
+                found = self._references(row)
+                prompts.append(Prompt(self.template.pieces(row), [f" {found[0]}{_END}"]))
+            except RowError as error:
+                raise RowError(f"row {number}: {error}") from None
+            references.append(found)
+        return [
+            Example(encoded, references=tuple(found))
+            for encoded, found in zip(encoder.answered(prompts), references, strict=True)
+        ]
+
+    def objective(self, encoder: Encoder) -> Objective:
+        self.check(encoder)
+        return GeneratedAnswers(encoder, self.max_new_tokens)
+
+    def _references(self, row: Record) -> list[str]:
+        value = row.get(self.answers)
+        if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
+            return list(value)
+        return [text_of(row, self.answers)]
+
+
+class GeneratedAnswers(Answers):
+    """The loss of the first reference, and what the model generates compared with all."""
+
+    metrics = ("exact_match", "f1")
+
+    def __init__(self, encoder: Encoder, max_new_tokens: int) -> None:
+        super().__init__(encoder.padding, encoder.kind)
+        self._encoder = encoder
+        self._max_new_tokens = max_new_tokens
+        self._training = Answers(encoder.padding, encoder.kind)
+
+    @property
+    def training(self) -> Objective:
+        return self._training
+
+    def examine(
+        self, model: nn.Module, examples: Sequence[Example], device: torch.device
+    ) -> dict[str, Tensor]:
+        generated = self.answers(model, examples, device)
+        pairs = list(zip(generated, examples, strict=True))
+        return {
+            "exact_match": torch.tensor([exact_match(text, each.references) for text, each in pairs]),
+            "f1": torch.tensor([f1(text, each.references) for text, each in pairs]),
+        }
+
+    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device) -> list[str]:
+        prompts = [prompt_of(example, self._encoder.kind) for example in examples]
+        return generate(model, self._encoder, prompts, self._max_new_tokens, device)
+
+
+def prompt_of(example: Example, kind: str) -> tuple[int, ...]:
+    """The tokens of the first row before its first label."""
+    row = example.rows[0]
+    if kind == SEQ2SEQ:
+        return row.tokens
+    places = (place for place, label in enumerate(row.labels) if label != IGNORED)
+    return row.tokens[: next(places, len(row.tokens))]
+
+
+def generate(
+    model: Any, encoder: Encoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device
+) -> list[str]:
+    """The lines that ``model`` continues the prompts with, greedily."""
+    longest = max(map(len, prompts))
+    tokens = [[encoder.padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ends = [encoder.tokenizer.eos_token_id, *_only_token(encoder, _END)]
+    found = model.generate(
+        input_ids=torch.tensor(tokens, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=encoder.padding,
+        eos_token_id=[end for end in ends if end is not None] or None,
+    )
+    if encoder.kind == CAUSAL:
+        found = found[:, longest:]
+    texts = encoder.tokenizer.batch_decode(found, skip_special_tokens=True)
+    return [text.lstrip().partition(_END)[0].strip() for text in texts]
+
+
+def _only_token(encoder: Encoder, text: str) -> list[int]:
+    tokens = encoder.tokens_of([text])[0]
+    return tokens if len(tokens) == 1 else []

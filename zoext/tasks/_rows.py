@@ -1,0 +1,76 @@
+"""What becomes a batch: rows of tokens with labels, and the examples that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: The label that losses ignore: prompts and padding.
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens that the model reads, and those that it is to predict.
+
+    Attributes:
+        tokens: the input.
+        labels: of a causal or masked model one per token, ``IGNORED`` where there is no loss; of a
+            sequence-to-sequence model the tokens of the decoder; empty for a classifier.
+    """
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of its tokens, or of the decoder's if these are more."""
+        return max(len(self.tokens), len(self.labels))
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """The rows of one example.
+
+    Attributes:
+        rows: one per candidate answer where candidates are scored as texts, and otherwise one.
+        label: the index of the right class or candidate, if there are any.
+        also_right: candidates that count as right as well.
+        references: texts that a generated answer is compared with.
+    """
+
+    rows: tuple[Row, ...]
+    label: int | None = None
+    also_right: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The input of the first row."""
+        return self.rows[0].tokens
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of the longest row, of the decoder as well."""
+        return max(row.size for row in self.rows)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """int64 [rows, longest], filled with ``value`` on the right."""
+    result = torch.full((len(rows), max(map(len, rows), default=0)), value, dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        result[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return result
+
+
+def collate_rows(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and, if rows have labels, labels: int64 [rows, longest], padded right."""
+    tokens = padded([row.tokens for row in rows], padding)
+    mask = padded([[1] * len(row.tokens) for row in rows], 0)
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    if any(row.labels for row in rows):
+        batch["labels"] = padded([row.labels for row in rows], IGNORED)
+    return batch

@@ -1,0 +1,59 @@
+"""What a data set asks of a model: the rows of its tables become examples, and its objective scores them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zoext.tasks._encoding import Encoder
+from zoext.tasks._objective import Objective
+from zoext.tasks._rows import Example
+
+#: A row of a table: values by column.
+Record = Mapping[str, Any]
+
+
+class Task(ABC):
+    """A kind of data, for example texts with labels that a prompt asks for.
+
+    A task is bound to a model's tokenizer by ``encoder`` and ``objective``:
+
+        >>> task = zoext.tasks.LabelWords("Review: {text}\\nSentiment:", {"bad": " bad", "good": " good"})
+        >>> encoder = zoext.tasks.Encoder(tokenizer, zoext.tasks.kind_of(model.config), max_length=128)
+        >>> objective = task.objective(encoder)
+        >>> examples = task.examples(rows, encoder)
+        >>> batch = objective.collate(examples[:16])
+        >>> optimizer.step(lambda: objective.loss(model, batch))
+    """
+
+    #: The kinds of models that it can ask, see ``kind_of``.
+    kinds: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads."""
+
+    @abstractmethod
+    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+        """The examples of rows.
+
+        Raises:
+            RowError: for a row that cannot be used; the message names it and the remedy.
+        """
+
+    @abstractmethod
+    def objective(self, encoder: Encoder) -> Objective:
+        """What a model is trained for, and how it is scored."""
+
+    def key(self, row: Record) -> str:
+        """What two rows have in common if one must not be held out while the other trains: their input."""
+        return "\\0".join(str(row.get(column)) for column in self.columns)
+
+    def check(self, encoder: Encoder) -> None:
+        """Raises a ValueError, with the remedy, for a kind of model that the task cannot ask."""
+        if encoder.kind not in self.kinds:
+            raise ValueError(
+                f"{type(self).__name__} asks {' or '.join(self.kinds)} models, not {encoder.kind}"
+            )
