@@ -160,6 +160,10 @@ def test_the_answer_is_trained_as_text(folders: dict[str, Path], kind: str) -> N
     counts = [sum(label != IGNORED for label in row.labels) for row in rows]
     sums = [-formula(model, kind, row) * count for row, count in zip(rows, counts, strict=True)]
     assert loss == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+    with torch.no_grad():
+        scores = objective.scores(model, objective.collate(examples))
+    assert scores.mean_loss().item() == pytest.approx(loss, rel=1e-5)
+    assert scores.metrics["accuracy"].tolist() == expected(model, kind, examples)[1]
 
 
 def test_a_prior_is_subtracted(folders: dict[str, Path]) -> None:

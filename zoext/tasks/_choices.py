@@ -25,7 +25,8 @@ class Choices(Objective):
     Args:
         padding: the token that fills rows up.
         kind: of the model, see ``kind_of``.
-        trains: "choice" trains this loss, "answer" the language-model loss of the right candidate.
+        trains: "choice" trains this loss, "answer" the language-model loss of the right candidate, which is
+            then the loss of ``scores`` too.
         prior: what is subtracted from the score of each candidate, float32 [candidates]: its score without
             an input (contextual calibration, arXiv 2102.09690).
     """
@@ -74,11 +75,16 @@ class Choices(Objective):
         return {name: tensor.view(len(examples), most, -1) for name, tensor in flat.items()}
 
     def scores(self, model: nn.Module, batch: Batch, copies: int = 1) -> Scores:
-        scores = self.candidates(model, batch, copies)
-        loss = cross_entropy(scores, batch["label"], reduction="none")
-        chosen = scores.argmax(1, keepdim=True)
-        accuracy = batch["is_right"].gather(1, chosen).squeeze(1)
-        return Scores(loss, torch.ones_like(batch["label"]), {"accuracy": accuracy})
+        sums, counts = self._log_probabilities(model, batch, copies)
+        scores = self._scores(sums, counts, batch)
+        accuracy = batch["is_right"].gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+        label = batch["label"]
+        if self._training is self:
+            loss = cross_entropy(scores, label, reduction="none")
+            return Scores(loss, torch.ones_like(label), {"accuracy": accuracy})
+        right = label.unsqueeze(1)
+        loss, predictions = -sums.gather(1, right).squeeze(1), counts.gather(1, right).squeeze(1)
+        return Scores(loss, predictions, {"accuracy": accuracy})
 
     @torch.no_grad()
     def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device) -> list[int]:
@@ -86,13 +92,21 @@ class Choices(Objective):
 
     def candidates(self, model: nn.Module, batch: Batch, copies: int = 1) -> Tensor:
         """The scores of the candidates, float32 [B, candidates]; -inf for absent ones."""
+        return self._scores(*self._log_probabilities(model, batch, copies), batch)
+
+    def _log_probabilities(self, model: nn.Module, batch: Batch, copies: int) -> tuple[Tensor, Tensor]:
+        """The log-probability of each candidate and the number of its tokens, both [B, candidates]."""
         if "candidates" in batch:
             logits = self._language.logits(model, batch, copies).float()
-            scores = logits.log_softmax(1).gather(1, batch["candidates"])
-        else:
-            inputs = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
-            losses = self._language.losses(model, inputs, copies).sum(1)
-            scores = -(losses / predictions_of(inputs, self._kind)).view_as(batch["is_right"])
+            sums = logits.log_softmax(1).gather(1, batch["candidates"])
+            return sums, torch.ones_like(batch["candidates"])
+        inputs = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
+        sums = -self._language.losses(model, inputs, copies).sum(1).float()
+        shape = batch["is_right"].shape
+        return sums.view(shape), predictions_of(inputs, self._kind).view(shape)
+
+    def _scores(self, sums: Tensor, counts: Tensor, batch: Batch) -> Tensor:
+        scores = sums / counts
         if self._prior is not None:
             scores = scores - self._prior.to(scores.device)
         return scores.masked_fill(batch["is_absent"].bool(), -torch.inf)

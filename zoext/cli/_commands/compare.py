@@ -36,6 +36,7 @@ from zoext.cli._errors import reading, require, writing
 from zoext.cli._options import Request
 from zoext.cli._problem import load
 from zoext.cli._problem.optimizers import OPTIMIZERS
+from zoext.cli._problem.steps import with_batch_that_fits
 from zoext.cli._ranks import Ranks
 from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.records import Record, replace
@@ -131,7 +132,7 @@ def _run(request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
     defaults = DEMO if request.is_demo else ComparisonSettings()
     settings = _resuming.settings_of(request, folder, defaults, _resuming.COMPARE_CHANGES)
     settings.check()
-    start, raw = _prepare(settings, folder, request, ranks)
+    settings, start, raw = _prepare(settings, folder, request, ranks)
     if not _finish(settings, start, folder, raw, request.quiet):
         print(f"stopped; to continue: zoext compare --out {folder.path} --resume")
         return 130
@@ -143,10 +144,12 @@ def _run(request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
 
 def _prepare(
     settings: ComparisonSettings, folder: ComparisonFolder, request: Request, ranks: Ranks
-) -> tuple[Start, list[Record]]:
-    """Loads and measures everything before it changes the folder; returns the records so far."""
+) -> tuple[ComparisonSettings, Start, list[Record]]:
+    """Loads and measures everything before it changes the folder; returns the records so far as well."""
     device = _options.choose_device(settings.device, ranks)
     problem = load(settings.of_run(settings.optimizers[0], settings.lr, seed=0), device)
+    if not request.resume:
+        settings = with_batch_that_fits(settings, request.given, len(problem.train))
     start = Start(problem, settings.batch_size, device, ranks)
     raw: list[Record] = []
     if request.resume:
@@ -157,7 +160,7 @@ def _prepare(
     raw += measure_missing(start, settings, records.costs(raw))
     ranks.wait()  # all have read what the first one changes now
     ranks.first(_write_start, settings, folder, request, start.fingerprint, raw)
-    return start, raw
+    return settings, start, raw
 
 
 def _write_start(

@@ -20,7 +20,7 @@ import dataclasses
 from zoext.cli import _options, _resuming
 from zoext.cli._errors import reading, require
 from zoext.cli._options import Request
-from zoext.cli._problem import demo, load, optimizers
+from zoext.cli._problem import demo, load, optimizers, steps
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._ranks import Ranks
 from zoext.cli._runs import records, results
@@ -97,7 +97,7 @@ def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     with recording, StopRequest(ranks) as stop:
         if not request.quiet:
             _introduce(training)
-        with Progress(training.step, settings.steps, request.quiet) as progress:
+        with Progress(training.step, training.settings.steps, request.quiet) as progress:
             training.run(recording, stop, progress)
     ranks.first(_conclude, training, request.quiet)
     return 0 if training.is_done else 130
@@ -129,6 +129,8 @@ def _prepare(
     """Loads and checks everything before it changes the folder."""
     device = _options.choose_device(settings.device, ranks)
     problem = load(settings, device)
+    if not request.resume:
+        settings = steps.with_batch_that_fits(settings, request.given, len(problem.train))
     optimizer = optimizers.make(problem.model, settings, ranks)
     check_replayable(settings, optimizer)
     saved = _resuming.load_checkpoint(folder, settings, problem, optimizer) if request.resume else None

@@ -91,9 +91,17 @@ def task_of(name: str, settings: CommonSettings, table: Table, kind: str, classe
         UserError: for options that contradict each other, the columns or the model.
     """
     try:
-        return _task(name, settings, table, kind, classes)
+        task = _task(name, settings, table, kind, classes)
     except ValueError as error:
         raise UserError(_in_terms_of_options(str(error))) from None
+    missing = [column for column in task.columns if column not in table.columns]
+    if missing:
+        given = "" if settings.template is None else f"--template {settings.template!r}: "
+        raise UserError(
+            f"{given}{table.source}: no column {missing[0]!r}; it has {', '.join(table.columns)}: rename one "
+            "of them, or name the column with --text-column or in --template"
+        )
+    return task
 
 
 def _task(name: str, settings: CommonSettings, table: Table, kind: str, classes: Collection[str]) -> Task:
@@ -156,6 +164,11 @@ def _in_terms_of_options(error: str) -> str:
         if error.startswith(argument):
             return option + error.removeprefix(argument)
     return error
+
+
+def words_are_numbers(task: Task) -> bool:
+    """Whether the answers to a prompt are numbers of classes, which tell a language model nothing."""
+    return isinstance(task, LabelWords) and all(word.strip().isdecimal() for word in task.words.values())
 
 
 def described(task: Any) -> str:

@@ -159,6 +159,11 @@ def _notes(task: Task, config: Any, name: str, encoder: Encoder, count: int) -> 
     notes = []
     if described := choosing.described(task):
         notes.append(described)
+    if choosing.words_are_numbers(task):
+        notes.append(
+            "the answers are numbers, which tell a language model nothing; --label-words LABEL=WORD,... "
+            "names the classes"
+        )
     if name == "classification" and not models.has_head(config, getattr(task, "classes", ())):
         notes.append(
             "the model gets a classification head with random weights, which takes many steps to train; a "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,7 @@ from zoext import StreamedProbeError, ZerothOrderOptimizer
 from zoext.cli._errors import UserError
 from zoext.cli._problem.problem import Problem
 from zoext.cli._ranks import ALONE, Ranks
-from zoext.cli._settings import Settings
+from zoext.cli._settings import Settings, SettingsT
 from zoext.tasks import Batch, Example
 
 
@@ -34,6 +35,22 @@ def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
         return hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=16).digest()
 
     return sorted(range(size), key=digest)
+
+
+def with_batch_that_fits(settings: SettingsT, given: Collection[str], examples: int) -> SettingsT:
+    """The settings with a batch of all ``examples`` where the default has more.
+
+    Raises:
+        UserError: if the batch size is ``given`` and larger: some examples would count twice in a batch.
+    """
+    if settings.batch_size <= examples:
+        return settings
+    if "batch_size" in given:
+        raise UserError(
+            f"--batch-size {settings.batch_size}: there are only {examples} training examples; give as many "
+            "or fewer"
+        )
+    return dataclasses.replace(settings, batch_size=examples)
 
 
 def batch(problem: Problem, settings: Settings, step: int, device: torch.device) -> Batch:
