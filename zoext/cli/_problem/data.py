@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoext.cli._errors import UserError
+from zoext.cli._errors import UserError, first_line
+from zoext.cli._problem.hub import cannot_load
 
 SUFFIXES = (".csv", ".jsonl", ".txt")
 TRAIN_NAMES = ("train",)
@@ -181,17 +182,12 @@ def _read_hub(name: str) -> tuple[Table, Table | None]:
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:  # raised by a script, the network or a parser
-        raise UserError(f"--data {name}: cannot be loaded from the hub: {first_line(error)}") from None
+        raise cannot_load("data set", "--data", name, error) from error
     tables = {part: table(f"{name}[{part}]", list(rows)) for part, rows in splits.items()}
     train = next((tables[part] for part in TRAIN_NAMES if part in tables), None)
     if train is None:
         raise UserError(f"--data {name}: has no split 'train', only {', '.join(tables)}")
     return train, next((tables[part] for part in VALID_NAMES if part in tables), None)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error message of another library."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def hold_out(examples: Table, fraction: float, seed: int) -> tuple[Table, Table]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoext import StreamedProbeError, ZerothOrderOptimizer
 from zoext.cli._errors import UserError
+from zoext.cli._failures import of_model
 from zoext.cli._problem.objectives import Batch, Example
 from zoext.cli._problem.problem import Problem
 from zoext.cli._ranks import ALONE, Ranks
@@ -58,7 +59,7 @@ def take(
 
     Raises:
         FloatingPointError: for a loss that is not finite.
-        UserError: for a model whose weights streamed probes cannot perturb.
+        UserError: for a model that raises, and for one whose weights streamed probes cannot perturb.
     """
     closure = _loss_of(problem, settings, step, device, ranks)
     try:
@@ -76,13 +77,19 @@ def _loss_of(
     examples = _examples(problem, settings, step)
     if ranks.batch_parts(settings.parallel) == 1:
         whole = problem.objective.collate(examples, device)
-        return lambda: problem.objective.scores(problem.model, whole).mean_loss()
+
+        def loss() -> Tensor:
+            with of_model(f"step {step + 1}"):
+                return problem.objective.scores(problem.model, whole).mean_loss()
+
+        return loss
     # A rank without examples evaluates one that does not count, so that it takes the step like the others.
     own = ranks.share_of(examples)
     part = problem.objective.collate(own or examples[:1], device)
 
     def closure() -> tuple[Tensor, Tensor]:
-        scores = problem.objective.scores(problem.model, part)
+        with of_model(f"step {step + 1}"):
+            scores = problem.objective.scores(problem.model, part)
         predictions = scores.predictions.sum()
         return scores.mean_loss(), predictions if own else torch.zeros_like(predictions)
 
