@@ -254,7 +254,7 @@ def test_another_base(command: Command) -> None:
     tiny_bert(command.folder / "other", seed=4)
     assert "model mismatch" in refused(command, base=str(command.folder / "wide"))
     assert "weights mismatch" in refused(command, base=str(command.folder / "other"))
-    assert "model ./none: cannot be loaded" in refused(command, base="./none")
+    assert "model ./none: no such folder" in refused(command, base="./none")
     error = refused(command, base="demo")
     assert f"BASE demo: {command.out / 'trajectory.jsonl'} was recorded from another model" in error
 

@@ -37,6 +37,7 @@ class CommonSettings:
     dtype: str = "float32"
     probe: str = "auto"
     device: str | None = None
+    threads: int | None = None
     parallel: str = DATA
 
     @property
@@ -68,7 +69,7 @@ _RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
 
 
 #: Settings that earlier versions did not have, and the values that describe their runs.
-_ADDED = {"parallel": DATA}
+_ADDED = {"parallel": DATA, "threads": None}
 
 
 class OtherVersionError(ValueError):
