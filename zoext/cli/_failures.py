@@ -28,7 +28,7 @@ def of_model(when: str) -> Iterator[None]:
         remedy = _remedy(error)
         advice = "" if remedy is None else f"; {remedy}"
         raise UserError(
-            f"{when}: the model raised {type(error).__name__}: {first_line(error)}{advice}; "
+            f"{when}: the model raised {type(error).__name__}: {first_line(error).rstrip('.')}{advice}; "
             f"{TRACEBACK}=1 shows the traceback"
         ) from error
 

@@ -30,7 +30,9 @@ def cannot_load(kind: str, option: str, name: str, error: Exception) -> UserErro
         name: a path, or a name on the hub.
         error: what transformers or datasets raised.
     """
-    reason = _of_path(kind, name) or _of_package(error) or _of_hub(kind, error)
+    reason = _of_path(kind, name) or _of_package(error)
+    if reason is None and not Path(name).exists():
+        reason = _of_hub(kind, error)
     return UserError(f"{option} {name}: {reason or f'cannot be loaded: {first_line(error)}'}")
 
 
@@ -68,12 +70,12 @@ def _of_hub(kind: str, error: Exception) -> str | None:
             "private: hf auth login"
         )
     if names & _UNREACHABLE:
-        switches = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if name in os.environ]
-        cause = f", which {switches[0]} forbids" if switches else ""
-        return (
-            f"no such folder, and the Hugging Face hub cannot be reached{cause}; give a folder, or connect "
-            "and try again"
-        )
+        for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            if os.environ.get(switch, "0") not in ("", "0"):
+                return (
+                    f"no such folder, and {switch} keeps it from being downloaded; unset it, or give a folder"
+                )
+        return "no such folder, and the Hugging Face hub cannot be reached; connect, or give a folder"
     return None
 
 
