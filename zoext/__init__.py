@@ -1,86 +1,29 @@
 """Forward-only (zeroth-order) fine-tuning for PyTorch."""
 
-from zoext import _reference as _reference  # registers the operators for devices without kernels
-from zoext import losses, noise
-from zoext._engine import LoRAFactors, OpenRound
-from zoext.adapters import export_adapter
-from zoext.directions import ActivationSubspace, Direction, Gaussian, LowRank, Rademacher
-from zoext.estimators import (
-    CentralDifference,
-    Estimate,
-    Estimator,
-    ForwardDifference,
-    GreedyPool,
-    GuidingVector,
-    Population,
-    Round,
-)
-from zoext.graphs import GraphedStep
-from zoext.losses import CompactLoss, mean_per_copy, repeat
-from zoext.optimizer import ZerothOrderOptimizer, unwrap
-from zoext.probes import (
-    BatchedProbe,
-    BatchedProbeError,
-    InplaceProbe,
-    Probe,
-    StreamedProbe,
-    StreamedProbeError,
-)
-from zoext.recipes import AGZO, LOZO, AdaMeZO, MeZO, MeZOGreedy, MeZOGV
-from zoext.side_paths import SidePath, attach_side_paths, detach_side_paths
-from zoext.trajectory import Follower, Trajectory, TrajectoryError, replay
-from zoext.updates import SGD, AdamReplay, LinearUpdate, ScalarAdam, SignReplay, Update
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AGZO",
-    "LOZO",
-    "SGD",
-    "ActivationSubspace",
-    "AdaMeZO",
-    "AdamReplay",
-    "BatchedProbe",
-    "BatchedProbeError",
-    "CentralDifference",
-    "CompactLoss",
-    "Direction",
-    "Estimate",
-    "Estimator",
-    "Follower",
-    "ForwardDifference",
-    "Gaussian",
-    "GraphedStep",
-    "GreedyPool",
-    "GuidingVector",
-    "InplaceProbe",
-    "LinearUpdate",
-    "LoRAFactors",
-    "LowRank",
-    "MeZO",
-    "MeZOGV",
-    "MeZOGreedy",
-    "OpenRound",
-    "Population",
-    "Probe",
-    "Rademacher",
-    "Round",
-    "ScalarAdam",
-    "SidePath",
-    "SignReplay",
-    "StreamedProbe",
-    "StreamedProbeError",
-    "Trajectory",
-    "TrajectoryError",
-    "Update",
-    "ZerothOrderOptimizer",
-    "attach_side_paths",
-    "detach_side_paths",
-    "export_adapter",
-    "losses",
-    "mean_per_copy",
-    "noise",
-    "repeat",
-    "replay",
-    "unwrap",
-]
+
+def _is_command() -> bool:
+    """Whether this process is the command, as ``zoext``, ``python -m zoext`` or ``torchrun -m zoext``."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # while Python locates the module, only the original arguments have its name
+        program = sys.orig_argv[-len(sys.argv)].removeprefix("-m").removesuffix(".cli")
+    return Path(program).name == "zoext"
+
+
+# A program gets all names and operators at once. The command imports torch only where it needs it: its help
+# must not take seconds, and it sets variables that torch reads while it is imported.
+if TYPE_CHECKING or not _is_command():
+    from zoext._public import *  # noqa: F403
+    from zoext._public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("zoext._public"), name)

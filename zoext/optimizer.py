@@ -29,6 +29,7 @@ from zoext._engine import (
     saved_state,
 )
 from zoext._parameters import group_options, parameters
+from zoext._parameters.outline import outline
 from zoext._parameters.precision import own_state, rounding_of
 from zoext.directions import Direction, Gaussian
 from zoext.distributed import ElasticGroup, sharing_of
@@ -152,6 +153,13 @@ class ZerothOrderOptimizer(LossesFromElsewhere, torch.optim.Optimizer):
         super().__init__(given, dict(self._own_defaults))
         axes.direction.check(module, parameters.trainable(self.param_groups))
         check_groups(axes.direction, self.param_groups)
+
+    def __repr__(self) -> str:
+        first, probe = self.param_groups[0], type(self.probe).__name__
+        lines = [f"{axis}: {member!r}" for axis, member in self.engine.axes._asdict().items()]
+        lines.append(f"probe: {probe}, seed: {first['seed']}, precision: {first['precision']}")
+        lines += [f"group {i}: {outline(group)}" for i, group in enumerate(self.param_groups)]
+        return "\n".join([f"{type(self).__name__}(", *(f"  {line}" for line in lines), ")"])
 
     # torch.optim.Optimizer
 

@@ -46,7 +46,7 @@ def one_run(command: CompareCommand) -> None:
         ("--mu", "0", "must be finite and > 0"),
         ("--device", "toaster", "--device toaster: unknown; give cpu"),
         ("--trainable", "lora", "matches no parameter"),
-        ("--model", "./no-such-folder", "model ./no-such-folder: cannot be loaded"),
+        ("--model", "./no-such-folder", "model ./no-such-folder: no such folder; give"),
         ("--data", "no-such-file.csv", "no-such-file.csv: no such file"),
         ("--validation-fraction", "0.05", "only 2 distinct held-out texts.*--validation-fraction"),
         ("--steps", "3", "unrecognized arguments"),

@@ -43,7 +43,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
         ("--trainable", "(", "not a regular expression"),
         ("--trainable", "lora", "matches no parameter; there are bert.embeddings"),
         ("--seed", str(2**64), "must be an integer of 64 bits"),
-        ("--model", "./no-such-folder", "model ./no-such-folder: cannot be loaded"),
+        ("--model", "./no-such-folder", "model ./no-such-folder: no such folder; give"),
         ("--data", "no-such-file.csv", "no-such-file.csv: no such file"),
         ("--valid-data", "no-such-file.txt", "no-such-file.txt: no such file"),
         ("--colour", "red", "unrecognized arguments"),

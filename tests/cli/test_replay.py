@@ -254,7 +254,7 @@ def test_another_base(command: Command) -> None:
     tiny_bert(command.folder / "other", seed=4)
     assert "model mismatch" in refused(command, base=str(command.folder / "wide"))
     assert "weights mismatch" in refused(command, base=str(command.folder / "other"))
-    assert "model ./none: cannot be loaded" in refused(command, base="./none")
+    assert "model ./none: no such folder" in refused(command, base="./none")
     error = refused(command, base="demo")
     assert f"BASE demo: {command.out / 'trajectory.jsonl'} was recorded from another model" in error
 
@@ -465,3 +465,22 @@ def test_notes_that_are_not_of_the_demo(command: Command) -> None:
     zoext.Trajectory(command.folder / "mine.jsonl", zoext.MeZO(module), notes=notes).close()
     error = refused(command, base="demo", trajectory="mine.jsonl")
     assert "task and classes must be those of the demo" in error
+
+
+def test_the_folder_of_a_run(command: Command) -> None:
+    """In place of the trajectory in it, with any number of threads."""
+    command.works("--steps=3")
+    model, out = command.folder / "model", command.folder / "again"
+    assert main(["replay", str(model), str(command.out), "--out", str(out), "--threads=2", "--quiet"]) == 0
+    weights = [folder / "model.safetensors" for folder in (command.out / "model", out)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    note = json.loads((out / "replay.json").read_text(encoding="utf-8"))
+    assert note["trajectories"][0]["path"] == str(command.out / "trajectory.jsonl")
+
+
+def test_a_folder_without_a_trajectory(command: Command) -> None:
+    model, out = str(command.folder / "model"), str(command.folder / "again")
+    assert main(["replay", model, model, "--out", out]) == 2
+    assert command.capsys.readouterr().err == (
+        f"zoext: error: {model}: contains no trajectory.jsonl; give the folder of a run, or a trajectory\n"
+    )

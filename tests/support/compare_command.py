@@ -63,14 +63,19 @@ class CompareCommand(Command):
 #: Methods of 3 and 4 forward passes per step, compared with 2 of MeZO, one of them with another lr scale.
 RIVALS = {
     "one-sided": Method(
-        partial(zoext.ZerothOrderOptimizer, estimator=zoext.ForwardDifference(samples=2)), lr_scale=0.5
+        partial(zoext.ZerothOrderOptimizer, estimator=zoext.ForwardDifference(samples=2)),
+        "forward differences",
+        3,
+        lr_scale=0.5,
     ),
     "signs": Method(
         partial(
             zoext.ZerothOrderOptimizer,
             direction=zoext.Rademacher(),
             estimator=zoext.CentralDifference(samples=2),
-        )
+        ),
+        "random signs",
+        4,
     ),
 }
 ALL = ("mezo", *RIVALS)

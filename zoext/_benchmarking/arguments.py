@@ -29,7 +29,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) ->
         default=torch.device("cpu"),
         help="where to measure; default: %(default)s",
     )
-    add_count(parser, "--threads", torch.get_num_threads())
+    add_count(parser, "--threads", torch.get_num_threads(), "processor threads")
     add_count(parser, "--repeats", repeats, "rounds, after a warm-up round")
 
 
@@ -60,9 +60,9 @@ def writable(text: str) -> Path:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the size of the OPT decoder; the defaults are those of OPT-125M."""
-    add_count(parser, "--layers", 12)
-    add_count(parser, "--width", 768)
-    add_count(parser, "--vocabulary", 50272)
+    add_count(parser, "--layers", 12, "of the decoder")
+    add_count(parser, "--width", 768, "of its hidden states")
+    add_count(parser, "--vocabulary", 50272, "tokens")
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:

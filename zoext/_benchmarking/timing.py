@@ -75,10 +75,10 @@ def _wait_for(device: torch.device) -> None:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Makes the operators of torch and zoext use ``count`` threads within the block."""
+def threads(count: int | None) -> Iterator[None]:
+    """Makes the operators of torch and zoext use ``count`` threads within the block, or as many as now."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:

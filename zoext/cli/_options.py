@@ -147,6 +147,16 @@ def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     )
 
 
+def add_threads(group: _Group) -> None:
+    """Adds the option for the number of threads."""
+    group.add_argument(
+        "--threads",
+        type=count,
+        metavar="N",
+        help="processor threads (default: OMP_NUM_THREADS, or one per core)",
+    )
+
+
 def add_step(group: _Group, defaults: Defaults) -> None:
     """Adds the options of a step other than its learning rate."""
     defaults.add(group, "mu", positive, "X", "scale of the perturbation")
@@ -156,6 +166,7 @@ def add_step(group: _Group, defaults: Defaults) -> None:
     group.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default {general.dtype})")
     group.add_argument("--probe", choices=PROBES, help=f"how weights are perturbed (default {general.probe})")
     group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add_threads(group)
     group.add_argument(
         "--parallel",
         choices=PARALLELS,

@@ -180,9 +180,15 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any rank."""
+        return self.largest(int(flag)) > 0
+
+    def largest(self, number: int) -> int:
+        """The largest ``number`` of all ranks."""
         if self.count == 1:
-            return flag
-        return bool(self.sum(torch.tensor(int(flag))))
+            return number
+        found = torch.tensor(number)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up ``tensor`` over all ranks, in place."""

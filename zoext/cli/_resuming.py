@@ -50,7 +50,9 @@ from zoext.cli._settings import Settings, SettingsT
 from zoext.trajectory import NOISE_FIELD, VersionError, last_whole_step, open_recording, remembers
 
 #: Settings that may change when a run is resumed: none affects what a step does, except for its rounding.
-FINETUNE_CHANGES = frozenset({"steps", "device", "parallel", "eval_every", "checkpoint_every", "checkpoint"})
+FINETUNE_CHANGES = frozenset(
+    {"steps", "device", "threads", "parallel", "eval_every", "checkpoint_every", "checkpoint"}
+)
 
 #: Settings that may change when a comparison is resumed: they select its runs and affect none of them.
 COMPARE_CHANGES = frozenset(
@@ -246,7 +248,7 @@ def compare_processes(saved: Checkpoint, device: torch.device, batch_parts: int)
     if device.type == "cpu" and before != now:
         warn(
             f"torch has {now} threads, and the run had {before}: the bits of its next steps may differ; "
-            f"set OMP_NUM_THREADS={before} to keep them"
+            f"give --threads {before} to keep them"
         )
     if saved.batch_parts != batch_parts:
         warn(

@@ -56,6 +56,7 @@ class CommonSettings:
     dtype: str = "float32"
     probe: str = "auto"
     device: str | None = None
+    threads: int | None = None
     parallel: str = DATA
 
     @property
@@ -89,6 +90,7 @@ _RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
 #: Settings that earlier versions did not have, and the values that describe their runs.
 _ADDED: dict[str, Any] = {
     "parallel": DATA,
+    "threads": None,
     "template": None,
     "label_words": {},
     "text_column": None,

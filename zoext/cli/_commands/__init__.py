@@ -1,1 +1,1 @@
-"""The subcommands of ``zoext``, one per module: each has HELP, ``add_arguments`` and ``run``."""
+"""The subcommands of ``zoext``, one per module: each has EXAMPLES, ``add_arguments`` and ``run``."""

@@ -10,8 +10,14 @@ from zoext._benchmarking import arguments as options
 from zoext._benchmarking.dense_pass import DensePass, add_rivals
 from zoext._benchmarking.report import Report
 from zoext._benchmarking.timing import interleaved, threads
+from zoext.cli import _options
+from zoext.cli._ranks import ALONE
 
-HELP = "measure the kernels on this machine against its limits and the standard PyTorch loop"
+EXAMPLES = """\
+  zoext bench
+  zoext bench --threads 1 --layers 6 --width 512 --vocabulary 32000
+  zoext bench --seconds 60 --repeats 20 --json bench.json
+"""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -29,15 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints a table and writes the JSON; returns the exit status."""
     shapes = options.shapes_of(arguments)
     report = Report(f"theta += c z over {options.describe(shapes)}", options.settings_of(arguments))
+    device = _options.choose_device(str(arguments.device), ALONE)
     with threads(arguments.threads):
         for dtype in DTYPES:
-            work = DensePass(shapes, dtype, arguments.device)
+            work = DensePass(shapes, dtype, device)
             times = interleaved(
                 work.rivals(),
                 repeats=arguments.repeats,
-                device=arguments.device,
+                device=device,
                 seconds=arguments.seconds / len(DTYPES),
             )
-            add_rivals(report, str(dtype).removeprefix("torch."), times, arguments.device)
+            add_rivals(report, str(dtype).removeprefix("torch."), times, device)
     report.finish(arguments.json)
     return 0

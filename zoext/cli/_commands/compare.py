@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 
+from zoext._benchmarking.timing import threads
 from zoext._runtime import atomic
 from zoext.cli import _options, _resuming
 from zoext.cli._comparison import plan, records, report
@@ -34,7 +35,7 @@ from zoext.cli._comparison.settings import (
 from zoext.cli._comparison.start import Start, measure_missing
 from zoext.cli._errors import reading, require, writing
 from zoext.cli._options import Request
-from zoext.cli._problem import load
+from zoext.cli._problem import load, optimizers
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._problem.steps import with_batch_that_fits
 from zoext.cli._ranks import Ranks
@@ -42,7 +43,11 @@ from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.records import Record, replace
 from zoext.cli._terminal import StopRequest
 
-HELP = "compare optimizers at equal forward passes; without arguments, on the demo"
+EXAMPLES = """\
+  zoext compare --optimizers mezo,adamezo,lozo --forwards 2000 --seeds 3 --out runs/comparison
+  zoext compare --out runs/comparison --resume --optimizers mezo,adamezo,lozo,agzo
+  zoext compare --model ./my-causal-lm --data stories.txt --lr 1e-4 --out runs/stories
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizers",
         type=_methods,
         metavar="NAME,...",
-        help=f"out of {', '.join(OPTIMIZERS)} (default {','.join(methods_of_papers())})",
+        help=f"some of the optimizers below (default {','.join(methods_of_papers())})",
     )
     defaults.add(what, "forwards", _options.count, "N", "forward passes per run")
     defaults.add(
@@ -93,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"forward passes between evaluations (default --forwards / {EVALUATIONS})",
     )
     _options.add_output(run, "runs/compare-N", "without repeating finished runs")
+    parser.add_argument_group("optimizers, with the forward passes of a step", optimizers.table())
 
 
 def _methods(text: str) -> tuple[str, ...]:
@@ -132,10 +138,15 @@ def _run(request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
     defaults = DEMO if request.is_demo else ComparisonSettings()
     settings = _resuming.settings_of(request, folder, defaults, _resuming.COMPARE_CHANGES)
     settings.check()
+    with threads(settings.threads):
+        return _compare(settings, request, folder, ranks)
+
+
+def _compare(settings: ComparisonSettings, request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
     settings, start, raw = _prepare(settings, folder, request, ranks)
-    if not _finish(settings, start, folder, raw, request.quiet):
+    if (code := _finish(settings, start, folder, raw, request.quiet)) != 0:
         print(f"stopped; to continue: zoext compare --out {folder.path} --resume")
-        return 130
+        return code
     text = ranks.first(_report, settings, start, folder)
     if not request.quiet:
         print(f"{text}\n{folder.table}\n{folder.curves}\n{folder.runs}")
@@ -190,8 +201,8 @@ def _introduce(settings: ComparisonSettings, start: Start, folder: ComparisonFol
 
 def _finish(
     settings: ComparisonSettings, start: Start, folder: ComparisonFolder, raw: list[Record], quiet: bool
-) -> bool:
-    """Does the missing runs one by one; returns whether all are done."""
+) -> int:
+    """Does the missing runs one by one; returns the exit code: 0 if all are done."""
     done, cost = records.outcomes(raw), records.costs(raw)
     with StopRequest(start.ranks) as stop, Progress(quiet) as progress:
         while (following := plan.next_run(settings, done)) is not None:
@@ -200,10 +211,10 @@ def _finish(
             running = Running(phase, run, start, settings, folder, cost[run.method]["forwards_a_step"])
             outcome = running.finish(stop, progress)
             if outcome is None:
-                return False
+                return stop.exit_code
             done[run] = outcome
             progress.end(phase, run, outcome)
-    return True
+    return 0
 
 
 def _report(settings: ComparisonSettings, start: Start, folder: ComparisonFolder) -> str:

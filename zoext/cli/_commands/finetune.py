@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from zoext._benchmarking.timing import threads
 from zoext.cli import _options, _resuming
 from zoext.cli._errors import reading, require
 from zoext.cli._options import Request
@@ -32,7 +33,11 @@ from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
 from zoext.cli._settings import CHECKPOINTS, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
-HELP = "fine-tune a model; without arguments, a demo"
+EXAMPLES = """\
+  zoext finetune
+  zoext finetune --model roberta-base --data reviews.csv --steps 5000 --out runs/reviews
+  zoext finetune --out runs/reviews --resume --steps 8000
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = _options.Defaults(Settings(), demo.SETTINGS)
     _options.add_task(parser, defaults)
     how = parser.add_argument_group("optimization", "defaults, and in brackets those of the demo")
-    how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help=f"default {Settings.optimizer}")
+    how.add_argument(
+        "--optimizer",
+        choices=tuple(OPTIMIZERS),
+        metavar="NAME",
+        help=f"one of the optimizers below (default {Settings.optimizer})",
+    )
     how.add_argument(
         "--options",
         type=_options.named_values,
@@ -79,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="record the bases of AGZO beside the trajectory, which cannot be replayed without them",
     )
     _options.add_output(run, "runs/demo-N or runs/finetune-N", "bit for bit")
+    parser.add_argument_group("optimizers, with the forward passes of a step", optimizers.table())
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
@@ -93,6 +104,11 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
+    with threads(settings.threads):
+        return _train(settings, request, folder, ranks)
+
+
+def _train(settings: Settings, request: Request, folder: RunFolder, ranks: Ranks) -> int:
     training, recording = _prepare(settings, folder, request, ranks)
     with recording, StopRequest(ranks) as stop:
         if not request.quiet:
@@ -100,7 +116,7 @@ def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
         with Progress(training.step, training.settings.steps, request.quiet) as progress:
             training.run(recording, stop, progress)
     ranks.first(_conclude, training, request.quiet)
-    return 0 if training.is_done else 130
+    return 0 if training.is_done else stop.exit_code
 
 
 def _conclude(training: Training, quiet: bool) -> None:

@@ -10,7 +10,11 @@ import torch
 import zoext
 from zoext import _C, ops
 
-HELP = "show build, instruction sets, devices and versions"
+EXAMPLES = """\
+  zoext info
+  zoext info > installation.txt
+  ZOEXT_ISA=scalar zoext info
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """Recomputes the weights of a recorded run, bit for bit and without a forward pass.
 
 BASE is the model that the run began with: a folder or a name on the Hugging Face hub, as for zoext finetune
---model, or demo (write ./demo for a folder of that name). TRAJECTORY is trajectory.jsonl in the folder of a
-run, or a recording of zoext.Trajectory. With several trajectories, all of runs that began with BASE, their
+--model, or demo (write ./demo for a folder of that name). TRAJECTORY is the folder of a run, trajectory.jsonl
+in it, or a recording of zoext.Trajectory. With several trajectories, all of runs that began with BASE, their
 changes are added up. The device, the number of threads and the instruction set may differ from the run's.
 
 The folder DIR receives model and tokenizer, for from_pretrained of transformers, and replay.json, which
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from zoext._benchmarking.timing import threads
 from zoext.cli import _options
 from zoext.cli._errors import UserError, reading, require
 from zoext.cli._problem import demo, models
@@ -35,21 +36,33 @@ from zoext.cli._runs import replayed, sharding
 from zoext.cli._runs.replayed import ReplayFolder
 from zoext.trajectory import Part, TrajectoryError, read_until, replay_parts
 
-HELP = "recompute a tuned model from its base and trajectory, bit for bit"
+EXAMPLES = """\
+  zoext replay demo runs/demo-1 --out runs/again
+  zoext replay roberta-base runs/reviews --to-step 1000 --out runs/earlier
+  zoext replay ./base runs/a runs/b --difference --out runs/both
+"""
 
 _DEMO = "demo"
+_FILE = "trajectory.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument("base", metavar="BASE", help="a folder, a name on the hub, or demo")
-    parser.add_argument("trajectories", metavar="TRAJECTORY", type=Path, nargs="+", help="what to replay")
+    parser.add_argument(
+        "trajectories",
+        metavar="TRAJECTORY",
+        type=Path,
+        nargs="+",
+        help="the folder of a run, or a file",
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
     parser.add_argument(
         "--to-step", metavar="N", type=_options.whole, help="stop after step N of the run (default: its last)"
     )
     parser.add_argument("--difference", action="store_true", help="write the change instead of the model")
     parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    _options.add_threads(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the replay in --out")
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
@@ -63,7 +76,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         )
     with reading():
         try:
-            return _run(arguments, ranks)
+            with threads(arguments.threads):
+                return _run(arguments, ranks)
         except ValueError as error:  # TrajectoryError among them
             raise UserError(_in_terms_of_options(str(error))) from None
 
@@ -71,11 +85,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     folder = ReplayFolder(arguments.out)
     folder.check_free(arguments.overwrite)
-    folder.check_spares([Path(arguments.base), *arguments.trajectories])
+    trajectories = [_trajectory(path) for path in arguments.trajectories]
+    folder.check_spares([Path(arguments.base), *trajectories])
     device = _options.choose_device(arguments.device, ranks)
     say = _Progress(arguments.quiet)
     # Once, and before BASE is loaded, which may take long: the run may continue meanwhile.
-    parts = _read_all(arguments.trajectories, arguments.to_step, ranks)
+    parts = _read_all(trajectories, arguments.to_step, ranks)
 
     say(f"loading {arguments.base}")
     model, tokenizer = _load(arguments.base, parts)
@@ -99,6 +114,15 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         ranks.first(folder.write_model, model, tokenizer, record, arguments.overwrite)
     say("done")
     return 0
+
+
+def _trajectory(path: Path) -> Path:
+    """The trajectory at ``path``, which may be the folder of a run."""
+    if not path.is_dir():
+        return path
+    if not (path / _FILE).is_file():
+        raise UserError(f"{path}: contains no {_FILE}; give the folder of a run, or a trajectory")
+    return path / _FILE
 
 
 class _Progress:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from zoext import ZerothOrderOptimizer
+from zoext.cli._bars import bar
 from zoext.cli._comparison.plan import FINAL
 from zoext.cli._comparison.records import Outcome, Run
 from zoext.cli._comparison.settings import ComparisonFolder, ComparisonSettings
@@ -26,10 +27,8 @@ class Progress:
     """A bar over the forward passes of all remaining runs, labelled with the current one."""
 
     def __init__(self, quiet: bool) -> None:
-        from tqdm import tqdm
-
         self._quiet = quiet
-        self._bar = tqdm(total=0, unit="forward", disable=quiet, dynamic_ncols=True)
+        self._bar = bar("forward", 0, 0, quiet)
 
     def __enter__(self) -> Self:
         return self

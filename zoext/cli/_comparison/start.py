@@ -11,6 +11,7 @@ import torch
 from zoext._benchmarking.memory import peak
 from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._errors import UserError
+from zoext.cli._failures import not_finite, of_model
 from zoext.cli._problem import optimizers, steps
 from zoext.cli._problem.evaluation import evaluate
 from zoext.cli._problem.problem import Problem
@@ -61,9 +62,10 @@ class Start:
         record: Record = {}
         for part, examples in (("selection", self.selection), ("report", self.report)):
             problem = self.problem
-            result = evaluate(
-                problem.model, problem.objective, examples, self._batch_size, self.device, self.ranks
-            )
+            with of_model("held-out examples"):
+                result = evaluate(
+                    problem.model, problem.objective, examples, self._batch_size, self.device, self.ranks
+                )
             record |= result.record(part)
         return record
 
@@ -110,7 +112,8 @@ def _peak_of_forwards(start: Start, settings: ComparisonSettings) -> int:
     def forwards() -> None:
         for number in range(_STEPS):
             batch = steps.batch(problem, of_run, number, start.device)
-            problem.objective.training.loss(problem.model, batch)
+            with of_model(f"step {number + 1}"):
+                problem.objective.training.loss(problem.model, batch)
 
     return peak(forwards, start.device)
 
@@ -129,7 +132,7 @@ def _measure(start: Start, settings: ComparisonSettings, method: str, forward: i
     try:
         extra = peak(first_steps, start.device) - forward
     except FloatingPointError as error:
-        raise UserError(f"{method}: {error}; another --mu may help") from None
+        raise UserError(f"{method}: {not_finite(error)}; give another --mu") from None
     finally:
         start.reset()
     return {"record": "method", "method": method, "forwards_a_step": max(taken), "extra_bytes": extra}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoext.cli._errors import UserError
+from zoext.cli._errors import UserError, first_line
+from zoext.cli._problem.hub import cannot_load
 
 #: What zoext reads itself, and what the package datasets reads.
 OWN_SUFFIXES = (".csv", ".jsonl", ".txt")
@@ -267,10 +268,7 @@ def _read_hub(name: str, configuration: str | None, with_names: bool) -> tuple[T
     try:
         splits = datasets.load_dataset(name, configuration)
     except Exception as error:  # raised by a script, the network or a parser
-        raise UserError(
-            f"--data {name}: neither a file nor a folder, and it cannot be loaded from the hub: "
-            f"{first_line(error)}; check the name and the network, or give a file"
-        ) from None
+        raise cannot_load("data set", "--data", name, error) from error
     return _of_splits(name, splits, with_names)
 
 
@@ -291,8 +289,3 @@ def _of_dataset(source: str, dataset: Any, with_names: bool) -> Table:
     if not names:
         return found
     return found.arranged(lambda row: {**row, LABEL: names[row[LABEL]] if row[LABEL] >= 0 else row[LABEL]})
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error message of another library."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from zoext import tasks
-from zoext.cli._errors import UserError
-from zoext.cli._problem.data import Label, first_line
+from zoext.cli._errors import UserError, first_line
+from zoext.cli._problem.data import Label
+from zoext.cli._problem.hub import cannot_load
 from zoext.cli._settings import DTYPES, HEADS
 from zoext.trajectory import Fields, Header
 
@@ -221,7 +222,7 @@ def _loading(name: str) -> Iterator[None]:
         except UserError:
             raise
         except Exception as error:  # raised by a file, the network or a parser
-            raise UserError(f"model {name}: cannot be loaded: {first_line(error)}") from None
+            raise cannot_load("model", "model", name, error) from error
 
 
 @contextmanager

@@ -22,6 +22,10 @@ class Method:
     """An optimizer, called as ``make(model, lr=, mu=, weight_decay=, seed=, ...)``."""
 
     make: Callable[..., zoext.ZerothOrderOptimizer]
+    #: What it does, in a phrase.
+    description: str
+    #: Forward passes per step with the default options.
+    forwards: int
     #: Its best learning rate on a task, as a multiple of MeZO's.
     lr_scale: float = 1.0
     #: Whether it differs from the paper's method; a variant is compared only if it is asked for.
@@ -31,16 +35,20 @@ class Method:
 # The scales come from short runs on the demo and on the fables of docs/methods.md. They only centre the grid
 # of a sweep.
 OPTIMIZERS: dict[str, Method] = {
-    "mezo": Method(zoext.MeZO),
-    "adamezo": Method(zoext.AdaMeZO, lr_scale=10),
-    "agzo": Method(zoext.AGZO, lr_scale=4),
-    "lozo": Method(zoext.LOZO),
-    "mezo-gv": Method(zoext.MeZOGV),
-    "mezo-greedy": Method(zoext.MeZOGreedy),
-    "mezo-momentum": Method(partial(zoext.AdaMeZO, betas=(0.7, 0.0)), variant=True),
+    "mezo": Method(zoext.MeZO, "SGD along one random direction", 2),
+    "adamezo": Method(zoext.AdaMeZO, "Adam with moments replayed from a window of seeds", 2, lr_scale=10),
+    "agzo": Method(zoext.AGZO, "directions in the subspaces spanned by the activations", 2, lr_scale=4),
+    "lozo": Method(zoext.LOZO, "low-rank directions; one factor is redrawn lazily", 2),
+    "mezo-gv": Method(zoext.MeZOGV, "along the better minus the worse of 4 candidates", 6),
+    "mezo-greedy": Method(zoext.MeZOGreedy, "along the best of 4 candidates", 5),
+    "mezo-momentum": Method(partial(zoext.AdaMeZO, betas=(0.7, 0.0)), "mezo with momentum", 2, variant=True),
     **{
         f"agzo-{balance}": Method(
-            partial(zoext.AGZO, balance=balance), lr_scale=0.05 if balance == "matched" else 4, variant=True
+            partial(zoext.AGZO, balance=balance),
+            f"agzo with balance={balance}",
+            2,
+            lr_scale=0.05 if balance == "matched" else 4,
+            variant=True,
         )
         for balance in BALANCES[1:]
     },
@@ -50,6 +58,8 @@ OPTIMIZERS: dict[str, Method] = {
             direction=zoext.ActivationSubspace(),
             estimator=zoext.CentralDifference(),
         ),
+        "agzo with central differences",
+        3,
         lr_scale=4,
         variant=True,
     ),
@@ -60,10 +70,17 @@ OPTIMIZERS: dict[str, Method] = {
             estimator=zoext.ForwardDifference(),
             update=zoext.AdamReplay(betas=(0.7, 0.0)),
         ),
+        "agzo with momentum",
+        2,
         lr_scale=4,
         variant=True,
     ),
-    "mezo-gv-centered": Method(partial(zoext.MeZOGV, weighting="centered"), variant=True),
+    "mezo-gv-centered": Method(
+        partial(zoext.MeZOGV, weighting="centered"),
+        "mezo-gv, weighted by centered losses",
+        6,
+        variant=True,
+    ),
     "fzoo": Method(
         partial(
             zoext.ZerothOrderOptimizer,
@@ -71,10 +88,21 @@ OPTIMIZERS: dict[str, Method] = {
             estimator=zoext.ForwardDifference(samples=8),
             update=zoext.SGD(normalized=True),
         ),
+        "normalized SGD along 8 directions of random signs",
+        9,
         lr_scale=1e-2,
         variant=True,
     ),
 }
+
+
+def table() -> str:
+    """A line for each method: its name, the forward passes of a step and what it does."""
+    width = max(map(len, OPTIMIZERS))
+    return "\n".join(
+        f"{name:{width}}  {method.forwards}  {method.description}" for name, method in OPTIMIZERS.items()
+    )
+
 
 #: Arguments of an optimizer that ``--options`` does not set.
 _RESERVED = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoext import StreamedProbeError, ZerothOrderOptimizer
 from zoext.cli._errors import UserError
+from zoext.cli._failures import of_model
 from zoext.cli._problem.problem import Problem
 from zoext.cli._ranks import ALONE, Ranks
 from zoext.cli._settings import Settings, SettingsT
@@ -75,7 +76,7 @@ def take(
 
     Raises:
         FloatingPointError: for a loss that is not finite.
-        UserError: for a model whose weights streamed probes cannot perturb.
+        UserError: for a model that raises, and for one whose weights streamed probes cannot perturb.
     """
     closure = _loss_of(problem, settings, step, device, ranks)
     try:
@@ -94,13 +95,19 @@ def _loss_of(
     examples = _examples(problem, settings, step)
     if ranks.batch_parts(settings.parallel) == 1:
         whole = objective.collate(examples, device)
-        return lambda: objective.loss(problem.model, whole)
+
+        def loss() -> Tensor:
+            with of_model(f"step {step + 1}"):
+                return objective.loss(problem.model, whole)
+
+        return loss
     # A rank without examples evaluates one that does not count, so that it takes the step like the others.
     own = ranks.share_of(examples)
     part = objective.collate(own or examples[:1], device)
 
     def closure() -> tuple[Tensor, Tensor]:
-        scores = objective.scores(problem.model, part)
+        with of_model(f"step {step + 1}"):
+            scores = objective.scores(problem.model, part)
         predictions = scores.predictions.sum()
         return scores.mean_loss(), predictions if own else torch.zeros_like(predictions)
 

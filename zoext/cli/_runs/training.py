@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoext import ZerothOrderOptimizer
 from zoext.cli._errors import UserError
+from zoext.cli._failures import not_finite, of_model
 from zoext.cli._problem import steps
 from zoext.cli._problem.evaluation import Evaluation, evaluate
 from zoext.cli._problem.problem import Problem
@@ -89,7 +90,8 @@ class Training:
         except FloatingPointError as error:
             self._write_losses()
             raise UserError(
-                f"step {self.step + 1}: {error}; a smaller --lr or another --mu may help"
+                f"step {self.step + 1}: {not_finite(error)}; start again with --overwrite and a smaller --lr "
+                "or another --mu"
             ) from None
         except UserError:
             self._write_losses()
@@ -110,9 +112,10 @@ class Training:
 
     def _evaluate(self, progress: Progress, when: str) -> None:
         problem, size = self.problem, self.settings.batch_size
-        result: Evaluation = evaluate(
-            problem.model, problem.objective, problem.valid, size, self.device, self._ranks
-        )
+        with of_model(f"held-out examples at step {self.step}"):
+            result: Evaluation = evaluate(
+                problem.model, problem.objective, problem.valid, size, self.device, self._ranks
+            )
         record = {"step": self.step, "forwards": self.forwards, **result.record()}
         self._ranks.first(records.append, self.folder.metrics, [record])
         progress.evaluated(f"{when:>12}: held-out {result}")
