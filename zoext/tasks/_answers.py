@@ -54,7 +54,7 @@ class Classes(Objective):
         return Scores(loss, torch.ones_like(labels), {"accuracy": (logits.argmax(-1) == labels).float()})
 
     @torch.no_grad()
-    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device) -> list[int]:
+    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device | str) -> list[int]:
         batch = self.collate([replace(example, label=0) for example in examples], device)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return list(logits.argmax(-1).tolist())

@@ -87,7 +87,7 @@ class Choices(Objective):
         return Scores(loss, predictions, {"accuracy": accuracy})
 
     @torch.no_grad()
-    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device) -> list[int]:
+    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device | str) -> list[int]:
         return list(self.candidates(model, self.collate(examples, device)).argmax(1).tolist())
 
     def candidates(self, model: nn.Module, batch: Batch, copies: int = 1) -> Tensor:

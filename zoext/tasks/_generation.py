@@ -87,7 +87,7 @@ class GeneratedAnswers(Answers):
         return self._training
 
     def examine(
-        self, model: nn.Module, examples: Sequence[Example], device: torch.device
+        self, model: nn.Module, examples: Sequence[Example], device: torch.device | str
     ) -> dict[str, Tensor]:
         generated = self.answers(model, examples, device)
         pairs = list(zip(generated, examples, strict=True))
@@ -96,7 +96,7 @@ class GeneratedAnswers(Answers):
             "f1": torch.tensor([f1(text, each.references) for text, each in pairs]),
         }
 
-    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device) -> list[str]:
+    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device | str) -> list[str]:
         prompts = [prompt_of(example, self._encoder.kind) for example in examples]
         return generate(model, self._encoder, prompts, self._max_new_tokens, device)
 
@@ -111,7 +111,11 @@ def prompt_of(example: Example, kind: str) -> tuple[int, ...]:
 
 
 def generate(
-    model: Any, encoder: Encoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    device: torch.device | str,
 ) -> list[str]:
     """The lines that ``model`` continues the prompts with, greedily."""
     longest = max(map(len, prompts))

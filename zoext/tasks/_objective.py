@@ -74,13 +74,13 @@ class Objective(ABC):
         """The scores of ``model`` on a batch, which is ``copies`` copies of one."""
 
     def examine(
-        self, model: nn.Module, examples: Sequence[Example], device: torch.device
+        self, model: nn.Module, examples: Sequence[Example], device: torch.device | str
     ) -> Mapping[str, Tensor]:
         """Metrics of examples that need more than a forward of their batch, one value per example."""
         return {}
 
     def answers(
-        self, model: nn.Module, examples: Sequence[Example], device: torch.device
+        self, model: nn.Module, examples: Sequence[Example], device: torch.device | str
     ) -> Sequence[int] | Sequence[str]:
         """What the model answers: indices of classes or candidates, or texts.
 
