@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from zoext.cli._commands import bench, compare, finetune, info, replay
+from zoext.cli._commands import bench, compare, finetune, info, replay, visualize
 from zoext.cli._errors import UserError
 from zoext.cli._ranks import Ranks
 
 __all__ = ["main"]
 
 _OF_ALL_RANKS = {"finetune": finetune, "compare": compare, "replay": replay}
-_OF_ONE_RANK = {"bench": bench, "info": info}
+_OF_ONE_RANK = {"bench": bench, "info": info, "visualize": visualize}
 
 _INTERRUPTED = 130  # the exit code that shells report for SIGINT
 
