@@ -108,7 +108,7 @@ def test_a_loss_that_overflows_is_left_out() -> None:
     slopes = [[3.0, 1.0 + 1e-6 * m] for m in range(10)] + [[math.nan, math.inf]]
     found = slices.accuracy(of_slopes(slopes))
     assert found.reference[0].tolist() == pytest.approx([3, 1], abs=1e-4)
-    assert "mu from" in slices.advice(of_slopes(slopes), found)
+    assert "at mu 3e-06, 9.5e-06, 3e-05" in slices.advice(of_slopes(slopes), found)
 
 
 def test_no_advice_without_losses() -> None:

@@ -36,6 +36,7 @@ def _columns(curves: Sequence[Curve]) -> int:
 def draw(figure: Any, curves: Sequence[Curve]) -> None:
     """Panels for the loss in training, the held-out loss, and the held-out accuracy if there is one."""
     has_accuracy = _has_accuracy(curves)
+    figure.get_layout_engine().set(w_pad=0.08)
     panels = figure.subplots(1, 2 + has_accuracy)
     for position, curve in enumerate(curves):
         look = {

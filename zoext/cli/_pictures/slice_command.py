@@ -92,7 +92,7 @@ def draw(
     output.say(f"{problem.title}, {settings.dtype} on {device}\n{batches * plan.evaluations} forward passes")
     measured = model_slice.measure(problem, settings, plan, batches, device, output.quiet)
     found = slices.accuracy(measured)
-    with style.new_figure(10, 3.7) as figure:
+    with style.new_figure(*slice_figure.size(measured)) as figure:
         slice_figure.draw(figure, measured, found, problem.title)
         output.write(figure, slice_figure.numbers(measured, found))
     output.say(slices.advice(measured, found))

@@ -12,6 +12,17 @@ from torch import Tensor
 from zoext.cli._pictures import style
 from zoext.cli._pictures.slices import MULTIPLES, Accuracy, Slice
 
+#: Labels side by side, and the height of a line of them in inches.
+_COLUMNS, _LINE = 5, 0.18
+#: A factor by which an interval of mu is drawn wider, so that one mu alone can be seen.
+_MARGIN = 1.1
+
+
+def size(measured: Slice) -> tuple[float, float]:
+    """The width and height of the figure in inches."""
+    labels = 2 * measured.plan.directions + 5
+    return 10, 3.3 + _LINE * math.ceil(labels / _COLUMNS)
+
 
 def draw(figure: Any, measured: Slice, found: Accuracy, title: str) -> None:
     """Three panels: the loss, its change along a direction, and errors of projected gradients over mu."""
@@ -31,7 +42,7 @@ def draw(figure: Any, measured: Slice, found: Accuracy, title: str) -> None:
     handles, labels = change.get_legend_handles_labels()
     more = errors.get_legend_handles_labels()
     handles, labels = handles + more[0], labels + more[1]
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=_COLUMNS)
 
 
 def numbers(measured: Slice, found: Accuracy) -> dict[str, Any]:
@@ -111,15 +122,16 @@ def _draw_errors(axes: Any, measured: Slice, found: Accuracy) -> None:
         )
         label = "error at most a tenth of it"
         for mus in _intervals(plan.mus, found.good_mus(plan.mus)):
-            axes.axvspan(mus[0], mus[-1], color=style.GREEN, alpha=0.12, linewidth=0, label=label)
+            axes.axvspan(
+                mus[0] / _MARGIN, mus[-1] * _MARGIN, color=style.GREEN, alpha=0.12, linewidth=0, label=label
+            )
             label = ""
     if 0 < found.reference_error < math.inf:
         axes.axhline(
             found.reference_error, color=style.GREY, linestyle=":", label="uncertainty of the reference"
         )
-    axes.set(
-        title="(c) projected gradient", xlabel=r"$\mu$", ylabel="|estimate \N{MINUS SIGN} reference|, rms"
-    )
+    axes.set(title="(c) projected gradient", xlabel=r"$\mu$")
+    axes.set_ylabel("|estimate \N{MINUS SIGN} reference|, root mean square")
 
 
 def _intervals(mus: Sequence[float], good: Sequence[float]) -> list[list[float]]:

@@ -187,12 +187,8 @@ def advice(measured: Slice, found: Accuracy) -> str:
     best = known[min(known)]
     if math.isnan(found.batch_noise):
         return f"the error of a central difference is lowest at mu {best:.2g}"
-    if good := found.good_mus(mus):
-        return (
-            f"mu from {good[0]:.2g} to {good[-1]:.2g}: the error of a central difference is at most a tenth "
-            f"of the noise of a batch ({found.batch_noise:.2g}); it is lowest at mu {best:.2g}"
-        )
+    good = ", ".join(f"{mu:.2g}" for mu in found.good_mus(mus))
     return (
-        f"at no mu is the error of a central difference below a tenth of the noise of a batch "
-        f"({found.batch_noise:.2g}); it is lowest at mu {best:.2g}"
+        "the error of a central difference is at most a tenth of its standard deviation over batches "
+        f"({found.batch_noise:.2g}) at {f'mu {good}' if good else 'no mu'}; it is lowest at mu {best:.2g}"
     )

@@ -74,12 +74,17 @@ def best_lr(function: Function, method: Method, forwards: int) -> float:
     The mean would favour rates at which some seeds diverge.
     """
     seeds = SEEDS if method.depends_on_seed else SEEDS[:1]
-
-    def worst(lr: float) -> float:
-        ends = [descend(function, method, lr, forwards, seed).values[-1] for seed in seeds]
-        return max(end if math.isfinite(end) else math.inf for end in ends)
-
-    return min(grid(method), key=worst)
+    best, lowest = method.largest_lr, math.inf
+    for lr in grid(method):
+        worst = 0.0
+        for seed in seeds:
+            end = descend(function, method, lr, forwards, seed).values[-1]
+            worst = max(worst, end if math.isfinite(end) else math.inf)
+            if worst >= lowest:  # whatever the other seeds give
+                break
+        else:
+            best, lowest = lr, worst
+    return best
 
 
 def swept(forwards: int) -> Iterator[tuple[str, str, float]]:
