@@ -9,7 +9,7 @@ from zoext.cli._pictures.descent import METHODS, Method, descend
 from zoext.cli._pictures.functions import FUNCTIONS, Function
 
 #: Learning rates in a grid, which is geometric with three to a decade.
-GRID_SIZE = 12
+GRID_SIZE = 15
 #: The seeds that choose a learning rate, among them the one that the picture shows unless told otherwise.
 SEEDS = (0, 1, 2, 3, 4)
 #: The budget of the picture, and of the sweep that ``CHOSEN`` comes from.
@@ -27,17 +27,17 @@ CHOSEN: Rates = {
         "mezo-momentum": 0.0014,
         "adamezo": 0.022,
         "mezo-gv": 0.003,
-        "mezo-greedy": 0.0065,
+        "mezo-greedy": 0.003,
         "fzoo": 0.0001,
     },
     "rosenbrock": {
         "gradient-descent": 0.0046,
         "adam": 1.0,
         "mezo": 0.00065,
-        "mezo-momentum": 0.00065,
-        "adamezo": 0.022,
-        "mezo-gv": 0.0003,
-        "mezo-greedy": 0.0003,
+        "mezo-momentum": 3e-05,
+        "adamezo": 0.1,
+        "mezo-gv": 3e-05,
+        "mezo-greedy": 1.4e-05,
         "fzoo": 2.2e-05,
     },
     "himmelblau": {
@@ -58,7 +58,7 @@ CHOSEN: Rates = {
         "adamezo": 0.022,
         "mezo-gv": 0.14,
         "mezo-greedy": 0.14,
-        "fzoo": 0.00046,
+        "fzoo": 1e-05,
     },
 }
 
