@@ -17,7 +17,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "adam": {"color": "0.0", "linestyle": (0, (4, 1.5))},
     "mezo": {"color": style.BLUE, "linestyle": "-"},
     "mezo-momentum": {"color": style.SKY, "linestyle": "-"},
-    "adamezo": {"color": style.VERMILLION, "linestyle": "-"},
+    "adamezo": {"color": style.VERMILION, "linestyle": "-"},
     "mezo-gv": {"color": style.GREEN, "linestyle": "-"},
     "mezo-greedy": {"color": style.PURPLE, "linestyle": "-"},
     "fzoo": {"color": style.ORANGE, "linestyle": "-"},

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 #: Distinguishable with any colour vision (Okabe and Ito, 2008), without yellow, which is too pale for lines.
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS = (
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
 )
 STYLES = ("-", "--", ":", "-.")
