@@ -28,6 +28,10 @@ COMMANDS = {
     "finetune": Command("Fine-tune a language model on your data; without arguments, run a demo."),
     "compare": Command("Compare optimizers at equal forward passes, each at its own best learning rate."),
     "replay": Command("Recompute a tuned model from its base and its trajectory, bit for bit."),
+    "visualize": Command(
+        "Draw optimizers on functions of two variables, a slice of a loss, or curves of runs.",
+        of_all_ranks=False,
+    ),
     "bench": Command("Measure the kernels on this machine against its limits.", of_all_ranks=False),
     "info": Command("Show versions, build, instruction sets and devices.", of_all_ranks=False),
 }

@@ -14,10 +14,7 @@ from zoext.cli._comparison.results import REFERENCE, Summary, reference_loss, re
 from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._comparison.start import Start
 from zoext.cli._errors import writing
-
-#: Distinguishable with any colour vision (Okabe and Ito, 2008), without yellow, which is too pale for lines.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
-_STYLES = ("-", "--", ":", "-.")
+from zoext.cli._pictures.style import COLOURS, STYLES
 
 
 def page(settings: ComparisonSettings, start: Start, summaries: Sequence[Summary]) -> str:
@@ -110,7 +107,7 @@ def draw_curves(path: Path, summaries: Sequence[Summary], title: str) -> None:
 
 
 def _curves(axes: Any, summaries: Sequence[Summary], name: str) -> None:
-    looks = ((colour, style) for style in _STYLES for colour in _COLOURS)
+    looks = ((colour, style) for style in STYLES for colour in COLOURS)
     for summary, (colour, style) in zip(summaries, cycle(looks), strict=False):
         curve = summary.curve(name)
         if not curve:

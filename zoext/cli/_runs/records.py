@@ -13,11 +13,15 @@ from zoext.cli._errors import UserError, writing
 Record = dict[str, Any]
 
 
-def read(path: Path, accepts: Callable[[Any], bool]) -> list[Record]:
+#: For the user of a command that would continue the run.
+_START_AGAIN = "start again with --overwrite"
+
+
+def read(path: Path, accepts: Callable[[Any], bool], remedy: str = _START_AGAIN) -> list[Record]:
     """The complete lines of ``path``, without the partial last line that a killed process may leave.
 
     Raises:
-        UserError: for a line that is not JSON or that ``accepts`` rejects.
+        UserError: for a line that is not JSON or that ``accepts`` rejects; it names the ``remedy``.
     """
     if not path.is_file():
         return []
@@ -29,7 +33,7 @@ def read(path: Path, accepts: Callable[[Any], bool]) -> list[Record]:
         except (ValueError, RecursionError):
             record = None
         if not accepts(record):
-            raise UserError(f"{path}: line {number} is corrupted; start again with --overwrite")
+            raise UserError(f"{path}: line {number} is corrupted; {remedy}")
         records.append(record)
     return records
 
@@ -55,9 +59,9 @@ def _text(records: Iterable[Record]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def read_metrics(path: Path) -> list[Record]:
-    """The metrics of a run: a record per step and per evaluation."""
-    return read(path, _is_metric)
+def read_metrics(path: Path, remedy: str = _START_AGAIN) -> list[Record]:
+    """The metrics of a run: a record per step and per evaluation. See ``read``."""
+    return read(path, _is_metric, remedy)
 
 
 def _is_metric(value: Any) -> bool:

@@ -55,7 +55,7 @@ def draw_curve(path: Path, records: Sequence[Record], title: str) -> None:
     evaluations = [record for record in records if "valid_loss" in record]
     axes.plot(
         [record["forwards"] for record in steps],
-        _smoothed([record["loss"] for record in steps]),
+        smoothed([record["loss"] for record in steps]),
         color="tab:gray",
         label="training loss, smoothed",
     )
@@ -87,7 +87,7 @@ def _plot_evaluations(axes: Any, records: Sequence[Record], name: str, color: st
     )
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """The bias-corrected exponential mean of the values so far."""
     means, total, mass = [], 0.0, 0.0
     for value in values:
