@@ -46,6 +46,7 @@ from zoext.cli._runs.folder import OutputFolder, RunFolder
 from zoext.cli._runs.results import write_model
 from zoext.cli._runs.tensors import put, tensors_of
 from zoext.cli._runs.trajectory import Recording, check_not_written, writing_trajectory
+from zoext.cli._schedules import CONSTANT
 from zoext.cli._settings import Settings, SettingsT
 from zoext.trajectory import NOISE_FIELD, VersionError, last_whole_step, open_recording, remembers
 
@@ -55,7 +56,7 @@ FINETUNE_CHANGES = frozenset({"steps", "device", "parallel", "eval_every", "chec
 #: Settings that may change when a comparison is resumed: they select its runs and affect none of them.
 COMPARE_CHANGES = frozenset(
     {
-        *("optimizers", "lr", "lrs", "lr_factors", "forwards", "seeds"),
+        *("optimizers", "lr", "lrs", "lr_factors", "schedules", "forwards", "seeds"),
         *("sweep_forwards", "sweep_seeds"),
     }
 )
@@ -90,6 +91,18 @@ def settings_of(
                 f"omit {option} to resume it"
             )
     return dataclasses.replace(stored, **request.given)
+
+
+def check_schedule(folder: RunFolder, settings: Settings) -> None:
+    """Raises a UserError for another number of steps if the steps already taken depend on it."""
+    stored, _ = folder.read_note()
+    schedules = {"--schedule": stored.schedule, "--mu-schedule": stored.mu_schedule}
+    for option, shape in schedules.items():
+        if shape != CONSTANT and settings.steps != stored.steps:
+            raise UserError(
+                f"--steps {settings.steps}: {option} {shape} of the run in {folder.path} ends at step "
+                f"{stored.steps}; omit --steps to resume it, or begin a new run with --model {folder.model}"
+            )
 
 
 def check_inputs(folder: OutputFolder[SettingsT], fingerprint: str, what: str) -> None:

@@ -31,7 +31,11 @@ class CommonSettings:
     max_length: int = 256
     trainable: str = ""
     lr: float = 1e-6
+    lr_end: float = 0.0
+    warmup: int = 0
     mu: float = 1e-3
+    mu_schedule: str = "constant"
+    mu_end: float = 0.1
     weight_decay: float = 0.0
     batch_size: int = 16
     dtype: str = "float32"
@@ -50,6 +54,7 @@ class Settings(CommonSettings):
 
     optimizer: str = "mezo"
     options: dict[str, str] = field(default_factory=dict)
+    schedule: str = "constant"
     steps: int = 1000
     precision: str = "stochastic"
     seed: int = 0
@@ -68,7 +73,15 @@ _RENAMED_BALANCES = {"printed": "paper", "still": "freeze"}
 
 
 #: Settings that earlier versions did not have, and the values that describe their runs.
-_ADDED = {"parallel": DATA}
+_ADDED: dict[str, Any] = {
+    "parallel": DATA,
+    "schedule": "constant",
+    "schedules": ["constant"],
+    "lr_end": 0.0,
+    "warmup": 0,
+    "mu_schedule": "constant",
+    "mu_end": 0.1,
+}
 
 
 class OtherVersionError(ValueError):
@@ -85,7 +98,8 @@ def parse(record: Any, kind: type[SettingsT], add_arguments: AddArguments) -> Se
     wanted = get_type_hints(kind)
     if not isinstance(record, dict):
         raise ValueError("settings: not an object")
-    record = {**_ADDED, **record}
+    added = {name: value for name, value in _ADDED.items() if name in wanted}
+    record = {**added, **record}
     for what, names in (("lacks", wanted.keys() - record.keys()), ("has", record.keys() - wanted.keys())):
         if names:
             raise OtherVersionError(f"{what} {', '.join(sorted(names))}")

@@ -29,6 +29,7 @@ from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.training import Training
 from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
+from zoext.cli._schedules import SHAPES, check_warmup
 from zoext.cli._settings import CHECKPOINTS, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "X",
         "learning rate; the default is for MeZO, and other methods scale it",
     )
+    how.add_argument(
+        "--schedule",
+        choices=SHAPES,
+        help=f"how lr changes after the warm-up (default {Settings.schedule})",
+    )
+    _options.add_lr_schedule(how, defaults, "steps")
     defaults.add(how, "steps", _options.count, "N", "optimizer steps")
     defaults.add(how, "seed", _options.seed, "N", "determines the whole run")
     _options.add_step(how, defaults)
@@ -93,6 +100,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
+    check_warmup(settings.warmup, "--steps", settings.steps)
+    if request.resume:
+        _resuming.check_schedule(folder, settings)
     training, recording = _prepare(settings, folder, request, ranks)
     with recording, StopRequest(ranks) as stop:
         if not request.quiet:

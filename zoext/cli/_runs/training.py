@@ -18,6 +18,7 @@ from zoext.cli._runs import checkpoint, records
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.trajectory import Recording
+from zoext.cli._schedules import Schedules
 from zoext.cli._settings import Settings
 from zoext.cli._terminal import Progress, StopRequest
 
@@ -49,6 +50,7 @@ class Training:
         self.step = reached.step
         self.forwards = reached.forwards
         self._ranks = ranks
+        self._schedules = Schedules.of(settings, settings.schedule, settings.steps)
         self._unread: list[tuple[dict[str, Any], Tensor]] = []
 
     @property
@@ -65,7 +67,14 @@ class Training:
             with recording.writing():
                 loss = self._one_step()
             progress.step(steps.forwards_of(self.optimizer))
-            record = {"step": self.step, "forwards": self.forwards, "seconds": time.monotonic() - started}
+            group = self.optimizer.param_groups[0]
+            record = {
+                "step": self.step,
+                "forwards": self.forwards,
+                "seconds": time.monotonic() - started,
+                "lr": group["lr"],
+                "mu": group["mu"],
+            }
             self._unread.append((record, loss))
             evaluation_due = self.step == settings.steps or self.step % settings.eval_every == 0
             checkpoint_due = self.step % settings.checkpoint_every == 0
@@ -82,6 +91,7 @@ class Training:
         return not any("valid_loss" in record for record in records.read_metrics(self.folder.metrics))
 
     def _one_step(self) -> Tensor:
+        self._schedules.set(self.optimizer.param_groups, self.step)
         try:
             loss = steps.take(
                 self.problem, self.optimizer, self.settings, self.step, self.device, self._ranks
