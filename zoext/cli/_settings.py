@@ -15,6 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 PROBES = ("auto", "streamed", "inplace")
 PRECISIONS = ("nearest", "stochastic", "residual")
 CHECKPOINTS = ("weights", "trajectory")
+KEPT = ("last", "best")
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
@@ -59,6 +60,8 @@ class Settings(CommonSettings):
     precision: str = "stochastic"
     seed: int = 0
     eval_every: int = 100
+    keep: str = "last"
+    patience: int | None = None
     checkpoint_every: int = 100
     checkpoint: str = "weights"
     record_frames: bool = False
@@ -81,6 +84,8 @@ _ADDED: dict[str, Any] = {
     "warmup": 0,
     "mu_schedule": "constant",
     "mu_end": 0.1,
+    "keep": "last",
+    "patience": None,
 }
 
 

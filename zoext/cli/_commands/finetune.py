@@ -23,14 +23,15 @@ from zoext.cli._options import Request
 from zoext.cli._problem import demo, load, optimizers
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._ranks import Ranks
-from zoext.cli._runs import records, results
+from zoext.cli._restoring import Restored, compare_processes, restore_newest
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.claim import claimed
+from zoext.cli._runs.conclusion import conclude
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.training import Training
 from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
 from zoext.cli._schedules import SHAPES, check_warmup
-from zoext.cli._settings import CHECKPOINTS, PRECISIONS, Settings
+from zoext.cli._settings import CHECKPOINTS, KEPT, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
 HELP = "fine-tune a model; without arguments, a demo"
@@ -73,6 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("run")
     defaults.add(run, "eval-every", _options.count, "N", "steps between evaluations")
+    run.add_argument(
+        "--keep",
+        choices=KEPT,
+        help="the step whose model is written: the last, or the one with the lowest held-out loss "
+        f"(default {Settings.keep})",
+    )
+    run.add_argument(
+        "--patience",
+        type=_options.count,
+        metavar="N",
+        help="stop after N evaluations in a row without a new lowest held-out loss (default: never)",
+    )
     defaults.add(run, "checkpoint-every", _options.count, "N", "steps between checkpoints")
     run.add_argument(
         "--checkpoint",
@@ -103,27 +116,14 @@ def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     check_warmup(settings.warmup, "--steps", settings.steps)
     if request.resume:
         _resuming.check_schedule(folder, settings)
-    training, recording = _prepare(settings, folder, request, ranks)
+    training, recording, restored = _prepare(settings, folder, request, ranks)
     with recording, StopRequest(ranks) as stop:
         if not request.quiet:
-            _introduce(training)
+            _introduce(training, restored)
         with Progress(training.step, settings.steps, request.quiet) as progress:
             training.run(recording, stop, progress)
-    ranks.first(_conclude, training, request.quiet)
+    ranks.first(conclude, training, request.quiet)
     return 0 if training.is_done else 130
-
-
-def _conclude(training: Training, quiet: bool) -> None:
-    """Writes and reports what the run has come to."""
-    folder = training.folder
-    metrics = records.read_metrics(folder.metrics)
-    results.draw_curve(folder.curve, metrics, training.problem.title)
-    if not training.is_done:
-        print(f"stopped after step {training.step}; to continue: zoext finetune --out {folder.path} --resume")
-        return
-    results.write_model(folder.model, training.problem)
-    if not quiet:
-        print(results.report(metrics, folder))
 
 
 def _defaults(request: Request) -> Settings:
@@ -135,29 +135,34 @@ def _defaults(request: Request) -> Settings:
 
 def _prepare(
     settings: Settings, folder: RunFolder, request: Request, ranks: Ranks
-) -> tuple[Training, Recording]:
+) -> tuple[Training, Recording, Restored | None]:
     """Loads and checks everything before it changes the folder."""
     device = _options.choose_device(settings.device, ranks)
     problem = load(settings, device)
     optimizer = optimizers.make(problem.model, settings, ranks)
     check_replayable(settings, optimizer)
-    saved = _resuming.load_checkpoint(folder, settings, problem, optimizer) if request.resume else None
+    restored = None
+    if request.resume:
+        _resuming.check_inputs(folder, problem.fingerprint(), "data or tokenizer")
+        restored = restore_newest(folder, settings, problem, optimizer)
+    reached = None if restored is None else restored.reached
     ranks.wait()  # all have read what the first one changes now
 
     def record() -> Recording:
         if request.resume:
-            if saved is not None:
-                _resuming.compare_processes(saved, device, ranks.batch_parts(settings.parallel))
-            return _resuming.continue_files(folder, settings, problem, optimizer, saved)
+            if restored is not None and restored.saved is not None:
+                compare_processes(restored.saved, device, ranks.batch_parts(settings.parallel))
+            return _resuming.continue_files(folder, settings, problem, optimizer, reached)
         folder.start(settings, problem.fingerprint(), request.overwrite)
         return Recording.begin(folder, settings, optimizer, problem.base.notes())
 
     recording = ranks.first(record) or Recording(None, folder)
-    reached = Reached(0, 0, None) if saved is None else saved.reached
-    return Training(problem, optimizer, settings, folder, device, reached, ranks), recording
+    begin = reached or Reached(0, 0, None)
+    training = Training(problem, optimizer, settings, folder, device, begin, ranks)
+    return training, recording, restored
 
 
-def _introduce(training: Training) -> None:
+def _introduce(training: Training, restored: Restored | None) -> None:
     model, settings = training.problem.model, training.settings
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(size for size, is_trainable in sizes if is_trainable)
@@ -170,4 +175,7 @@ def _introduce(training: Training) -> None:
         f"seed {settings.seed}; output in {training.folder.path}"
     )
     if (reason := obstacle(settings, training.optimizer)) is not None:
-        print(f"the trajectory cannot be replayed: {reason}")
+        kept = "; copies of the best weights are kept" if settings.keep == "best" else ""
+        print(f"the trajectory cannot be replayed: {reason}{kept}")
+    if restored is not None:
+        print(restored)

@@ -16,11 +16,10 @@ from zoext.cli._comparison.settings import ComparisonFolder, ComparisonSettings
 from zoext.cli._comparison.start import Start
 from zoext.cli._problem import optimizers, steps
 from zoext.cli._runs import records
+from zoext.cli._runs.outcome import DIVERGED
 from zoext.cli._runs.records import Record
 from zoext.cli._schedules import CONSTANT, Schedules
 from zoext.cli._terminal import StopRequest
-
-_DIVERGED = 2.0  # times the held-out loss at the start
 
 
 class Progress:
@@ -129,7 +128,7 @@ class Running:
         if not math.isfinite(loss + held_out["report_loss"]):
             return f"held-out loss not finite after {self._forwards} forwards"
         self._note_evaluation(training_loss, held_out)
-        if loss > _DIVERGED * first:
+        if loss > DIVERGED * first:
             return f"held-out loss {loss:.3g} after {self._forwards} forwards, {first:.3g} at the start"
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,16 @@ class Estimated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of ``evaluate``; accuracy is None where the objective does not report it."""
+    """The result of ``evaluate``; accuracy is None where the objective does not report it.
+
+    Attributes:
+        sums: per example, the sum of its losses and the number of predictions, float64 [2, N], in an order
+            that depends on the examples only.
+    """
 
     loss: Estimated
     accuracy: Estimated | None
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 0), compare=False, repr=False)
 
     def __str__(self) -> str:
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy}"
@@ -77,7 +83,9 @@ def evaluate(
         )
     loss, predictions, correct = ranks.sum(found)
     return Evaluation(
-        ratio(loss, predictions), ratio(correct, predictions) if objective.reports_accuracy else None
+        ratio(loss, predictions),
+        ratio(correct, predictions) if objective.reports_accuracy else None,
+        torch.stack([loss, predictions]),
     )
 
 

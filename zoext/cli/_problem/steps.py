@@ -36,6 +36,11 @@ def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
     return sorted(range(size), key=digest)
 
 
+def piece_size(settings: Settings) -> int:
+    """The number of examples that a forward pass evaluates at most."""
+    return settings.batch_size
+
+
 def batch(problem: Problem, settings: Settings, step: int, device: torch.device) -> Batch:
     """The batch of step ``step``: a pure function of the seed."""
     return problem.objective.collate(_examples(problem, settings, step), device)
