@@ -14,7 +14,17 @@ from support.trajectory_files import records, write_bodies
 from zoext.cli import main
 
 #: Settings that came later.
-LATER = ("parallel", "schedule", "lr_end", "warmup", "mu_schedule", "mu_end", "keep", "patience")
+LATER = (
+    "parallel",
+    "schedule",
+    "lr_end",
+    "warmup",
+    "mu_schedule",
+    "mu_end",
+    "keep",
+    "patience",
+    "gradient_accumulation",
+)
 FORMER = {"paper": "printed", "freeze": "still"}
 
 

@@ -44,6 +44,17 @@ def _number(
 
 positive = _number(float, "finite and > 0", lambda value: math.isfinite(value) and value > 0)
 nonnegative = _number(float, "finite and >= 0", lambda value: math.isfinite(value) and value >= 0)
+
+
+def positive_or(word: str) -> Callable[[str], float | str]:
+    """The type of a positive number, or of ``word`` in its place."""
+
+    def parse(text: str) -> float | str:
+        return word if text == word else positive(text)
+
+    return parse
+
+
 fraction = _number(float, "between 0 and 1", lambda value: 0 < value < 1)
 share = _number(float, "between 0 and 1, or one of them", lambda value: 0 <= value <= 1)
 count = _number(int, "an integer of at least 1", lambda value: value >= 1)
@@ -114,6 +125,9 @@ def add_step(group: _Group, defaults: Defaults) -> None:
     defaults.add(group, "mu-end", fraction, "F", "where its schedule ends, as a fraction of mu")
     defaults.add(group, "weight-decay", nonnegative, "X", "decoupled weight decay")
     defaults.add(group, "batch-size", count, "N", "examples per step")
+    defaults.add(
+        group, "gradient-accumulation", count, "N", "pieces that a batch is evaluated in, to save memory"
+    )
     general = defaults.general
     group.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default {general.dtype})")
     group.add_argument("--probe", choices=PROBES, help=f"how weights are perturbed (default {general.probe})")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from zoext.cli._errors import UserError
 from zoext.cli._ranks import DATA
 
 TASKS = ("classification", "causal-lm")
@@ -39,6 +41,7 @@ class CommonSettings:
     mu_end: float = 0.1
     weight_decay: float = 0.0
     batch_size: int = 16
+    gradient_accumulation: int = 1
     dtype: str = "float32"
     probe: str = "auto"
     device: str | None = None
@@ -47,6 +50,19 @@ class CommonSettings:
     @property
     def is_demo(self) -> bool:
         return self.model is None and self.data is None
+
+    @property
+    def at_once(self) -> int:
+        """The number of examples that are evaluated at once."""
+        return math.ceil(self.batch_size / self.gradient_accumulation)
+
+    def check_accumulation(self) -> None:
+        """Raises a UserError for more pieces than examples."""
+        if self.gradient_accumulation > self.batch_size:
+            raise UserError(
+                f"--gradient-accumulation {self.gradient_accumulation}: more pieces than the "
+                f"{self.batch_size} examples of --batch-size; give as many or fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,7 @@ _ADDED: dict[str, Any] = {
     "mu_end": 0.1,
     "keep": "last",
     "patience": None,
+    "gradient_accumulation": 1,
 }
 
 

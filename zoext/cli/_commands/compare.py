@@ -163,7 +163,7 @@ def _prepare(
     """Loads and measures everything before it changes the folder; returns the records so far."""
     device = _options.choose_device(settings.device, ranks)
     problem = load(settings.of_run(settings.optimizers[0], settings.lr, seed=0), device)
-    start = Start(problem, settings.batch_size, device, ranks)
+    start = Start(problem, settings.at_once, device, ranks)
     raw: list[Record] = []
     if request.resume:
         raw = records.read(folder.runs)

@@ -24,6 +24,7 @@ from zoext.cli._problem import demo, load, optimizers
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._ranks import Ranks
 from zoext.cli._restoring import Restored, compare_processes, restore_newest
+from zoext.cli._runs import lr_search
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.conclusion import conclude
@@ -53,9 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults.add(
         how,
         "lr",
-        _options.positive,
+        _options.positive_or(lr_search.AUTO),
         "X",
-        "learning rate; the default is for MeZO, and other methods scale it",
+        f"learning rate, or {lr_search.AUTO}: the best of a few short runs on the training examples; the "
+        "default is for MeZO, and other methods scale it",
     )
     how.add_argument(
         "--schedule",
@@ -112,11 +114,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
+    request, searches = _without_auto(request)
     settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
     check_warmup(settings.warmup, "--steps", settings.steps)
+    settings.check_accumulation()
     if request.resume:
         _resuming.check_schedule(folder, settings)
-    training, recording, restored = _prepare(settings, folder, request, ranks)
+    training, recording, restored = _prepare(settings, folder, request, ranks, searches)
+    settings = training.settings
     with recording, StopRequest(ranks) as stop:
         if not request.quiet:
             _introduce(training, restored)
@@ -133,12 +138,23 @@ def _defaults(request: Request) -> Settings:
     return dataclasses.replace(defaults, lr=defaults.lr * OPTIMIZERS[chosen].lr_scale)
 
 
+def _without_auto(request: Request) -> tuple[Request, bool]:
+    """The request without ``--lr auto``, and whether an lr is to be searched: a run to resume has one."""
+    given = {name: value for name, value in request.given.items() if (name, value) != ("lr", lr_search.AUTO)}
+    searches = len(given) < len(request.given) and not request.resume
+    return dataclasses.replace(request, given=given), searches
+
+
 def _prepare(
-    settings: Settings, folder: RunFolder, request: Request, ranks: Ranks
+    settings: Settings, folder: RunFolder, request: Request, ranks: Ranks, searches_lr: bool
 ) -> tuple[Training, Recording, Restored | None]:
     """Loads and checks everything before it changes the folder."""
     device = _options.choose_device(settings.device, ranks)
     problem = load(settings, device)
+    if searches_lr:
+        check_replayable(settings, optimizers.make(problem.model, settings, ranks))  # before it takes time
+        lr = lr_search.choose(settings, problem, device, ranks, request.quiet)
+        settings = dataclasses.replace(settings, lr=lr)
     optimizer = optimizers.make(problem.model, settings, ranks)
     check_replayable(settings, optimizer)
     restored = None

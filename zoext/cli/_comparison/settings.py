@@ -43,6 +43,7 @@ class ComparisonSettings(CommonSettings):
                 "give as many or fewer"
             )
         option = "--forwards" if self.sweep_forwards is None else "--sweep-forwards"
+        self.check_accumulation()
         check_warmup(self.warmup, option, self.sweep_budget)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoext import StreamedProbeError, ZerothOrderOptimizer
 from zoext.cli._errors import UserError
-from zoext.cli._problem.objectives import Batch, Example
+from zoext.cli._problem.objectives import Batch, Example, Scores
 from zoext.cli._problem.problem import Problem
 from zoext.cli._ranks import ALONE, Ranks
 from zoext.cli._settings import Settings
@@ -36,14 +36,31 @@ def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
     return sorted(range(size), key=digest)
 
 
-def piece_size(settings: Settings) -> int:
-    """The number of examples that a forward pass evaluates at most."""
-    return settings.batch_size
+def batches(problem: Problem, settings: Settings, step: int, device: torch.device) -> list[Batch]:
+    """The batch of step ``step``, in the pieces that it is evaluated in: a pure function of the seed."""
+    return _collated(problem, settings, _examples(problem, settings, step), device)
 
 
-def batch(problem: Problem, settings: Settings, step: int, device: torch.device) -> Batch:
-    """The batch of step ``step``: a pure function of the seed."""
-    return problem.objective.collate(_examples(problem, settings, step), device)
+def _collated(
+    problem: Problem, settings: Settings, examples: Sequence[Example], device: torch.device
+) -> list[Batch]:
+    size = settings.at_once
+    return [
+        problem.objective.collate(examples[start : start + size], device)
+        for start in range(0, len(examples), size)
+    ]
+
+
+def scores_of(problem: Problem, pieces: Sequence[Batch]) -> Scores:
+    """The scores of the examples of all pieces, as of one batch."""
+    each = [problem.objective.scores(problem.model, piece) for piece in pieces]
+    if len(each) == 1:
+        return each[0]
+    return Scores(
+        torch.cat([scores.loss for scores in each]),
+        torch.cat([scores.predictions for scores in each]),
+        torch.cat([scores.correct for scores in each]),
+    )
 
 
 def _examples(problem: Problem, settings: Settings, step: int) -> list[Example]:
@@ -80,14 +97,14 @@ def _loss_of(
     problem.objective.prepare(problem.model)
     examples = _examples(problem, settings, step)
     if ranks.batch_parts(settings.parallel) == 1:
-        whole = problem.objective.collate(examples, device)
-        return lambda: problem.objective.scores(problem.model, whole).mean_loss()
+        whole = _collated(problem, settings, examples, device)
+        return lambda: scores_of(problem, whole).mean_loss()
     # A rank without examples evaluates one that does not count, so that it takes the step like the others.
     own = ranks.share_of(examples)
-    part = problem.objective.collate(own or examples[:1], device)
+    part = _collated(problem, settings, own or examples[:1], device)
 
     def closure() -> tuple[Tensor, Tensor]:
-        scores = problem.objective.scores(problem.model, part)
+        scores = scores_of(problem, part)
         predictions = scores.predictions.sum()
         return scores.mean_loss(), predictions if own else torch.zeros_like(predictions)
 

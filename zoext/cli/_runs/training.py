@@ -160,7 +160,7 @@ class Training:
         return sum(losses) / len(losses)
 
     def _evaluate(self, progress: Progress, when: str) -> None:
-        problem, size = self.problem, steps.piece_size(self.settings)
+        problem, size = self.problem, self.settings.at_once
         result: Evaluation = evaluate(
             problem.model, problem.objective, problem.valid, size, self.device, self._ranks
         )
