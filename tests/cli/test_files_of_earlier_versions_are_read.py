@@ -24,6 +24,7 @@ LATER = (
     "keep",
     "patience",
     "gradient_accumulation",
+    "log",
 )
 FORMER = {"paper": "printed", "freeze": "still"}
 

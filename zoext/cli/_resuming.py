@@ -50,7 +50,10 @@ from zoext.trajectory import VersionError, open_recording, remembers
 
 #: Settings that may change when a run is resumed: none affects what a step does, except for its rounding.
 FINETUNE_CHANGES = frozenset(
-    {*("steps", "device", "parallel", "eval_every", "checkpoint_every", "checkpoint"), *("keep", "patience")}
+    {
+        *("steps", "device", "parallel", "eval_every", "checkpoint_every", "checkpoint"),
+        *("keep", "patience", "log"),
+    }
 )
 
 #: Settings that may change when a comparison is resumed: they select its runs and affect none of them.

@@ -81,6 +81,7 @@ class Settings(CommonSettings):
     checkpoint_every: int = 100
     checkpoint: str = "weights"
     record_frames: bool = False
+    log: tuple[str, ...] = ()
 
 
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)
@@ -103,6 +104,7 @@ _ADDED: dict[str, Any] = {
     "keep": "last",
     "patience": None,
     "gradient_accumulation": 1,
+    "log": [],
 }
 
 

@@ -24,7 +24,7 @@ from zoext.cli._problem import demo, load, optimizers
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._ranks import Ranks
 from zoext.cli._restoring import Restored, compare_processes, restore_newest
-from zoext.cli._runs import lr_search
+from zoext.cli._runs import logs, lr_search
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.conclusion import conclude
@@ -100,7 +100,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="record the bases of AGZO beside the trajectory, which cannot be replayed without them",
     )
+    run.add_argument(
+        "--log",
+        type=_logs,
+        metavar="NAME,...",
+        help=f"write the metrics elsewhere too: {', '.join(logs.LOGS)}; the package must be installed",
+    )
     _options.add_output(run, "runs/demo-N or runs/finetune-N", "bit for bit")
+
+
+def _logs(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(",")) if text else ()
+    if len(set(names)) < len(names) or not set(names) <= set(logs.LOGS):
+        raise argparse.ArgumentTypeError(
+            f"must be names out of {', '.join(logs.LOGS)}, once each, not {text}"
+        )
+    return names
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
@@ -118,6 +133,7 @@ def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
     check_warmup(settings.warmup, "--steps", settings.steps)
     settings.check_accumulation()
+    logs.check(settings.log)
     if request.resume:
         _resuming.check_schedule(folder, settings)
     training, recording, restored = _prepare(settings, folder, request, ranks, searches)
@@ -125,8 +141,11 @@ def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     with recording, StopRequest(ranks) as stop:
         if not request.quiet:
             _introduce(training, restored)
-        with Progress(training.step, settings.steps, request.quiet) as progress:
-            training.run(recording, stop, progress)
+        with (
+            logs.opened(folder, settings, training.step, ranks) as opened,
+            Progress(training.step, settings.steps, request.quiet) as progress,
+        ):
+            training.run(recording, stop, progress, opened)
     ranks.first(conclude, training, request.quiet)
     return 0 if training.is_done else 130
 

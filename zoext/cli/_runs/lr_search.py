@@ -27,7 +27,7 @@ from zoext.cli._settings import Settings
 AUTO = "auto"
 
 _FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the default
-_MORE = 3  # beyond an edge of the grid, at most
+_MORE = 5  # beyond an edge of the grid, at most
 _STEPS = (20, 200)  # of a run: a twentieth of the real one, within these limits
 _HELD_OUT = (0.1, 256)  # of the training examples: this share, but at most so many
 
@@ -67,7 +67,8 @@ def choose(settings: Settings, problem: Problem, device: torch.device, ranks: Ra
     # As it is shown, so that the same command line with this lr makes the same run.
     lr = float(f"{lr:.3g}")
     if not quiet:
-        print(f"chosen: --lr {lr:g}", flush=True)
+        edge = "" if _beyond(losses) is None else " (the last one tried; a better one may lie beyond)"
+        print(f"chosen: --lr {lr:g}{edge}", flush=True)
     return lr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from zoext.cli._runs import checkpoint, outcome, records
 from zoext.cli._runs.best import Copies, best_of, without_improvement
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.folder import RunFolder
+from zoext.cli._runs.logs import Log
 from zoext.cli._runs.records import Record
 from zoext.cli._runs.trajectory import Recording, obstacle
 from zoext.cli._schedules import Schedules
@@ -74,8 +76,14 @@ class Training:
         """Whether the trajectory leads to the model of every step, bit for bit."""
         return obstacle(self.settings, self.optimizer) is None
 
-    def run(self, recording: Recording, stop: StopRequest, progress: Progress) -> None:
-        """Trains until the run is done or until ``stop`` is received, and then writes a checkpoint."""
+    def run(
+        self, recording: Recording, stop: StopRequest, progress: Progress, logs: Sequence[Log] = ()
+    ) -> None:
+        """Trains until the run is done or until ``stop`` is received, and then writes a checkpoint.
+
+        The first rank also writes its metrics to ``logs``.
+        """
+        self._logs = logs
         self._started = time.monotonic()
         self._ranks.first(self._continue_evaluations, recording)
         if self._ranks.any(bool(self._ranks.first(self._lacks_evaluation))):
@@ -155,7 +163,7 @@ class Training:
             return math.nan
         losses: list[float] = torch.stack([loss for _, loss in self._unread]).tolist()
         new = [{**record, "loss": loss} for (record, _), loss in zip(self._unread, losses, strict=True)]
-        self._ranks.first(records.append, self.folder.metrics, new)
+        self._ranks.first(self._append, new)
         self._unread.clear()
         return sum(losses) / len(losses)
 
@@ -174,11 +182,17 @@ class Training:
         if not self._evaluations:
             outcome.write_first(self.folder.first_evaluation, result)
         record |= outcome.change(self.folder.first_evaluation, result)
-        records.append(self.folder.metrics, [record])
+        self._append([record])
         self._evaluations.append(record)
         if self._copies_best and self._best_step == self.step:
             spared = () if self._best_at_checkpoint is None else (self._best_at_checkpoint,)
             Copies(self.folder.best).save(self.step, self.problem.model, spared)
+
+    def _append(self, new: Sequence[Record]) -> None:
+        records.append(self.folder.metrics, new)
+        for log in self._logs:
+            for record in new:
+                log.write(record)
 
     def _save(self, recording: Recording) -> None:
         folder = self.folder.checkpoints
