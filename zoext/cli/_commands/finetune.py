@@ -8,8 +8,9 @@ model), a .txt file with one example per line, a folder that contains such files
 valid.*, or the name of a data set on the Hugging Face hub.
 
 The folder OUT receives run.json (the settings), metrics.jsonl (a line per step and per evaluation),
-checkpoints/, curve.png, model/ (for from_pretrained of transformers) and trajectory.jsonl, from which
-zoext replay recomputes the model.
+first-evaluation.json, checkpoints/, curve.png, model/ (for from_pretrained of transformers) and
+trajectory.jsonl, from which zoext replay recomputes the model. With --keep best, model/ is that of the
+step with the lowest held-out loss; where the trajectory cannot be replayed, best/ has a copy of its weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from zoext.cli._runs.conclusion import conclude
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.training import Training
 from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
-from zoext.cli._schedules import SHAPES, check_warmup
+from zoext.cli._schedules import CONSTANT, SHAPES, check_warmup
 from zoext.cli._settings import CHECKPOINTS, KEPT, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
@@ -206,7 +207,7 @@ def _introduce(training: Training, restored: Restored | None) -> None:
         f"{len(training.problem.train)} training and {len(training.problem.valid)} held-out examples\n"
         f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters are trainable; "
         f"{settings.dtype} on {training.device}\n"
-        f"{settings.optimizer}: lr {settings.lr:g}, mu {settings.mu:g}, batch {settings.batch_size}, "
+        f"{settings.optimizer}: lr {settings.lr:g}{_schedule_of(settings)}, mu {settings.mu:g}, batch {settings.batch_size}, "
         f"seed {settings.seed}; output in {training.folder.path}"
     )
     if (reason := obstacle(settings, training.optimizer)) is not None:
@@ -214,3 +215,9 @@ def _introduce(training: Training, restored: Restored | None) -> None:
         print(f"the trajectory cannot be replayed: {reason}{kept}")
     if restored is not None:
         print(restored)
+
+
+def _schedule_of(settings: Settings) -> str:
+    parts = [] if settings.schedule == CONSTANT else [settings.schedule]
+    parts += [f"warm-up {settings.warmup}"] if settings.warmup else []
+    return f" ({', '.join(parts)})" if parts else ""
