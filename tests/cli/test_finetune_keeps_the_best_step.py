@@ -153,6 +153,29 @@ def test_patience_counts_evaluations_without_a_new_lowest_loss(command: Command)
     assert model_of(command.out) == model_of(command.folder / "whole")
 
 
+@pytest.mark.parametrize(("first", "kept"), [(6, 6), (8, 8)])
+def test_a_trajectory_that_begins_later_leads_to_later_steps_only(
+    command: Command, first: int, kept: int
+) -> None:
+    """The old trajectory is corrupted, so a new one begins at a checkpoint; the best step is 6."""
+    command.works(*OPTIONS, f"--out={command.folder / 'whole'}")
+    losses = losses_of(command.folder / "whole")
+    assert min(losses, key=lambda step: losses[step]) == 6
+    assert min(range(8, 17, 2), key=lambda step: losses[step]) == 8
+    command.works(*OPTIONS, f"--steps={first}")
+    path = command.out / "trajectory.jsonl"
+    path.write_text(path.read_text().replace('"step":2', '"step":3'))
+    said = said_by(command, "--resume", "--keep=best", "--steps=16")
+    assert losses_of(command.out) == losses
+    which = "the best of 9 evaluations" if first == 6 else "the best one whose model can be had"
+    assert f"step {kept} is {which}, and its model was kept" in said
+    assert ("step 6, whose model is lost" in said) == (first > 6)
+    assert "to reproduce" not in said
+    shorter = command.folder / "shorter"
+    command.works(*OPTIONS, f"--steps={kept}", f"--out={shorter}")
+    assert model_of(command.out) == model_of(shorter)
+
+
 def test_settings_of_a_run_without_them_are_read(command: Command) -> None:
     command.works(*OPTIONS)
     record = json.loads((command.out / "run.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from zoext.cli import main
 from zoext.cli._problem.evaluation import Estimated, Evaluation
 from zoext.cli._runs import outcome
 from zoext.cli._runs.records import Record, read_metrics
+from zoext.cli._settings import Settings
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def evaluation(loss: float, change: float | None = None, error: float = 0.01) ->
     ],
 )
 def test_the_criterion(last: Record, said: str | None) -> None:
-    found = outcome.advice(evaluation(0.7), last, 1e-6)
+    found = outcome.advice(evaluation(0.7), last, Settings(lr=1e-6))
     assert found is None if said is None else found is not None and said in found
 
 

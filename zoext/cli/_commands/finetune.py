@@ -207,8 +207,8 @@ def _introduce(training: Training, restored: Restored | None) -> None:
         f"{len(training.problem.train)} training and {len(training.problem.valid)} held-out examples\n"
         f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters are trainable; "
         f"{settings.dtype} on {training.device}\n"
-        f"{settings.optimizer}: lr {settings.lr:g}{_schedule_of(settings)}, mu {settings.mu:g}, batch {settings.batch_size}, "
-        f"seed {settings.seed}; output in {training.folder.path}"
+        f"{settings.optimizer}: lr {settings.lr:g}{_schedule_of(settings)}, mu {settings.mu:g}, "
+        f"batch {settings.batch_size}, seed {settings.seed}; output in {training.folder.path}"
     )
     if (reason := obstacle(settings, training.optimizer)) is not None:
         kept = "; copies of the best weights are kept" if settings.keep == "best" else ""

@@ -43,17 +43,18 @@ def _remarks(training: Training, evaluations: list[Record], source: Source, kept
     if training.stopped_early:
         remarks.append(
             f"stopped at step {training.step} of {settings.steps}: no lower held-out loss in "
-            f"{settings.patience} evaluations; to continue, give --resume and a larger --patience"
+            f"{settings.patience} evaluations; to continue: zoext finetune --out {path} --resume --patience "
+            f"{2 * (settings.patience or 0)}"
         )
     best = best_of(evaluations)
     if best is not None and best["step"] != kept:
         remarks.append(_about_best(training, source, best))
-    if (advice := outcome.advice(evaluations[0], evaluations[-1], settings.lr)) is not None:
+    if (advice := outcome.advice(evaluations[0], evaluations[-1], settings)) is not None:
         remarks.append(advice)
     elif not training.stopped_early and settings.schedule == settings.mu_schedule == CONSTANT:
         more = 2 * settings.steps
         remarks.append(f"to train on: zoext finetune --out {path} --resume --steps {more}")
-    if training.is_replayable and not source.trajectory_begin:
+    if training.is_replayable and source.trajectory_begin == 0:
         base = settings.model or "demo"
         again = path.with_name(f"{path.name}-again")
         remarks.append(f"to reproduce the model: {_replay(base, training, kept)} --out {again}")

@@ -62,13 +62,13 @@ def change_of(first: Record, last: Record) -> Estimated:
     return Estimated(last["valid_loss"] - first["valid_loss"], error)
 
 
-def advice(first: Record, last: Record, lr: float) -> str | None:
+def advice(first: Record, last: Record, settings: Settings) -> str | None:
     """What to try next if the run diverged or hardly moved; None if it improved.
 
     A run has diverged if its held-out loss is not finite or more than ``DIVERGED`` times the first one. It
     has hardly moved if the loss fell by less than the standard error of the paired difference.
     """
-    lower, higher = f"try --lr {next_lr(lr, down=True)}", f"try --lr {next_lr(lr, down=False)}"
+    lower, higher = (f"try --lr {next_lr(settings.lr, down=down)}" for down in (True, False))
     loss, before = last["valid_loss"], first["valid_loss"]
     if not math.isfinite(loss) or loss > DIVERGED * before:
         return f"the run diverged: held-out loss {before:.4f} -> {loss:.4f}; {lower}"
@@ -76,7 +76,9 @@ def advice(first: Record, last: Record, lr: float) -> str | None:
     if not math.isfinite(found.error) or found.value < -found.error:
         return None
     if found.value > found.error:
-        return f"the held-out loss rose by {found}; {lower}, or --keep best"
+        return f"the held-out loss rose by {found}; {lower}" + (
+            ", or --keep best" if settings.keep == "last" else ""
+        )
     return f"the run hardly moved: the held-out loss changed by {found}; {higher}, or more --steps"
 
 

@@ -10,6 +10,7 @@ from zoext._runtime import atomic
 from zoext.cli._errors import writing
 from zoext.cli._problem.evaluation import Evaluation
 from zoext.cli._problem.models import quiet_transformers
+from zoext.cli._runs.best import best_of
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.records import Record
 
@@ -38,9 +39,15 @@ def report(records: Sequence[Record], folder: RunFolder, kept: int) -> str:
     if kept != last["step"]:
         labels.insert(1, f"at step {kept}")
         shown.insert(1, next(record for record in evaluations if record["step"] == kept))
+        best = best_of(evaluations)
+        which = (
+            f"the best of {len(evaluations)} evaluations"
+            if best is not None and best["step"] == kept
+            else "the best one whose model can be had"
+        )
         notes.append(
-            f"step {kept} is the best of {len(evaluations)} evaluations, and its model was kept; it was "
-            "selected by its held-out loss, which is therefore biased low"
+            f"step {kept} is {which}, and its model was kept; it was selected by its held-out loss, which is "
+            "therefore biased low"
         )
     width = max(map(len, labels)) + 1
     lines = [
