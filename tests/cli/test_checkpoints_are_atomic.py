@@ -18,7 +18,7 @@ from torch import nn
 import zoext
 from zoext._runtime import atomic
 from zoext.cli._errors import UserError
-from zoext.cli._resuming import newest_checkpoint, restore
+from zoext.cli._restoring import newest_checkpoint, restore
 from zoext.cli._runs import checkpoint
 from zoext.cli._runs.checkpoint import Position, Reached
 

@@ -45,7 +45,7 @@ class Watch:
         run = (settings.optimizer, settings.lr, settings.seed)
         if number == 0:
             self.first_weights[run] = tensors.digest(problem.model)
-        batch = steps.batch(problem, settings, number, device)
+        (batch,) = steps.batches(problem, settings, number, device)
         self.batches[run].append(batch["input_ids"].flatten().tolist())
 
         def count(*_: object) -> None:

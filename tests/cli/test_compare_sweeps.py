@@ -12,7 +12,7 @@ import pytest
 from support import curves
 from support.compare_command import CompareCommand, prepare
 from zoext.cli._comparison import plan
-from zoext.cli._comparison.records import Outcome, Outcomes, Run
+from zoext.cli._comparison.records import Choice, Outcome, Outcomes, Run
 from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._comparison.start import Start
 
@@ -53,6 +53,10 @@ def settings_of(**more: object) -> ComparisonSettings:
     return ComparisonSettings(**{**defaults, **more})  # type: ignore[arg-type]
 
 
+def constant(lr: float) -> Choice:
+    return Choice(lr, "constant")
+
+
 def valley(best: float) -> Task:
     return lambda lr, seed: abs(math.log(lr / best))
 
@@ -61,7 +65,7 @@ def valley(best: float) -> Task:
 def test_the_lr_of_the_lowest_loss_is_taken(best: float) -> None:
     played, done = play(settings_of(), valley(best))
     sweep = plan.sweep(settings_of(), "mezo", done)
-    assert (sweep.lr, sweep.added, sweep.at_edge) == (best, None, False)
+    assert (sweep.best, sweep.added, sweep.at_edge) == (constant(best), None, False)
     assert [run.lr for phase, run in played if phase == plan.SWEEP] == [0.25, 0.5, 1.0, 2.0, 4.0]
     assert [(run.lr, run.seed) for phase, run in played if phase == plan.FINAL] == [(best, 1), (best, 2)]
 
@@ -75,10 +79,11 @@ def test_the_grid_is_extended_once_beyond_its_edge(
 ) -> None:
     played, done = play(settings_of(), valley(best))
     sweep = plan.sweep(settings_of(), "mezo", done)
-    assert (sweep.lr, sweep.added, sweep.at_edge) == (taken, added, at_edge)
+    assert (sweep.best, sweep.added) == (constant(taken), constant(added))
+    assert sweep.at_edge == at_edge
     swept = [run.lr for phase, run in played if phase == plan.SWEEP]
     assert swept == [0.25, 0.5, 1.0, 2.0, 4.0, added]
-    assert [lr for lr, _ in sweep.losses] == sorted(swept)
+    assert [choice.lr for choice, _ in sweep.losses] == sorted(swept)
 
 
 def test_one_diverged_seed_is_enough_to_lose() -> None:
@@ -89,27 +94,27 @@ def test_one_diverged_seed_is_enough_to_lose() -> None:
 
     _, done = play(settings, task)
     sweep = plan.sweep(settings, "mezo", done)
-    assert sweep.lr == 1.0
-    assert dict(sweep.losses)[2.0] == math.inf
+    assert sweep.best == constant(1.0)
+    assert dict(sweep.losses)[constant(2.0)] == math.inf
 
 
 def test_the_mean_over_the_seeds_of_the_sweep_decides() -> None:
     settings = settings_of(sweep_seeds=2)
     losses = {(1.0, 0): 0.0, (1.0, 1): 1.0, (2.0, 0): 0.4, (2.0, 1): 0.4}
     _, done = play(settings, lambda lr, seed: losses.get((lr, seed), 0.9))
-    assert plan.sweep(settings, "mezo", done).lr == 2.0
+    assert plan.sweep(settings, "mezo", done).best == constant(2.0)
 
 
 def test_a_method_that_always_diverges_has_no_final_runs() -> None:
     played, done = play(settings_of(), lambda lr, seed: None)
     sweep = plan.sweep(settings_of(), "mezo", done)
-    assert (sweep.lr, sweep.added) == (None, 0.125)
+    assert (sweep.best, sweep.added) == (None, constant(0.125))
     assert all(phase == plan.SWEEP for phase, _ in played)
 
 
 def test_a_method_that_diverges_on_its_whole_grid_is_tried_below_it() -> None:
     _, done = play(settings_of(), lambda lr, seed: None if lr > 0.2 else 0.3)
-    assert plan.sweep(settings_of(), "mezo", done).lr == 0.125
+    assert plan.sweep(settings_of(), "mezo", done).best == constant(0.125)
 
 
 def test_runs_of_a_shorter_sweep_are_not_taken_for_final_ones() -> None:
@@ -120,7 +125,7 @@ def test_runs_of_a_shorter_sweep_are_not_taken_for_final_ones() -> None:
 
 def test_a_single_lr_needs_no_sweep() -> None:
     played, _ = play(settings_of(lr_factors=(1.0,)), valley(1.0))
-    assert played == [(plan.FINAL, Run("mezo", 1.0, seed, 100)) for seed in range(3)]
+    assert played == [(plan.FINAL, Run("mezo", 1.0, "constant", seed, 100)) for seed in range(3)]
 
 
 def test_all_sweeps_come_before_all_final_runs(command: CompareCommand) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.finetune_command import Command, prepare
-from zoext.cli import _resuming
+from zoext.cli import _restoring
 from zoext.trajectory._format import header
 
 
@@ -80,7 +80,7 @@ def test_the_only_one(command: Command, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["weights", "trajectory"])
 def test_other_directions(command: Command, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     command.works(f"--checkpoint={kind}")
-    for module in (header, _resuming):
+    for module in (header, _restoring):
         monkeypatch.setattr(module, "NOISE_FIELD", header.NOISE_FIELD + 1)
     error = command.is_refused("--resume", "--steps=3")
     assert f"{state_of(command, 2)}: noise_field is " in error

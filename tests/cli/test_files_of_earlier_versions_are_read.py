@@ -13,6 +13,19 @@ from support.finetune_command import Command, prepare
 from support.trajectory_files import records, write_bodies
 from zoext.cli import main
 
+#: Settings that came later.
+LATER = (
+    "parallel",
+    "schedule",
+    "lr_end",
+    "warmup",
+    "mu_schedule",
+    "mu_end",
+    "keep",
+    "patience",
+    "gradient_accumulation",
+    "log",
+)
 FORMER = {"paper": "printed", "freeze": "still"}
 
 
@@ -49,7 +62,8 @@ def age(out: Path) -> None:
         del state["checksum"], state["batch_parts"]
         path.write_text(json.dumps({"checksum": checksum(state), **state}))
     note = json.loads(with_former_names((out / "run.json").read_text()))
-    del note["settings"]["parallel"]
+    for name in LATER:
+        del note["settings"][name]
     places = ("model", "data", "valid_data")
     settings = {name: value for name, value in note["settings"].items() if name not in places}
     note["checksum"] = checksum([settings, note["data"]])

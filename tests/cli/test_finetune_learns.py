@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_a_language_model_on_fables(tmp_path: Path, dtype: str) -> None:
     assert main(["finetune", *[text for pair in arguments.items() for text in pair], "--quiet"]) == 0
     before, after = evaluations(tmp_path / "run")
     assert after["valid_loss"] < before["valid_loss"] - 0.1
+    assert after["valid_perplexity"] == pytest.approx(math.exp(after["valid_loss"]))
 
 
 def test_only_what_is_trainable_moves(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from support.launched_commands import Launched, Launcher
 from support.tiny_models import labelled, tiny_bert
 
 OPTIONS = "--steps=5 --eval-every=3 --checkpoint-every=2 --lr=1e-2 --mu=2e-3 --weight-decay=0.1 --device=cpu"
-FILES = {"checkpoints", "metrics.jsonl", "model", "run.json", "trajectory.jsonl"}
+FILES = {"checkpoints", "first-evaluation.json", "metrics.jsonl", "model", "run.json", "trajectory.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,23 @@ def test_probes_have_the_bits_of_one_process(launcher: Launcher, folder: Path, t
     assert result(tmp_path / "three") == result(tmp_path / "one")
 
 
+def test_ranks_stop_early_together_and_keep_the_best_step(
+    launcher: Launcher, folder: Path, tmp_path: Path
+) -> None:
+    options = "--lr=0.03 --seed=3 --batch-size=4 --steps=20 --eval-every=2 --patience=2 --keep=best --quiet"
+    for count, out in ((1, "one"), (2, "two")):
+        more = [*options.split(), "--gradient-accumulation=2", f"--out={tmp_path / out}", "--parallel=probes"]
+        assert finetune(launcher, folder, *more, ranks=count).failed == {}
+    names = ("trajectory.jsonl", "model/model.safetensors", "first-evaluation.json")
+    one, two = ([(tmp_path / out / name).read_bytes() for name in names] for out in ("one", "two"))
+    assert one == two
+    steps = len(one[0].splitlines()) - 1
+    assert steps < 20
+    saved = load_file(tmp_path / "two" / "checkpoints" / f"step-{steps:08}" / "weights.safetensors")
+    kept = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert not saved["classifier.weight"].equal(kept["classifier.weight"])
+
+
 @pytest.mark.parametrize("size", [7, 2])  # two examples on three ranks: one has none
 def test_parts_of_a_batch_have_the_loss_of_the_whole(
     launcher: Launcher, folder: Path, tmp_path: Path, size: int
@@ -75,7 +92,7 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(
             word for word in one.split() if "." not in word
         ]
     one, three = result(tmp_path / "one"), result(tmp_path / "three")
-    assert three["metrics"] == [pytest.approx(record, rel=1e-4) for record in one["metrics"]]
+    assert three["metrics"] == [pytest.approx(record, rel=1e-4, abs=1e-6) for record in one["metrics"]]
     ours, theirs, base = (
         load_file(path / "model.safetensors")
         for path in (tmp_path / "three/model", tmp_path / "one/model", folder / "model")

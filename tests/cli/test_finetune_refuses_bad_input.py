@@ -193,7 +193,7 @@ def test_resume_of_a_corrupted_run(command: Command, name: str, remedy: str) -> 
 
 def test_a_loss_that_is_not_finite(command: Command) -> None:
     assert main(command.arguments("--lr", "1e30", "--steps", "20")) == 2
-    assert "a smaller --lr" in command.capsys.readouterr().err
+    assert "try --lr 3.3e+29" in command.capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package", [demo.MODEL_PACKAGE, demo.DATA_PACKAGE])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support.graphed_runs import same
 from support.tiny_models import labelled, tiny_bert
 from zoext.cli import main
-from zoext.cli._resuming import newest_checkpoint
+from zoext.cli._restoring import newest_checkpoint
 from zoext.cli._runs.records import read_metrics
 from zoext.cli._runs.training import Training
 from zoext.trajectory import OwnedFile

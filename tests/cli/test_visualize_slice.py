@@ -152,7 +152,7 @@ def test_a_model(command: Command) -> None:
     problem = load(settings, torch.device("cpu"))
     with torch.no_grad():
         wanted = [
-            problem.objective.scores(problem.model, steps.batch(problem, settings, step, torch.device("cpu")))
+            steps.scores_of(problem, steps.batches(problem, settings, step, torch.device("cpu")))
             .mean_loss()
             .item()
             for step in range(3)

@@ -16,6 +16,7 @@ import torch
 from zoext import ops
 from zoext.cli._errors import UserError
 from zoext.cli._ranks import PARALLELS, Ranks
+from zoext.cli._schedules import SHAPES
 from zoext.cli._settings import DTYPES, KINDS_OF_DATA, PROBES, TASKS, CommonSettings
 from zoext.tasks import PRESETS, TRAINS, Template
 
@@ -45,7 +46,19 @@ def _number(
 
 positive = _number(float, "finite and > 0", lambda value: math.isfinite(value) and value > 0)
 nonnegative = _number(float, "finite and >= 0", lambda value: math.isfinite(value) and value >= 0)
+
+
+def positive_or(word: str) -> Callable[[str], float | str]:
+    """The type of a positive number, or of ``word`` in its place."""
+
+    def parse(text: str) -> float | str:
+        return word if text == word else positive(text)
+
+    return parse
+
+
 fraction = _number(float, "between 0 and 1", lambda value: 0 < value < 1)
+share = _number(float, "between 0 and 1, or one of them", lambda value: 0 <= value <= 1)
 count = _number(int, "an integer of at least 1", lambda value: value >= 1)
 whole = _number(int, "an integer of at least 0", lambda value: value >= 0)
 seed = _number(int, "an integer of 64 bits", lambda value: -(2**63) <= value < 2**64)
@@ -160,8 +173,17 @@ def add_threads(group: _Group) -> None:
 def add_step(group: _Group, defaults: Defaults) -> None:
     """Adds the options of a step other than its learning rate."""
     defaults.add(group, "mu", positive, "X", "scale of the perturbation")
+    group.add_argument(
+        "--mu-schedule",
+        choices=SHAPES,
+        help=f"how mu changes during a run (default {defaults.general.mu_schedule})",
+    )
+    defaults.add(group, "mu-end", fraction, "F", "where its schedule ends, as a fraction of mu")
     defaults.add(group, "weight-decay", nonnegative, "X", "decoupled weight decay")
     defaults.add(group, "batch-size", count, "N", "examples per step")
+    defaults.add(
+        group, "gradient-accumulation", count, "N", "pieces that a batch is evaluated in, to save memory"
+    )
     general = defaults.general
     group.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default {general.dtype})")
     group.add_argument("--probe", choices=PROBES, help=f"how weights are perturbed (default {general.probe})")
@@ -173,6 +195,12 @@ def add_step(group: _Group, defaults: Defaults) -> None:
         help="what several processes divide: the examples of a batch, or the probes of a round "
         f"(default {general.parallel})",
     )
+
+
+def add_lr_schedule(group: _Group, defaults: Defaults, unit: str) -> None:
+    """Adds the options for the ends of a learning rate schedule; a warm-up is in units of ``unit``."""
+    defaults.add(group, "warmup", whole, "N", f"{unit} during which lr rises linearly from 0")
+    defaults.add(group, "lr-end", share, "F", "where its schedule ends, as a fraction of lr")
 
 
 def add_output(group: _Group, out: str, resume: str) -> None:

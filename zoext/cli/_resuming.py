@@ -1,6 +1,7 @@
 """Resuming: what is checked, what stops it, what is set aside and what starts again.
 
-``zoext finetune --resume`` continues from the newest checkpoint, and ends with the bits of a run that was
+``zoext finetune --resume`` continues from the newest checkpoint, or from the last recorded step if there is
+none yet and the trajectory can be replayed. It ends with the bits of a run that was
 never interrupted. It stops with a UserError, having changed nothing, if
 
 - an option differs from the stored settings, unless it is in ``FINETUNE_CHANGES``, or the settings are
@@ -16,7 +17,8 @@ It warns and continues if
 - the trajectory is corrupted, missing or does not match a checkpoint with weights: it is set aside, and a new
   one begins at the step of the checkpoint, with the model of that step beside it. An optimizer that remembers
   steps, which cannot begin one, continues without;
-- there is no checkpoint: the run starts again from its first step, and a trajectory with steps is set aside;
+- there is no checkpoint, and the trajectory cannot be replayed: the run starts again from its first step, and
+  a trajectory with steps is set aside;
 - torch has another number of threads than before, or batches are divided over another number of processes.
 
 A run that torchrun has restarted is resumed by itself, since its note has the identity of the launch.
@@ -33,31 +35,31 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from zoext import TrajectoryError, ZerothOrderOptimizer, replay
+from zoext import TrajectoryError, ZerothOrderOptimizer
 from zoext.cli._errors import UserError, warn, writing
 from zoext.cli._options import Request
 from zoext.cli._problem.problem import Problem
-from zoext.cli._runs import checkpoint, records
-from zoext.cli._runs.checkpoint import Checkpoint, CorruptedError, Reached
+from zoext.cli._runs import records
+from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.folder import OutputFolder, RunFolder
 from zoext.cli._runs.results import write_model
-from zoext.cli._runs.tensors import put, tensors_of
 from zoext.cli._runs.trajectory import Recording, check_not_written, writing_trajectory
+from zoext.cli._schedules import CONSTANT
 from zoext.cli._settings import Settings, SettingsT
-from zoext.trajectory import NOISE_FIELD, VersionError, last_whole_step, open_recording, remembers
+from zoext.trajectory import VersionError, open_recording, remembers
 
 #: Settings that may change when a run is resumed: none affects what a step does, except for its rounding.
 FINETUNE_CHANGES = frozenset(
-    {"steps", "device", "threads", "parallel", "eval_every", "checkpoint_every", "checkpoint"}
+    {
+        *("steps", "device", "threads", "parallel", "eval_every", "checkpoint_every", "checkpoint"),
+        *("keep", "patience", "log"),
+    }
 )
 
 #: Settings that may change when a comparison is resumed: they select its runs and affect none of them.
 COMPARE_CHANGES = frozenset(
     {
-        *("optimizers", "lr", "lrs", "lr_factors", "forwards", "seeds"),
+        *("optimizers", "lr", "lrs", "lr_factors", "schedules", "forwards", "seeds"),
         *("sweep_forwards", "sweep_seeds"),
     }
 )
@@ -94,6 +96,18 @@ def settings_of(
     return dataclasses.replace(stored, **request.given)
 
 
+def check_schedule(folder: RunFolder, settings: Settings) -> None:
+    """Raises a UserError for another number of steps if the steps already taken depend on it."""
+    stored, _ = folder.read_note()
+    schedules = {"--schedule": stored.schedule, "--mu-schedule": stored.mu_schedule}
+    for option, shape in schedules.items():
+        if shape != CONSTANT and settings.steps != stored.steps:
+            raise UserError(
+                f"--steps {settings.steps}: {option} {shape} of the run in {folder.path} ends at step "
+                f"{stored.steps}; omit --steps to resume it, or begin a new run with --model {folder.model}"
+            )
+
+
 def check_inputs(folder: OutputFolder[SettingsT], fingerprint: str, what: str) -> None:
     """Raises a UserError unless ``what`` has the fingerprint that the run stored."""
     if folder.read_note()[1] != fingerprint:
@@ -103,159 +117,29 @@ def check_inputs(folder: OutputFolder[SettingsT], fingerprint: str, what: str) -
         )
 
 
-def load_checkpoint(
-    folder: RunFolder, settings: Settings, problem: Problem, optimizer: ZerothOrderOptimizer
-) -> Checkpoint | None:
-    """Restores model and optimizer from the newest checkpoint, which it returns; None if there is none.
-
-    Changes no file.
-    """
-    check_inputs(folder, problem.fingerprint(), "data or tokenizer")
-    saved = newest_checkpoint(folder.checkpoints)
-    if saved is None:
-        return None
-    if saved.reached.step > settings.steps:
-        at = saved.reached.step
-        raise UserError(f"--steps {settings.steps}: the run in {folder.path} is already at step {at}")
-    restore(saved, problem.model, optimizer, folder.trajectory)
-    return saved
-
-
 def continue_files(
     folder: RunFolder,
     settings: Settings,
     problem: Problem,
     optimizer: ZerothOrderOptimizer,
-    saved: Checkpoint | None,
+    reached: Reached | None,
 ) -> Recording:
-    """Continues metrics and trajectory from a checkpoint, or from the start without one.
+    """Continues metrics and trajectory from the step that was ``reached``; None: from the start.
 
     Returns:
         The recording of the next steps.
     """
-    fault = _metrics_fault(folder.metrics, evaluated=saved is not None)
-    if saved is None:
+    fault = _metrics_fault(folder.metrics, evaluated=reached is not None)
+    if reached is None:
         _keep_former_trajectory(folder)
         recording = Recording.begin(folder, settings, optimizer, problem.base.notes())
     else:
-        recording = _resume_recording(folder, settings, problem, optimizer, saved.reached)
+        recording = _resume_recording(folder, settings, problem, optimizer, reached)
     # After the lock of the trajectory was taken.
-    _continue_metrics(folder, fault, 0 if saved is None else saved.reached.step)
+    _continue_metrics(folder, fault, 0 if reached is None else reached.step)
     folder.remove_leftovers()
     folder.write_note(settings, problem.fingerprint())
     return recording
-
-
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Reads and verifies the newest checkpoint below ``folder``; None if there is none.
-
-    Raises:
-        UserError: if it is corrupted, with the remedy, or if the noise field has changed since.
-    """
-    found = checkpoint.existing(folder)
-    if not found:
-        return None
-    newest = found[-1]
-    try:
-        saved = checkpoint.read(newest)
-    except CorruptedError as error:
-        remedy = (
-            f"remove {newest} to resume from {found[-2].name}"
-            if len(found) > 1
-            else f"remove {newest} to start again and keep the trajectory for zoext replay, or start again "
-            "with --overwrite"
-        )
-        raise UserError(f"{error}; {remedy}") from None
-    if saved.noise_field != NOISE_FIELD:
-        raise UserError(
-            f"{saved.state}: noise_field is {saved.noise_field}, this zoext has {NOISE_FIELD}; resume with "
-            "the zoext that the run began with"
-        )
-    return saved
-
-
-def restore(saved: Checkpoint, model: nn.Module, optimizer: ZerothOrderOptimizer, trajectory: Path) -> None:
-    """Restores model and optimizer, which are as the run began, to the state at the checkpoint.
-
-    Raises:
-        UserError: for another model or, without weights, a trajectory that does not lead to the checkpoint.
-    """
-    if saved.saved is not None:
-        _check_fits(saved.path, saved.saved.weights, model)
-        optimizer.load_state_dict(saved.saved.optimizer)
-        put(model, saved.saved.weights)
-        return
-    try:
-        saved.reached.check(trajectory)
-        replay(optimizer, trajectory, to_step=saved.reached.step)
-    except VersionError as error:
-        raise UserError(str(error)) from None
-    except ValueError as error:
-        raise UserError(f"{error}; {_remedy(saved, trajectory)}") from None
-
-
-def _check_fits(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
-    """Raises a UserError unless names, shapes and dtypes are those of ``model``."""
-    theirs, ours = _outline(weights), _outline(tensors_of(model))
-    different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    if different:
-        name = different[0]
-        raise UserError(
-            f"{path}: model mismatch: {name} is {theirs.get(name, 'absent')} there and "
-            f"{ours.get(name, 'absent')} here; resume with the model of that run, or give another --out"
-        )
-
-
-def _outline(tensors: dict[str, Tensor]) -> dict[str, str]:
-    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
-
-
-def _remedy(saved: Checkpoint, trajectory: Path) -> str:
-    """What can be done about a trajectory that does not lead to a checkpoint without weights."""
-    if _is_intact(saved, trajectory):
-        return "resume with the model, the data and the versions that the run began with"
-    last = last_whole_step(trajectory)
-    rest = f"zoext replay BASE {trajectory} --to-step {last} --out DIR still recovers that model; "
-    older = [path for path in checkpoint.existing(saved.path.parent) if path < saved.path]
-    if older and _leads_to(older[-1], trajectory):
-        remedy = f"remove {saved.path} to resume from {older[-1].name}"
-    else:
-        remedy = "restore the file of this run, or start again with --overwrite"
-    return ("" if last is None else rest) + remedy
-
-
-def _is_intact(saved: Checkpoint, trajectory: Path) -> bool:
-    try:
-        saved.reached.check(trajectory)
-    except TrajectoryError:
-        return False
-    return (last_whole_step(trajectory) or 0) >= saved.reached.step
-
-
-def _leads_to(path: Path, trajectory: Path) -> bool:
-    """Whether a run can be resumed from the checkpoint ``path``."""
-    try:
-        found = checkpoint.read(path)
-    except CorruptedError:
-        return False
-    return found.saved is not None or _is_intact(found, trajectory)
-
-
-def compare_processes(saved: Checkpoint, device: torch.device, batch_parts: int) -> None:
-    """Warns if the bits of the next steps depend on what was different when the checkpoint was written."""
-    # On a CPU the bits of matrix products may depend on the number of threads.
-    before, now = saved.threads, torch.get_num_threads()
-    if device.type == "cpu" and before != now:
-        warn(
-            f"torch has {now} threads, and the run had {before}: the bits of its next steps may differ; "
-            f"give --threads {before} to keep them"
-        )
-    if saved.batch_parts != batch_parts:
-        warn(
-            f"each batch is divided by {batch_parts}, and was by {saved.batch_parts}: the next losses may be "
-            "rounded differently; start as many processes as before to keep the bits of the run, or give "
-            "--parallel probes if it was 1"
-        )
 
 
 def _resume_recording(
@@ -315,7 +199,8 @@ def _begin_new_trajectory(
         )
         recording = Recording(None, folder)
     else:
-        write_model(folder.base, problem)  # the new trajectory can only be replayed on this model
+        # The new trajectory can only be replayed on this model.
+        write_model(folder.base, problem.model, problem.tokenizer)
         base = dataclasses.replace(problem.base, demo=False)
         recording = Recording.begin(folder, settings, optimizer, base.notes())
         said.append(f"a new one begins at step {step}, with the model in {folder.base}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from zoext.cli._errors import UserError
 from zoext.cli._ranks import DATA
 from zoext.tasks import PRESETS
 
@@ -29,6 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 PROBES = ("auto", "streamed", "inplace")
 PRECISIONS = ("nearest", "stochastic", "residual")
 CHECKPOINTS = ("weights", "trajectory")
+KEPT = ("last", "best")
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
@@ -50,9 +53,14 @@ class CommonSettings:
     max_length: int = 256
     trainable: str = ""
     lr: float = 1e-6
+    lr_end: float = 0.0
+    warmup: int = 0
     mu: float = 1e-3
+    mu_schedule: str = "constant"
+    mu_end: float = 0.1
     weight_decay: float = 0.0
     batch_size: int = 16
+    gradient_accumulation: int = 1
     dtype: str = "float32"
     probe: str = "auto"
     device: str | None = None
@@ -63,6 +71,19 @@ class CommonSettings:
     def is_demo(self) -> bool:
         return self.model is None and self.data is None and self.task is None
 
+    @property
+    def at_once(self) -> int:
+        """The number of examples that are evaluated at once."""
+        return math.ceil(self.batch_size / self.gradient_accumulation)
+
+    def check_accumulation(self) -> None:
+        """Raises a UserError for more pieces than examples."""
+        if self.gradient_accumulation > self.batch_size:
+            raise UserError(
+                f"--gradient-accumulation {self.gradient_accumulation}: more pieces than the "
+                f"{self.batch_size} examples of --batch-size; give as many or fewer"
+            )
+
 
 @dataclass(frozen=True)
 class Settings(CommonSettings):
@@ -70,13 +91,17 @@ class Settings(CommonSettings):
 
     optimizer: str = "mezo"
     options: dict[str, str] = field(default_factory=dict)
+    schedule: str = "constant"
     steps: int = 1000
     precision: str = "stochastic"
     seed: int = 0
     eval_every: int = 100
+    keep: str = "last"
+    patience: int | None = None
     checkpoint_every: int = 100
     checkpoint: str = "weights"
     record_frames: bool = False
+    log: tuple[str, ...] = ()
 
 
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)
@@ -96,6 +121,16 @@ _ADDED: dict[str, Any] = {
     "text_column": None,
     "label_column": None,
     "loss": "choice",
+    "schedule": "constant",
+    "schedules": ["constant"],
+    "lr_end": 0.0,
+    "warmup": 0,
+    "mu_schedule": "constant",
+    "mu_end": 0.1,
+    "keep": "last",
+    "patience": None,
+    "gradient_accumulation": 1,
+    "log": [],
 }
 
 
@@ -113,7 +148,8 @@ def parse(record: Any, kind: type[SettingsT], add_arguments: AddArguments) -> Se
     wanted = get_type_hints(kind)
     if not isinstance(record, dict):
         raise ValueError("settings: not an object")
-    record = {**_ADDED, **record}
+    added = {name: value for name, value in _ADDED.items() if name in wanted}
+    record = {**added, **record}
     for what, names in (("lacks", wanted.keys() - record.keys()), ("has", record.keys() - wanted.keys())):
         if names:
             raise OtherVersionError(f"{what} {', '.join(sorted(names))}")

@@ -41,6 +41,7 @@ from zoext.cli._problem.steps import with_batch_that_fits
 from zoext.cli._ranks import Ranks
 from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.records import Record, replace
+from zoext.cli._schedules import SHAPES
 from zoext.cli._terminal import StopRequest
 
 EXAMPLES = """\
@@ -90,6 +91,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forward passes per run (default --forwards)",
     )
     defaults.add(sweep, "sweep-seeds", _options.count, "N", "runs at each lr, with seeds 0 ... N-1")
+    sweep.add_argument(
+        "--schedules",
+        type=_schedules,
+        metavar="NAME,...",
+        help=f"of lr, out of {', '.join(SHAPES)}: each optimizer is swept with all of them and keeps the "
+        f"best (default {','.join(general.schedules)})",
+    )
+    _options.add_lr_schedule(sweep, defaults, "forward passes")
     run = parser.add_argument_group("run")
     run.add_argument(
         "--eval-every",
@@ -112,6 +121,13 @@ def _methods(text: str) -> tuple[str, ...]:
 
 def _factors(text: str) -> tuple[float, ...]:
     return tuple(sorted({_options.positive(part) for part in text.split(",")}))
+
+
+def _schedules(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if len(set(names)) < len(names) or not set(names) <= set(SHAPES):
+        raise argparse.ArgumentTypeError(f"must be names out of {', '.join(SHAPES)}, once each, not {text}")
+    return names
 
 
 def _lrs(text: str) -> dict[str, float]:
@@ -161,7 +177,7 @@ def _prepare(
     problem = load(settings.of_run(settings.optimizers[0], settings.lr, seed=0), device)
     if not request.resume:
         settings = with_batch_that_fits(settings, request.given, len(problem.train))
-    start = Start(problem, settings.batch_size, device, ranks)
+    start = Start(problem, settings.at_once, device, ranks)
     raw: list[Record] = []
     if request.resume:
         raw = records.read(folder.runs)

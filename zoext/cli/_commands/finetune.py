@@ -8,8 +8,9 @@ model), a .txt file with one example per line, a folder that contains such files
 valid.*, or the name of a data set on the Hugging Face hub.
 
 The folder OUT receives run.json (the settings), metrics.jsonl (a line per step and per evaluation),
-checkpoints/, curve.png, model/ (for from_pretrained of transformers) and trajectory.jsonl, from which
-zoext replay recomputes the model.
+first-evaluation.json, checkpoints/, curve.png, model/ (for from_pretrained of transformers) and
+trajectory.jsonl, from which zoext replay recomputes the model. With --keep best, model/ is that of the
+step with the lowest held-out loss; where the trajectory cannot be replayed, best/ has a copy of its weights.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from zoext.cli._options import Request
 from zoext.cli._problem import demo, load, optimizers, steps
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._ranks import Ranks
-from zoext.cli._runs import records, results
+from zoext.cli._restoring import Restored, compare_processes, restore_newest
+from zoext.cli._runs import logs, lr_search
 from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.claim import claimed
+from zoext.cli._runs.conclusion import conclude
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.training import Training
 from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
-from zoext.cli._settings import CHECKPOINTS, PRECISIONS, Settings
+from zoext.cli._schedules import CONSTANT, SHAPES, check_warmup
+from zoext.cli._settings import CHECKPOINTS, KEPT, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
 EXAMPLES = """\
@@ -61,10 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults.add(
         how,
         "lr",
-        _options.positive,
+        _options.positive_or(lr_search.AUTO),
         "X",
-        "learning rate; the default is for MeZO, and other methods scale it",
+        f"learning rate, or {lr_search.AUTO}: the best of a few short runs on the training examples; the "
+        "default is for MeZO, and other methods scale it",
     )
+    how.add_argument(
+        "--schedule",
+        choices=SHAPES,
+        help=f"how lr changes after the warm-up (default {Settings.schedule})",
+    )
+    _options.add_lr_schedule(how, defaults, "steps")
     defaults.add(how, "steps", _options.count, "N", "optimizer steps")
     defaults.add(how, "seed", _options.seed, "N", "determines the whole run")
     _options.add_step(how, defaults)
@@ -76,6 +87,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("run")
     defaults.add(run, "eval-every", _options.count, "N", "steps between evaluations")
+    run.add_argument(
+        "--keep",
+        choices=KEPT,
+        help="the step whose model is written: the last, or the one with the lowest held-out loss "
+        f"(default {Settings.keep})",
+    )
+    run.add_argument(
+        "--patience",
+        type=_options.count,
+        metavar="N",
+        help="stop after N evaluations in a row without a new lowest held-out loss (default: never)",
+    )
     defaults.add(run, "checkpoint-every", _options.count, "N", "steps between checkpoints")
     run.add_argument(
         "--checkpoint",
@@ -88,8 +111,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="record the bases of AGZO beside the trajectory, which cannot be replayed without them",
     )
+    run.add_argument(
+        "--log",
+        type=_logs,
+        metavar="NAME,...",
+        help=f"write the metrics elsewhere too: {', '.join(logs.LOGS)}; the package must be installed",
+    )
     _options.add_output(run, "runs/demo-N or runs/finetune-N", "bit for bit")
     parser.add_argument_group("optimizers, with the forward passes of a step", optimizers.table())
+
+
+def _logs(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(",")) if text else ()
+    if len(set(names)) < len(names) or not set(names) <= set(logs.LOGS):
+        raise argparse.ArgumentTypeError(
+            f"must be names out of {', '.join(logs.LOGS)}, once each, not {text}"
+        )
+    return names
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
@@ -103,33 +141,30 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
+    request, searches = _without_auto(request)
     settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
     with threads(settings.threads):
-        return _train(settings, request, folder, ranks)
+        return _train(settings, request, folder, ranks, searches)
 
 
-def _train(settings: Settings, request: Request, folder: RunFolder, ranks: Ranks) -> int:
-    training, recording = _prepare(settings, folder, request, ranks)
+def _train(settings: Settings, request: Request, folder: RunFolder, ranks: Ranks, searches_lr: bool) -> int:
+    check_warmup(settings.warmup, "--steps", settings.steps)
+    settings.check_accumulation()
+    logs.check(settings.log)
+    if request.resume:
+        _resuming.check_schedule(folder, settings)
+    training, recording, restored = _prepare(settings, folder, request, ranks, searches_lr)
+    settings = training.settings
     with recording, StopRequest(ranks) as stop:
         if not request.quiet:
-            _introduce(training)
-        with Progress(training.step, training.settings.steps, request.quiet) as progress:
-            training.run(recording, stop, progress)
-    ranks.first(_conclude, training, request.quiet)
+            _introduce(training, restored)
+        with (
+            logs.opened(folder, settings, training.step, ranks) as opened,
+            Progress(training.step, settings.steps, request.quiet) as progress,
+        ):
+            training.run(recording, stop, progress, opened)
+    ranks.first(conclude, training, request.quiet)
     return 0 if training.is_done else stop.exit_code
-
-
-def _conclude(training: Training, quiet: bool) -> None:
-    """Writes and reports what the run has come to."""
-    folder = training.folder
-    metrics = records.read_metrics(folder.metrics)
-    results.draw_curve(folder.curve, metrics, training.problem.title)
-    if not training.is_done:
-        print(f"stopped after step {training.step}; to continue: zoext finetune --out {folder.path} --resume")
-        return
-    results.write_model(folder.model, training.problem)
-    if not quiet:
-        print(results.report(metrics, folder))
 
 
 def _defaults(request: Request) -> Settings:
@@ -139,33 +174,49 @@ def _defaults(request: Request) -> Settings:
     return dataclasses.replace(defaults, lr=defaults.lr * OPTIMIZERS[chosen].lr_scale)
 
 
+def _without_auto(request: Request) -> tuple[Request, bool]:
+    """The request without ``--lr auto``, and whether an lr is to be searched: a run to resume has one."""
+    given = {name: value for name, value in request.given.items() if (name, value) != ("lr", lr_search.AUTO)}
+    searches = len(given) < len(request.given) and not request.resume
+    return dataclasses.replace(request, given=given), searches
+
+
 def _prepare(
-    settings: Settings, folder: RunFolder, request: Request, ranks: Ranks
-) -> tuple[Training, Recording]:
+    settings: Settings, folder: RunFolder, request: Request, ranks: Ranks, searches_lr: bool
+) -> tuple[Training, Recording, Restored | None]:
     """Loads and checks everything before it changes the folder."""
     device = _options.choose_device(settings.device, ranks)
     problem = load(settings, device)
     if not request.resume:
         settings = steps.with_batch_that_fits(settings, request.given, len(problem.train))
+    if searches_lr:
+        check_replayable(settings, optimizers.make(problem.model, settings, ranks))  # before it takes time
+        lr = lr_search.choose(settings, problem, device, ranks, request.quiet)
+        settings = dataclasses.replace(settings, lr=lr)
     optimizer = optimizers.make(problem.model, settings, ranks)
     check_replayable(settings, optimizer)
-    saved = _resuming.load_checkpoint(folder, settings, problem, optimizer) if request.resume else None
+    restored = None
+    if request.resume:
+        _resuming.check_inputs(folder, problem.fingerprint(), "data or tokenizer")
+        restored = restore_newest(folder, settings, problem, optimizer)
+    reached = None if restored is None else restored.reached
     ranks.wait()  # all have read what the first one changes now
 
     def record() -> Recording:
         if request.resume:
-            if saved is not None:
-                _resuming.compare_processes(saved, device, ranks.batch_parts(settings.parallel))
-            return _resuming.continue_files(folder, settings, problem, optimizer, saved)
+            if restored is not None and restored.saved is not None:
+                compare_processes(restored.saved, device, ranks.batch_parts(settings.parallel))
+            return _resuming.continue_files(folder, settings, problem, optimizer, reached)
         folder.start(settings, problem.fingerprint(), request.overwrite)
         return Recording.begin(folder, settings, optimizer, problem.base.notes())
 
     recording = ranks.first(record) or Recording(None, folder)
-    reached = Reached(0, 0, None) if saved is None else saved.reached
-    return Training(problem, optimizer, settings, folder, device, reached, ranks), recording
+    begin = reached or Reached(0, 0, None)
+    training = Training(problem, optimizer, settings, folder, device, begin, ranks)
+    return training, recording, restored
 
 
-def _introduce(training: Training) -> None:
+def _introduce(training: Training, restored: Restored | None) -> None:
     model, settings = training.problem.model, training.settings
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(size for size, is_trainable in sizes if is_trainable)
@@ -174,10 +225,19 @@ def _introduce(training: Training) -> None:
         f"{len(training.problem.train)} training and {len(training.problem.valid)} held-out examples\n"
         f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters are trainable; "
         f"{settings.dtype} on {training.device}\n"
-        f"{settings.optimizer}: lr {settings.lr:g}, mu {settings.mu:g}, batch {settings.batch_size}, "
-        f"seed {settings.seed}; output in {training.folder.path}"
+        f"{settings.optimizer}: lr {settings.lr:g}{_schedule_of(settings)}, mu {settings.mu:g}, "
+        f"batch {settings.batch_size}, seed {settings.seed}; output in {training.folder.path}"
     )
     for note in training.problem.notes:
         print(note)
     if (reason := obstacle(settings, training.optimizer)) is not None:
-        print(f"the trajectory cannot be replayed: {reason}")
+        kept = "; copies of the best weights are kept" if settings.keep == "best" else ""
+        print(f"the trajectory cannot be replayed: {reason}{kept}")
+    if restored is not None:
+        print(restored)
+
+
+def _schedule_of(settings: Settings) -> str:
+    parts = [] if settings.schedule == CONSTANT else [settings.schedule]
+    parts += [f"warm-up {settings.warmup}"] if settings.warmup else []
+    return f" ({', '.join(parts)})" if parts else ""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from zoext.cli._comparison.records import Outcomes, Run
+from zoext.cli._comparison.records import Choice, Outcomes, Run
 from zoext.cli._comparison.settings import ComparisonSettings
 
 SWEEP, FINAL = "sweep", "final"
@@ -18,64 +18,71 @@ SWEEP, FINAL = "sweep", "final"
 
 @dataclass(frozen=True)
 class Sweep:
-    """The state of a method's learning rate sweep.
+    """The state of a method's sweep over learning rates and their schedules.
 
     Attributes:
         missing: the runs that are known to be needed.
-        losses: the mean loss of each lr, by ascending lr, infinite if a run diverged; empty while runs are
-            missing.
-        lr: the best lr; None while runs are missing, or if all diverged.
-        added: the lr that the grid was extended by, if any.
+        losses: the mean loss of each choice, by schedule and ascending lr, infinite if a run diverged; empty
+            while runs are missing.
+        best: the best choice; None while runs are missing, or if all diverged.
+        added: the choice that the grid was extended by, if any.
     """
 
     missing: tuple[Run, ...] = ()
-    losses: tuple[tuple[float, float], ...] = ()
-    lr: float | None = None
-    added: float | None = None
+    losses: tuple[tuple[Choice, float], ...] = ()
+    best: Choice | None = None
+    added: Choice | None = None
 
     @property
     def at_edge(self) -> bool:
         """Whether the best lr is the lowest or the highest that was tried: a better one may lie beyond."""
-        tried = [lr for lr, _ in self.losses]
-        return len(tried) > 1 and self.lr in (tried[0], tried[-1])
+        if self.best is None:
+            return False
+        tried = [choice.lr for choice, _ in self.losses if choice.schedule == self.best.schedule]
+        return len(tried) > 1 and self.best.lr in (tried[0], tried[-1])
 
 
 def sweep(settings: ComparisonSettings, method: str, done: Outcomes) -> Sweep:
     """The sweep over the method's grid, extended once if the best lr is at its edge."""
-    grid = settings.grid(method)
+    lrs = settings.grid(method)
+    grid = [Choice(lr, schedule) for schedule in settings.schedules for lr in lrs]
     if len(grid) == 1:  # no choice
-        return Sweep(lr=grid[0])
+        return Sweep(best=grid[0])
 
-    def runs(lr: float) -> list[Run]:
-        return [Run(method, lr, seed, settings.sweep_budget) for seed in range(settings.sweep_seeds)]
+    def runs(choice: Choice) -> list[Run]:
+        budget = settings.sweep_budget
+        return [Run(method, *choice, seed, budget) for seed in range(settings.sweep_seeds)]
 
-    def loss(lr: float) -> float:
-        return sum(done[run].selection_loss for run in runs(lr)) / settings.sweep_seeds
+    def loss(choice: Choice) -> float:
+        return sum(done[run].selection_loss for run in runs(choice)) / settings.sweep_seeds
 
-    if missing := _missing((run for lr in grid for run in runs(lr)), done):
+    if missing := _missing((run for choice in grid for run in runs(choice)), done):
         return Sweep(missing)
-    added = _beyond(grid, min(grid, key=loss))
+    added = _beyond(lrs, min(grid, key=loss))
     if added is not None:
         if missing := _missing(runs(added), done):
             return Sweep(missing, added=added)
-        grid = tuple(sorted((*grid, added)))
+        grid.append(added)
+        grid.sort(key=lambda choice: (settings.schedules.index(choice.schedule), choice.lr))
     best = min(grid, key=loss)
-    losses = tuple((lr, loss(lr)) for lr in grid)
+    losses = tuple((choice, loss(choice)) for choice in grid)
     return Sweep((), losses, best if math.isfinite(loss(best)) else None, added)
 
 
-def _beyond(grid: tuple[float, ...], best: float) -> float | None:
-    """The next lr beyond the edge of the grid that ``best`` is at; None if it is inside."""
-    if best == grid[0]:  # also if all diverged
-        return grid[0] * grid[0] / grid[1]
-    if best == grid[-1]:
-        return grid[-1] * grid[-1] / grid[-2]
+def _beyond(lrs: tuple[float, ...], best: Choice) -> Choice | None:
+    """The next choice beyond the edge of the grid of ``lrs`` that ``best`` is at; None if it is inside."""
+    if len(lrs) == 1:
+        return None
+    if best.lr == lrs[0]:  # also if all diverged
+        return best._replace(lr=lrs[0] * lrs[0] / lrs[1])
+    if best.lr == lrs[-1]:
+        return best._replace(lr=lrs[-1] * lrs[-1] / lrs[-2])
     return None
 
 
-def final(settings: ComparisonSettings, method: str, lr: float) -> list[Run]:
+def final(settings: ComparisonSettings, method: str, choice: Choice) -> list[Run]:
     """The runs that the table reports."""
-    return [Run(method, lr, seed, settings.forwards) for seed in range(settings.seeds)]
+    return [Run(method, *choice, seed, settings.forwards) for seed in range(settings.seeds)]
 
 
 def next_run(settings: ComparisonSettings, done: Outcomes) -> tuple[str, Run] | None:
@@ -85,7 +92,7 @@ def next_run(settings: ComparisonSettings, done: Outcomes) -> tuple[str, Run] | 
         if state.missing:
             return SWEEP, state.missing[0]
     for method, state in sweeps.items():
-        if state.lr is not None and (missing := _missing(final(settings, method, state.lr), done)):
+        if state.best is not None and (missing := _missing(final(settings, method, state.best), done)):
             return FINAL, missing[0]
     return None
 
@@ -99,8 +106,8 @@ def forwards_to_do(settings: ComparisonSettings, done: Outcomes) -> int:
         if state.missing:
             reused = settings.sweep_seeds if settings.sweep_budget == settings.forwards else 0
             total += max(0, settings.seeds - reused) * settings.forwards
-        elif state.lr is not None:
-            total += sum(run.budget for run in _missing(final(settings, method, state.lr), done))
+        elif state.best is not None:
+            total += sum(run.budget for run in _missing(final(settings, method, state.best), done))
     return total
 
 

@@ -4,9 +4,10 @@
     {"record": "evaluation", RUN, "step", "forwards", "seconds", "training_loss", HELD-OUT}
     {"record": "end", RUN, "step", "forwards", "seconds", "diverged"}
 
-RUN is "phase" ("sweep" or "final"), "method", "lr", "seed" and "budget" (forward passes). "extra_bytes" is
-the peak memory of two steps minus that of a forward pass. "forwards" and "seconds" count the steps of the run
-so far, without evaluations. "training_loss" is the mean since the previous evaluation, null at the start.
+RUN is "phase" ("sweep" or "final"), "method", "lr", "schedule" (which earlier versions did not write: it was
+constant), "seed" and "budget" (forward passes). "extra_bytes" is the peak memory of two steps minus that of a
+forward pass. "forwards" and "seconds" count the steps of the run so far, without evaluations.
+"training_loss" is the mean since the previous evaluation, null at the start.
 HELD-OUT is "selection_loss", "report_loss" and, for classifiers, "selection_accuracy" and "report_accuracy",
 each with its standard error over examples as "..._error". "diverged" is null or the reason. A run without its
 "end" was interrupted and is ignored.
@@ -18,10 +19,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zoext.cli._runs import records
 from zoext.cli._runs.records import Record
+from zoext.cli._schedules import CONSTANT
+
+
+class Choice(NamedTuple):
+    """What a sweep chooses."""
+
+    lr: float
+    schedule: str
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,15 @@ class Run:
 
     method: str
     lr: float
+    schedule: str
     seed: int
     budget: int
 
     @classmethod
     def of(cls, record: Record) -> Run:
         """The run that a record belongs to."""
-        return cls(record["method"], record["lr"], record["seed"], record["budget"])
+        schedule = record.get("schedule", CONSTANT)
+        return cls(record["method"], record["lr"], schedule, record["seed"], record["budget"])
 
     def record(self, phase: str) -> Record:
         """The fields RUN of its records."""
@@ -44,6 +55,7 @@ class Run:
             "phase": phase,
             "method": self.method,
             "lr": self.lr,
+            "schedule": self.schedule,
             "seed": self.seed,
             "budget": self.budget,
         }
@@ -114,6 +126,7 @@ def _is_record(value: Any) -> bool:
         numbers += ("report_accuracy", "report_accuracy_error")
     return (
         isinstance(value.get("method"), str)
+        and isinstance(value.get("schedule", CONSTANT), str)
         and all(type(value.get(name)) in (int, float) for name in numbers)
         and (kind != "end" or isinstance(value.get("diverged", 0), str | None))
     )

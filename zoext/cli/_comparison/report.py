@@ -15,6 +15,7 @@ from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._comparison.start import Start
 from zoext.cli._errors import writing
 from zoext.cli._pictures.style import COLOURS, STYLES
+from zoext.cli._schedules import CONSTANT
 
 
 def page(settings: ComparisonSettings, start: Start, summaries: Sequence[Summary]) -> str:
@@ -40,7 +41,7 @@ def _notes(settings: ComparisonSettings, start: Start, summaries: Sequence[Summa
         f"{_count(settings.seeds, 'seed')}, on {len(start.report)} held-out examples; "
         f"{len(start.selection)} others selected the lr.",
         *_notes_on_the_choice(settings, summaries),
-        f"Equal for all: mu {settings.mu:g}, batch {settings.batch_size}, weight decay "
+        f"Equal for all: mu {_mu(settings)}, {_warmup(settings)}batch {settings.batch_size}, weight decay "
         f"{settings.weight_decay:g}, {settings.dtype}; runs with the same seed see the same batches in the "
         "same order. An optimizer with more forward passes per step takes fewer steps on fewer batches.",
     ]
@@ -60,7 +61,7 @@ def _notes(settings: ComparisonSettings, start: Start, summaries: Sequence[Summa
 
 
 def _notes_on_the_choice(settings: ComparisonSettings, summaries: Sequence[Summary]) -> list[str]:
-    if len(settings.lr_factors) == 1:
+    if len(settings.lr_factors) * len(settings.schedules) == 1:
         return ["The lr is the default; no sweep was done."]
     notes = []
     if settings.sweep_budget == settings.forwards:
@@ -77,6 +78,16 @@ def _notes_on_the_choice(settings: ComparisonSettings, summaries: Sequence[Summa
     if any(summary.sweep.at_edge for summary in summaries):
         notes.append("(edge): the best lr is the last one that was tried; a better one may lie beyond.")
     return notes
+
+
+def _mu(settings: ComparisonSettings) -> str:
+    if settings.mu_schedule == CONSTANT:
+        return f"{settings.mu:g}"
+    return f"{settings.mu:g} to {settings.mu * settings.mu_end:g} ({settings.mu_schedule})"
+
+
+def _warmup(settings: ComparisonSettings) -> str:
+    return f"warm-up {settings.warmup} forward passes, " if settings.warmup else ""
 
 
 def _count(number: int, noun: str) -> str:
@@ -113,7 +124,10 @@ def _curves(axes: Any, summaries: Sequence[Summary], name: str) -> None:
         if not curve:
             continue
         forwards = [point.forwards for point in curve]
-        label = f"{summary.method}, lr {summary.sweep.lr:.3g}"
+        best = summary.sweep.best
+        label = summary.method if best is None else f"{summary.method}, lr {best.lr:.3g}"
+        if best is not None and best.schedule != CONSTANT:
+            label += f", {best.schedule}"
         if len(summary.finished) < len(summary.runs):
             label += f" ({len(summary.finished)} of {len(summary.runs)} seeds)"
         axes.plot(forwards, [point.mean for point in curve], color=colour, linestyle=style, label=label)

@@ -11,10 +11,11 @@ from itertools import pairwise
 from zoext._benchmarking.memory import MIB
 from zoext.cli._comparison import plan, records
 from zoext.cli._comparison.plan import Sweep
-from zoext.cli._comparison.records import Outcome
+from zoext.cli._comparison.records import Choice, Outcome
 from zoext.cli._comparison.settings import ComparisonSettings
 from zoext.cli._problem.evaluation import Estimated
 from zoext.cli._runs.records import Record
+from zoext.cli._schedules import CONSTANT
 
 _NONE = "-"
 _DIVERGED = "diverged"
@@ -77,7 +78,7 @@ def summarise(settings: ComparisonSettings, raw: Sequence[Record]) -> list[Summa
     summaries = []
     for method in settings.optimizers:
         sweep = plan.sweep(settings, method, done)
-        runs = () if sweep.lr is None else plan.final(settings, method, sweep.lr)
+        runs = () if sweep.best is None else plan.final(settings, method, sweep.best)
         summaries.append(Summary(method, sweep, costs[method], tuple(done[run] for run in runs)))
     return summaries
 
@@ -105,6 +106,9 @@ def result_rows(settings: ComparisonSettings, summaries: Sequence[Summary]) -> l
     columns: dict[str, list[str]] = {
         "optimizer": [summary.method for summary in summaries],
         "lr": [_lr(summary) for summary in summaries],
+        **_of_schedules(
+            settings, [best.schedule if (best := summary.sweep.best) else _NONE for summary in summaries]
+        ),
         "forwards per step": [str(summary.cost["forwards_a_step"]) for summary in summaries],
         "held-out loss": [_change(summary, "report_loss") for summary in summaries],
     }
@@ -122,29 +126,42 @@ def result_rows(settings: ComparisonSettings, summaries: Sequence[Summary]) -> l
 
 
 def sweep_rows(settings: ComparisonSettings, summaries: Sequence[Summary]) -> list[list[str]]:
-    """A header and a row per method that was swept; a column per multiple of its default lr."""
-    swept = [summary for summary in summaries if summary.sweep.losses]
+    """A header and a row per method that was swept and schedule; a column per multiple of its default lr."""
+    swept = [
+        (
+            summary,
+            schedule,
+            [(choice, loss) for choice, loss in summary.sweep.losses if choice.schedule == schedule],
+        )
+        for summary in summaries
+        if summary.sweep.losses
+        for schedule in settings.schedules
+    ]
     cells = [
         {
-            f"x{lr / settings.default_lr(summary.method):.3g}": _swept(summary, lr, loss)
-            for lr, loss in summary.sweep.losses
+            f"x{choice.lr / settings.default_lr(summary.method):.3g}": _swept(summary, choice, loss)
+            for choice, loss in losses
         }
-        for summary in swept
+        for summary, _, losses in swept
     ]
     multiples = sorted({multiple for row in cells for multiple in row}, key=lambda name: float(name[1:]))
-    rows = [
-        [
-            summary.method,
-            f"{settings.default_lr(summary.method):.3g}",
-            *(row.get(name, "") for name in multiples),
-        ]
-        for summary, row in zip(swept, cells, strict=True)
-    ]
-    return [["optimizer", "default lr", *multiples], *rows] if rows else []
+    columns = {
+        "optimizer": [summary.method for summary, _, _ in swept],
+        "default lr": [f"{settings.default_lr(summary.method):.3g}" for summary, _, _ in swept],
+        **_of_schedules(settings, [schedule for _, schedule, _ in swept]),
+        **{multiple: [row.get(multiple, "") for row in cells] for multiple in multiples},
+    }
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))] if swept else []
+
+
+def _of_schedules(settings: ComparisonSettings, column: list[str]) -> dict[str, list[str]]:
+    """The column of schedules, where there is a choice or another one than the constant."""
+    return {} if settings.schedules == (CONSTANT,) else {"schedule": column}
 
 
 def _lr(summary: Summary) -> str:
-    return _number(summary.sweep.lr, ".3g") + (" (edge)" if summary.sweep.at_edge else "")
+    best = summary.sweep.best
+    return _NONE if best is None else f"{best.lr:.3g}" + (" (edge)" if summary.sweep.at_edge else "")
 
 
 def _change(summary: Summary, name: str) -> str:
@@ -166,6 +183,6 @@ def _number(value: float | None, form: str, factor: float = 1) -> str:
     return _NONE if value is None else f"{value * factor:{form}}"
 
 
-def _swept(summary: Summary, lr: float, loss: float) -> str:
+def _swept(summary: Summary, choice: Choice, loss: float) -> str:
     text = f"{loss:.4f}" if math.isfinite(loss) else _DIVERGED
-    return f"**{text}**" if lr == summary.sweep.lr else text
+    return f"**{text}**" if choice == summary.sweep.best else text

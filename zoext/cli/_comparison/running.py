@@ -17,10 +17,10 @@ from zoext.cli._comparison.settings import ComparisonFolder, ComparisonSettings
 from zoext.cli._comparison.start import Start
 from zoext.cli._problem import optimizers, steps
 from zoext.cli._runs import records
+from zoext.cli._runs.outcome import DIVERGED
 from zoext.cli._runs.records import Record
+from zoext.cli._schedules import CONSTANT, Schedules
 from zoext.cli._terminal import StopRequest
-
-_DIVERGED = 2.0  # times the held-out loss at the start
 
 
 class Progress:
@@ -60,7 +60,8 @@ class Progress:
 
 
 def _describe(run: Run) -> str:
-    return f"{run.method} lr {run.lr:.3g} seed {run.seed}"
+    schedule = "" if run.schedule == CONSTANT else f" {run.schedule}"
+    return f"{run.method} lr {run.lr:.3g}{schedule} seed {run.seed}"
 
 
 class Running:
@@ -78,7 +79,8 @@ class Running:
         self._run = run
         self._label = run.record(phase)
         self._start = start
-        self._settings = settings.of_run(run.method, run.lr, run.seed)
+        self._settings = settings.of_run(run.method, run.lr, run.seed, run.schedule)
+        self._schedules = Schedules.of(self._settings, run.schedule, run.budget)
         self._interval = settings.evaluation_interval
         self._folder = folder
         self._forwards_a_step = forwards_a_step
@@ -125,7 +127,7 @@ class Running:
         if not math.isfinite(loss + held_out["report_loss"]):
             return f"held-out loss not finite after {self._forwards} forwards"
         self._note_evaluation(training_loss, held_out)
-        if loss > _DIVERGED * first:
+        if loss > DIVERGED * first:
             return f"held-out loss {loss:.3g} after {self._forwards} forwards, {first:.3g} at the start"
         return None
 
@@ -139,6 +141,7 @@ class Running:
         try:
             while self._forwards < due and self._affords_a_step and not stop.poll():
                 start = self._start
+                self._schedules.set(optimizer.param_groups, self._forwards, self._forwards_a_step)
                 losses.append(
                     steps.take(
                         start.problem, optimizer, self._settings, self._steps, start.device, start.ranks

@@ -10,6 +10,7 @@ from zoext.cli._errors import UserError
 from zoext.cli._problem import demo
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._runs.folder import OutputFolder
+from zoext.cli._schedules import CONSTANT, check_warmup
 from zoext.cli._settings import AddArguments, CommonSettings, Settings
 
 EVALUATIONS = 10  # per run by default, not counting the one at the start
@@ -27,6 +28,7 @@ class ComparisonSettings(CommonSettings):
     optimizers: tuple[str, ...] = field(default_factory=methods_of_papers)
     lrs: dict[str, float] = field(default_factory=dict)
     lr_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    schedules: tuple[str, ...] = (CONSTANT,)
     forwards: int = 2000
     seeds: int = 3
     sweep_forwards: int | None = None
@@ -40,6 +42,9 @@ class ComparisonSettings(CommonSettings):
                 f"--sweep-forwards {self.sweep_forwards}: more than the {self.forwards} of --forwards; "
                 "give as many or fewer"
             )
+        option = "--forwards" if self.sweep_forwards is None else "--sweep-forwards"
+        self.check_accumulation()
+        check_warmup(self.warmup, option, self.sweep_budget)
 
     @property
     def sweep_budget(self) -> int:
@@ -59,10 +64,10 @@ class ComparisonSettings(CommonSettings):
         """The learning rates of the method's sweep, ascending; all methods have equally many."""
         return tuple(self.default_lr(method) * factor for factor in self.lr_factors)
 
-    def of_run(self, method: str, lr: float, seed: int) -> Settings:
+    def of_run(self, method: str, lr: float, seed: int, schedule: str = CONSTANT) -> Settings:
         """The settings of one run; its number of steps follows from its budget of forward passes."""
         common = {f.name: getattr(self, f.name) for f in dataclasses.fields(CommonSettings)}
-        return Settings(**{**common, "lr": lr}, optimizer=method, seed=seed)
+        return Settings(**{**common, "lr": lr}, optimizer=method, seed=seed, schedule=schedule)
 
 
 #: The demo: as many forward passes as MeZO, which takes two per step, spends in the demo of finetune.

@@ -38,12 +38,12 @@ class Start:
         UserError: if there are too few held-out examples, or the loss of one half is not finite.
     """
 
-    def __init__(self, problem: Problem, batch_size: int, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, problem: Problem, at_once: int, device: torch.device, ranks: Ranks) -> None:
         self.problem = problem
         self.device = device
         self.ranks = ranks
         self.selection, self.report = halves(problem.valid)
-        self._batch_size = batch_size
+        self._at_once = at_once
         self._weights = tensors.copy_of(problem.model)
         self.fingerprint = f"{problem.fingerprint()} {tensors.digest(problem.model)}"
         self.evaluation = self.evaluate()
@@ -64,7 +64,7 @@ class Start:
             problem = self.problem
             with of_model("held-out examples"):
                 result = evaluate(
-                    problem.model, problem.objective, examples, self._batch_size, self.device, self.ranks
+                    problem.model, problem.objective, examples, self._at_once, self.device, self.ranks
                 )
             record |= result.record(part)
         return record
@@ -111,9 +111,9 @@ def _peak_of_forwards(start: Start, settings: ComparisonSettings) -> int:
     @torch.no_grad()
     def forwards() -> None:
         for number in range(_STEPS):
-            batch = steps.batch(problem, of_run, number, start.device)
+            pieces = steps.batches(problem, of_run, number, start.device)
             with of_model(f"step {number + 1}"):
-                problem.objective.training.loss(problem.model, batch)
+                steps.scores_of(problem, pieces).mean_loss()
 
     return peak(forwards, start.device)
 

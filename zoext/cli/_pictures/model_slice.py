@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from zoext.cli._problem import demo, load, steps
 from zoext.cli._problem.problem import Problem
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._settings import Settings
+from zoext.tasks import Batch
 
 #: The options that a run has answered.
 _OF_THE_RUN = ("model", "task", "dtype")
@@ -79,7 +80,7 @@ def measure(
             f"--batches {batches}: batches of {settings.batch_size} take {wanted} training examples, and "
             f"there are {there}; give fewer --batches or a smaller --batch-size"
         )
-    evaluated = [_loss(problem, steps.batch(problem, settings, step, device)) for step in range(batches)]
+    evaluated = [_loss(problem, steps.batches(problem, settings, step, device)) for step in range(batches)]
     try:
         with closing(bar("point", plan.evaluations, 0, quiet)) as shown:
             return slices.measure(problem.model, evaluated, plan, settings.probe, shown.update)
@@ -87,5 +88,5 @@ def measure(
         raise UserError(f"{str(error).partition('. ')[0]}; give --probe inplace") from None
 
 
-def _loss(problem: Problem, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    return lambda: problem.objective.training.loss(problem.model, batch)
+def _loss(problem: Problem, pieces: Sequence[Batch]) -> Callable[[], Tensor]:
+    return lambda: steps.scores_of(problem, pieces).mean_loss()

@@ -26,10 +26,16 @@ class Estimated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of ``evaluate``: the loss, and the metrics of the objective by name."""
+    """The result of ``evaluate``: the loss, and the metrics of the objective by name.
+
+    Attributes:
+        sums: per example, the sum of its losses and the number of predictions, float64 [2, N], in an order
+            that depends on the examples only.
+    """
 
     loss: Estimated
     metrics: Mapping[str, Estimated] = field(default_factory=dict)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 0), compare=False, repr=False)
 
     def __str__(self) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self._named())
@@ -89,6 +95,7 @@ def evaluate(
     return Evaluation(
         ratio(loss, predictions),
         {name: ratio(value, ones) for name, value in zip(names, metrics_found, strict=True)},
+        torch.stack([loss, predictions]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 
 import torch
@@ -16,7 +16,7 @@ from zoext.cli._failures import of_model
 from zoext.cli._problem.problem import Problem
 from zoext.cli._ranks import ALONE, Ranks
 from zoext.cli._settings import Settings, SettingsT
-from zoext.tasks import Batch, Example
+from zoext.tasks import Batch, Example, Scores
 
 
 def batch_indices(seed: int, step: int, batch_size: int, size: int) -> list[int]:
@@ -54,9 +54,28 @@ def with_batch_that_fits(settings: SettingsT, given: Collection[str], examples: 
     return dataclasses.replace(settings, batch_size=examples)
 
 
-def batch(problem: Problem, settings: Settings, step: int, device: torch.device) -> Batch:
-    """The batch of step ``step``: a pure function of the seed."""
-    return problem.objective.training.collate(_examples(problem, settings, step), device)
+def batches(problem: Problem, settings: Settings, step: int, device: torch.device) -> list[Batch]:
+    """The batch of step ``step``, in the pieces that it is evaluated in: a pure function of the seed."""
+    return _collated(problem, settings, _examples(problem, settings, step), device)
+
+
+def _collated(
+    problem: Problem, settings: Settings, examples: Sequence[Example], device: torch.device
+) -> list[Batch]:
+    size = settings.at_once
+    return [
+        problem.objective.training.collate(examples[start : start + size], device)
+        for start in range(0, len(examples), size)
+    ]
+
+
+def scores_of(problem: Problem, pieces: Sequence[Batch]) -> Scores:
+    """The scores that are trained, of the examples of all pieces as of one batch."""
+    objective = problem.objective.training
+    each = [objective.scores(problem.model, piece) for piece in pieces]
+    return Scores(
+        torch.cat([scores.loss for scores in each]), torch.cat([scores.predictions for scores in each])
+    )
 
 
 def _examples(problem: Problem, settings: Settings, step: int) -> list[Example]:
@@ -90,24 +109,23 @@ def _loss_of(
     problem: Problem, settings: Settings, step: int, device: torch.device, ranks: Ranks
 ) -> Callable[[], Tensor | tuple[Tensor, Tensor]]:
     """The closure of a step: the loss of the batch, or of the part of this rank with its weight."""
-    objective = problem.objective.training
-    objective.prepare(problem.model)
+    problem.objective.training.prepare(problem.model)
     examples = _examples(problem, settings, step)
     if ranks.batch_parts(settings.parallel) == 1:
-        whole = objective.collate(examples, device)
+        whole = _collated(problem, settings, examples, device)
 
         def loss() -> Tensor:
             with of_model(f"step {step + 1}"):
-                return objective.loss(problem.model, whole)
+                return scores_of(problem, whole).mean_loss()
 
         return loss
     # A rank without examples evaluates one that does not count, so that it takes the step like the others.
     own = ranks.share_of(examples)
-    part = objective.collate(own or examples[:1], device)
+    part = _collated(problem, settings, own or examples[:1], device)
 
     def closure() -> tuple[Tensor, Tensor]:
         with of_model(f"step {step + 1}"):
-            scores = objective.scores(problem.model, part)
+            scores = scores_of(problem, part)
         predictions = scores.predictions.sum()
         return scores.mean_loss(), predictions if own else torch.zeros_like(predictions)
 

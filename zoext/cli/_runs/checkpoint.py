@@ -12,6 +12,7 @@ import shutil
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from zoext import TrajectoryError
 from zoext._runtime import atomic
 from zoext.cli._errors import writing
-from zoext.cli._runs.tensors import pack, tensors_of, unpack
+from zoext.cli._runs.tensors import pack, unpack, write
 from zoext.trajectory import NOISE_FIELD
 
 NAME = r"step-\d{8,}"
@@ -46,6 +47,14 @@ class Position(NamedTuple):
         """The current end of the file ``path``."""
         with path.open("rb") as file:
             return cls._read(file)
+
+    @classmethod
+    def of_steps(cls, path: Path, steps: int) -> Position:
+        """The end of the first ``steps`` steps in the file ``path``: a line each, after the header."""
+        with path.open("rb") as file:
+            size = sum(map(len, islice(file, 1 + steps)))
+            file.seek(0)
+            return cls._read(file, size)
 
     @classmethod
     def _read(cls, file: BinaryIO, most: int = sys.maxsize) -> Position:
@@ -134,9 +143,7 @@ def save(
     state_tensors: dict[str, Tensor] = {}
     state = pack(optimizer.state_dict(), state_tensors)
     with _saving(path), atomic.new_folder(path) as temporary:
-        # safetensors refuses tensors that share memory, such as buffers that are views of one table.
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(model).items()}
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / _WEIGHTS)
+        write(temporary / _WEIGHTS, model)
         save_file(state_tensors, temporary / _OPTIMIZER)
         digests = {name: _digest(temporary / name) for name in (_WEIGHTS, _OPTIMIZER)}
         _write_state(temporary, reached, batch_parts, {"sha256": digests, "optimizer": state})

@@ -159,16 +159,22 @@ class OutputFolder(Generic[SettingsT]):
 class RunFolder(OutputFolder[Settings]):
     """The folder of ``zoext finetune``.
 
-    ``base`` is the model that the trajectory begins with, if the trajectory does not begin with the run;
-    ``corrupted`` holds trajectories and metrics that could not be continued.
+    ``best`` holds weights that the trajectory does not lead to; ``base`` is the model that the trajectory
+    begins with, if the trajectory does not begin with the run; ``corrupted`` holds trajectories and metrics
+    that could not be continued.
     """
 
     def __init__(self, path: Path, add_arguments: AddArguments, launch: str | None = None) -> None:
         # In the order of their removal: frames must not outlive their trajectory.
         results = (
             "checkpoints",
+            "best",
             "model",
             "metrics.jsonl",
+            "first-evaluation.json",
+            "metrics.csv",
+            "tensorboard",
+            "wandb",
             "curve.png",
             "corrupted",
             "trajectory.base",
@@ -178,13 +184,16 @@ class RunFolder(OutputFolder[Settings]):
             "trajectory.jsonl",
         )
         super().__init__(path, "run.json", results, Settings, add_arguments, launch)
-        self.checkpoints, self.model, self.metrics, self.curve, self.corrupted, self.base = self._results[:6]
+        self.checkpoints, self.best, self.model = path / "checkpoints", path / "best", path / "model"
+        self.metrics, self.first_evaluation = path / "metrics.jsonl", path / "first-evaluation.json"
+        self.csv = path / "metrics.csv"
+        self.curve, self.corrupted, self.base = self._results[8:11]
         self.frames, self.trajectory = self._results[-2:]
 
     @property
     def of_trajectory(self) -> tuple[Path, ...]:
         """The trajectory and the files that belong to it; the trajectory itself is last."""
-        return self._results[5:]
+        return self._results[10:]
 
     def set_aside(self, name: str, paths: Iterable[Path]) -> Path | None:
         """Moves the existing ``paths`` to a new folder ``corrupted/NAME-N``; returns that, or None."""
@@ -200,7 +209,8 @@ class RunFolder(OutputFolder[Settings]):
 
     def remove_leftovers(self) -> None:
         super().remove_leftovers()
-        atomic.remove_leftovers_of(self.checkpoints, checkpoint.NAME)
+        for path in (self.checkpoints, self.best):
+            atomic.remove_leftovers_of(path, checkpoint.NAME)
 
 
 def _checksum(stored: dict[str, Any], data: str) -> str:

@@ -10,37 +10,57 @@ from zoext._runtime import atomic
 from zoext.cli._errors import writing
 from zoext.cli._problem.evaluation import Evaluation
 from zoext.cli._problem.models import quiet_transformers
-from zoext.cli._problem.problem import Problem
+from zoext.cli._runs.best import best_of
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.records import Record
 
 _SMOOTHING = 0.98  # decay of the exponential mean of the training loss
 
 
-def write_model(path: Path, problem: Problem) -> None:
+def write_model(path: Path, model: Any, tokenizer: Any) -> None:
     """Writes model and tokenizer into the folder ``path``, for from_pretrained of transformers."""
     # A finished run that was resumed with more steps replaces its model.
     with writing(path), quiet_transformers(), atomic.new_folder(path, replace=True) as temporary:
-        problem.model.save_pretrained(temporary)
-        problem.tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
-def report(records: Sequence[Record], folder: RunFolder) -> str:
-    """Held-out loss and accuracy before and after, with standard errors over examples.
+def report(records: Sequence[Record], folder: RunFolder, kept: int) -> str:
+    """Held-out loss and accuracy before and after, with standard errors over examples, and the files.
 
-    If earlier metrics are lost, the first evaluation left stands for before.
+    If earlier metrics are lost, the first evaluation left stands for before. ``kept`` is the step whose model
+    was written.
     """
     evaluations = [record for record in records if "valid_loss" in record]
-    before, after = (Evaluation.of_record(record) for record in (evaluations[0], evaluations[-1]))
-    step = evaluations[0]["step"]
-    begin = f"at step {step}" if step else "before"
-    files = {"model": folder.model, "curve": folder.curve, "trajectory": folder.trajectory}
-    return "\n".join(
-        [
-            f"held-out, {begin}: {before}\nheld-out, {'after:':<{len(begin) + 1}} {after}",
-            *(f"{name}: {path}" for name, path in files.items() if path.exists()),
-        ]
-    )
+    first, last = evaluations[0], evaluations[-1]
+    labels = [f"at step {first['step']}" if first["step"] else "before", "after"]
+    shown = [first, last]
+    notes = []
+    if kept != last["step"]:
+        labels.insert(1, f"at step {kept}")
+        shown.insert(1, next(record for record in evaluations if record["step"] == kept))
+        best = best_of(evaluations)
+        which = (
+            f"the best of {len(evaluations)} evaluations"
+            if best is not None and best["step"] == kept
+            else "the best one whose model can be had"
+        )
+        notes.append(
+            f"step {kept} is {which}, and its model was kept; it was selected by its held-out loss, which is "
+            "therefore biased low"
+        )
+    width = max(map(len, labels)) + 1
+    lines = [
+        f"held-out, {label + ':':<{width}} {Evaluation.of_record(record)}"
+        for label, record in zip(labels, shown, strict=True)
+    ]
+    files = {
+        "model": folder.model,
+        "curve": folder.curve,
+        "metrics": folder.csv,
+        "trajectory": folder.trajectory,
+    }
+    return "\n".join([*lines, *notes, *(f"{name}: {path}" for name, path in files.items() if path.exists())])
 
 
 def draw_curve(path: Path, records: Sequence[Record], title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,15 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies ``tensors`` into the parameters and buffers of the same names."""
     for name, tensor in tensors_of(model).items():
         tensor.copy_(tensors[name])
+
+
+def write(path: Path, model: nn.Module) -> None:
+    """Writes the tensors of ``model`` as safetensors."""
+    from safetensors.torch import save_file
+
+    # safetensors refuses tensors that share memory, such as buffers that are views of one table.
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(model).items()}
+    save_file({name: tensor.contiguous() for name, tensor in copies.items()}, path)
 
 
 def digest(model: nn.Module) -> str:

@@ -65,6 +65,11 @@ class Recording:
         with writing_trajectory(folder):
             return cls(Trajectory(folder.trajectory, optimizer, resume=True, collective=False), folder)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is recorded."""
+        return self._trajectory is not None
+
     def position(self) -> Position | None:
         """The end of the trajectory, after all steps so far are on the disk."""
         if self._trajectory is None:
