@@ -209,7 +209,7 @@ def test_without_weights_and_with_corrupted_bases(command: Command) -> None:
 def test_the_demo(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its new trajectory begins with a model in a folder."""
     read_words = demo.read_words
-    monkeypatch.setattr(demo, "read_words", lambda path: [part.rows(range(4)) for part in read_words(path)])
+    monkeypatch.setattr(demo, "read_words", lambda path: [part.take(range(4)) for part in read_words(path)])
     out = ["--out", str(command.out), "--quiet"]
     small = ["--batch-size=2", "--trainable=^classifier"]
     assert main(["finetune", *out, *small, "--steps=1"]) == 0

@@ -120,7 +120,7 @@ def test_divergence_advises_options_of_the_command(command: Command) -> None:
     assert main(command.arguments("--lr", "1e30", "--steps", "20")) == 2
     said = command.capsys.readouterr().err
     assert "nonfinite" not in said
-    assert said.endswith("; start again with --overwrite and a smaller --lr or another --mu\n")
+    assert said.endswith("; try --lr 3.3e+29 (it was 1e+30), with --overwrite\n")
     assert main(command.arguments("--lr", "1e-3", "--overwrite")) == 0
 
 

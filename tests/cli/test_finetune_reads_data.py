@@ -46,7 +46,7 @@ def table_of(texts: Sequence[str], labels: Sequence[data.Label]) -> data.Table:
 
 
 def held_out(table: data.Table, fraction: float, seed: int) -> tuple[data.Table, data.Table]:
-    return hold_out(table, fraction, seed, lambda row: str(row["text"]), "label")
+    return hold_out(table, fraction, seed, texts_of(table), "label")
 
 
 def write(path: Path, labels: tuple[int | str, ...] | None) -> Path:

@@ -74,7 +74,8 @@ def test_an_argument_out_of_range(command: Command, option: str, value: str, exp
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", '["fine", 1]\n', "line 1 is not an object"),
         ("a.txt", "\n  \n", "contains no examples"),
-        ("a.parquet", "PAR1", "unknown file type; give one of .csv, .jsonl, .txt"),
+        ("a.xls", "PAR1", "unknown file type; give one of .csv, .jsonl, .txt"),
+        ("a.parquet", "PAR1", "cannot be read: "),
     ],
 )
 def test_data_that_cannot_be_used(command: Command, name: str, content: str, expected: str) -> None:

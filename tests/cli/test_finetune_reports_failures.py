@@ -38,7 +38,7 @@ def test_a_folder_that_cannot_be_made(command: Command) -> None:
     ("size", "name", "options"),
     [
         (100, "run.json", ["--steps=20"]),
-        (1_000, "trajectory.jsonl", ["--steps=20"]),
+        (1_600, "trajectory.jsonl", ["--steps=20"]),
         (9_000, "trajectory.jsonl", ["--steps=20", "--checkpoint-every=5", "--checkpoint=trajectory"]),
         (9_000, "trajectory.jsonl", ["--steps=20"]),
         (12_000, "trajectory.frames", ["--steps=20", "--optimizer=agzo", "--record-frames"]),

@@ -45,6 +45,9 @@ class Generation(Task):
     def columns(self) -> tuple[str, ...]:
         return self.template.columns
 
+    def key(self, row: Record) -> str:
+        return self.template.key(row)
+
     def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
         self.check(encoder)
         prompts, references = [], []

@@ -66,6 +66,9 @@ class LabelWords(Task):
     def columns(self) -> tuple[str, ...]:
         return self.template.columns
 
+    def key(self, row: Record) -> str:
+        return self.template.key(row)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The labels, in the order of the candidates."""
@@ -155,6 +158,9 @@ class MultipleChoice(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         return self.template.columns
+
+    def key(self, row: Record) -> str:
+        return self.template.key(row)
 
     def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
         self.check(encoder)

@@ -47,9 +47,13 @@ class Task(ABC):
     def objective(self, encoder: Encoder) -> Objective:
         """What a model is trained for, and how it is scored."""
 
+    @abstractmethod
     def key(self, row: Record) -> str:
-        """What two rows have in common if one must not be held out while the other trains: their input."""
-        return "\\0".join(str(row.get(column)) for column in self.columns)
+        """The input: rows that have the same must not be held out while others of them train.
+
+        Raises:
+            RowError: for a row without an input.
+        """
 
     def check(self, encoder: Encoder) -> None:
         """Raises a ValueError, with the remedy, for a kind of model that the task cannot ask."""

@@ -67,6 +67,10 @@ class Template:
         """How often it has ``{mask}``."""
         return sum(column == MASK for _, column in self._parts)
 
+    def key(self, row: Mapping[str, Any]) -> str:
+        """The prompt for ``row`` as a text; raises as ``pieces``."""
+        return "".join(piece.text for piece in self.pieces(row))
+
     def pieces(self, row: Mapping[str, Any], mask: str = "") -> list[Piece]:
         """The parts of the prompt for ``row``; the mask token is ``mask``.
 

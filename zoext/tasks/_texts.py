@@ -39,6 +39,9 @@ class Completion(Task):
     def columns(self) -> tuple[str, ...]:
         return self.template.columns
 
+    def key(self, row: Record) -> str:
+        return self.template.key(row)
+
     def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
         self.check(encoder)
         prompts = []
@@ -70,6 +73,9 @@ class Chat(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.messages,)
+
+    def key(self, row: Record) -> str:
+        return repr(row.get(self.messages))
 
     def check(self, encoder: Encoder) -> None:
         super().check(encoder)
@@ -157,6 +163,9 @@ class Text(Task):
     def columns(self) -> tuple[str, ...]:
         return (self.text,)
 
+    def key(self, row: Record) -> str:
+        return text_of(row, self.text)
+
     def check(self, encoder: Encoder) -> None:
         if encoder.kind == SEQ2SEQ:
             raise ValueError(
@@ -207,6 +216,9 @@ class Classification(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         return self.text
+
+    def key(self, row: Record) -> str:
+        return "\0".join(text_of(row, column) for column in self.text)
 
     def check(self, encoder: Encoder) -> None:
         """Any model can get a classification head."""

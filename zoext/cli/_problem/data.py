@@ -8,7 +8,9 @@ import importlib
 import importlib.util
 import io
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,10 @@ def read(
         return _read_folder(path, with_names)
     if path.is_file():
         return read_file(path), None
-    if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
+    if path.suffix in SUFFIXES:
         raise UserError(f"--data {source}: no such file")
+    if source.startswith((".", "/", "~")):
+        raise cannot_load("data set", "--data", source, FileNotFoundError(source))
     name, _, named = source.partition(":")
     return _read_hub(name, configuration or named or None, with_names)
 
@@ -246,12 +250,27 @@ def _datasets(wanted: str) -> Any:
     return importlib.import_module("datasets")
 
 
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Silences what datasets and its client of the hub log: the message of the exception replaces it."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _of_datasets(path: Path) -> Table:
     kind = {".tsv": "csv"}.get(path.suffix, path.suffix.removeprefix("."))
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
     datasets = _datasets(str(path))
     try:
-        loaded = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        with _without_logs():
+            loaded = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:  # of any parser
         cause = error.__cause__ or error
         raise UserError(f"{path}: cannot be read: {first_line(cause)}") from None
@@ -266,7 +285,8 @@ def _read_hub(name: str, configuration: str | None, with_names: bool) -> tuple[T
         )
     datasets = _datasets(name)
     try:
-        splits = datasets.load_dataset(name, configuration)
+        with _without_logs():
+            splits = datasets.load_dataset(name, configuration)
     except Exception as error:  # raised by a script, the network or a parser
         raise cannot_load("data set", "--data", name, error) from error
     return _of_splits(name, splits, with_names)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from zoext.cli._errors import UserError
-from zoext.cli._problem.data import Row, Table
+from zoext.cli._problem.data import Table
 
 
 def hold_out(
-    examples: Table, fraction: float, seed: int, key: Callable[[Row], str], label: str | None = None
+    examples: Table, fraction: float, seed: int, keys: Sequence[str], label: str | None = None
 ) -> tuple[Table, Table]:
-    """Holds out ``fraction`` of the distinct inputs; rows with the same ``key`` stay together.
+    """Holds out ``fraction`` of the distinct inputs; rows with the same key stay together.
 
     At least one input of each label, if there is a column with labels, remains for training, so fewer may be
     held out.
     """
-    keys = [key(row) for row in examples.rows]
     # Sorting by a hash gives the same split on every platform and version.
     order = sorted(set(keys), key=lambda text: _digest(seed, text))
     if len(order) < 2:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from zoext import tasks
-from zoext.cli._errors import UserError, first_line
+from zoext.cli._errors import UserError
 from zoext.cli._problem.data import Label
 from zoext.cli._problem.hub import cannot_load
 from zoext.cli._settings import DTYPES, HEADS
@@ -120,10 +120,13 @@ def load(name: str, base: Base) -> tuple[Any, Any]:
 def _tokenizer(transformers: Any, name: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(**_files(name))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError):
+        folder = Path(name)
+        if not folder.is_dir() or any(folder.glob("*token*")) or any(folder.glob("*vocab*")):
+            raise
         raise UserError(
-            f"model {name}: its tokenizer cannot be loaded: {first_line(error)}; save the tokenizer that the "
-            "model was trained with beside it, with tokenizer.save_pretrained"
+            f"model {name}: has no tokenizer; save the one that it was trained with there, with "
+            "tokenizer.save_pretrained"
         ) from None
 
 

@@ -73,7 +73,8 @@ def load(settings: Settings) -> Problem:
     task = choosing.task_of(name, settings, train, kind, classes)
     if valid is None:
         label = LABEL if name in _LABELLED else None
-        train, valid = hold_out(train, settings.validation_fraction, settings.seed, task.key, label)
+        keys = _keys(task, train)
+        train, valid = hold_out(train, settings.validation_fraction, settings.seed, keys, label)
     if name in _LABELLED:
         _check_labels(train, valid)
     names = classes if name == "classification" else ()
@@ -144,6 +145,17 @@ def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
     """The number of tokens that a row is cut to, at most the number of positions of the model."""
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     return min(settings.max_length, int(positions), int(tokenizer.model_max_length))
+
+
+def _keys(task: Task, table: Table) -> list[str]:
+    """The inputs of the rows."""
+    keys = []
+    for number, row in enumerate(table.rows, 1):
+        try:
+            keys.append(task.key(row))
+        except RowError as error:
+            raise UserError(f"{table.source}: row {number}: {error}") from None
+    return keys
 
 
 def _examples(task: Task, table: Table, encoder: Encoder) -> tuple[Example, ...]:
