@@ -14,10 +14,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from zoext import ops
+from zoext.cli import _config
 from zoext.cli._errors import UserError
 from zoext.cli._ranks import PARALLELS, Ranks
 from zoext.cli._schedules import SHAPES
-from zoext.cli._settings import DTYPES, KINDS_OF_DATA, PROBES, TASKS, CommonSettings
+from zoext.cli._settings import DTYPES, KINDS_OF_DATA, PROBES, TASKS, AddArguments, CommonSettings
 from zoext.tasks import PRESETS, TRAINS, Template
 
 _Number = TypeVar("_Number", int, float)
@@ -206,6 +207,12 @@ def add_lr_schedule(group: _Group, defaults: Defaults, unit: str) -> None:
 def add_output(group: _Group, out: str, resume: str) -> None:
     """Adds the options for the output folder and the run that may already be in it."""
     group.add_argument("--out", type=Path, metavar="DIR", help=f"default: {out}, the next free N")
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings as TOML, such as the config.toml of a run; options on the command line go before",
+    )
     group.add_argument("--resume", action="store_true", help=f"continue the run in --out, {resume}")
     group.add_argument("--overwrite", action="store_true", help="delete the run in --out and start a new one")
     group.add_argument("--quiet", action="store_true", help="print only errors and how to resume")
@@ -222,9 +229,15 @@ class Request:
     quiet: bool = False
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Request:
-        """Raises a UserError for options that exclude each other."""
+    def of(cls, arguments: argparse.Namespace, add_arguments: AddArguments) -> Request:
+        """The request of a command line, completed by the file that ``--config`` names.
+
+        Raises:
+            UserError: for options that exclude each other, or a file that cannot be used.
+        """
         given = vars(arguments).copy()
+        if (file := given.pop("config", None)) is not None:
+            given = {**_config.read(file, add_arguments), **given}
         names = [field.name for field in dataclasses.fields(cls)]
         request = cls(**{name: given.pop(name) for name in names if name in given}, given=given)
         if request.resume and request.out is None:

@@ -160,7 +160,7 @@ def parse(record: Any, kind: type[SettingsT], add_arguments: AddArguments) -> Se
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser)
     given = [
-        _as_option(f"--{name.replace('_', '-')}", value)
+        as_option(f"--{name.replace('_', '-')}", value)
         for name, value in record.items()
         if value is not None and value is not False and value != {}
     ]
@@ -185,11 +185,14 @@ def _types_in_json(hint: Any) -> set[type]:
     return {list if alternative is tuple else alternative for alternative in plain}
 
 
-def _as_option(option: str, value: Any) -> str:
+def as_option(option: str, value: Any) -> str:
+    """``--option=value`` as it is given on the command line, for a value of a file."""
     if value is True:
         return option
     if isinstance(value, list):
         value = ",".join(map(str, value))
     if isinstance(value, dict):
-        value = json.dumps(value)  # words may contain commas
+        pairs = [f"{name}={item}" for name, item in value.items()]
+        is_plain = not any("," in pair or pair.count("=") > 1 or pair.startswith("{") for pair in pairs)
+        value = ",".join(pairs) if is_plain else json.dumps(value)
     return f"{option}={value}"

@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """Does all missing runs, prints the table and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
     with reading():
-        request = Request.of(arguments)
+        request = Request.of(arguments, add_arguments)
         with claimed(request.out, "compare", ranks) as path:
             folder = ComparisonFolder(path, add_arguments, ranks.launch)
             return _run(_resuming.continued(request, folder), folder, ranks)

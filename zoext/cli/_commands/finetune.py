@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """Trains, evaluates before and after, and writes everything below --out."""
     require(("transformers", "safetensors", "tqdm", "matplotlib"), "finetune")
     with reading():
-        request = Request.of(arguments)
+        request = Request.of(arguments, add_arguments)
         with claimed(request.out, "demo" if request.is_demo else "finetune", ranks) as path:
             folder = RunFolder(path, add_arguments, ranks.launch)
             return _run(_resuming.continued(request, folder), folder, ranks)

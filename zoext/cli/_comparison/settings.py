@@ -83,4 +83,4 @@ class ComparisonFolder(OutputFolder[ComparisonSettings]):
     def __init__(self, path: Path, add_arguments: AddArguments, launch: str | None = None) -> None:
         results = ("runs.jsonl", "table.md", "curves.png")
         super().__init__(path, "comparison.json", results, ComparisonSettings, add_arguments, launch)
-        self.runs, self.table, self.curves = self._results
+        self.runs, self.table, self.curves = (path / name for name in results)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from zoext._runtime import atomic
+from zoext.cli import _config
 from zoext.cli._errors import UserError, writing
 from zoext.cli._runs import checkpoint
 from zoext.cli._runs.claim import make_unused
@@ -45,7 +46,8 @@ class OutputFolder(Generic[SettingsT]):
     ) -> None:
         self.path = path
         self.note = path / note
-        self._results = tuple(path / name for name in results)
+        self._config = path / _config.NAME
+        self._results = (self._config, *(path / name for name in results))
         self._kind = kind
         self._add_arguments = add_arguments
         self._launch = launch
@@ -149,6 +151,8 @@ class OutputFolder(Generic[SettingsT]):
             record["launch"] = self._launch
         with writing(self.note):
             atomic.write_text(self.note, json.dumps(record, indent=1) + "\n")
+        with writing(self._config):
+            atomic.write_text(self._config, _config.text_of(settings))
 
     def remove_leftovers(self) -> None:
         """Removes the temporary files of killed processes."""
@@ -161,11 +165,19 @@ class RunFolder(OutputFolder[Settings]):
 
     ``best`` holds weights that the trajectory does not lead to; ``base`` is the model that the trajectory
     begins with, if the trajectory does not begin with the run; ``corrupted`` holds trajectories and metrics
-    that could not be continued.
+    that could not be continued. ``of_trajectory`` are the trajectory, which is last, and the files that
+    belong to it.
     """
 
     def __init__(self, path: Path, add_arguments: AddArguments, launch: str | None = None) -> None:
         # In the order of their removal: frames must not outlive their trajectory.
+        of_trajectory = (
+            "trajectory.base",
+            "trajectory.frames.cut",
+            "trajectory.jsonl.cut",
+            "trajectory.frames",
+            "trajectory.jsonl",
+        )
         results = (
             "checkpoints",
             "best",
@@ -177,23 +189,15 @@ class RunFolder(OutputFolder[Settings]):
             "wandb",
             "curve.png",
             "corrupted",
-            "trajectory.base",
-            "trajectory.frames.cut",
-            "trajectory.jsonl.cut",
-            "trajectory.frames",
-            "trajectory.jsonl",
+            *of_trajectory,
         )
         super().__init__(path, "run.json", results, Settings, add_arguments, launch)
         self.checkpoints, self.best, self.model = path / "checkpoints", path / "best", path / "model"
         self.metrics, self.first_evaluation = path / "metrics.jsonl", path / "first-evaluation.json"
-        self.csv = path / "metrics.csv"
-        self.curve, self.corrupted, self.base = self._results[8:11]
-        self.frames, self.trajectory = self._results[-2:]
-
-    @property
-    def of_trajectory(self) -> tuple[Path, ...]:
-        """The trajectory and the files that belong to it; the trajectory itself is last."""
-        return self._results[10:]
+        self.csv, self.curve = path / "metrics.csv", path / "curve.png"
+        self.corrupted = path / "corrupted"
+        self.of_trajectory = tuple(path / name for name in of_trajectory)
+        self.base, *_, self.frames, self.trajectory = self.of_trajectory
 
     def set_aside(self, name: str, paths: Iterable[Path]) -> Path | None:
         """Moves the existing ``paths`` to a new folder ``corrupted/NAME-N``; returns that, or None."""
