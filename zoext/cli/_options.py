@@ -198,6 +198,18 @@ def add_step(group: _Group, defaults: Defaults) -> None:
     )
 
 
+def add_machine(group: _Group, defaults: Defaults) -> None:
+    """Adds the options that say how a model is evaluated, without any step."""
+    group.add_argument(
+        "--batch-size", type=count, metavar="N", help="examples that are evaluated at once (default 16)"
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, help=f"of the weights (default {defaults.general.dtype}, or the run's)"
+    )
+    group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add_threads(group)
+
+
 def add_lr_schedule(group: _Group, defaults: Defaults, unit: str) -> None:
     """Adds the options for the ends of a learning rate schedule; a warm-up is in units of ``unit``."""
     defaults.add(group, "warmup", whole, "N", f"{unit} during which lr rises linearly from 0")

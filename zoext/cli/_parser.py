@@ -27,6 +27,8 @@ class Command:
 COMMANDS = {
     "finetune": Command("Fine-tune a language model on your data; without arguments, run a demo."),
     "compare": Command("Compare optimizers at equal forward passes, each at its own best learning rate."),
+    "evaluate": Command("Evaluate the model of a run, or any other, on examples.", of_all_ranks=False),
+    "predict": Command("Answer the rows of a file with the model of a run.", of_all_ranks=False),
     "replay": Command("Recompute a tuned model from its base and its trajectory, bit for bit."),
     "visualize": Command(
         "Draw optimizers on functions of two variables, a slice of a loss, or curves of runs.",

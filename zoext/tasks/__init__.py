@@ -7,6 +7,7 @@ A task makes examples of the rows of a table, and an objective that collates, tr
 from zoext.tasks._answers import Answers, Classes
 from zoext.tasks._choices import Choices
 from zoext.tasks._encoding import Encoder
+from zoext.tasks._generating import Completions
 from zoext.tasks._generation import GeneratedAnswers, Generation
 from zoext.tasks._kinds import CAUSAL, CLASSIFIER, ENCODER, MASKED, SEQ2SEQ, kind_of, language_kind_of
 from zoext.tasks._labels import TRAINS, LabelWords, MultipleChoice
@@ -35,6 +36,7 @@ __all__ = [
     "Classes",
     "Classification",
     "Completion",
+    "Completions",
     "Cuts",
     "Encoder",
     "Example",

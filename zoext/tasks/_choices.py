@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ class Choices(Objective):
 
     @torch.no_grad()
     def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device | str) -> list[int]:
-        return list(self.candidates(model, self.collate(examples, device)).argmax(1).tolist())
+        known = [replace(example, label=example.label or 0) for example in examples]
+        return list(self.candidates(model, self.collate(known, device)).argmax(1).tolist())
 
     def candidates(self, model: nn.Module, batch: Batch, copies: int = 1) -> Tensor:
         """The scores of the candidates, float32 [B, candidates]; -inf for absent ones."""

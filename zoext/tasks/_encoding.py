@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoext.tasks._kinds import CAUSAL, MASKED
+from zoext.tasks._kinds import CAUSAL, MASKED, SEQ2SEQ
 from zoext.tasks._prompts import Cuts, Prompt, longest_fit
 from zoext.tasks._rows import IGNORED, Row
 from zoext.tasks._templates import RowError
@@ -93,6 +93,26 @@ class Encoder:
             rows = [self._answered(*_split(start, next(wholes)), prompt.ends) for _ in prompt.answers]
             result.append(self._fitting(prompt, rows, self._rows_of, number))
         return result
+
+    def asked(self, prompts: Sequence[Prompt]) -> list[tuple[Row, ...]]:
+        """The rows of prompts that are to be answered, without labels.
+
+        Raises:
+            RowError: as ``answered``.
+        """
+
+        def rows_of(prompt: Prompt) -> Sequence[Row]:
+            return [self._asked(self.tokens_of([prompt.text.rstrip(" ")])[0])]
+
+        found = self.tokens_of(prompt.text.rstrip(" ") for prompt in prompts)
+        return [
+            self._fitting(prompt, [self._asked(tokens)], rows_of, number)
+            for number, (prompt, tokens) in enumerate(zip(prompts, found, strict=True), 1)
+        ]
+
+    def _asked(self, prompt: _Tokens) -> Row:
+        after = self._after if self.kind == SEQ2SEQ else ()
+        return Row((*self._before, *prompt, *after))
 
     def _rows_of(self, prompt: Prompt) -> Sequence[Row]:
         start = self.tokens_of([prompt.text.rstrip(" ")])[0]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoext.tasks._answers import Answers
 from zoext.tasks._encoding import Encoder
+from zoext.tasks._generating import LINE, generate
 from zoext.tasks._kinds import CAUSAL, SEQ2SEQ
 from zoext.tasks._metrics import exact_match, f1
 from zoext.tasks._objective import Objective
 from zoext.tasks._prompts import Prompt
-from zoext.tasks._rows import IGNORED, Example
+from zoext.tasks._rows import Example
 from zoext.tasks._task import Record, Task
 from zoext.tasks._templates import RowError, Template, text_of
-
-_END = "\n"  # answers are one line
 
 
 class Generation(Task):
@@ -48,19 +46,19 @@ class Generation(Task):
     def key(self, row: Record) -> str:
         return self.template.key(row)
 
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
         prompts, references = [], []
         for number, row in enumerate(rows, 1):
             try:
-                found = self._references(row)
-                prompts.append(Prompt(self.template.pieces(row), [f" {found[0]}{_END}"]))
+                found = self._references(row) if answered else []
+                prompts.append(Prompt(self.template.pieces(row), [f" {text}{LINE}" for text in found[:1]]))
             except RowError as error:
                 raise RowError(f"row {number}: {error}") from None
             references.append(found)
+        encoded = encoder.answered(prompts) if answered else encoder.asked(prompts)
         return [
-            Example(encoded, references=tuple(found))
-            for encoded, found in zip(encoder.answered(prompts), references, strict=True)
+            Example(each, references=tuple(found)) for each, found in zip(encoded, references, strict=True)
         ]
 
     def objective(self, encoder: Encoder) -> Objective:
@@ -100,45 +98,4 @@ class GeneratedAnswers(Answers):
         }
 
     def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device | str) -> list[str]:
-        prompts = [prompt_of(example, self._encoder.kind) for example in examples]
-        return generate(model, self._encoder, prompts, self._max_new_tokens, device)
-
-
-def prompt_of(example: Example, kind: str) -> tuple[int, ...]:
-    """The tokens of the first row before its first label."""
-    row = example.rows[0]
-    if kind == SEQ2SEQ:
-        return row.tokens
-    places = (place for place, label in enumerate(row.labels) if label != IGNORED)
-    return row.tokens[: next(places, len(row.tokens))]
-
-
-def generate(
-    model: Any,
-    encoder: Encoder,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    device: torch.device | str,
-) -> list[str]:
-    """The lines that ``model`` continues the prompts with, greedily."""
-    longest = max(map(len, prompts))
-    tokens = [[encoder.padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ends = [encoder.tokenizer.eos_token_id, *_only_token(encoder, _END)]
-    found = model.generate(
-        input_ids=torch.tensor(tokens, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=encoder.padding,
-        eos_token_id=[end for end in ends if end is not None] or None,
-    )
-    if encoder.kind == CAUSAL:
-        found = found[:, longest:]
-    texts = encoder.tokenizer.batch_decode(found, skip_special_tokens=True)
-    return [text.lstrip().partition(_END)[0].strip() for text in texts]
-
-
-def _only_token(encoder: Encoder, text: str) -> list[int]:
-    tokens = encoder.tokens_of([text])[0]
-    return tokens if len(tokens) == 1 else []
+        return generate(model, self._encoder, examples, self._max_new_tokens, device, one_line=True)

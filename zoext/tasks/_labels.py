@@ -88,9 +88,9 @@ class LabelWords(Task):
                 "where the answer begins"
             )
 
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
-        labels = [self._index(row, number) for number, row in enumerate(rows, 1)]
+        labels = [self._index(row, number) if answered else None for number, row in enumerate(rows, 1)]
         answers = [] if encoder.kind == MASKED else list(self.words.values())
         prompts = []
         for number, row in enumerate(rows, 1):
@@ -111,7 +111,7 @@ class LabelWords(Task):
     def without_input(self, encoder: Encoder) -> Example:
         """The example whose columns say "N/A": its scores calibrate those of others."""
         empty = dict.fromkeys(self.columns, "N/A")
-        return self.examples([{**empty, self.label: self.names[0]}], encoder)[0]
+        return self.examples([empty], encoder, answered=False)[0]
 
     def _index(self, row: Record, number: int) -> int:
         label = row.get(self.label)
@@ -162,20 +162,21 @@ class MultipleChoice(Task):
     def key(self, row: Record) -> str:
         return self.template.key(row)
 
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
-        prompts, right = [], []
+        prompts: list[Prompt] = []
+        right: list[list[int]] = []
         for number, row in enumerate(rows, 1):
             try:
                 choices = self._choices(row)
-                right.append(self._right(row, choices))
+                right.append(self._right(row, choices) if answered else [])
                 pieces: list[Piece] = self.template.pieces(row)
             except RowError as error:
                 raise RowError(f"row {number}: {error}") from None
             prompts.append(Prompt(pieces, [self.joint + choice for choice in choices]))
         return [
-            Example(encoded, label, tuple(others))
-            for encoded, (label, *others) in zip(encoder.answered(prompts), right, strict=True)
+            Example(encoded, next(iter(indices), None), tuple(indices[1:]))
+            for encoded, indices in zip(encoder.answered(prompts), right, strict=True)
         ]
 
     def objective(self, encoder: Encoder) -> Objective:

@@ -36,8 +36,11 @@ class Task(ABC):
         """The columns that it reads."""
 
     @abstractmethod
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         """The examples of rows.
+
+        Args:
+            answered: False for rows whose right answers are not known and not read; they have no loss.
 
         Raises:
             RowError: for a row that cannot be used; the message names it and the remedy.

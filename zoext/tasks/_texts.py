@@ -7,6 +7,7 @@ from typing import Any
 
 from zoext.tasks._answers import Answers, Classes
 from zoext.tasks._encoding import Encoder
+from zoext.tasks._generating import Completions
 from zoext.tasks._kinds import CAUSAL, CLASSIFIER, ENCODER, SEQ2SEQ
 from zoext.tasks._objective import Objective
 from zoext.tasks._prompts import Prompt
@@ -25,15 +26,21 @@ class Completion(Task):
         template: the prompt, with columns in braces. Default: the column "prompt".
         completion: the column with the completion.
         joint: what stands between prompt and completion. Default: nothing.
+        max_new_tokens: the length of an answer that is generated. Default 50.
     """
 
     kinds = (CAUSAL, SEQ2SEQ)
 
     def __init__(
-        self, template: str | Template = "{prompt}", *, completion: str = "completion", joint: str = ""
+        self,
+        template: str | Template = "{prompt}",
+        *,
+        completion: str = "completion",
+        joint: str = "",
+        max_new_tokens: int = 50,
     ) -> None:
         self.template = template if isinstance(template, Template) else Template(template)
-        self.completion, self.joint = completion, joint
+        self.completion, self.joint, self.max_new_tokens = completion, joint, max_new_tokens
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -42,20 +49,21 @@ class Completion(Task):
     def key(self, row: Record) -> str:
         return self.template.key(row)
 
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
         prompts = []
         for number, row in enumerate(rows, 1):
             try:
-                pieces, answer = self.template.pieces(row), self.joint + text_of(row, self.completion)
+                pieces = self.template.pieces(row)
+                answers = [self.joint + text_of(row, self.completion)] if answered else []
             except RowError as error:
                 raise RowError(f"row {number}: {error}") from None
-            prompts.append(Prompt(pieces, [answer], ends=True))
-        return [Example(found) for found in encoder.answered(prompts)]
+            prompts.append(Prompt(pieces, answers, ends=True))
+        return [Example(found) for found in (encoder.answered if answered else encoder.asked)(prompts)]
 
     def objective(self, encoder: Encoder) -> Objective:
         self.check(encoder)
-        return Answers(encoder.padding, encoder.kind)
+        return Completions(encoder, self.max_new_tokens)
 
 
 class Chat(Task):
@@ -63,12 +71,13 @@ class Chat(Task):
 
     Args:
         messages: the column with the list of messages, each a dict with "role" and "content".
+        max_new_tokens: the length of an answer that is generated. Default 50.
     """
 
     kinds = (CAUSAL,)
 
-    def __init__(self, messages: str = "messages") -> None:
-        self.messages = messages
+    def __init__(self, messages: str = "messages", *, max_new_tokens: int = 50) -> None:
+        self.messages, self.max_new_tokens = messages, max_new_tokens
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -85,22 +94,32 @@ class Chat(Task):
                 "columns prompt and completion"
             )
 
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
         found = []
         for number, row in enumerate(rows, 1):
             try:
-                found.append(Example((self._row(row, encoder),)))
+                found.append(Example((self._row(row, encoder) if answered else self._asked(row, encoder),)))
             except RowError as error:
                 raise RowError(f"row {number}: {error}") from None
         return found
 
     def objective(self, encoder: Encoder) -> Objective:
         self.check(encoder)
-        return Answers(encoder.padding, encoder.kind)
+        return Completions(encoder, self.max_new_tokens)
+
+    def _asked(self, row: Record, encoder: Encoder) -> Row:
+        """The conversation up to the answer that is wanted, without its beginning if it is too long."""
+        messages = self._checked(row.get(self.messages))
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True)
+        return Row(tuple(encoder.tokens_of([text])[0][-encoder.max_length :]))
 
     def _row(self, row: Record, encoder: Encoder) -> Row:
         messages = self._checked(row.get(self.messages))
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RowError(f"{self.messages} has no message of the assistant, so there is nothing to learn")
         text, labelled = "", []
         tokens: list[int] = []
         labels: list[int] = []
@@ -136,8 +155,6 @@ class Chat(Task):
             for message in messages
         ):
             raise RowError(f"{self.messages} must be a list of messages with role and content")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise RowError(f"{self.messages} has no message of the assistant, so there is nothing to learn")
         return messages
 
 
@@ -178,7 +195,7 @@ class Text(Task):
                 "give a causal language model, or data with the columns text and label"
             )
 
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         """Texts of a single token are left out: the first token is not predicted."""
         self.check(encoder)
         encoded = encoder.texts([_text(row, self.text, number) for number, row in enumerate(rows, 1)])
@@ -223,19 +240,18 @@ class Classification(Task):
     def check(self, encoder: Encoder) -> None:
         """Any model can get a classification head."""
 
-    def examples(self, rows: Sequence[Record], encoder: Encoder) -> list[Example]:
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         indices = {name: index for index, name in enumerate(self.classes)}
         columns = [[_text(row, column, number) for number, row in enumerate(rows, 1)] for column in self.text]
         for number, row in enumerate(rows, 1):
-            if str(row.get(self.label)) not in indices:
+            if answered and str(row.get(self.label)) not in indices:
                 raise RowError(
                     f"row {number}: {self.label} is {row.get(self.label)!r}, which is no class; there are "
                     f"{', '.join(self.classes)}"
                 )
         encoded = encoder.texts(*columns)
-        return [
-            Example((found,), indices[str(row[self.label])]) for found, row in zip(encoded, rows, strict=True)
-        ]
+        labels = [indices[str(row[self.label])] if answered else None for row in rows]
+        return [Example((found,), label) for found, label in zip(encoded, labels, strict=True)]
 
     def objective(self, encoder: Encoder) -> Objective:
         return Classes(encoder.padding)

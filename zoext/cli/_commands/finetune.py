@@ -188,6 +188,7 @@ def _prepare(
     device = _options.choose_device(settings.device, ranks)
     problem = load(settings, device)
     if not request.resume:
+        settings = dataclasses.replace(settings, **problem.settled)
         settings = steps.with_batch_that_fits(settings, request.given, len(problem.train))
     if searches_lr:
         check_replayable(settings, optimizers.make(problem.model, settings, ranks))  # before it takes time

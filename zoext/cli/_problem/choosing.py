@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from zoext.cli._errors import UserError
-from zoext.cli._problem.data import LABEL, Label, Table
+from zoext.cli._problem.data import LABEL, Label, Table, with_labels
 from zoext.cli._settings import CommonSettings
 from zoext.tasks import (
     CLASSIFIER,
@@ -23,6 +23,9 @@ from zoext.tasks import (
     Template,
     Text,
 )
+
+#: Kinds of data whose rows have labels.
+LABELLED = ("classification", "label-words")
 
 #: What asks for labels if no template is given.
 _PROMPT, _MASKED_PROMPT = "{text}\nLabel:", "{text} Label: {mask}"
@@ -154,6 +157,20 @@ def _first(table: Table, *names: str) -> str:
     return next((name for name in names if name in table.columns), names[0])
 
 
+def labelled(table: Table) -> Table:
+    """The table, whose rows must have labels.
+
+    Raises:
+        UserError: for a table without, or a label that is no class.
+    """
+    if LABEL not in table.columns:
+        raise UserError(
+            f"{table.source}: needs a column 'label'; it has {', '.join(table.columns)}: name it with "
+            "--label-column, or for plain text: --task causal-lm"
+        )
+    return with_labels(table)
+
+
 def labels_of(table: Table) -> set[Label]:
     """The labels that occur."""
     return {row[LABEL] for row in table.rows}
@@ -164,6 +181,18 @@ def _in_terms_of_options(error: str) -> str:
         if error.startswith(argument):
             return option + error.removeprefix(argument)
     return error
+
+
+def settled(name: str, task: Task) -> dict[str, Any]:
+    """The settings that the data and the model have decided, so that they need not be asked again."""
+    if name in PRESETS:
+        return {}
+    found: dict[str, Any] = {"task": name}
+    if isinstance(task, LabelWords):
+        found["label_words"] = dict(task.words)
+    if isinstance(task, LabelWords | Completion | MultipleChoice | Generation):
+        found["template"] = task.template.text
+    return found
 
 
 def words_are_numbers(task: Task) -> bool:

@@ -36,6 +36,9 @@ LABEL_WORDS = ("negative", "positive")
 #: Of 1, 4, 16 and 64, the factor that gives the untrained classifier its lowest loss on the training words.
 _HEAD_SCALE = 16.0
 
+#: What is asked about a word.
+TASK = Classification(LABEL_WORDS)
+
 SETTINGS = Settings(
     lr=1e-4,  # at 3e-4 it diverges, at 3e-5 and 5e-5 it learns more slowly
     mu=1e-3,
@@ -50,13 +53,22 @@ SETTINGS = Settings(
 
 def load(settings: Settings) -> Problem:
     """MiniLM with a classifier made of two label words, and the words of the lexicon, split by family."""
-    train, valid = read_words(_folder(DATA_PACKAGE) / "vader_lexicon.txt")
+    train, valid = _words()
     start = base(settings.dtype, settings.seed)
     model, tokenizer = load_model(start)
-    task, encoder = Classification(LABEL_WORDS), Encoder(tokenizer, CLASSIFIER, settings.max_length)
-    examples, held_out = (tuple(task.examples(part.rows, encoder)) for part in (train, valid))
-    title, objective = "MiniLM on human word ratings", task.objective(encoder)
-    return Problem(title, start, model, tokenizer, objective, examples, held_out, LABEL_WORDS)
+    encoder = Encoder(tokenizer, CLASSIFIER, settings.max_length)
+    examples, others = (tuple(TASK.examples(part.rows, encoder)) for part in (train, valid))
+    title, objective = "MiniLM on human word ratings", TASK.objective(encoder)
+    return Problem(title, start, model, tokenizer, objective, examples, others, LABEL_WORDS)
+
+
+def held_out() -> Table:
+    """The words that are held out."""
+    return _words()[1]
+
+
+def _words() -> tuple[Table, Table]:
+    return read_words(_folder(DATA_PACKAGE) / "vader_lexicon.txt")
 
 
 def base(dtype: str, seed: int) -> Base:

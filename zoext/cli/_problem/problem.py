@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,13 @@ from zoext.cli._problem.models import Base
 from zoext.cli._settings import Settings
 from zoext.tasks import PRESETS, Encoder, Example, Objective, RowError, Task
 
-#: Kinds of data whose rows have labels.
-_LABELLED = ("classification", "label-words")
-
 
 @dataclass(frozen=True)
 class Problem:
     """``model`` and ``tokenizer`` are those of transformers; ``base`` says how the model was built.
 
     ``names`` are those of the answers, in the order of their indices, if they have names; ``notes`` are what
-    a user should know about the data.
+    a user should know about the data; ``settled`` are settings that data and model have decided.
     """
 
     title: str
@@ -35,7 +32,8 @@ class Problem:
     train: tuple[Example, ...]
     valid: tuple[Example, ...]
     names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    settled: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """A hash of the tokenised examples: a resumed run must see the same ones."""
@@ -60,28 +58,28 @@ def load(settings: Settings) -> Problem:
     """Reads the data and loads the model that ``settings`` name."""
     if settings.model is None:
         raise UserError("--data needs --model as well; leave both out for the demo")
-    train, valid = _read(settings)
+    train, valid = read(settings)
     config = models.config_of(settings.model)
     kind = models.kind_of(config, settings.task)
     name = choosing.name_of(settings, train, kind)
     if name != "classification":
         kind = models.kind_of(config, name)
     classes: tuple[str, ...] = ()
-    if name in _LABELLED:
-        train, valid = _labelled(train), None if valid is None else _labelled(valid)
+    if name in choosing.LABELLED:
+        train, valid = choosing.labelled(train), None if valid is None else choosing.labelled(valid)
         classes = models.classes_of(config, choosing.labels_of(train))
     task = choosing.task_of(name, settings, train, kind, classes)
     if valid is None:
-        label = LABEL if name in _LABELLED else None
-        keys = _keys(task, train)
+        label = LABEL if name in choosing.LABELLED else None
+        keys = keys_of(task, train)
         train, valid = hold_out(train, settings.validation_fraction, settings.seed, keys, label)
-    if name in _LABELLED:
+    if name in choosing.LABELLED:
         _check_labels(train, valid)
     names = classes if name == "classification" else ()
     base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
     model, tokenizer = models.load(settings.model, base)
-    encoder = Encoder(tokenizer, kind, _length(settings, model, tokenizer))
-    examples, held_out = (_examples(task, part, encoder) for part in (train, valid))
+    encoder = Encoder(tokenizer, kind, length_of(settings, model, tokenizer))
+    examples, held_out = (examples_of(task, part, encoder) for part in (train, valid))
     return Problem(
         f"{settings.model} on {train.source} ({name})",
         base,
@@ -92,10 +90,12 @@ def load(settings: Settings) -> Problem:
         held_out,
         names=tuple(getattr(task, "names", names)),
         notes=tuple(_notes(task, config, name, encoder, len(examples) + len(held_out))),
+        settled=choosing.settled(name, task),
     )
 
 
-def _read(settings: Settings) -> tuple[Table, Table | None]:
+def read(settings: Settings) -> tuple[Table, Table | None]:
+    """The tables of training and held-out rows, with the columns that the task reads."""
     preset = PRESETS.get(settings.task or "")
     if settings.data is None and preset is None:
         raise UserError("--model needs --data as well; leave both out for the demo")
@@ -118,15 +118,6 @@ def _read(settings: Settings) -> tuple[Table, Table | None]:
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def _labelled(table: Table) -> Table:
-    if LABEL not in table.columns:
-        raise UserError(
-            f"{table.source}: needs a column 'label'; it has {', '.join(table.columns)}: name it with "
-            "--label-column, or for plain text: --task causal-lm"
-        )
-    return data.with_labels(table)
-
-
 def _check_labels(train: Table, valid: Table) -> None:
     labels = choosing.labels_of(train)
     if len(labels) < 2:
@@ -141,13 +132,13 @@ def _check_labels(train: Table, valid: Table) -> None:
         )
 
 
-def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
+def length_of(settings: Settings, model: Any, tokenizer: Any) -> int:
     """The number of tokens that a row is cut to, at most the number of positions of the model."""
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     return min(settings.max_length, int(positions), int(tokenizer.model_max_length))
 
 
-def _keys(task: Task, table: Table) -> list[str]:
+def keys_of(task: Task, table: Table) -> list[str]:
     """The inputs of the rows."""
     keys = []
     for number, row in enumerate(table.rows, 1):
@@ -158,9 +149,10 @@ def _keys(task: Task, table: Table) -> list[str]:
     return keys
 
 
-def _examples(task: Task, table: Table, encoder: Encoder) -> tuple[Example, ...]:
+def examples_of(task: Task, table: Table, encoder: Encoder, *, answered: bool = True) -> tuple[Example, ...]:
+    """The examples of a table; with ``answered`` false, rows whose answers are not known."""
     try:
-        return tuple(task.examples(table.rows, encoder))
+        return tuple(task.examples(table.rows, encoder, answered=answered))
     except RowError as error:
         raise UserError(f"{table.source}: {error}") from None
     except ValueError as error:

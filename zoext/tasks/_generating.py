@@ -1,0 +1,77 @@
+"""Greedy generation of the answers to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoext.tasks._answers import Answers
+from zoext.tasks._encoding import Encoder
+from zoext.tasks._kinds import CAUSAL, SEQ2SEQ
+from zoext.tasks._rows import IGNORED, Example
+
+LINE = "\n"
+
+
+def generate(
+    model: Any,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    device: torch.device | str,
+    *,
+    one_line: bool = False,
+) -> list[str]:
+    """What ``model`` continues the prompts of examples with, greedily, up to the end of the sequence.
+
+    With ``one_line`` also up to the end of the first line.
+    """
+    prompts = [_prompt_of(example, encoder.kind) for example in examples]
+    longest = max(map(len, prompts))
+    # Left of the prompts, so that all of them end where the generation begins.
+    tokens = [[encoder.padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ends = [encoder.tokenizer.eos_token_id]
+    if one_line and len(line := encoder.tokens_of([LINE])[0]) == 1:
+        ends += line
+    found = model.generate(
+        input_ids=torch.tensor(tokens, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=encoder.padding,
+        eos_token_id=[end for end in ends if end is not None] or None,
+    )
+    if encoder.kind == CAUSAL:
+        found = found[:, longest:]
+    texts = encoder.tokenizer.batch_decode(found, skip_special_tokens=True)
+    return [text.lstrip().partition(LINE)[0].strip() if one_line else text.strip() for text in texts]
+
+
+def _prompt_of(example: Example, kind: str) -> tuple[int, ...]:
+    """The tokens of the first row before its first label."""
+    row = example.rows[0]
+    if kind == SEQ2SEQ:
+        return row.tokens
+    places = (place for place, label in enumerate(row.labels) if label != IGNORED)
+    return row.tokens[: next(places, len(row.tokens))]
+
+
+class Completions(Answers):
+    """The loss of completions; its answers are what the model generates.
+
+    Args:
+        encoder: of the model's tokenizer.
+        max_new_tokens: the length of a generated answer.
+    """
+
+    def __init__(self, encoder: Encoder, max_new_tokens: int) -> None:
+        super().__init__(encoder.padding, encoder.kind)
+        self._encoder = encoder
+        self._max_new_tokens = max_new_tokens
+
+    def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device | str) -> list[str]:
+        return generate(model, self._encoder, examples, self._max_new_tokens, device)
