@@ -13,13 +13,13 @@ WORKERS ?= 2
 ARGS ?=
 
 LINTERS := ruff ruff-format clang-format mypy typos
-EXTRAS := finetune transformers lightning accelerate peft packed trl demo test machine-code dev
+EXTRAS := finetune transformers lightning accelerate peft packed trl demo test machine-code docs dev
 IN_PARALLEL = $(shell $(RUN) -c "import xdist" 2> /dev/null && echo --numprocesses=$(WORKERS) --dist=worksteal)
 SOURCES := setup.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build lint bench bench-cpp bench-gpu kernel-budget test-cuda-build test-gpu gpu distribution torch \
+.PHONY: help demo test build lint docs bench bench-cpp bench-gpu kernel-budget test-cuda-build test-gpu gpu distribution torch \
 	installed built $(EXTRAS:%=extra-%) $(LINTERS:%=lint-%) clean
 
 help: ## Show this help
@@ -50,6 +50,9 @@ lint-mypy: extra-dev
 
 lint-typos: extra-dev
 	$(call program,typos)
+
+docs: extra-docs ## Build the pages into build/site
+	NO_MKDOCS_2_WARNING=1 $(call program,mkdocs) build --strict --quiet $(ARGS)
 
 bench: extra-demo built ## Measure this machine: nothing else should run on it
 	$(RUN) -m zoext.cli bench $(ARGS)
