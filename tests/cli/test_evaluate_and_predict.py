@@ -187,3 +187,19 @@ def test_a_run_without_a_model(runs: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "run.json").write_bytes((runs / "causal-run" / "run.json").read_bytes())
     assert main(["evaluate", str(tmp_path), "--device=cpu"]) == 2
     assert "has no model yet; let the run end" in capsys.readouterr().err
+
+
+def test_rows_without_the_label_column_of_the_run(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"comment": f"the {word}", "stars": index % 2} for index, word in enumerate(OTHER)]
+    data, run = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "run"
+    columns = ["--text-column=comment", "--label-column=stars", "--label-words=0=grim,1=kind"]
+    options = [f"--model={runs / 'causal'}", f"--data={data}", f"--out={run}", "--device=cpu", "--quiet"]
+    assert main(["finetune", *options, *columns, "--steps=1"]) == 0
+    asked = jsonl(tmp_path / "b.jsonl", [{"comment": "the cat"}])
+    assert main(["predict", str(run), f"--data={asked}", "--device=cpu"]) == 0
+    (answer,) = lines_of(capsys.readouterr().out)
+    assert answer["prediction"] in ("0", "1")
+    assert main(["evaluate", str(run), f"--data={asked}", "--device=cpu"]) == 2
+    assert "needs a column 'label'" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from support.tiny_models import BAD, GOOD, OTHER, labelled, tiny_bert, tiny_lang
 from zoext.cli import main
 from zoext.cli._problem import problem
 from zoext.cli._settings import Settings
-from zoext.tasks import Answers, Choices, Classes, GeneratedAnswers
+from zoext.tasks import Answers, Choices, Classes, Completions, GeneratedAnswers
 
 WORDS = ("Review:", "Sentiment:", "Label:", "0", "1", "is")
 
@@ -74,8 +74,8 @@ ASKED: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("model", "data", "objective", "head"),
     [
-        ("causal", "completions", Answers, "causal-lm"),
-        ("seq2seq", "completions", Answers, "seq2seq-lm"),
+        ("causal", "completions", Completions, "causal-lm"),
+        ("seq2seq", "completions", Completions, "seq2seq-lm"),
         ("causal", "choices", Choices, "causal-lm"),
         ("causal", "answers", GeneratedAnswers, "causal-lm"),
         ("causal", "labels", Choices, "causal-lm"),

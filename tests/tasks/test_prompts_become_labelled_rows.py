@@ -241,3 +241,31 @@ def test_kinds_of_models(config: Any, kind: str) -> None:
     without_head = {"Llama": "causal", "Bert": "masked"}
     if kind == "classifier":
         assert tasks.language_kind_of(config) == without_head[type(config).__name__.removesuffix("Config")]
+
+
+def test_pairs_of_texts_for_a_head(tmp_path: Path) -> None:
+    """As the tokenizer makes them: a BERT tells the texts of a pair apart by their token types."""
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "day", "was", "kind"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    ours = Encoder(tokenizer, "encoder", 8)
+    task = tasks.Classification(["no", "yes"], text=("a", "b"))
+    rows = [
+        {"a": "the day", "b": "was kind", "label": "yes"},
+        {"a": "kind", "b": "the day was kind", "label": "no"},
+    ]
+    examples = task.examples(rows, ours)
+    batch = task.objective(ours).collate(examples)
+    wanted = tokenizer(
+        ["the day", "kind"], ["was kind", "the day was kind"], padding=True, return_tensors="pt"
+    )
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert batch[name].tolist() == wanted[name].tolist(), name
+    assert batch["labels"].tolist() == [1, 0]
+    (alone,) = tasks.Classification(["no", "yes"]).examples([{"text": "the day", "label": "no"}], ours)
+    assert alone.rows[0].types == ()
+    short = Encoder(tokenizer, "encoder", 6)
+    (cut,) = task.examples(rows[1:], short)
+    assert (len(cut.tokens), len(cut.rows[0].types), short.cuts.rows) == (6, 6, 1)

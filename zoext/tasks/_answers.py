@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoext.tasks._language import LanguageModel, predictions_of
 from zoext.tasks._objective import Batch, Objective, Scores
@@ -49,12 +49,16 @@ class Classes(Objective):
 
     def scores(self, model: nn.Module, batch: Batch, copies: int = 1) -> Scores:
         labels = batch["labels"]
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        logits = self._logits(model, batch).float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")
         return Scores(loss, torch.ones_like(labels), {"accuracy": (logits.argmax(-1) == labels).float()})
 
     @torch.no_grad()
     def answers(self, model: nn.Module, examples: Sequence[Example], device: torch.device | str) -> list[int]:
         batch = self.collate([replace(example, label=0) for example in examples], device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return list(logits.argmax(-1).tolist())
+        return list(self._logits(model, batch).argmax(-1).tolist())
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: Tensor = model(**inputs).logits
+        return logits

@@ -68,17 +68,24 @@ class Encoder:
 
     def texts(self, texts: Sequence[str], others: Sequence[str] | None = None) -> list[Row]:
         """Rows without labels: texts, or pairs with ``others``, as the tokenizer makes them."""
-        pairs = [list(texts)] if others is None else [list(texts), list(others)]
+        pairs = [(text,) for text in texts] if others is None else list(zip(texts, others, strict=True))
         rows = []
-        for row in self.tokenizer(*pairs, truncation=False)["input_ids"]:
-            rows.append(tuple(row))
-        for number, row in enumerate(rows):
-            if len(row) > self.max_length:
-                pair = [each[number] for each in pairs]
-                options = {"truncation": True, "max_length": self.max_length}
-                rows[number] = tuple(self.tokenizer(*pair, **options)["input_ids"])
-                self.cuts.count(len(row), len(rows[number]))
-        return [Row(row) for row in rows]
+        for pair, whole in zip(pairs, self._whole(*zip(*pairs, strict=True)), strict=True):
+            row = whole
+            if len(whole.tokens) > self.max_length:
+                (row,) = self._whole(*([each] for each in pair), truncation=True, max_length=self.max_length)
+                self.cuts.count(len(whole.tokens), len(row.tokens))
+            rows.append(row)
+        return rows
+
+    def _whole(self, *texts: Sequence[str], **options: Any) -> list[Row]:
+        found = self.tokenizer(*map(list, texts), **{"truncation": False, **options})
+        tokens = found["input_ids"]
+        types = found.get("token_type_ids") if len(texts) > 1 else None
+        return [
+            Row(tuple(row), types=() if types is None else tuple(types[number]))
+            for number, row in enumerate(tokens)
+        ]
 
     def answered(self, prompts: Sequence[Prompt]) -> list[tuple[Row, ...]]:
         """The rows of each prompt, one for each of its answers, which are labelled.

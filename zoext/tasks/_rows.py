@@ -20,10 +20,12 @@ class Row:
         tokens: the input.
         labels: of a causal or masked model one per token, ``IGNORED`` where there is no loss; of a
             sequence-to-sequence model the tokens of the decoder; empty for a classifier.
+        types: token_type_ids, which tell the two texts of a pair apart; empty if the tokenizer makes none.
     """
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...] = ()
+    types: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -67,10 +69,15 @@ def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def collate_rows(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask and, if rows have labels, labels: int64 [rows, longest], padded right."""
+    """input_ids, attention_mask and, if rows have them, labels and token_type_ids.
+
+    All are int64 [rows, longest], padded on the right.
+    """
     tokens = padded([row.tokens for row in rows], padding)
     mask = padded([[1] * len(row.tokens) for row in rows], 0)
     batch = {"input_ids": tokens, "attention_mask": mask}
     if any(row.labels for row in rows):
         batch["labels"] = padded([row.labels for row in rows], IGNORED)
+    if any(row.types for row in rows):
+        batch["token_type_ids"] = padded([row.types for row in rows], 0)
     return batch

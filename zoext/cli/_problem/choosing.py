@@ -79,7 +79,8 @@ def with_columns(table: Table, settings: CommonSettings) -> Table:
         if len(columns) > 2:
             raise UserError(f"--text-column {settings.text_column}: give one column, or two for pairs")
         names |= dict(zip(columns, ("text", "text2"), strict=False))
-    if settings.label_column is not None:
+    # Rows that are to be answered have no labels; where they are needed, ``labelled`` misses them.
+    if settings.label_column is not None and settings.label_column in table.columns:
         names[settings.label_column] = LABEL
     return table.renamed({old: new for old, new in names.items() if old != new})
 
