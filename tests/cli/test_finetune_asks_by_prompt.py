@@ -59,7 +59,10 @@ def fails(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> F
 
 
 ASKED: dict[str, list[dict[str, Any]]] = {
-    "messages": [{"messages": [{"role": "assistant", "content": word}]} for word in BAD],
+    "messages": [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": "kind"}]}
+        for word in BAD
+    ],
     "completions": [{"prompt": f"the {w} is", "completion": " kind"} for w in OTHER],
     "choices": [
         {"question": f"the {w} is", "choices": ["kind", "so grim"], "answer": i % 2}
@@ -200,6 +203,9 @@ def test_a_new_head_is_said(models: Path, tmp_path: Path) -> None:
         ("causal", "labels", ["--text-column=review"], "no column 'review'; it has text, label"),
         ("causal", "labels", ["--text-column=a,b,c"], "one column, or two for pairs"),
         ("causal", "labels", ["--task=sst2"], "--task sst2 needs the columns sentence, label; it has text"),
+        ("causal", "texts", ["--template=So: {text}"], "--template: --task causal-lm does not read it"),
+        ("causal", "completions", ["--loss=answer"], "--loss: --task completion does not read it"),
+        ("causal", "labels", ["--label-words=0=dreadful,1=kind"], "does not know ' dreadful'"),
         ("causal", "labels", ["--batch-size=100000"], "there are only 8 training examples; give as many"),
         ("causal", "labels", ["--task=sst3"], "'sst3'.*sst2"),
     ],
@@ -250,3 +256,33 @@ def test_no_global_generator_is_touched(models: Path, tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     problem.load(Settings(model=str(models / "causal"), data=jsonl(tmp_path / "a.jsonl", ASKED["labels"])))
     assert torch.random.get_rng_state().equal(before)
+
+
+def test_the_same_command_resumes(models: Path, tmp_path: Path) -> None:
+    """Options that were given are stored as given, also those that the data complete."""
+    data, out = jsonl(tmp_path / "a.jsonl", ASKED["labels"]), tmp_path / "run"
+    options = [f"--model={models / 'causal'}", f"--data={data}", f"--out={out}", "--device=cpu", "--quiet"]
+    options += ["--label-words=0=grim,1=kind", "--template=Review: {text} Sentiment: "]
+    assert main(["finetune", *options, "--steps=1"]) == 0
+    assert main(["finetune", *options, "--steps=2", "--resume"]) == 0
+
+
+def test_a_head_with_other_classes(models: Path, tmp_path: Path, fails: Fails) -> None:
+    """Weights of a head stay with their classes, whatever the order of the labels."""
+    folder = tiny_bert(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "POSITIVE", "1": "NEGATIVE"}
+    config["label2id"] = {"POSITIVE": 0, "NEGATIVE": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [{"text": f"the {w}", "label": ("negative", "positive")[i % 2]} for i, w in enumerate(OTHER)]
+    loaded = problem.load(Settings(model=str(folder), data=jsonl(tmp_path / "a.jsonl", rows)))
+    assert loaded.names == ("positive", "negative")
+    others = [{**row, "label": str(row["label"])[:3]} for row in rows]
+    error = fails(str(folder), jsonl(tmp_path / "b.jsonl", others))
+    assert "the classification head of the model has the classes POSITIVE, NEGATIVE" in error
+
+
+def test_rows_of_another_form_than_the_preset(fails: Fails, tmp_path: Path) -> None:
+    row = {"premise": "a", "question": "reason", "choice1": "b", "choice2": "c", "label": 0}
+    error = fails("causal", jsonl(tmp_path / "a.jsonl", [row]), "--task=copa")
+    assert "row 1: is not of the form of super_glue/copa (KeyError: 'reason')" in error

@@ -18,7 +18,7 @@ from zoext.cli._settings import Settings
 ODD = Settings(
     model='a "model"',
     template='Say "{text}"\n\\ \t{{é}} \x7f\u2028',
-    label_words={"0": " no, not = it", 'a "b"': "yes"},
+    label_words={"0": " no, not = it", 'a "b"': "yes", "\U0001f600": "\U0001f60e"},
     lr=3e-7,
     options={"rank": "4"},
     record_frames=True,

@@ -62,7 +62,8 @@ def expected(model: Any, kind: str, examples: Sequence[Example]) -> tuple[list[f
     losses, right = [], []
     for example in examples:
         scores = torch.tensor([formula(model, kind, row) for row in example.rows], dtype=torch.float64)
-        losses.append(-scores.log_softmax(0)[example.label].item())
+        rights = [example.label, *example.also_right]
+        losses.append(-scores.log_softmax(0)[rights].logsumexp(0).item())
         right.append(float(int(scores.argmax()) in (example.label, *example.also_right)))
     return losses, right
 

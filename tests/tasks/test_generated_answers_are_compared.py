@@ -37,11 +37,15 @@ def test_known_answers(answer: str, references: list[str], exact: float, overlap
 class Reciter:
     """Continues every prompt with the words of a queue."""
 
+    generation_config = SimpleNamespace(eos_token_id=[3, 7], repetition_penalty=5.0, num_beams=4)
+
     def __init__(self, words: list[list[int]]) -> None:
         self.words = words
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
-        assert options["do_sample"] is False
+        config = options["generation_config"]
+        assert (config.do_sample, config.num_beams, config.repetition_penalty) == (False, 1, None)
+        assert config.eos_token_id == [0, 3, 7, ord("\n")]
         for row, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
             assert sum(mask) == len([token for token in row if token])  # prompts end at the right
             assert mask[-1] == 1
@@ -54,6 +58,7 @@ class Letters:
     """A tokenizer whose tokens are the letters."""
 
     pad_token_id = eos_token_id = 0
+    unk_token_id = None
 
     def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
         single = isinstance(texts, str)

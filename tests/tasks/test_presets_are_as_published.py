@@ -104,6 +104,7 @@ class Letters:
     """A tokenizer whose tokens are the letters."""
 
     pad_token_id = eos_token_id = 0
+    unk_token_id = None
 
     def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
         single = isinstance(texts, str)
@@ -149,3 +150,23 @@ def test_which_are_trained_as_text() -> None:
 def test_an_unknown_preset() -> None:
     with pytest.raises(ValueError, match="no preset 'sst3'; there are sst2, rte"):
         preset("sst3")
+
+
+@pytest.mark.parametrize(("answer", "index"), [("True", 0), ("false", 1), (0, 1), (True, 0), ("1", 0)])
+def test_boolq_from_files_of_text(answer: Any, index: int) -> None:
+    found = preset("boolq")
+    row = {"passage": "Ice.", "question": "is it?", "answer": answer}
+    (example,) = found.task.examples([found.arrange(row)], Encoder(Letters(), "causal", 999))
+    assert example.label == index
+
+
+def test_boolq_with_another_answer() -> None:
+    found = preset("boolq")
+    row = {"passage": "Ice.", "question": "is it?", "answer": "maybe"}
+    with pytest.raises(ValueError, match="label is 'maybe', which has no label word"):
+        found.task.examples([found.arrange(row)], Encoder(Letters(), "causal", 999))
+
+
+def test_answers_in_a_list() -> None:
+    row = {"title": "Ice", "context": "Ice.", "question": "What?", "answers": ["Ice", "ice"]}
+    assert preset("squad").arrange(row)["answers"] == ["Ice", "ice"]

@@ -135,6 +135,7 @@ def test_special_tokens_surround_a_prompt() -> None:
 
     class Tokenizer:
         pad_token_id = eos_token_id = 9
+        unk_token_id = None
 
         def __call__(self, texts: Any, add_special_tokens: bool = True, **options: Any) -> Any:
             if isinstance(texts, str):
@@ -147,7 +148,7 @@ def test_special_tokens_surround_a_prompt() -> None:
     (example,) = task.examples(rows, Encoder(Tokenizer(), "causal", 20))
     assert example.rows[1].tokens == (0, 4, 5, 4, 3)
     (example,) = task.examples(rows, Encoder(Tokenizer(), "seq2seq", 20))
-    assert (example.rows[1].tokens, example.rows[1].labels) == ((0, 4, 5, 4, 9), (3,))
+    assert (example.rows[1].tokens, example.rows[1].labels) == ((0, 4, 5, 4, 9), (0, 3))  # BART begins so
 
 
 @pytest.mark.parametrize(
@@ -269,3 +270,74 @@ def test_pairs_of_texts_for_a_head(tmp_path: Path) -> None:
     short = Encoder(tokenizer, "encoder", 6)
     (cut,) = task.examples(rows[1:], short)
     assert (len(cut.tokens), len(cut.rows[0].types), short.cuts.rows) == (6, 6, 1)
+
+
+def test_a_decoder_begins_with_the_answer() -> None:
+    """The tokens of the answer alone: not those that follow the last word of the prompt."""
+
+    class Pairs:
+        """A tokenizer that merges two letters, also across a space."""
+
+        pad_token_id, eos_token_id, unk_token_id = 0, 1, None
+
+        def __call__(self, texts: Any, add_special_tokens: bool = True, **options: Any) -> Any:
+            if isinstance(texts, str):
+                return {"input_ids": self([texts], add_special_tokens)["input_ids"][0]}
+            rows = [
+                [2 + ord(pair[0]) for pair in zip(text[::2], text[1::2] + " ", strict=False)]
+                for text in texts
+            ]
+            return {"input_ids": [[*row, 1] for row in rows] if add_special_tokens else rows}
+
+    (example,) = tasks.Completion("{text}", completion="more", joint=" ").examples(
+        [{"text": "abc", "more": "defg"}], Encoder(Pairs(), "seq2seq", 20)
+    )
+    (row,) = example.rows
+    assert row.tokens == (2 + ord("a"), 2 + ord("c"), 1)
+    assert row.labels == (2 + ord("d"), 2 + ord("f"), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "joint"),
+    [("Answer:", " "), ("Answer: ", " "), ("Yes or no?\n", ""), ('It is "', ""), ("{a} {mask}.", " ")],
+)
+def test_what_separates_an_answer(text: str, joint: str) -> None:
+    template = Template(text)
+    assert template.joint == joint
+    assert not template.text.endswith(" ")
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_words_that_the_tokenizer_does_not_know(folders: dict[str, Path], kind: str) -> None:
+    template = "{text} {mask}" if kind == "masked" else "{text}"
+    task = LabelWords(template, {"0": " dreadful", "1": " superb"})
+    with pytest.raises(ValueError, match="does not know ' dreadful'"):
+        task.examples(ROWS, encoder(folders, kind))
+
+
+def test_words_of_the_same_tokens(folders: dict[str, Path]) -> None:
+    task = LabelWords("{text}", {"0": " not kind", "1": " not  kind"})
+    with pytest.raises(ValueError, match="have the same tokens"):
+        task.examples(ROWS, encoder(folders, "causal"))
+
+
+def test_a_mask_in_the_data(folders: dict[str, Path]) -> None:
+    task = LabelWords("{text} is {mask}", {"0": "cruel", "1": "kind"})
+    with pytest.raises(RowError, match=r"row 2: has 2 mask tokens, \[MASK\], and needs the template's one"):
+        task.examples([ROWS[0], {"text": "so [MASK]", "label": 0}], encoder(folders, "masked"))
+
+
+def test_a_chat_template_that_refuses(folders: dict[str, Path]) -> None:
+    ours = encoder(folders, "causal")
+    ours.tokenizer.chat_template = "{{ raise_exception('no user query') }}"
+    row = {"messages": [{"role": "assistant", "content": "kind"}]}
+    with pytest.raises(RowError, match="row 1: the chat template of the tokenizer refuses it: no user query"):
+        tasks.Chat().examples([row], ours)
+
+
+def test_conversations_with_another_end_have_the_same_input() -> None:
+    ends = [
+        [{"role": "user", "content": "the"}, {"role": "assistant", "content": word}] for word in ("a", "b")
+    ]
+    first, second = (tasks.Chat().key({"messages": messages}) for messages in ends)
+    assert first == second

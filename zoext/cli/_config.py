@@ -30,7 +30,7 @@ def text_of(settings: CommonSettings) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        items = ", ".join(f"{json.dumps(name)} = {_toml(item)}" for name, item in value.items())
+        items = ", ".join(f"{_toml(name)} = {_toml(item)}" for name, item in value.items())
         return f"{{{items}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"

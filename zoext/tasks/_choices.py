@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from zoext.tasks._answers import Answers
 from zoext.tasks._kinds import CAUSAL
@@ -20,8 +19,8 @@ class Choices(Objective):
     """The choice among candidates by the mean log-probability of their tokens:
 
     ``s_c = mean_t log p(token t of candidate c | prompt, tokens before t)``, and the loss is
-    ``-log softmax(s)[right]``, as in MeZO (arXiv 2305.17333, appendix E). Where all candidates of a batch are
-    single tokens at the same place, one row per example gives all of them.
+    ``-log softmax(s)[right]``, as in MeZO (arXiv 2305.17333, appendix E); several right ones add up. Where
+    all candidates of a batch are single tokens at the same place, one row per example gives all of them.
 
     Args:
         padding: the token that fills rows up.
@@ -81,7 +80,8 @@ class Choices(Objective):
         accuracy = batch["is_right"].gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
         label = batch["label"]
         if self._training is self:
-            loss = cross_entropy(scores, label, reduction="none")
+            right_ones = scores.masked_fill(batch["is_right"] == 0, -torch.inf)
+            loss = scores.logsumexp(1) - right_ones.logsumexp(1)
             return Scores(loss, torch.ones_like(label), {"accuracy": accuracy})
         right = label.unsqueeze(1)
         loss, predictions = -sums.gather(1, right).squeeze(1), counts.gather(1, right).squeeze(1)

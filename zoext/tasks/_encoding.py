@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoext.tasks._kinds import CAUSAL, MASKED, SEQ2SEQ
+from zoext.tasks._kinds import MASKED, SEQ2SEQ
 from zoext.tasks._prompts import Cuts, Prompt, longest_fit
 from zoext.tasks._rows import IGNORED, Row
 from zoext.tasks._templates import RowError
@@ -93,13 +93,19 @@ class Encoder:
         Raises:
             RowError: for a row that is too long even without its longest column.
         """
-        wholes = iter(self.tokens_of(prompt.text + answer for prompt in prompts for answer in prompt.answers))
+        texts = iter(
+            self.tokens_of(self._text(prompt, each) for prompt in prompts for each in prompt.answers)
+        )
         starts = self.tokens_of(prompt.text.rstrip(" ") for prompt in prompts)
         result = []
         for number, (prompt, start) in enumerate(zip(prompts, starts, strict=True), 1):
-            rows = [self._answered(*_split(start, next(wholes)), prompt.ends) for _ in prompt.answers]
+            rows = [self._answered(start, next(texts), prompt.ends) for _ in prompt.answers]
             result.append(self._fitting(prompt, rows, self._rows_of, number))
         return result
+
+    def _text(self, prompt: Prompt, answer: str) -> str:
+        """What is tokenised for an answer: with its prompt, unless a decoder begins with the answer."""
+        return answer.strip() if self.kind == SEQ2SEQ else prompt.text + answer
 
     def asked(self, prompts: Sequence[Prompt]) -> list[tuple[Row, ...]]:
         """The rows of prompts that are to be answered, without labels.
@@ -123,17 +129,18 @@ class Encoder:
 
     def _rows_of(self, prompt: Prompt) -> Sequence[Row]:
         start = self.tokens_of([prompt.text.rstrip(" ")])[0]
-        wholes = self.tokens_of(prompt.text + answer for answer in prompt.answers)
-        return [self._answered(*_split(start, whole), prompt.ends) for whole in wholes]
+        texts = self.tokens_of(self._text(prompt, answer) for answer in prompt.answers)
+        return [self._answered(start, tokens, prompt.ends) for tokens in texts]
 
-    def _answered(self, prompt: _Tokens, answer: _Tokens, ends: bool) -> Row:
+    def _answered(self, prompt: _Tokens, found: _Tokens, ends: bool) -> Row:
         eos = self.tokenizer.eos_token_id
-        end = (eos,) if ends and eos is not None else ()
-        if self.kind == CAUSAL:
-            tokens = (*self._before, *prompt, *answer, *end)
-            unlabelled = len(self._before) + len(prompt)
-            return Row(tokens, (IGNORED,) * unlabelled + tokens[unlabelled:])
-        return Row((*self._before, *prompt, *self._after), (*answer, *end))
+        if self.kind == SEQ2SEQ:
+            end = (self._after or (() if eos is None else (eos,))) if ends else ()
+            return Row((*self._before, *prompt, *self._after), (*self._before, *found, *end))
+        prompt, answer = _split(prompt, found)
+        tokens = (*self._before, *prompt, *answer, *((eos,) if ends and eos is not None else ()))
+        unlabelled = len(self._before) + len(prompt)
+        return Row(tokens, (IGNORED,) * unlabelled + tokens[unlabelled:])
 
     def masked(self, prompts: Sequence[Prompt], words: Sequence[str]) -> list[tuple[Row, ...]]:
         """The rows of prompts with one mask each, one for each word in its place.
@@ -147,11 +154,15 @@ class Encoder:
         def rows_of(prompt: Prompt) -> Sequence[Row]:
             return self._masked(self.tokens_of([prompt.text])[0], tokens)
 
-        found = self.tokens_of(prompt.text for prompt in prompts)
-        return [
-            self._fitting(prompt, self._masked(tokens_, tokens), rows_of, number)
-            for number, (prompt, tokens_) in enumerate(zip(prompts, found, strict=True), 1)
-        ]
+        result = []
+        for number, prompt in enumerate(prompts, 1):
+            found = self.tokens_of([prompt.text])[0]
+            if (count := found.count(self.tokenizer.mask_token_id)) != 1:
+                raise RowError(
+                    f"row {number}: has {count} mask tokens, {self.mask}, and needs the template's one"
+                )
+            result.append(self._fitting(prompt, self._masked(found, tokens), rows_of, number))
+        return result
 
     def _masked(self, prompt: _Tokens, words: Sequence[int]) -> Sequence[Row]:
         whole = (*self._before, *prompt, *self._after)

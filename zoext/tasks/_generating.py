@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,21 +35,36 @@ def generate(
     # Left of the prompts, so that all of them end where the generation begins.
     tokens = [[encoder.padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ends = [encoder.tokenizer.eos_token_id]
-    if one_line and len(line := encoder.tokens_of([LINE])[0]) == 1:
-        ends += line
     found = model.generate(
         input_ids=torch.tensor(tokens, device=device),
         attention_mask=torch.tensor(mask, device=device),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=encoder.padding,
-        eos_token_id=[end for end in ends if end is not None] or None,
+        generation_config=_greedy(model, encoder, max_new_tokens, one_line),
     )
     if encoder.kind == CAUSAL:
         found = found[:, longest:]
     texts = encoder.tokenizer.batch_decode(found, skip_special_tokens=True)
     return [text.lstrip().partition(LINE)[0].strip() if one_line else text.strip() for text in texts]
+
+
+def _greedy(model: Any, encoder: Encoder, max_new_tokens: int, one_line: bool) -> Any:
+    """Greedy generation that ends where the model or its tokenizer says.
+
+    Penalties and beams that models are saved with would change what is the likeliest next token.
+    """
+    saved = model.generation_config
+    known = saved.eos_token_id if isinstance(saved.eos_token_id, list) else [saved.eos_token_id]
+    ends = [encoder.tokenizer.eos_token_id, *known]
+    if one_line and len(line := encoder.tokens_of([LINE])[0]) == 1:
+        ends += line
+    kept = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+    return importlib.import_module("transformers").GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=encoder.padding,
+        eos_token_id=sorted({end for end in ends if end is not None}) or None,
+        **{name: getattr(saved, name, None) for name in kept},
+    )
 
 
 def _prompt_of(example: Example, kind: str) -> tuple[int, ...]:

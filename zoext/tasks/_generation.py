@@ -52,7 +52,10 @@ class Generation(Task):
         for number, row in enumerate(rows, 1):
             try:
                 found = self._references(row) if answered else []
-                prompts.append(Prompt(self.template.pieces(row), [f" {text}{LINE}" for text in found[:1]]))
+                # A sequence-to-sequence model ends its output, and a causal one the line.
+                ends = encoder.kind == SEQ2SEQ
+                answers = [self.template.joint + text + ("" if ends else LINE) for text in found[:1]]
+                prompts.append(Prompt(self.template.pieces(row), answers, ends))
             except RowError as error:
                 raise RowError(f"row {number}: {error}") from None
             references.append(found)

@@ -9,7 +9,7 @@ from zoext.tasks._encoding import Encoder
 from zoext.tasks._kinds import CAUSAL, MASKED, SEQ2SEQ
 from zoext.tasks._objective import Objective
 from zoext.tasks._prompts import Prompt
-from zoext.tasks._rows import Example
+from zoext.tasks._rows import Example, Row
 from zoext.tasks._task import Record, Task
 from zoext.tasks._templates import Piece, RowError, Template
 
@@ -77,6 +77,8 @@ class LabelWords(Task):
     def check(self, encoder: Encoder) -> None:
         super().check(encoder)
         if encoder.kind == MASKED:
+            if encoder.tokenizer.mask_token_id is None:
+                raise ValueError("the tokenizer has no mask token; give that of the model")
             if self.template.masks != 1:
                 raise ValueError(
                     f"template {self.template.text!r}: a masked model is asked in the place of {{mask}}, "
@@ -102,7 +104,20 @@ class LabelWords(Task):
             encoded = encoder.masked(prompts, list(self.words.values()))
         else:
             encoded = encoder.answered(prompts)
+        self._check_words(encoded[:1], encoder)
         return [Example(each, label) for each, label in zip(encoded, labels, strict=True)]
+
+    def _check_words(self, encoded: Sequence[tuple[Row, ...]], encoder: Encoder) -> None:
+        """Raises a ValueError for words that a model cannot tell apart."""
+        unknown = encoder.tokenizer.unk_token_id
+        for rows in encoded:
+            for word, row in zip(self.words.values(), rows, strict=True):
+                if unknown is not None and unknown in row.labels:
+                    raise ValueError(f"words: the tokenizer does not know {word!r}; give another word")
+            if len(set(rows)) < len(rows):
+                raise ValueError(
+                    f"words: some of {list(self.words.values())} have the same tokens; give others"
+                )
 
     def objective(self, encoder: Encoder) -> Objective:
         self.check(encoder)
@@ -134,7 +149,7 @@ class MultipleChoice(Task):
         template: the prompt, with columns in braces.
         choices: the column with the list of candidate texts.
         answer: the column with the right one: its index, its text, or a list of texts that are all right.
-        joint: what stands between the prompt and a candidate. Default: a space.
+        joint: what stands between the prompt and a candidate. Default: that of the template.
         trains: "choice" (default) or "answer", as for ``LabelWords``.
     """
 
@@ -146,11 +161,12 @@ class MultipleChoice(Task):
         *,
         choices: str = "choices",
         answer: str = "answer",
-        joint: str = " ",
+        joint: str | None = None,
         trains: str = "choice",
     ) -> None:
         self.template = template if isinstance(template, Template) else Template(template)
-        self.choices, self.answer, self.joint = choices, answer, joint
+        self.choices, self.answer = choices, answer
+        self.joint = self.template.joint if joint is None else joint
         self.trains = trains
         if trains not in TRAINS:
             raise ValueError(f"trains must be one of {', '.join(TRAINS)}, not {trains!r}")

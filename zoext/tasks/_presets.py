@@ -16,6 +16,7 @@ from zoext.tasks._task import Record, Task
 
 _YES_NO = {"0": "Yes", "1": "No"}
 _NO_YES = {"0": "No", "1": "Yes"}
+_TRUTH = {"true": "True", "1": "True", "false": "False", "0": "False"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def _uncapitalized(text: str) -> str:
 
 def _boolq(row: Record) -> Mapping[str, Any]:
     question = row["question"]
-    question = question[0].upper() + question[1:] + ("" if question.endswith("?") else "?")
-    return {"passage": row["passage"], "question": question, "label": str(bool(row["answer"]))}
+    question = question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")
+    label = _TRUTH.get(str(row["answer"]).lower(), row["answer"])
+    return {"passage": row["passage"], "question": question, "label": label}
 
 
 def _wsc(row: Record) -> Mapping[str, Any]:
@@ -74,11 +76,16 @@ def _record(row: Record) -> Mapping[str, Any]:
 
 
 def _squad(row: Record) -> Mapping[str, Any]:
-    return {**row, "question": row["question"].strip(), "answers": row["answers"]["text"]}
+    return {**row, "question": row["question"].strip(), "answers": _listed(row["answers"], "text")}
 
 
 def _drop(row: Record) -> Mapping[str, Any]:
-    return {**row, "question": row["question"].strip(), "answers": row["answers_spans"]["spans"]}
+    return {**row, "question": row["question"].strip(), "answers": _listed(row["answers_spans"], "spans")}
+
+
+def _listed(answers: Any, name: str) -> Any:
+    """The texts of answers, which the data set keeps beside their places, or a list of them."""
+    return answers[name] if isinstance(answers, Mapping) else answers
 
 
 def _super_glue(name: str, template: str, words: Mapping[str, str], *columns: str, **options: Any) -> Preset:

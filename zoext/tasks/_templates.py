@@ -10,6 +10,8 @@ from typing import Any
 #: The name in a template that stands for the mask token of a masked language model.
 MASK = "mask"
 
+_NO_SPACE_AFTER = frozenset("\n\"'([{“‘")
+
 
 class RowError(ValueError):
     """A row of the data cannot be used; the message names the column, its value and the remedy."""
@@ -32,13 +34,14 @@ class Template:
         ('premise', 'hypothesis')
 
     Args:
-        text: the template.
+        text: the template; spaces at its end are left out.
 
     Raises:
         ValueError: for braces that do not match, or that contain anything but the name of a column.
     """
 
     def __init__(self, text: str) -> None:
+        text = text.rstrip(" ")  # which belongs to the answer: tokens of words begin with their space
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
@@ -66,6 +69,12 @@ class Template:
     def masks(self) -> int:
         """How often it has ``{mask}``."""
         return sum(column == MASK for _, column in self._parts)
+
+    @property
+    def joint(self) -> str:
+        """What separates an answer: nothing after a new line or an opening mark, otherwise a space."""
+        end = self.text.partition(f"{{{MASK}}}")[0][-1:] if self.masks else self.text[-1:]
+        return "" if end in _NO_SPACE_AFTER else " "
 
     def key(self, row: Mapping[str, Any]) -> str:
         """The prompt for ``row`` as a text; raises as ``pieces``."""

@@ -84,7 +84,7 @@ class Chat(Task):
         return (self.messages,)
 
     def key(self, row: Record) -> str:
-        return repr(row.get(self.messages))
+        return repr(_before_answer(self._checked(row.get(self.messages))))
 
     def check(self, encoder: Encoder) -> None:
         super().check(encoder)
@@ -110,9 +110,7 @@ class Chat(Task):
 
     def _asked(self, row: Record, encoder: Encoder) -> Row:
         """The conversation up to the answer that is wanted, without its beginning if it is too long."""
-        messages = self._checked(row.get(self.messages))
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+        messages = _before_answer(self._checked(row.get(self.messages)))
         text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True)
         return Row(tuple(encoder.tokens_of([text])[0][-encoder.max_length :]))
 
@@ -158,10 +156,19 @@ class Chat(Task):
         return messages
 
 
+def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation without what the assistant says last."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
+
+
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
-    if not messages and not options:
-        return ""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # of the template, which is a program
+        raise RowError(f"the chat template of the tokenizer refuses it: {error}") from None
 
 
 class Text(Task):

@@ -84,7 +84,12 @@ def _classes(settings: Settings, name: str, table: Table, config: Any) -> tuple[
                 f"--model {settings.model}: has no classification head; give the model of a run, or --task "
                 "label-words"
             )
-        return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        labels = choosing.labels_of(table) if LABEL in table.columns else set()
+        are_indices = all(isinstance(label, int) and 0 <= label < len(names) for label in labels)
+        if labels and are_indices and not {str(label) for label in labels} <= set(names):
+            return tuple(str(index) for index in range(len(names)))
+        return names
     if name != "label-words" or settings.label_words:
         return tuple(settings.label_words)
     if LABEL not in table.columns:

@@ -38,6 +38,16 @@ _BY_COLUMNS = (
     ("multiple-choice", {"choices", "answer"}),
     ("generation", {"question", "answers"}),
 )
+#: The options of the data that each task reads; presets read none.
+_READ = {
+    "label-words": {"template", "label_words", "text_column", "label_column", "loss"},
+    "classification": {"text_column", "label_column"},
+    "causal-lm": {"text_column"},
+    "completion": {"template", "text_column"},
+    "multiple-choice": {"template", "text_column", "loss"},
+    "generation": {"template", "text_column"},
+}
+_USUAL = CommonSettings()
 _HEADS = {"causal": "causal-lm", "masked": "masked-lm", "seq2seq": "seq2seq-lm", "encoder": "masked-lm"}
 
 
@@ -98,6 +108,7 @@ def task_of(name: str, settings: CommonSettings, table: Table, kind: str, classe
         task = _task(name, settings, table, kind, classes)
     except ValueError as error:
         raise UserError(_in_terms_of_options(str(error))) from None
+    _check_options(name, settings)
     missing = [column for column in task.columns if column not in table.columns]
     if missing:
         given = "" if settings.template is None else f"--template {settings.template!r}: "
@@ -141,16 +152,13 @@ def _label_words(settings: CommonSettings, table: Table, kind: str, classes: Col
             f"--label-words: no word for the label {missing[0]!r} of {table.source}; give "
             f"{missing[0]}=WORD too"
         )
-    return LabelWords(
-        template, {name: _spaced(word, template) for name, word in words.items()}, trains=settings.loss
-    )
+    spaced = {name: _spaced(word, template) for name, word in words.items()}
+    return LabelWords(template, spaced, trains=settings.loss)
 
 
 def _spaced(word: str, template: Template) -> str:
-    """The word with the space before it that separates it from the template, unless that ends with one."""
-    before = template.text.partition("{mask}")[0] if template.masks else template.text
-    is_separated = word[:1].isspace() or before[-1:] == "\n"
-    return word if is_separated else f" {word.strip()}"
+    """The word with what separates it from the template, unless it begins with a space itself."""
+    return word if word[:1].isspace() else template.joint + word.strip()
 
 
 def _first(table: Table, *names: str) -> str:
@@ -184,16 +192,28 @@ def _in_terms_of_options(error: str) -> str:
     return error
 
 
-def settled(name: str, task: Task) -> dict[str, Any]:
-    """The settings that the data and the model have decided, so that they need not be asked again."""
+def settled(name: str, task: Task, settings: CommonSettings, classes: Collection[str]) -> dict[str, Any]:
+    """The settings that the data and the model have decided, so that they need not be asked again.
+
+    Those that were given stay as they were given: a run that is resumed compares them.
+    """
     if name in PRESETS:
         return {}
     found: dict[str, Any] = {"task": name}
     if isinstance(task, LabelWords):
-        found["label_words"] = dict(task.words)
+        found["label_words"] = settings.label_words or {name: name for name in classes}
     if isinstance(task, LabelWords | Completion | MultipleChoice | Generation):
-        found["template"] = task.template.text
+        found["template"] = settings.template or task.template.text
     return found
+
+
+def _check_options(name: str, settings: CommonSettings) -> None:
+    """Raises a UserError for an option that the task does not read."""
+    for option in ("template", "label_words", "text_column", "label_column", "loss"):
+        given, usual = getattr(settings, option), getattr(_USUAL, option)
+        if given != usual and option not in _READ.get(name, frozenset()):
+            flag = "--" + option.replace("_", "-")
+            raise UserError(f"{flag}: --task {name} does not read it; leave it out, or give another --task")
 
 
 def words_are_numbers(task: Task) -> bool:

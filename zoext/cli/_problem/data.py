@@ -266,7 +266,9 @@ def _without_logs() -> Iterator[None]:
 
 def _of_datasets(path: Path) -> Table:
     kind = {".tsv": "csv"}.get(path.suffix, path.suffix.removeprefix("."))
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    options = (
+        {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False} if path.suffix == ".tsv" else {}
+    )
     datasets = _datasets(str(path))
     try:
         with _without_logs():

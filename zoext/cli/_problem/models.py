@@ -93,7 +93,10 @@ def kind_of(config: Any, task: str | None) -> str:
 
 
 def has_head(config: Any, classes: Collection[str]) -> bool:
-    """Whether the model was saved with a classification head for as many classes."""
+    """Whether the model was saved with a classification head for as many classes.
+
+    ``classes_of`` has checked that they are the same.
+    """
     return tasks.kind_of(config) == tasks.CLASSIFIER and config.num_labels == len(classes)
 
 
@@ -203,10 +206,16 @@ def _classes(config: Any, labels: Collection[Label]) -> list[str]:
     """The names of the classes in the order of the model's outputs."""
     if any("ForSequenceClassification" in name for name in config.architectures or ()):
         known = [str(config.id2label[index]) for index in range(config.num_labels)]
-        if sorted({str(label) for label in labels}) == sorted(known):  # which also excludes duplicates
-            return known
+        ours = {str(label).lower(): str(label) for label in labels}
+        if sorted(ours) == sorted(name.lower() for name in known):  # which also excludes duplicates
+            return [ours[name.lower()] for name in known]
         if all(isinstance(label, int) and 0 <= label < len(known) for label in labels):
             return [str(index) for index in range(len(known))]
+        if len(labels) == len(known) and not all(re.fullmatch(r"LABEL_\d+", name) for name in known):
+            raise UserError(
+                f"the labels are {', '.join(sorted(ours.values()))}, and the classification head of the "
+                f"model has the classes {', '.join(known)}; call the labels as the head does"
+            )
     numbers = sorted(label for label in labels if isinstance(label, int))
     return [str(label) for label in [*numbers, *sorted(str(x) for x in labels if not isinstance(x, int))]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from zoext.cli._problem.data import LABEL, Table
 from zoext.cli._problem.holding_out import hold_out
 from zoext.cli._problem.models import Base
 from zoext.cli._settings import Settings
-from zoext.tasks import PRESETS, Encoder, Example, Objective, RowError, Task
+from zoext.tasks import PRESETS, Encoder, Example, LabelWords, Objective, Preset, RowError, Task
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def load(settings: Settings) -> Problem:
     model, tokenizer = models.load(settings.model, base)
     encoder = Encoder(tokenizer, kind, length_of(settings, model, tokenizer))
     examples, held_out = (examples_of(task, part, encoder) for part in (train, valid))
+    if isinstance(task, LabelWords) and len({example.label for example in examples}) < 2:
+        raise UserError(f"{train.source}: every row has the same label; training needs two")
     return Problem(
         f"{settings.model} on {train.source} ({name})",
         base,
@@ -90,7 +93,7 @@ def load(settings: Settings) -> Problem:
         held_out,
         names=tuple(getattr(task, "names", names)),
         notes=tuple(_notes(task, config, name, encoder, len(examples) + len(held_out))),
-        settled=choosing.settled(name, task),
+        settled=choosing.settled(name, task, settings, classes),
     )
 
 
@@ -114,8 +117,21 @@ def read(settings: Settings) -> tuple[Table, Table | None]:
                     f"{train.source}: --task {settings.task} needs the columns {', '.join(preset.columns)}; "
                     f"it has {', '.join(train.columns)}"
                 )
-        parts = [part.arranged(preset.arrange) for part in (train, valid) if part is not None]
+        parts = [_arranged(part, preset) for part in (train, valid) if part is not None]
     return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _arranged(table: Table, preset: Preset) -> Table:
+    rows = []
+    for number, row in enumerate(table.rows, 1):
+        try:
+            rows.append(preset.arrange(row))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{table.source}: row {number}: is not of the form of {'/'.join(preset.source)} "
+                f"({type(error).__name__}: {error}); correct or remove it"
+            ) from None
+    return dataclasses.replace(table, rows=tuple(rows))
 
 
 def _check_labels(train: Table, valid: Table) -> None:
