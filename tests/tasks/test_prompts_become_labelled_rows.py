@@ -299,7 +299,7 @@ def test_a_decoder_begins_with_the_answer() -> None:
 
 @pytest.mark.parametrize(
     ("text", "joint"),
-    [("Answer:", " "), ("Answer: ", " "), ("Yes or no?\n", ""), ('It is "', ""), ("{a} {mask}.", " ")],
+    [("Answer:", " "), ("Answer: ", " "), ("Yes or no?\n", ""), ('It is "', " "), ("{a} {mask}.", " ")],
 )
 def test_what_separates_an_answer(text: str, joint: str) -> None:
     template = Template(text)

@@ -10,7 +10,7 @@ from typing import Any
 #: The name in a template that stands for the mask token of a masked language model.
 MASK = "mask"
 
-_NO_SPACE_AFTER = frozenset("\n\"'([{“‘")
+_NO_SPACE_AFTER = frozenset("\n([{\u201c\u2018")  # the last two are opening quotation marks
 
 
 class RowError(ValueError):
