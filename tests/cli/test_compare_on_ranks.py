@@ -19,7 +19,12 @@ MEASURED = ("seconds", "extra_bytes")  # differ between processes
 
 def figures(out: Path) -> list[dict[str, Any]]:
     """The raw records without what was measured, in the order of the runs."""
-    assert {path.name for path in out.iterdir()} == {"comparison.json", "runs.jsonl", "table.md"}
+    assert {path.name for path in out.iterdir()} == {
+        "comparison.json",
+        "config.toml",
+        "runs.jsonl",
+        "table.md",
+    }
     records = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     return [{name: record[name] for name in record if name not in MEASURED} for record in records]
 

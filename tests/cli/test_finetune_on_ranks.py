@@ -18,7 +18,10 @@ from support.launched_commands import Launched, Launcher
 from support.tiny_models import labelled, tiny_bert
 
 OPTIONS = "--steps=5 --eval-every=3 --checkpoint-every=2 --lr=1e-2 --mu=2e-3 --weight-decay=0.1 --device=cpu"
-FILES = {"checkpoints", "first-evaluation.json", "metrics.jsonl", "model", "run.json", "trajectory.jsonl"}
+FILES = {
+    *("checkpoints", "config.toml", "first-evaluation.json", "metrics.jsonl", "model", "run.json"),
+    "trajectory.jsonl",
+}
 
 
 @pytest.fixture(scope="module")
