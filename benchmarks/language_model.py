@@ -94,7 +94,7 @@ def run(rival: Rival, arguments: argparse.Namespace, seed: int) -> Outcome:
     before = held_out_loss(learnt, settings)
     take = rival.stepper(learnt, settings)
     for number in range(arguments.steps):
-        batch = steps.batch(learnt, settings, number, torch.device("cpu"))
+        (batch,) = steps.batches(learnt, settings, number, torch.device("cpu"))
         take(partial(loss_on, learnt, batch))
     after = held_out_loss(learnt, settings)
     learnt.model.float()
