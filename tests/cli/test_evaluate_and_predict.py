@@ -203,3 +203,13 @@ def test_rows_without_the_label_column_of_the_run(
     assert answer["prediction"] in ("0", "1")
     assert main(["evaluate", str(run), f"--data={asked}", "--device=cpu"]) == 2
     assert "needs a column 'label'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_what_is_cut_is_said(
+    runs: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = jsonl(tmp_path / "a.jsonl", [{"text": "so " * 20, "label": 0}, {"text": "kind", "label": 1}])
+    run = str(runs / "causal-run")
+    assert main([command, run, f"--data={data}", "--max-length=12", "--device=cpu"]) == 0
+    assert "1 of 2 examples are longer than 12 tokens and lose their end" in capsys.readouterr().err

@@ -206,3 +206,27 @@ def test_answers_are_the_likeliest_candidates(folders: dict[str, Path]) -> None:
     examples = task.examples(ROWS, encoder)
     wanted = [max(range(len(e.rows)), key=lambda i: formula(model, "causal", e.rows[i])) for e in examples]
     assert task.objective(encoder).answers(model, examples, torch.device("cpu")) == wanted
+
+
+@pytest.mark.parametrize("name", ["one token", "several"])
+def test_all_probes_of_a_batch_see_the_same_labels(
+    folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compact loss waits for a device once for each labels tensor, not for each of its forwards."""
+    model, encoder = prepared(folders, "causal")
+    task = task_of(name, "causal")
+    objective = task.objective(encoder)
+    seen: list[Tensor] = []
+    for method in ("per_token", "logits"):
+        real = getattr(zoext.CompactLoss, method)
+
+        def watched(self: Any, batch: Any, copies: int, real: Any = real) -> Tensor:
+            seen.append(batch["labels"])
+            found: Tensor = real(self, batch, copies)
+            return found
+
+        monkeypatch.setattr(zoext.CompactLoss, method, watched)
+    batch = objective.collate(task.examples(ROWS, encoder))
+    zoext.MeZO(model, lr=1e-3).step(lambda: objective.loss(model, batch))
+    assert len(seen) == 2
+    assert seen[0] is seen[1]

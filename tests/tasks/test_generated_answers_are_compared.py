@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from support.letters import Letters
 from support.tiny_models import tiny_language_model
 from zoext.cli._problem.models import quiet_transformers
 from zoext.tasks import Encoder, Generation, exact_match, f1
@@ -52,21 +53,6 @@ class Reciter:
         width = max(map(len, self.words))
         rows = [row + [0] * (width - len(row)) for row in self.words]
         return torch.cat([input_ids, torch.tensor(rows)], 1)
-
-
-class Letters:
-    """A tokenizer whose tokens are the letters."""
-
-    pad_token_id = eos_token_id = 0
-    unk_token_id = None
-
-    def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
-        single = isinstance(texts, str)
-        rows = [[ord(letter) for letter in text] for text in ([texts] if single else texts)]
-        return {"input_ids": rows[0] if single else rows}
-
-    def batch_decode(self, rows: torch.Tensor, **options: Any) -> list[str]:
-        return ["".join(chr(token) for token in row if token) for row in rows.tolist()]
 
 
 def test_what_a_model_recites() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from support.letters import Letters
 from zoext.tasks import IGNORED, PRESETS, Encoder, Generation, LabelWords, MultipleChoice, preset
 
 #: By task: a row of its data set, the prompt, the candidates or the answer, and the right ones.
@@ -98,18 +99,6 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str], list[int]]] = {
         [],
     ),
 }
-
-
-class Letters:
-    """A tokenizer whose tokens are the letters."""
-
-    pad_token_id = eos_token_id = 0
-    unk_token_id = None
-
-    def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
-        single = isinstance(texts, str)
-        rows = [[ord(letter) for letter in text] for text in ([texts] if single else texts)]
-        return {"input_ids": rows[0] if single else rows}
 
 
 def test_every_preset_is_here() -> None:

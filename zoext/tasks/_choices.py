@@ -39,6 +39,7 @@ class Choices(Objective):
         self._language = LanguageModel(kind)
         self._training = Answers(padding, kind) if trains == "answer" else self
         self._prior = prior
+        self._flat: tuple[Tensor, Tensor] | None = None  # the last labels, and these with one dimension less
 
     @property
     def training(self) -> Objective:
@@ -102,10 +103,17 @@ class Choices(Objective):
             logits = self._language.logits(model, batch, copies).float()
             sums = logits.log_softmax(1).gather(1, batch["candidates"])
             return sums, torch.ones_like(batch["candidates"])
-        inputs = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
+        inputs = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+        inputs["labels"] = self._flat_labels(batch["labels"])
         sums = -self._language.losses(model, inputs, copies).sum(1).float()
         shape = batch["is_right"].shape
         return sums.view(shape), predictions_of(inputs, self._kind).view(shape)
+
+    def _flat_labels(self, labels: Tensor) -> Tensor:
+        """Labels [B, K, T] as [B K, T]: the same object for all probes, as a new one waits for its device."""
+        if self._flat is None or self._flat[0] is not labels:
+            self._flat = labels, labels.flatten(0, 1)
+        return self._flat[1]
 
     def _scores(self, sums: Tensor, counts: Tensor, batch: Batch) -> Tensor:
         scores = sums / counts

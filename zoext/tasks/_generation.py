@@ -15,11 +15,11 @@ from zoext.tasks._metrics import exact_match, f1
 from zoext.tasks._objective import Objective
 from zoext.tasks._prompts import Prompt
 from zoext.tasks._rows import Example
-from zoext.tasks._task import Record, Task
-from zoext.tasks._templates import RowError, Template, text_of
+from zoext.tasks._task import PromptedTask, Record, of_rows
+from zoext.tasks._templates import Template, text_of
 
 
-class Generation(Task):
+class Generation(PromptedTask):
     """Questions whose answers are generated: trained by the language-model loss of the first reference.
 
     Evaluated by exact match and F1 of SQuAD (arXiv 1606.05250) between the line that the model generates
@@ -36,30 +36,20 @@ class Generation(Task):
     def __init__(
         self, template: str | Template, *, answers: str = "answers", max_new_tokens: int = 50
     ) -> None:
-        self.template = template if isinstance(template, Template) else Template(template)
+        super().__init__(template)
         self.answers, self.max_new_tokens = answers, max_new_tokens
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.template.columns
-
-    def key(self, row: Record) -> str:
-        return self.template.key(row)
 
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
-        prompts, references = [], []
-        for number, row in enumerate(rows, 1):
-            try:
-                found = self._references(row) if answered else []
-                # A sequence-to-sequence model ends its output, and a causal one the line.
-                ends = encoder.kind == SEQ2SEQ
-                answers = [self.template.joint + text + ("" if ends else LINE) for text in found[:1]]
-                prompts.append(Prompt(self.template.pieces(row), answers, ends))
-            except RowError as error:
-                raise RowError(f"row {number}: {error}") from None
-            references.append(found)
-        encoded = encoder.answered(prompts) if answered else encoder.asked(prompts)
+        pieces = of_rows(rows, self.template.pieces)
+        if not answered:
+            return [Example(each) for each in encoder.asked([Prompt(some) for some in pieces])]
+        references = of_rows(rows, self._references)
+        # A sequence-to-sequence model ends its output, and a causal one the line.
+        ends = encoder.kind == SEQ2SEQ
+        answers = [self.template.joint + first + ("" if ends else LINE) for first, *_ in references]
+        prompts = [Prompt(some, [answer], ends) for some, answer in zip(pieces, answers, strict=True)]
+        encoded = encoder.answered(prompts)
         return [
             Example(each, references=tuple(found)) for each, found in zip(encoded, references, strict=True)
         ]

@@ -10,13 +10,13 @@ from zoext.tasks._kinds import CAUSAL, MASKED, SEQ2SEQ
 from zoext.tasks._objective import Objective
 from zoext.tasks._prompts import Prompt
 from zoext.tasks._rows import Example, Row
-from zoext.tasks._task import Record, Task
-from zoext.tasks._templates import Piece, RowError, Template
+from zoext.tasks._task import PromptedTask, Record, of_rows
+from zoext.tasks._templates import RowError, Template
 
 TRAINS = ("choice", "answer")
 
 
-class LabelWords(Task):
+class LabelWords(PromptedTask):
     """Texts with labels: a template asks, and the words of the labels are the candidate answers.
 
     A causal model is asked for the words at the end of the prompt, a sequence-to-sequence model for them as
@@ -46,7 +46,7 @@ class LabelWords(Task):
         label: str = "label",
         trains: str = "choice",
     ) -> None:
-        self.template = template if isinstance(template, Template) else Template(template)
+        super().__init__(template)
         self.words = {str(name): word for name, word in words.items()}
         self.label = label
         self.trains = trains
@@ -61,13 +61,6 @@ class LabelWords(Task):
             raise ValueError(f"words: each label needs a word of its own, not {dict(words)}")
         if trains not in TRAINS:
             raise ValueError(f"trains must be one of {', '.join(TRAINS)}, not {trains!r}")
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.template.columns
-
-    def key(self, row: Record) -> str:
-        return self.template.key(row)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,14 +85,9 @@ class LabelWords(Task):
 
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
-        labels = [self._index(row, number) if answered else None for number, row in enumerate(rows, 1)]
+        labels = of_rows(rows, self._index) if answered else [None] * len(rows)
         answers = [] if encoder.kind == MASKED else list(self.words.values())
-        prompts = []
-        for number, row in enumerate(rows, 1):
-            try:
-                prompts.append(Prompt(self.template.pieces(row, encoder.mask), answers))
-            except RowError as error:
-                raise RowError(f"row {number}: {error}") from None
+        prompts = of_rows(rows, lambda row: Prompt(self.template.pieces(row, encoder.mask), answers))
         if encoder.kind == MASKED:
             encoded = encoder.masked(prompts, list(self.words.values()))
         else:
@@ -128,19 +116,16 @@ class LabelWords(Task):
         empty = dict.fromkeys(self.columns, "N/A")
         return self.examples([empty], encoder, answered=False)[0]
 
-    def _index(self, row: Record, number: int) -> int:
+    def _index(self, row: Record) -> int:
         label = row.get(self.label)
         name = str(label)
         if name not in self.words:
             known = ", ".join(self.words)
-            raise RowError(
-                f"row {number}: {self.label} is {label!r}, which has no label word; there are words "
-                f"for {known}"
-            )
+            raise RowError(f"{self.label} is {label!r}, which has no label word; there are words for {known}")
         return self.names.index(name)
 
 
-class MultipleChoice(Task):
+class MultipleChoice(PromptedTask):
     """A question with candidate answers of its own in each row.
 
         >>> task = zoext.tasks.MultipleChoice("{question}\\nAnswer:", choices="choices", answer="answer")
@@ -164,36 +149,24 @@ class MultipleChoice(Task):
         joint: str | None = None,
         trains: str = "choice",
     ) -> None:
-        self.template = template if isinstance(template, Template) else Template(template)
+        super().__init__(template)
         self.choices, self.answer = choices, answer
         self.joint = self.template.joint if joint is None else joint
         self.trains = trains
         if trains not in TRAINS:
             raise ValueError(f"trains must be one of {', '.join(TRAINS)}, not {trains!r}")
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.template.columns
-
-    def key(self, row: Record) -> str:
-        return self.template.key(row)
-
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
-        prompts: list[Prompt] = []
-        right: list[list[int]] = []
-        for number, row in enumerate(rows, 1):
-            try:
-                choices = self._choices(row)
-                right.append(self._right(row, choices) if answered else [])
-                pieces: list[Piece] = self.template.pieces(row)
-            except RowError as error:
-                raise RowError(f"row {number}: {error}") from None
-            prompts.append(Prompt(pieces, [self.joint + choice for choice in choices]))
+        prompts = of_rows(rows, self._prompt)
+        right = of_rows(rows, self._right) if answered else [[]] * len(rows)
         return [
             Example(encoded, next(iter(indices), None), tuple(indices[1:]))
             for encoded, indices in zip(encoder.answered(prompts), right, strict=True)
         ]
+
+    def _prompt(self, row: Record) -> Prompt:
+        return Prompt(self.template.pieces(row), [self.joint + choice for choice in self._choices(row)])
 
     def objective(self, encoder: Encoder) -> Objective:
         self.check(encoder)
@@ -207,8 +180,8 @@ class MultipleChoice(Task):
             raise RowError(f"{self.choices} is {choices!r}: every choice must be a text")
         return list(choices)
 
-    def _right(self, row: Record, choices: Sequence[str]) -> list[int]:
-        answer = row.get(self.answer)
+    def _right(self, row: Record) -> list[int]:
+        choices, answer = self._choices(row), row.get(self.answer)
         if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
             return [answer]
         texts = [answer] if isinstance(answer, str) else answer

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from zoext.tasks._encoding import Encoder
 from zoext.tasks._objective import Objective
 from zoext.tasks._rows import Example
+from zoext.tasks._templates import RowError, Template
 
 #: A row of a table: values by column.
 Record = Mapping[str, Any]
+
+_Made = TypeVar("_Made")
+
+
+def of_rows(rows: Sequence[Record], make: Callable[[Record], _Made]) -> list[_Made]:
+    """What ``make`` makes of each row.
+
+    Raises:
+        RowError: of ``make``, with the number of the row.
+    """
+    made = []
+    for number, row in enumerate(rows, 1):
+        try:
+            made.append(make(row))
+        except RowError as error:
+            raise RowError(f"row {number}: {error}") from None
+    return made
 
 
 class Task(ABC):
@@ -64,3 +82,21 @@ class Task(ABC):
             raise ValueError(
                 f"{type(self).__name__} asks {' or '.join(self.kinds)} models, not {encoder.kind}"
             )
+
+
+class PromptedTask(Task):
+    """A task whose input is a prompt.
+
+    Args:
+        template: the prompt, with columns in braces.
+    """
+
+    def __init__(self, template: str | Template) -> None:
+        self.template = template if isinstance(template, Template) else Template(template)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.template.columns
+
+    def key(self, row: Record) -> str:
+        return self.template.key(row)

@@ -12,11 +12,11 @@ from zoext.tasks._kinds import CAUSAL, CLASSIFIER, ENCODER, SEQ2SEQ
 from zoext.tasks._objective import Objective
 from zoext.tasks._prompts import Prompt
 from zoext.tasks._rows import IGNORED, Example, Row
-from zoext.tasks._task import Record, Task
+from zoext.tasks._task import PromptedTask, Record, Task, of_rows
 from zoext.tasks._templates import RowError, Template, text_of
 
 
-class Completion(Task):
+class Completion(PromptedTask):
     """Prompts and what is to follow them: the loss is that of the completion's tokens and of its end.
 
         >>> zoext.tasks.Completion()
@@ -39,27 +39,18 @@ class Completion(Task):
         joint: str = "",
         max_new_tokens: int = 50,
     ) -> None:
-        self.template = template if isinstance(template, Template) else Template(template)
+        super().__init__(template)
         self.completion, self.joint, self.max_new_tokens = completion, joint, max_new_tokens
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.template.columns
-
-    def key(self, row: Record) -> str:
-        return self.template.key(row)
 
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
-        prompts = []
-        for number, row in enumerate(rows, 1):
-            try:
-                pieces = self.template.pieces(row)
-                answers = [self.joint + text_of(row, self.completion)] if answered else []
-            except RowError as error:
-                raise RowError(f"row {number}: {error}") from None
-            prompts.append(Prompt(pieces, answers, ends=True))
-        return [Example(found) for found in (encoder.answered if answered else encoder.asked)(prompts)]
+        if not answered:
+            prompts = of_rows(rows, lambda row: Prompt(self.template.pieces(row)))
+            return [Example(found) for found in encoder.asked(prompts)]
+        return [Example(found) for found in encoder.answered(of_rows(rows, self._prompt))]
+
+    def _prompt(self, row: Record) -> Prompt:
+        return Prompt(self.template.pieces(row), [self.joint + text_of(row, self.completion)], ends=True)
 
     def objective(self, encoder: Encoder) -> Objective:
         self.check(encoder)
@@ -96,13 +87,8 @@ class Chat(Task):
 
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
-        found = []
-        for number, row in enumerate(rows, 1):
-            try:
-                found.append(Example((self._row(row, encoder) if answered else self._asked(row, encoder),)))
-            except RowError as error:
-                raise RowError(f"row {number}: {error}") from None
-        return found
+        make = self._row if answered else self._asked
+        return [Example((row,)) for row in of_rows(rows, lambda row: make(row, encoder))]
 
     def objective(self, encoder: Encoder) -> Objective:
         self.check(encoder)
@@ -205,7 +191,7 @@ class Text(Task):
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         """Texts of a single token are left out: the first token is not predicted."""
         self.check(encoder)
-        encoded = encoder.texts([_text(row, self.text, number) for number, row in enumerate(rows, 1)])
+        encoded = encoder.texts(of_rows(rows, self.key))
         kept = [Example((Row(row.tokens, row.tokens),)) for row in encoded if len(row.tokens) > 1]
         if rows and not kept:
             raise RowError("every text has fewer than two tokens, so there is nothing to predict")
@@ -248,24 +234,18 @@ class Classification(Task):
         """Any model can get a classification head."""
 
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
-        indices = {name: index for index, name in enumerate(self.classes)}
-        columns = [[_text(row, column, number) for number, row in enumerate(rows, 1)] for column in self.text]
-        for number, row in enumerate(rows, 1):
-            if answered and str(row.get(self.label)) not in indices:
-                raise RowError(
-                    f"row {number}: {self.label} is {row.get(self.label)!r}, which is no class; there are "
-                    f"{', '.join(self.classes)}"
-                )
-        encoded = encoder.texts(*columns)
-        labels = [indices[str(row[self.label])] if answered else None for row in rows]
+        texts = of_rows(rows, lambda row: [text_of(row, column) for column in self.text])
+        labels = of_rows(rows, self._index) if answered else [None] * len(rows)
+        encoded = encoder.texts(*zip(*texts, strict=True))
         return [Example((found,), label) for found, label in zip(encoded, labels, strict=True)]
+
+    def _index(self, row: Record) -> int:
+        label = row.get(self.label)
+        if str(label) not in self.classes:
+            raise RowError(
+                f"{self.label} is {label!r}, which is no class; there are {', '.join(self.classes)}"
+            )
+        return self.classes.index(str(label))
 
     def objective(self, encoder: Encoder) -> Objective:
         return Classes(encoder.padding)
-
-
-def _text(row: Record, column: str, number: int) -> str:
-    try:
-        return text_of(row, column)
-    except RowError as error:
-        raise RowError(f"row {number}: {error}") from None

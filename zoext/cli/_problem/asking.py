@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from zoext.cli._errors import UserError
+from zoext.cli._errors import UserError, warn
 from zoext.cli._problem import choosing, data, demo, models
 from zoext.cli._problem.data import LABEL, Table
 from zoext.cli._problem.holding_out import hold_out
 from zoext.cli._problem.models import Base
-from zoext.cli._problem.problem import examples_of, keys_of, length_of, read
+from zoext.cli._problem.problem import examples_of, keys_of, length_of, read, what_is_cut
 from zoext.cli._settings import Settings
 from zoext.tasks import CLASSIFIER, Encoder, Example, Objective, Task
 
@@ -64,6 +64,9 @@ def load(settings: Settings, device: torch.device, *, answered: bool, split: boo
     base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
     model, tokenizer = models.load(settings.model, base)
     encoder = Encoder(tokenizer, kind, length_of(settings, model, tokenizer))
+    examples = examples_of(task, table, encoder, answered=answered)
+    if (cut := what_is_cut(encoder, len(examples))) is not None:
+        warn(cut)
     return Asked(
         f"{settings.model} on {table.source} ({name})",
         model.to(device),
@@ -71,7 +74,7 @@ def load(settings: Settings, device: torch.device, *, answered: bool, split: boo
         encoder,
         task.objective(encoder),
         table,
-        examples_of(task, table, encoder, answered=answered),
+        examples,
         tuple(getattr(task, "names", names)),
     )
 

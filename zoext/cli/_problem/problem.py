@@ -190,10 +190,17 @@ def _notes(task: Task, config: Any, name: str, encoder: Encoder, count: int) -> 
             "prompt starts from what a language model knows: --task label-words, with --template and "
             "--label-words"
         )
-    if encoder.cuts.rows:
-        cuts = encoder.cuts
-        notes.append(
-            f"{cuts.rows} of {count} examples are longer than {encoder.max_length} tokens and lose their "
-            f"end, {100 * cuts.lost / cuts.tokens:.0f} % of their tokens; --max-length keeps more"
-        )
+    if (cut := what_is_cut(encoder, count)) is not None:
+        notes.append(cut)
     return notes
+
+
+def what_is_cut(encoder: Encoder, count: int) -> str | None:
+    """What to tell of examples, out of ``count``, that were too long; None if all fit."""
+    cuts = encoder.cuts
+    if not cuts.rows:
+        return None
+    return (
+        f"{cuts.rows} of {count} examples are longer than {encoder.max_length} tokens and lose their end, "
+        f"{100 * cuts.lost / cuts.tokens:.0f} % of their tokens; --max-length keeps more"
+    )
