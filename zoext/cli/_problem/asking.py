@@ -13,8 +13,7 @@ from zoext.cli._errors import UserError, warn
 from zoext.cli._problem import choosing, data, demo, models
 from zoext.cli._problem.data import LABEL, Table
 from zoext.cli._problem.holding_out import hold_out
-from zoext.cli._problem.models import Base
-from zoext.cli._problem.problem import examples_of, keys_of, length_of, read, what_is_cut
+from zoext.cli._problem.problem import examples_of, keys_of, opened, read, what_is_asked, what_is_cut
 from zoext.cli._settings import Settings
 from zoext.tasks import CLASSIFIER, Encoder, Example, Objective, Task
 
@@ -47,11 +46,7 @@ def load(settings: Settings, device: torch.device, *, answered: bool, split: boo
         raise UserError("needs the folder of a run, or --model and --data")
     train, valid = read(settings)
     table = train if valid is None else valid
-    config = models.config_of(settings.model)
-    kind = models.kind_of(config, settings.task)
-    name = choosing.name_of(settings, table, kind)
-    if name != "classification":
-        kind = models.kind_of(config, name)
+    name, kind, config = what_is_asked(settings, table)
     if answered and name in choosing.LABELLED:
         table = choosing.labelled(table)
     classes = _classes(settings, name, table, config)
@@ -60,10 +55,7 @@ def load(settings: Settings, device: torch.device, *, answered: bool, split: boo
         label = LABEL if name in choosing.LABELLED else None
         keys = keys_of(task, table)
         _, table = hold_out(table, settings.validation_fraction, settings.seed, keys, label)
-    names = classes if name == "classification" else ()
-    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
-    model, tokenizer = models.load(settings.model, base)
-    encoder = Encoder(tokenizer, kind, length_of(settings, model, tokenizer))
+    base, model, encoder, _ = opened(settings, name, kind, classes)
     examples = examples_of(task, table, encoder, answered=answered)
     if (cut := what_is_cut(encoder, len(examples))) is not None:
         warn(cut)
@@ -75,7 +67,7 @@ def load(settings: Settings, device: torch.device, *, answered: bool, split: boo
         task.objective(encoder),
         table,
         examples,
-        tuple(getattr(task, "names", names)),
+        tuple(getattr(task, "names", base.classes)),
     )
 
 

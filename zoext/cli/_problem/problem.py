@@ -60,11 +60,7 @@ def load(settings: Settings) -> Problem:
     if settings.model is None:
         raise UserError("--data needs --model as well; leave both out for the demo")
     train, valid = read(settings)
-    config = models.config_of(settings.model)
-    kind = models.kind_of(config, settings.task)
-    name = choosing.name_of(settings, train, kind)
-    if name != "classification":
-        kind = models.kind_of(config, name)
+    name, kind, config = what_is_asked(settings, train)
     classes: tuple[str, ...] = ()
     if name in choosing.LABELLED:
         train, valid = choosing.labelled(train), None if valid is None else choosing.labelled(valid)
@@ -76,10 +72,7 @@ def load(settings: Settings) -> Problem:
         train, valid = hold_out(train, settings.validation_fraction, settings.seed, keys, label)
     if name in choosing.LABELLED:
         _check_labels(train, valid)
-    names = classes if name == "classification" else ()
-    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
-    model, tokenizer = models.load(settings.model, base)
-    encoder = Encoder(tokenizer, kind, length_of(settings, model, tokenizer))
+    base, model, encoder, tokenizer = opened(settings, name, kind, classes)
     examples, held_out = (examples_of(task, part, encoder) for part in (train, valid))
     if isinstance(task, LabelWords) and len({example.label for example in examples}) < 2:
         raise UserError(f"{train.source}: every row has the same label; training needs two")
@@ -91,10 +84,28 @@ def load(settings: Settings) -> Problem:
         task.objective(encoder),
         examples,
         held_out,
-        names=tuple(getattr(task, "names", names)),
+        names=tuple(getattr(task, "names", base.classes)),
         notes=tuple(_notes(task, config, name, encoder, len(examples) + len(held_out))),
         settled=choosing.settled(name, task, settings, classes),
     )
+
+
+def what_is_asked(settings: Settings, table: Table) -> tuple[str, str, Any]:
+    """The kind of the data, the kind of the model as it is asked, and its configuration."""
+    config = models.config_of(str(settings.model))
+    kind = models.kind_of(config, settings.task)
+    name = choosing.name_of(settings, table, kind)
+    return name, kind if name == "classification" else models.kind_of(config, name), config
+
+
+def opened(
+    settings: Settings, name: str, kind: str, classes: tuple[str, ...]
+) -> tuple[Base, Any, Encoder, Any]:
+    """How the model is built, the model, what encodes for it, and its tokenizer."""
+    names = classes if name == "classification" else ()
+    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
+    model, tokenizer = models.load(str(settings.model), base)
+    return base, model, Encoder(tokenizer, kind, _length(settings, model, tokenizer)), tokenizer
 
 
 def read(settings: Settings) -> tuple[Table, Table | None]:
@@ -148,7 +159,7 @@ def _check_labels(train: Table, valid: Table) -> None:
         )
 
 
-def length_of(settings: Settings, model: Any, tokenizer: Any) -> int:
+def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
     """The number of tokens that a row is cut to, at most the number of positions of the model."""
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     return min(settings.max_length, int(positions), int(tokenizer.model_max_length))
