@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support import compare_command, finetune_command
+from support import compare_command, environment, finetune_command
 from zoext.cli import main
 from zoext.cli._problem import steps
 from zoext.cli._ranks import ALONE
@@ -40,17 +39,18 @@ def test_sigterm_to_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     command = finetune_command.prepare(tmp_path, capsys)
     process = subprocess.Popen(
         [sys.executable, "-m", "zoext", *command.arguments("--steps=1000000")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not read_metrics(command.out / "metrics.jsonl") and time.monotonic() < deadline:
+    while process.poll() is None and not read_metrics(command.out / "metrics.jsonl"):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == 143, err
     assert f"zoext finetune --out {command.out} --resume" in out
     assert "Traceback" not in err
     stopped_at = read_metrics(command.out / "metrics.jsonl")[-1]["step"]

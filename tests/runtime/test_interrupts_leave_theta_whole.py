@@ -12,6 +12,7 @@ from torch import nn
 import zoext
 from support.interrupted_lines import is_interrupted, moments
 from zoext._runtime import interrupts
+from zoext.probes import _buffers as buffers
 from zoext.probes import _swap as swap
 from zoext.probes import inplace, streamed
 
@@ -111,6 +112,37 @@ def test_at_every_line_of_a_streamed_probe() -> None:
             buffer.copy_(value)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
     assert len(stops) > 300
+
+
+def test_a_handler_that_returns_changes_nothing() -> None:
+    """At every line of a streamed probe: a signal that waits must not keep views of displaced weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).train()
+    x = torch.randn(4, 2)
+    files = {streamed.__file__, swap.__file__, buffers.__file__}
+
+    def losses() -> list[float]:
+        twin, seen = copy.deepcopy(model), []
+
+        def loss() -> torch.Tensor:
+            seen.append(twin(x).square().mean())
+            return seen[-1]
+
+        zoext.MeZO(twin, mu=0.5).estimate(loss)
+        return torch.stack(seen).tolist()
+
+    def rerun() -> None:
+        assert losses() == expected
+
+    expected, handled = losses(), []
+    previous = signal.signal(signal.SIGINT, lambda *_: handled.append(1))
+    try:
+        stops = moments(losses, files)
+        for stop_at in stops:
+            assert not is_interrupted(rerun, stop_at, files)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert len(handled) == len(stops) > 100
 
 
 class InterruptsItself(zoext.Gaussian):

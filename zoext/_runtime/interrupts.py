@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import FrameType
 from typing import Any
-
-_Received = tuple[int, FrameType | None]
 
 
 @cache
@@ -24,7 +23,8 @@ class Signals:
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._allowed = False
-        self._received: list[_Received] = []
+        # Without their frames, whose variables would live on: views of displaced weights, for one.
+        self._received: list[int] = []
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -61,14 +61,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received.append((number, frame))
+        self._received.append(number)
         if self._allowed:
             self._deliver()
 
     def _deliver(self) -> None:
         while self._received:
-            number, frame = self._received.pop(0)
-            self._handlers[number](number, frame)
+            number = self._received.pop(0)
+            self._handlers[number](number, inspect.currentframe())
 
 
 class _Held:
