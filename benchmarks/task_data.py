@@ -30,11 +30,11 @@ class Question:
         return LabelWords(self.template if prompted else WITHOUT_PROMPT, self.words)
 
 
-# The prompt of SST-2 is that of the pages, that of TREC the best of 18 on 128 rows of its training file.
+# The prompt of SST-2 is that of the pages, that of TREC the best of a dozen on 96 training rows.
 QUESTIONS = {
     "sst2": Question("Review: {text}\nSentiment:", {"negative": " negative", "positive": " positive"}),
     "trec": Question(
-        "Question: {text}\nAnswer type:",
+        "Question: {text}\nType:",
         {
             "description": " description",
             "entity": " entity",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 SWEEP, FINAL = "sweep", "final"
+
+#: How many learning rates a sweep may add.
+_EXTENSIONS = 3
 
 Record = dict[str, Any]
 
@@ -90,28 +93,30 @@ class Plan:
         return [Run(*setting, FINAL, method, *choice, seed, self.forwards) for seed in self.seeds]
 
     def sweep(self, setting: Setting, method: str, done: Done) -> Sweep:
-        """The sweep of a method. Where the best lr is at its edge, one more lr lies beyond it."""
+        """The sweep of a method. Where the best lr is at its edge, further ones lie beyond it."""
         lrs = [self.centres[method] * factor for factor in sorted(self.factors)]
         grid = [Choice(lr, schedule) for schedule in self.schedules for lr in lrs]
+        if len(grid) == 1:
+            return Sweep((), grid[0], False)
 
         def run_of(choice: Choice) -> Run:
             return Run(*setting, SWEEP, method, *choice, self.seeds[0], self.sweep_forwards)
 
-        if len(grid) == 1:
-            return Sweep((), grid[0], False)
-        if all(run_of(choice) in done for choice in grid):
-            beyond = _beyond(lrs, min(grid, key=lambda choice: validation_loss(done[run_of(choice)])))
-            grid += [] if beyond is None else [beyond]
-        runs = tuple(run_of(choice) for choice in grid)
-        if any(run not in done for run in runs):
-            return Sweep(runs, None, False)
-        best = min(runs, key=lambda run: validation_loss(done[run]))
-        if math.isinf(validation_loss(done[best])):
+        def rank(choice: Choice) -> tuple[float, float]:
+            return validation_loss(done[run_of(choice)]), choice.lr  # the lower lr, if all diverged
+
+        for extension in range(_EXTENSIONS + 1):
+            runs = tuple(map(run_of, grid))
+            if any(run not in done for run in runs):
+                return Sweep(runs, None, False)
+            best = min(grid, key=rank)
+            beyond = _beyond(grid, best)
+            if beyond is None or extension == _EXTENSIONS:
+                break
+            grid.append(beyond)
+        if math.isinf(rank(best)[0]):
             return Sweep(runs, None, False, all_diverged=True)
-        tried = [choice.lr for choice in grid if choice.schedule == best.schedule]
-        return Sweep(
-            runs, Choice(best.lr, best.schedule), len(tried) > 1 and best.lr in (min(tried), max(tried))
-        )
+        return Sweep(runs, best, beyond is not None)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,9 @@ def validation_loss(record: Record) -> float:
     return math.inf if record["diverged"] else float(record["curve"][-1]["loss"])
 
 
-def _beyond(lrs: list[float], best: Choice) -> Choice | None:
+def _beyond(grid: Sequence[Choice], best: Choice) -> Choice | None:
+    """The next choice beyond the edge that ``best`` is at; None if others with its schedule surround it."""
+    lrs = sorted(choice.lr for choice in grid if choice.schedule == best.schedule)
     if len(lrs) == 1 or best.lr not in (lrs[0], lrs[-1]):
         return None
     edge, inner = (lrs[0], lrs[1]) if best.lr == lrs[0] else (lrs[-1], lrs[-2])

@@ -285,14 +285,16 @@ def test_the_table_of_known_runs() -> None:
     assert plan.next(done) == run(FINAL, "mezo", 2e-5, "linear")
     done[run(FINAL, "mezo", 2e-5, "linear")] = ended(0.3, (0.25, 0.75))
     done[run(FINAL, "mezo", 2e-5, "linear", 1)] = ended(0.3, (0.35, 0.85))
-    beyond = run(SWEEP, "adamw", 1e-4 * 1e-4 / 2e-4, "linear")
-    assert plan.next(done) == beyond  # the best lr so far is the lowest
-    done[beyond] = ended(0.5)
+    for lr, loss in ((5e-5, 0.5), (2.5e-5, 0.4), (1.25e-5, 0.3)):  # each time the best lr is the lowest
+        beyond = plan.next(done)
+        assert beyond == run(SWEEP, "adamw", pytest.approx(lr), "linear")
+        done[beyond] = ended(loss)
     done[run(FINAL, "adamw", beyond.lr, "linear")] = ended(0.3, (0.125, 0.9))
     done[run(FINAL, "adamw", beyond.lr, "linear", 1)] = ended(0, diverged=True)
-    beyond = run(SWEEP, "lozo", 1e-5 * 1e-5 / 2e-5, "constant")
-    assert plan.next(done) == beyond
-    done[beyond] = ended(0, diverged=True)
+    for lr in (5e-6, 2.5e-6, 1.25e-6):
+        diverging = plan.next(done)
+        assert diverging == run(SWEEP, "lozo", pytest.approx(lr), "constant")
+        done[diverging] = ended(0, diverged=True)
     assert plan.next(done) is None
     assert task_report.table(plan, done).splitlines() == [
         "### sst2, with prompt, 12 forwards",
@@ -301,8 +303,8 @@ def test_the_table_of_known_runs() -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| zero-shot |  |  |  | 50.0 ± 0.0 | 0.500 ± 0.000 | 2 |",
         "| mezo | 2 | 2e-05 | linear | 80.0 ± 7.1 | 0.300 ± 0.071 | 2 |",
-        "| adamw | 3 | 5e-05* | linear | 90.0 | 0.125 | 1, 1 diverged |",
-        "| lozo | 2 |  |  | diverged | diverged | 0, 7 diverged |",
+        "| adamw | 3 | 1.2e-05* | linear | 90.0 | 0.125 | 1, 1 diverged |",
+        "| lozo | 2 |  |  | diverged | diverged | 0, 9 diverged |",
         "",
         "* The best learning rate is the lowest or the highest that was tried.",
     ]

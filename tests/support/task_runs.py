@@ -9,7 +9,7 @@ from support.tiny_models import BAD, GOOD, OTHER, tiny_language_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 _KINDS = ("description", "entity", "abbreviation", "person", "location", "number")
-_PROMPTS = ("Review:", "Sentiment:", "Question:", "Answer", "type:", "negative", "positive", *_KINDS)
+_PROMPTS = ("Review:", "Sentiment:", "Question:", "Type:", "negative", "positive", *_KINDS)
 _COLOURS = [f"w{number}" for number in range(60)]
 
 
