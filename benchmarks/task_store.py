@@ -30,7 +30,9 @@ class Store:
             self.done = {_identity(line): line for line in lines[1:]}
         else:
             lines = [{"record": "settings", **settings}]
-        records.replace(self._path, lines)  # without half a line at the end
+        # Not without need: another process may be appending to it while this one only shows a table.
+        if not self._path.exists() or not self._path.read_bytes().endswith(b"\n"):
+            records.replace(self._path, lines)
 
     def add(self, identity: Run | Start, result: Record) -> Record:
         """Appends what is finished; returns its line."""
