@@ -301,6 +301,7 @@ def test_every_program_is_tested_and_described() -> None:
         "probe_rounding",
         "replay",
         "step_memory",
+        "tasks",
         "trainer_overhead",
     }
     page = (BENCHMARKS / "README.md").read_text()

@@ -151,7 +151,7 @@ def _with_head(transformers: Any, name: str, base: Base) -> Any:
             "--task classification"
         )
     if name.endswith(_GGUF):  # the weights are plain now, and are saved so
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
     return model
 
 
