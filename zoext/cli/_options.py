@@ -153,6 +153,7 @@ def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
         f"(default {general.loss})",
     )
     defaults.add(group, "max-length", count, "N", "tokens; longer texts are truncated")
+    defaults.add(group, "max-new-tokens", count, "N", "tokens of an answer that is generated")
     group.add_argument(
         "--trainable",
         metavar="PATTERN",

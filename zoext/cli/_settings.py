@@ -51,6 +51,7 @@ class CommonSettings:
     label_column: str | None = None
     loss: str = "choice"
     max_length: int = 256
+    max_new_tokens: int = 50
     trainable: str = ""
     lr: float = 1e-6
     lr_end: float = 0.0
@@ -121,6 +122,7 @@ _ADDED: dict[str, Any] = {
     "text_column": None,
     "label_column": None,
     "loss": "choice",
+    "max_new_tokens": 50,
     "schedule": "constant",
     "schedules": ["constant"],
     "lr_end": 0.0,
