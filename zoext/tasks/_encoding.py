@@ -236,7 +236,8 @@ class Encoder:
         if found is None and for_room:
             raise RowError(
                 f"row {number}: its prompt leaves no room for {prompt.room} new tokens, even without its "
-                f"longest column: the model has {self.positions} positions; shorten the template, or generate fewer"
+                f"longest column: the model has {self.positions} positions; shorten the template, or "
+                "generate fewer"
             )
         if found is None:
             raise RowError(
