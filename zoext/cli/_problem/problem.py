@@ -103,7 +103,7 @@ def opened(
 ) -> tuple[Base, Any, Encoder, Any]:
     """How the model is built, the model, what encodes for it, and its tokenizer."""
     names = classes if name == "classification" else ()
-    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
+    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed, settings.lora)
     model, tokenizer = models.load(str(settings.model), base)
     positions = _positions(model)
     length = min(settings.max_length, positions or settings.max_length, int(tokenizer.model_max_length))

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoext.cli._problem import adapters
+
 _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers by name; tied ones once. Of a model with adapters, without what is frozen."""
+    is_adapted = adapters.is_adapted(model)
+    moved = {name: each for name, each in model.named_parameters() if each.requires_grad or not is_adapted}
+    return {**moved, **dict(model.named_buffers())}
 
 
 @torch.no_grad()
@@ -41,9 +45,9 @@ def write(path: Path, model: nn.Module) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """A hash of names, shapes, dtypes and bits."""
+    """A hash of names, shapes, dtypes and bits, also of what is frozen."""
     sha256 = hashlib.sha256()
-    for name, tensor in tensors_of(model).items():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha256.hexdigest()
