@@ -108,6 +108,21 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(folder: Path, tmp_path: Path)
     assert (parts / "model" / ADAPTERS).read_bytes() == (whole / "model" / ADAPTERS).read_bytes()
 
 
+def test_another_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint has the adapters alone, so the rest must be what it was."""
+    tiny_language_model(tmp_path / "model", words=("Sentiment:",))
+    labelled(tmp_path / "words.jsonl")
+    out = tmp_path / "run"
+    assert main([*given(tmp_path, out), "--steps=1"]) == 0
+    tiny_language_model(tmp_path / "model", seed=4, words=("Sentiment:",))
+    resumed = ["finetune", f"--out={out}", "--resume", "--steps=2", "--quiet"]
+    assert main(resumed) == 2
+    assert "data, tokenizer or base model mismatch; resume with the data" in capsys.readouterr().err
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert main(["evaluate", str(out), "--device=cpu"]) == 2
+    assert "model is not there; write in adapter_config.json of it where it is now" in capsys.readouterr().err
+
+
 def test_a_run_is_evaluated_and_predicts(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

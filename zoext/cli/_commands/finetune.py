@@ -199,7 +199,8 @@ def _prepare(
     check_replayable(settings, optimizer)
     restored = None
     if request.resume:
-        _resuming.check_inputs(folder, problem.fingerprint(), "data or tokenizer")
+        what = "data or tokenizer" if settings.lora is None else "data, tokenizer or base model"
+        _resuming.check_inputs(folder, problem.fingerprint(), what)
         restored = restore_newest(folder, settings, problem, optimizer)
     reached = None if restored is None else restored.reached
     ranks.wait()  # all have read what the first one changes now

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from zoext.cli._errors import UserError, require
+from zoext.cli._problem.digests import digest_of
 
 _CONFIG = "adapter_config.json"
 _ALPHA = 2  # times the rank: the outputs of adapters are scaled by alpha / rank
@@ -43,6 +44,10 @@ def base_of(name: str) -> str:
         base = None
     if not isinstance(base, str) or not base:
         raise UserError(f"model {name}: {_CONFIG} does not name the base model; write it there")
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise UserError(
+            f"model {name}: its base model {base} is not there; write in {_CONFIG} of it where it is now"
+        )
     return base
 
 
@@ -92,6 +97,11 @@ def _with_new(model: Any, name: str, rank: int, head: str) -> Any:
     config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
     config.target_modules = sorted(config.target_modules)
     return found
+
+
+def digest_of_base(model: nn.Module) -> str:
+    """A hash of the weights that do not move: those of the base model."""
+    return digest_of((name, each) for name, each in model.named_parameters() if not each.requires_grad)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoext.cli._errors import UserError
-from zoext.cli._problem import choosing, data, models
+from zoext.cli._problem import adapters, choosing, data, models
 from zoext.cli._problem.data import LABEL, Table
 from zoext.cli._problem.holding_out import hold_out
 from zoext.cli._problem.models import Base
@@ -37,12 +37,17 @@ class Problem:
     settled: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """A hash of the tokenised examples: a resumed run must see the same ones."""
+        """A hash of the tokenised examples: a resumed run must see the same ones.
+
+        With adapters also of the weights that they adapt, which no checkpoint has.
+        """
         digest = hashlib.sha256()
         for part in (self.train, self.valid):
             for example in part:
                 digest.update(_identity(example).encode())
             digest.update(b"\n")
+        if adapters.is_adapted(self.model):
+            digest.update(adapters.digest_of_base(self.model).encode())
         return digest.hexdigest()
 
 

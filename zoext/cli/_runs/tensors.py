@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoext.cli._problem import adapters
+from zoext.cli._problem.digests import digest_of
 
 _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
 
@@ -46,11 +46,7 @@ def write(path: Path, model: nn.Module) -> None:
 
 def digest(model: nn.Module) -> str:
     """A hash of names, shapes, dtypes and bits, also of what is frozen."""
-    sha256 = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
+    return digest_of([*model.named_parameters(), *model.named_buffers()])
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
