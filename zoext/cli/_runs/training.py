@@ -105,7 +105,7 @@ class Training:
             with recording.writing():
                 loss = self._one_step()
             progress.step(steps.forwards_of(self.optimizer))
-            self._unread.append((self._record(), torch.stack((loss, self._is_flat()))))
+            self._unread.append((self._record(), torch.stack((loss, steps.is_flat(self.optimizer)))))
             checkpoint_due = self.step % self.settings.checkpoint_every == 0
             if self.step % _LOG_EVERY == 0 or self._evaluation_due or checkpoint_due:
                 progress.loss(self._write_losses())
@@ -160,12 +160,6 @@ class Training:
         self.step += 1
         self.forwards += steps.forwards_of(self.optimizer)
         return loss
-
-    def _is_flat(self) -> Tensor:
-        """Whether all losses of the last step were equal, as a number on the device."""
-        estimate = self.optimizer.last_estimate
-        assert estimate is not None
-        return (estimate.loss_std == 0).float()
 
     def _record(self) -> Record:
         group = self.optimizer.param_groups[0]
