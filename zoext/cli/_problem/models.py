@@ -182,7 +182,8 @@ def _with_head(transformers: Any, name: str, base: Base) -> Any:
             f"model {name}: its files lack {missing[0]}, so it predicts no tokens; give a language model, or "
             "--task classification"
         )
-    if name.endswith(_GGUF):  # the weights are plain now, and are saved so
+    # The weights are plain now, and are saved so; some versions leave the mark of packed ones.
+    if name.endswith(_GGUF) and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
 
