@@ -55,8 +55,10 @@ def test_completions_that_are_not_generated_need_no_room() -> None:
 
 def test_conversations_lose_their_beginning() -> None:
     row = {"messages": [{"role": "user", "content": "abcdefghijkl"}]}
-    (example,) = Chat(max_new_tokens=11).examples([row], encoder(), answered=False)
+    ours = encoder()
+    (example,) = Chat(max_new_tokens=11).examples([row], ours, answered=False)
     assert "".join(map(chr, example.tokens)) == "hijkl"
+    assert (ours.cuts.rows, ours.cuts.lost, ours.cuts.for_room, ours.cuts.part) == (1, 7, 1, "beginning")
 
 
 def test_a_template_without_room() -> None:

@@ -55,8 +55,12 @@ class Chat(Task):
         """The conversation up to the answer that is wanted, without its beginning if it is too long."""
         messages = _before_answer(self._checked(row.get(self.messages)))
         text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True)
+        (tokens,) = encoder.tokens_of([text])
         most = encoder.most_before(self.max_new_tokens)
-        return Row(tuple(encoder.tokens_of([text])[0][-most:]))
+        if len(tokens) > most:
+            for_room = most < min(encoder.max_length, len(tokens))
+            encoder.cuts.count(len(tokens), most, for_room=for_room, part="beginning")
+        return Row(tuple(tokens[-most:]))
 
     def _row(self, row: Record, encoder: Encoder) -> Row:
         messages = self._checked(row.get(self.messages))

@@ -33,16 +33,18 @@ class Prompt:
 class Cuts:
     """How many rows were cut, and the tokens that they had and lost.
 
-    ``for_room`` of them were cut to leave room for what is to be generated.
+    ``for_room`` of them were cut to leave room for what is to be generated. What they lost is their ``part``.
     """
 
     rows: int = 0
     tokens: int = 0
     lost: int = 0
     for_room: int = 0
+    part: str = "end"
 
-    def count(self, before: int, after: int, *, for_room: bool = False) -> None:
+    def count(self, before: int, after: int, *, for_room: bool = False, part: str = "end") -> None:
         """Counts one row that was cut."""
+        self.part = part
         self.rows += 1
         self.for_room += for_room
         self.tokens += before

@@ -224,11 +224,11 @@ def what_is_cut(encoder: Encoder, count: int) -> str | None:
     lost = f"{100 * cuts.lost / cuts.tokens:.0f} % of their tokens"
     if cuts.for_room:
         return (
-            f"{cuts.rows} of {count} examples lose their end, {lost}: they are longer than "
+            f"{cuts.rows} of {count} examples lose their {cuts.part}, {lost}: they are longer than "
             f"{encoder.max_length} tokens, or leave no room for --max-new-tokens in the {encoder.positions} "
             "positions of the model"
         )
     return (
-        f"{cuts.rows} of {count} examples are longer than {encoder.max_length} tokens and lose their end, "
-        f"{lost}; --max-length keeps more"
+        f"{cuts.rows} of {count} examples are longer than {encoder.max_length} tokens and lose their "
+        f"{cuts.part}, {lost}; --max-length keeps more"
     )
