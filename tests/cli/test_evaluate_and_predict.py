@@ -122,7 +122,7 @@ def test_completions_are_generated(runs: Path, tmp_path: Path, capsys: pytest.Ca
     options = [f"--model={runs / 'causal'}", f"--data={data}", f"--out={run}", "--device=cpu", "--quiet"]
     assert main(["finetune", *options, "--steps=1"]) == 0
     asked = jsonl(tmp_path / "b.jsonl", [{"prompt": "the cat was"}])
-    assert main(["predict", str(run), f"--data={asked}", "--device=cpu"]) == 0
+    assert main(["predict", str(run), f"--data={asked}", "--device=cpu", "--max-new-tokens=7"]) == 0
     (answer,) = lines_of(capsys.readouterr().out)
     assert answer["prompt"] == "the cat was"
     assert isinstance(answer["prediction"], str)

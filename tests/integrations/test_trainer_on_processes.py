@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support.ranks import fork
-from support.replicated_trainers import CASES, RANKS, run
+from support.replicated_trainers import CASES, RANKS, run, trained_on_a_task
 from support.trainers import logs, tiny_llama, trained, weights
 
 
@@ -36,5 +36,16 @@ def test_step_of_the_whole_batch(case: str, folder: Path, tmp_path: Path) -> Non
     }
     alone = trained(tmp_path, **options)
     assert losses == pytest.approx(logs(alone, "loss"), rel=1e-5)
+    moved = (weights(alone) - weights(tiny_llama())).norm()
+    assert (weights(alone) - end).norm() < 1e-2 * moved
+
+
+def test_the_objective_of_a_task(folder: Path, tmp_path: Path) -> None:
+    """Each process has its weight: the number of its predictions."""
+    (end, found), (other, its) = (torch.load(folder / f"task.{rank}.pt") for rank in range(RANKS))
+    assert torch.equal(end, other)
+    assert found == its
+    alone, wanted = trained_on_a_task(tmp_path, per_device_train_batch_size=8)
+    assert found == pytest.approx(wanted, rel=1e-5)
     moved = (weights(alone) - weights(tiny_llama())).norm()
     assert (weights(alone) - end).norm() < 1e-2 * moved

@@ -14,6 +14,7 @@ from torch import distributed
 import zoext
 from support.ranks import join
 from support.trainers import Ragged, arguments, logs, tiny_llama, trained, weights
+from zoext import tasks
 from zoext.integrations.transformers import TrajectoryCallback, ZOTrainer
 
 RANKS = 2
@@ -36,8 +37,27 @@ def run(rank: int, folder: Path) -> None:
         assert trainer.accelerator.num_processes == RANKS
         assert trainer.model_wrapped is trainer.model  # no copies of gradients for DistributedDataParallel
         torch.save((weights(trainer), logs(trainer, "loss")), folder / f"{name}.{rank}.pt")
+    trainer, metrics = trained_on_a_task(folder, per_device_train_batch_size=4, per_device_eval_batch_size=3)
+    torch.save((weights(trainer), metrics), folder / f"task.{rank}.pt")
     check_that_weights_are_those_of_rank_0(rank, folder)
     check_that_separate_runs_are_refused(folder)
+
+
+def trained_on_a_task(folder: Path, **options: Any) -> tuple[ZOTrainer, dict[str, float]]:
+    """A trainer of examples with different numbers of predictions, and what it logs and finds."""
+    ragged = Ragged(24)
+    rows = [{name: tuple(each.tolist()) for name, each in ragged[index].items()} for index in range(24)]
+    examples = [tasks.Example((tasks.Row(row["input_ids"], row["labels"]),)) for row in rows]
+    trainer = ZOTrainer(
+        tiny_llama(),
+        arguments(folder, **options),
+        train_dataset=examples,
+        eval_dataset=examples[:7],
+        objective=tasks.Answers(0, tasks.CAUSAL),
+    )
+    trainer.train()
+    losses = {f"loss of step {step}": loss for step, loss in enumerate(logs(trainer, "loss"))}
+    return trainer, {**losses, "eval_loss": trainer.evaluate()["eval_loss"]}
 
 
 def check_that_weights_are_those_of_rank_0(rank: int, folder: Path) -> None:

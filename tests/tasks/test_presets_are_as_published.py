@@ -107,6 +107,18 @@ def test_every_preset_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_rows_to_answer_need_no_answers(name: str) -> None:
+    row, prompt, answers, right = CASES[name]
+    found = preset(name)
+    asked = {column: value for column, value in row.items() if column != found.answer}
+    assert found.answer in found.columns
+    encoder = Encoder(Letters(), "causal", 4096)
+    (example,) = found.task.examples([found.arrange(asked)], encoder, answered=False)
+    texts = ["".join(map(chr, each.tokens)) for each in example.rows]
+    assert texts == ([prompt + answer for answer in answers] if right else [prompt])
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_prompt_and_answers(name: str) -> None:
     row, prompt, answers, right = CASES[name]
     found = preset(name)

@@ -18,7 +18,15 @@ from zoext.cli import _config
 from zoext.cli._errors import UserError
 from zoext.cli._ranks import PARALLELS, Ranks
 from zoext.cli._schedules import SHAPES
-from zoext.cli._settings import DTYPES, KINDS_OF_DATA, PROBES, TASKS, AddArguments, CommonSettings
+from zoext.cli._settings import (
+    DTYPES,
+    KINDS_OF_DATA,
+    LORA_LR,
+    PROBES,
+    TASKS,
+    AddArguments,
+    CommonSettings,
+)
 from zoext.tasks import PRESETS, TRAINS, Template
 
 _Number = TypeVar("_Number", int, float)
@@ -153,6 +161,7 @@ def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
         f"(default {general.loss})",
     )
     defaults.add(group, "max-length", count, "N", "tokens; longer texts are truncated")
+    defaults.add(group, "max-new-tokens", count, "N", "tokens of an answer that is generated")
     group.add_argument(
         "--trainable",
         metavar="PATTERN",
@@ -173,6 +182,13 @@ def add_threads(group: _Group) -> None:
 
 def add_step(group: _Group, defaults: Defaults) -> None:
     """Adds the options of a step other than its learning rate."""
+    group.add_argument(
+        "--lora",
+        type=count,
+        metavar="RANK",
+        help="train LoRA adapters (PEFT) of this rank in all linear layers, in place of the weights; the "
+        f"default lr is then {LORA_LR:g} times as large",
+    )
     defaults.add(group, "mu", positive, "X", "scale of the perturbation")
     group.add_argument(
         "--mu-schedule",

@@ -32,6 +32,8 @@ PROBES = ("auto", "streamed", "inplace")
 PRECISIONS = ("nearest", "stochastic", "residual")
 CHECKPOINTS = ("weights", "trajectory")
 KEPT = ("last", "best")
+#: The lr of adapters, as a multiple of that of weights.
+LORA_LR = 100.0
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
@@ -51,7 +53,9 @@ class CommonSettings:
     label_column: str | None = None
     loss: str = "choice"
     max_length: int = 256
+    max_new_tokens: int = 50
     trainable: str = ""
+    lora: int | None = None
     lr: float = 1e-6
     lr_end: float = 0.0
     warmup: int = 0
@@ -83,6 +87,11 @@ class CommonSettings:
                 f"--gradient-accumulation {self.gradient_accumulation}: more pieces than the "
                 f"{self.batch_size} examples of --batch-size; give as many or fewer"
             )
+
+    def check_adapters(self) -> None:
+        """Raises a UserError for adapters in the demo, whose model is made otherwise."""
+        if self.lora is not None and self.is_demo:
+            raise UserError(f"--lora {self.lora}: the demo trains weights; give --model and --data")
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,8 @@ _ADDED: dict[str, Any] = {
     "text_column": None,
     "label_column": None,
     "loss": "choice",
+    "max_new_tokens": 50,
+    "lora": None,
     "schedule": "constant",
     "schedules": ["constant"],
     "lr_end": 0.0,

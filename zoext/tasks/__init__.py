@@ -5,6 +5,7 @@ A task makes examples of the rows of a table, and an objective that collates, tr
 """
 
 from zoext.tasks._answers import Answers, Classes
+from zoext.tasks._chat import Chat
 from zoext.tasks._choices import Choices
 from zoext.tasks._encoding import Encoder
 from zoext.tasks._generating import Completions
@@ -18,7 +19,7 @@ from zoext.tasks._prompts import Cuts, Prompt
 from zoext.tasks._rows import IGNORED, Example, Row
 from zoext.tasks._task import Record, Task
 from zoext.tasks._templates import RowError, Template
-from zoext.tasks._texts import Chat, Classification, Completion, Text
+from zoext.tasks._texts import Classification, Completion, Text
 
 __all__ = [
     "CAUSAL",

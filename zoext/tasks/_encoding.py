@@ -20,18 +20,22 @@ class Encoder:
     """Tokenises for a kind of model.
 
     Where a row is longer than ``max_length``, the longest column of its prompt loses its end, so that the
-    rest of the template, the question, stays whole.
+    rest of the template, the question, stays whole. So it does where a prompt leaves too few positions for
+    the answer that is to be generated.
 
     Attributes:
         tokenizer: of transformers; it is copied, since calls change what it would save.
         kind: of the model, see ``kind_of``.
         max_length: tokens of a row; of a sequence-to-sequence model, of the input and of the answer each.
+        positions: those of the model, which a prompt and the answer that it generates share; of a
+            sequence-to-sequence model, those of the answer. None: no limit.
         cuts: what was cut so far.
     """
 
     tokenizer: Any
     kind: str
     max_length: int
+    positions: int | None = None
     cuts: Cuts = field(default_factory=Cuts)
 
     def __post_init__(self) -> None:
@@ -55,6 +59,22 @@ class Encoder:
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return rows
 
+    def labelled(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[_Tokens, _Tokens]:
+        """The tokens of ``text``, without special ones, and their labels: those within ``spans`` of it.
+
+        ``text`` is tokenised as a whole, since tokenizers treat the beginning of a text in a special way. A
+        token that reaches into a span belongs to it, and one that reaches out of it does not.
+        """
+        if getattr(self.tokenizer, "is_fast", False):
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            tokens, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
+            within = [any(first < end <= last for first, last in spans) for end in ends]
+        else:
+            (tokens,) = self.tokens_of([text])
+            places = [[_shared(tokens, self.tokens_of([text[:at]])[0]) for at in span] for span in spans]
+            within = [any(first <= place < last for first, last in places) for place in range(len(tokens))]
+        return tokens, [token if is_in else IGNORED for token, is_in in zip(tokens, within, strict=True)]
+
     @property
     def padding(self) -> int:
         """The token that fills rows up: any will do, as the attention mask and the labels exclude it."""
@@ -65,6 +85,22 @@ class Encoder:
     def mask(self) -> str:
         """The mask token of a masked model, "" for others."""
         return str(self.tokenizer.mask_token or "") if self.kind == MASKED else ""
+
+    def most_before(self, new_tokens: int) -> int:
+        """The longest prompt that leaves room for ``new_tokens``.
+
+        Raises:
+            ValueError: for more than the model has positions for, after a prompt of one token.
+        """
+        if self.positions is None:
+            return self.max_length
+        shared = self.kind != SEQ2SEQ
+        if new_tokens > (most := self.positions - shared):
+            raise ValueError(
+                f"max_new_tokens must be at most {most}, as the model has {self.positions} positions, not "
+                f"{new_tokens}"
+            )
+        return min(self.max_length, self.positions - new_tokens) if shared else self.max_length
 
     def texts(self, texts: Sequence[str], others: Sequence[str] | None = None) -> list[Row]:
         """Rows without labels: texts, or pairs with ``others``, as the tokenizer makes them."""
@@ -188,18 +224,37 @@ class Encoder:
         number: int,
     ) -> tuple[Row, ...]:
         """``rows`` of the prompt, or those of the longest part of it that fits."""
-        size = max(row.size for row in rows)
-        if size <= self.max_length:
+        before = self.most_before(prompt.room) if prompt.room else self.max_length
+
+        def fits(some: Sequence[Row]) -> bool:
+            return _size(some) <= self.max_length and _unlabelled(some) <= before
+
+        if fits(rows):
             return tuple(rows)
-        found = longest_fit(prompt, rows_of, lambda some: max(row.size for row in some) <= self.max_length)
+        size, for_room = _size(rows), before < min(self.max_length, _unlabelled(rows))
+        found = longest_fit(prompt, rows_of, fits)
+        if found is None and for_room:
+            raise RowError(
+                f"row {number}: its prompt leaves no room for {prompt.room} new tokens, even without its "
+                f"longest column: the model has {self.positions} positions; shorten the template, or "
+                "generate fewer"
+            )
         if found is None:
             raise RowError(
                 f"row {number}: its prompt and answer take {size} tokens, and even without its longest "
                 f"column more than the {self.max_length} that fit; shorten the template or the answer, or "
                 "allow longer rows"
             )
-        self.cuts.count(size, max(row.size for row in found))
+        self.cuts.count(size, _size(found), for_room=for_room)
         return tuple(found)
+
+
+def _size(rows: Sequence[Row]) -> int:
+    return max(row.size for row in rows)
+
+
+def _unlabelled(rows: Sequence[Row]) -> int:
+    return max(row.unlabelled for row in rows)
 
 
 def _split(prompt: _Tokens, whole: _Tokens) -> tuple[_Tokens, _Tokens]:
@@ -208,9 +263,11 @@ def _split(prompt: _Tokens, whole: _Tokens) -> tuple[_Tokens, _Tokens]:
     At the seam a tokenizer may merge both, and then the merged token belongs to the answer. At least one
     token does.
     """
-    shared = 0
-    for ours, theirs in zip(prompt, whole[:-1], strict=False):
-        if ours != theirs:
-            break
-        shared += 1
+    shared = _shared(prompt, whole[:-1])
     return whole[:shared], whole[shared:]
+
+
+def _shared(one: _Tokens, other: _Tokens) -> int:
+    """The number of tokens that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))

@@ -12,7 +12,7 @@ from torch import nn
 from zoext.tasks._answers import Answers
 from zoext.tasks._encoding import Encoder
 from zoext.tasks._kinds import CAUSAL, SEQ2SEQ
-from zoext.tasks._rows import IGNORED, Example
+from zoext.tasks._rows import Example
 
 LINE = "\n"
 
@@ -32,6 +32,12 @@ def generate(
     """
     prompts = [_prompt_of(example, encoder.kind) for example in examples]
     longest = max(map(len, prompts))
+    positions = encoder.positions if encoder.kind == CAUSAL else None
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {positions} "
+            "positions of the model; make the examples with answered=False, or give fewer new tokens"
+        )
     # Left of the prompts, so that all of them end where the generation begins.
     tokens = [[encoder.padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -70,10 +76,7 @@ def _greedy(model: Any, encoder: Encoder, max_new_tokens: int, one_line: bool) -
 def _prompt_of(example: Example, kind: str) -> tuple[int, ...]:
     """The tokens of the first row before its first label."""
     row = example.rows[0]
-    if kind == SEQ2SEQ:
-        return row.tokens
-    places = (place for place, label in enumerate(row.labels) if label != IGNORED)
-    return row.tokens[: next(places, len(row.tokens))]
+    return row.tokens if kind == SEQ2SEQ else row.tokens[: row.unlabelled]
 
 
 class Completions(Answers):

@@ -43,12 +43,16 @@ class Generation(PromptedTask):
         self.check(encoder)
         pieces = of_rows(rows, self.template.pieces)
         if not answered:
-            return [Example(each) for each in encoder.asked([Prompt(some) for some in pieces])]
+            return [
+                Example(each)
+                for each in encoder.asked([Prompt(some, room=self.max_new_tokens) for some in pieces])
+            ]
         references = of_rows(rows, self._references)
         # A sequence-to-sequence model ends its output, and a causal one the line.
         ends = encoder.kind == SEQ2SEQ
         answers = [self.template.joint + first + ("" if ends else LINE) for first, *_ in references]
-        prompts = [Prompt(some, [answer], ends) for some, answer in zip(pieces, answers, strict=True)]
+        room = self.max_new_tokens  # which the evaluation needs
+        prompts = [Prompt(some, [answer], ends, room) for some, answer in zip(pieces, answers, strict=True)]
         encoded = encoder.answered(prompts)
         return [
             Example(each, references=tuple(found)) for each, found in zip(encoded, references, strict=True)

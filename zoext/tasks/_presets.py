@@ -27,12 +27,14 @@ class Preset:
         task: made once, as published.
         source: the name of the data set on the Hugging Face hub, and of its configuration.
         columns: those that the data set must have.
+        answer: the one of them with the right answers, which rows that are to be answered need not have.
         arrange: makes the columns that the task reads of those of the data set.
     """
 
     task: Task
     source: tuple[str, ...]
     columns: tuple[str, ...]
+    answer: str
     arrange: Callable[[Record], Mapping[str, Any]] = dict
 
 
@@ -42,7 +44,7 @@ def _copa(row: Record) -> Mapping[str, Any]:
     return {
         "premise": row["premise"].rstrip().removesuffix(".") + joint,
         "choices": choices,
-        "answer": row["label"],
+        "answer": row.get("label"),
     }
 
 
@@ -54,7 +56,7 @@ def _uncapitalized(text: str) -> str:
 def _boolq(row: Record) -> Mapping[str, Any]:
     question = row["question"]
     question = question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")
-    label = _TRUTH.get(str(row["answer"]).lower(), row["answer"])
+    label = _TRUTH.get(str(row.get("answer")).lower(), row.get("answer"))
     return {"passage": row["passage"], "question": question, "label": label}
 
 
@@ -71,16 +73,16 @@ def _record(row: Record) -> Mapping[str, Any]:
     return {
         "passage": row["passage"].replace("@highlight\n", "- "),
         "choices": [completed(entity) for entity in row["entities"]],
-        "answer": [completed(entity) for entity in dict.fromkeys(row["answers"])],
+        "answer": [completed(entity) for entity in dict.fromkeys(row.get("answers") or ())],
     }
 
 
 def _squad(row: Record) -> Mapping[str, Any]:
-    return {**row, "question": row["question"].strip(), "answers": _listed(row["answers"], "text")}
+    return {**row, "question": row["question"].strip(), "answers": _listed(row.get("answers"), "text")}
 
 
 def _drop(row: Record) -> Mapping[str, Any]:
-    return {**row, "question": row["question"].strip(), "answers": _listed(row["answers_spans"], "spans")}
+    return {**row, "question": row["question"].strip(), "answers": _listed(row.get("answers_spans"), "spans")}
 
 
 def _listed(answers: Any, name: str) -> Any:
@@ -89,7 +91,7 @@ def _listed(answers: Any, name: str) -> Any:
 
 
 def _super_glue(name: str, template: str, words: Mapping[str, str], *columns: str, **options: Any) -> Preset:
-    return Preset(LabelWords(template, words), ("super_glue", name), (*columns, "label"), **options)
+    return Preset(LabelWords(template, words), ("super_glue", name), (*columns, "label"), "label", **options)
 
 
 PRESETS: dict[str, Preset] = {
@@ -97,6 +99,7 @@ PRESETS: dict[str, Preset] = {
         LabelWords("{sentence} It was", {"0": " terrible", "1": " great"}),
         ("glue", "sst2"),
         ("sentence", "label"),
+        "label",
     ),
     "rte": _super_glue(
         "rte",
@@ -116,6 +119,7 @@ PRESETS: dict[str, Preset] = {
         LabelWords("{passage} {question}\n", {"True": "Yes", "False": "No"}),
         ("boolq",),
         ("passage", "question", "answer"),
+        "answer",
         _boolq,
     ),
     "wsc": _super_glue(
@@ -149,24 +153,28 @@ PRESETS: dict[str, Preset] = {
         MultipleChoice("{premise}", trains="answer"),
         ("super_glue", "copa"),
         ("premise", "question", "choice1", "choice2", "label"),
+        "label",
         _copa,
     ),
     "record": Preset(
         MultipleChoice("{passage}\n-", trains="answer"),
         ("super_glue", "record"),
         ("passage", "query", "entities", "answers"),
+        "answers",
         _record,
     ),
     "squad": Preset(
         Generation("Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"),
         ("squad",),
         ("title", "context", "question", "answers"),
+        "answers",
         _squad,
     ),
     "drop": Preset(
         Generation("Passage: {passage}\nQuestion: {question}\nAnswer:"),
         ("drop",),
         ("passage", "question", "answers_spans"),
+        "answers_spans",
         _drop,
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from zoext.tasks._templates import Piece
@@ -15,12 +15,14 @@ _Made = TypeVar("_Made")
 class Prompt:
     """The pieces of a prompt, and the answers that may follow it.
 
-    ``ends`` says whether an end-of-sequence token follows an answer.
+    ``ends`` says whether an end-of-sequence token follows an answer; ``room`` is the number of tokens that
+    are to be generated after the prompt.
     """
 
     pieces: Sequence[Piece]
     answers: Sequence[str] = ()
     ends: bool = False
+    room: int = 0
 
     @property
     def text(self) -> str:
@@ -29,15 +31,22 @@ class Prompt:
 
 @dataclass
 class Cuts:
-    """How many rows were cut, and the tokens that they had and lost."""
+    """How many rows were cut, and the tokens that they had and lost.
+
+    ``for_room`` of them were cut to leave room for what is to be generated. What they lost is their ``part``.
+    """
 
     rows: int = 0
     tokens: int = 0
     lost: int = 0
+    for_room: int = 0
+    part: str = "end"
 
-    def count(self, before: int, after: int) -> None:
+    def count(self, before: int, after: int, *, for_room: bool = False, part: str = "end") -> None:
         """Counts one row that was cut."""
+        self.part = part
         self.rows += 1
+        self.for_room += for_room
         self.tokens += before
         self.lost += before - after
 
@@ -59,7 +68,7 @@ def longest_fit(
     while low < high:  # the number of tokens nearly grows with the text
         middle = (low + high) // 2
         shorter = Piece(text[:middle].rstrip(), column)
-        made = make(Prompt([*before, shorter, *after], prompt.answers, prompt.ends))
+        made = make(replace(prompt, pieces=[*before, shorter, *after]))
         if fits(made):
             best, low = made, middle + 1
         else:

@@ -32,6 +32,11 @@ class Row:
         """The number of its tokens, or of the decoder's if these are more."""
         return max(len(self.tokens), len(self.labels))
 
+    @property
+    def unlabelled(self) -> int:
+        """The number of tokens before the first label: of a causal model, its prompt."""
+        return next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.tokens))
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -1,9 +1,8 @@
-"""Prompts with completions, conversations, plain texts, and texts for a classification head."""
+"""Prompts with completions, plain texts, and texts for a classification head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from zoext.tasks._answers import Answers, Classes
 from zoext.tasks._encoding import Encoder
@@ -11,7 +10,7 @@ from zoext.tasks._generating import Completions
 from zoext.tasks._kinds import CAUSAL, CLASSIFIER, ENCODER, SEQ2SEQ
 from zoext.tasks._objective import Objective
 from zoext.tasks._prompts import Prompt
-from zoext.tasks._rows import IGNORED, Example, Row
+from zoext.tasks._rows import Example, Row
 from zoext.tasks._task import PromptedTask, Record, Task, of_rows
 from zoext.tasks._templates import RowError, Template, text_of
 
@@ -45,7 +44,8 @@ class Completion(PromptedTask):
     def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
         self.check(encoder)
         if not answered:
-            prompts = of_rows(rows, lambda row: Prompt(self.template.pieces(row)))
+            room = self.max_new_tokens
+            prompts = of_rows(rows, lambda row: Prompt(self.template.pieces(row), room=room))
             return [Example(found) for found in encoder.asked(prompts)]
         return [Example(found) for found in encoder.answered(of_rows(rows, self._prompt))]
 
@@ -55,106 +55,6 @@ class Completion(PromptedTask):
     def objective(self, encoder: Encoder) -> Objective:
         self.check(encoder)
         return Completions(encoder, self.max_new_tokens)
-
-
-class Chat(Task):
-    """Conversations, in the chat template of the tokenizer: the loss is that of all that the assistant says.
-
-    Args:
-        messages: the column with the list of messages, each a dict with "role" and "content".
-        max_new_tokens: the length of an answer that is generated. Default 50.
-    """
-
-    kinds = (CAUSAL,)
-
-    def __init__(self, messages: str = "messages", *, max_new_tokens: int = 50) -> None:
-        self.messages, self.max_new_tokens = messages, max_new_tokens
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.messages,)
-
-    def key(self, row: Record) -> str:
-        return repr(_before_answer(self._checked(row.get(self.messages))))
-
-    def check(self, encoder: Encoder) -> None:
-        super().check(encoder)
-        if not encoder.tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template; give a model that was tuned for chats, or data with the "
-                "columns prompt and completion"
-            )
-
-    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
-        self.check(encoder)
-        make = self._row if answered else self._asked
-        return [Example((row,)) for row in of_rows(rows, lambda row: make(row, encoder))]
-
-    def objective(self, encoder: Encoder) -> Objective:
-        self.check(encoder)
-        return Completions(encoder, self.max_new_tokens)
-
-    def _asked(self, row: Record, encoder: Encoder) -> Row:
-        """The conversation up to the answer that is wanted, without its beginning if it is too long."""
-        messages = _before_answer(self._checked(row.get(self.messages)))
-        text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True)
-        return Row(tuple(encoder.tokens_of([text])[0][-encoder.max_length :]))
-
-    def _row(self, row: Record, encoder: Encoder) -> Row:
-        messages = self._checked(row.get(self.messages))
-        if not any(message["role"] == "assistant" for message in messages):
-            raise RowError(f"{self.messages} has no message of the assistant, so there is nothing to learn")
-        text, labelled = "", []
-        tokens: list[int] = []
-        labels: list[int] = []
-        for count, message in enumerate(messages, 1):
-            is_answer = message["role"] == "assistant"
-            upto = _rendered(encoder.tokenizer, messages[:count])
-            if is_answer:
-                start = _rendered(encoder.tokenizer, messages[: count - 1], add_generation_prompt=True)
-                labelled.append((len(start), len(upto)))
-                if not (start.startswith(text) and upto.startswith(start)):
-                    raise RowError(
-                        "the chat template of the tokenizer changes earlier messages when others follow; "
-                        "give data with the columns prompt and completion"
-                    )
-                text = upto
-        begin = 0
-        for first, last in labelled:  # pieces are tokenised alone, as in a conversation that goes on
-            for piece, is_answer in ((text[begin:first], False), (text[first:last], True)):
-                found = encoder.tokens_of([piece])[0] if piece else []
-                tokens += found
-                labels += found if is_answer else [IGNORED] * len(found)
-            begin = last
-        if len(tokens) > encoder.max_length:
-            encoder.cuts.count(len(tokens), encoder.max_length)
-            tokens, labels = tokens[: encoder.max_length], labels[: encoder.max_length]
-        if all(label == IGNORED for label in labels[1:]):
-            raise RowError(f"its first {encoder.max_length} tokens hold no answer; allow longer rows")
-        return Row(tuple(tokens), tuple(labels))
-
-    def _checked(self, messages: Any) -> list[dict[str, str]]:
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
-            for message in messages
-        ):
-            raise RowError(f"{self.messages} must be a list of messages with role and content")
-        return messages
-
-
-def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The conversation without what the assistant says last."""
-    end = len(messages)
-    while end and messages[end - 1]["role"] == "assistant":
-        end -= 1
-    return messages[:end]
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception as error:  # of the template, which is a program
-        raise RowError(f"the chat template of the tokenizer refuses it: {error}") from None
 
 
 class Text(Task):

@@ -18,6 +18,7 @@ and per end of a run), table.md and curves.png. With --resume, options that only
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from zoext._benchmarking.timing import threads
 from zoext._runtime import atomic
@@ -42,6 +43,7 @@ from zoext.cli._ranks import Ranks
 from zoext.cli._runs.claim import claimed
 from zoext.cli._runs.records import Record, replace
 from zoext.cli._schedules import SHAPES
+from zoext.cli._settings import LORA_LR
 from zoext.cli._terminal import StopRequest
 
 EXAMPLES = """\
@@ -152,6 +154,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 def _run(request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
     defaults = DEMO if request.is_demo else ComparisonSettings()
+    if "lora" in request.given:
+        defaults = dataclasses.replace(defaults, lr=defaults.lr * LORA_LR)
     settings = _resuming.settings_of(request, folder, defaults, _resuming.COMPARE_CHANGES)
     settings.check()
     with threads(settings.threads):

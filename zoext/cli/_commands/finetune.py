@@ -34,7 +34,7 @@ from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.training import Training
 from zoext.cli._runs.trajectory import Recording, check_replayable, obstacle
 from zoext.cli._schedules import CONSTANT, SHAPES, check_warmup
-from zoext.cli._settings import CHECKPOINTS, KEPT, PRECISIONS, Settings
+from zoext.cli._settings import CHECKPOINTS, KEPT, LORA_LR, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
 EXAMPLES = """\
@@ -168,10 +168,11 @@ def _train(settings: Settings, request: Request, folder: RunFolder, ranks: Ranks
 
 
 def _defaults(request: Request) -> Settings:
-    """The settings of options that are not given; the learning rate is scaled for the optimizer."""
+    """The settings of options that are not given; lr is scaled for the optimizer and for adapters."""
     defaults = demo.SETTINGS if request.is_demo else Settings()
     chosen = request.given.get("optimizer", defaults.optimizer)
-    return dataclasses.replace(defaults, lr=defaults.lr * OPTIMIZERS[chosen].lr_scale)
+    scale = OPTIMIZERS[chosen].lr_scale * (LORA_LR if "lora" in request.given else 1)
+    return dataclasses.replace(defaults, lr=defaults.lr * scale)
 
 
 def _without_auto(request: Request) -> tuple[Request, bool]:
@@ -198,7 +199,8 @@ def _prepare(
     check_replayable(settings, optimizer)
     restored = None
     if request.resume:
-        _resuming.check_inputs(folder, problem.fingerprint(), "data or tokenizer")
+        what = "data or tokenizer" if settings.lora is None else "data, tokenizer or base model"
+        _resuming.check_inputs(folder, problem.fingerprint(), what)
         restored = restore_newest(folder, settings, problem, optimizer)
     reached = None if restored is None else restored.reached
     ranks.wait()  # all have read what the first one changes now

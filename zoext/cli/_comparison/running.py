@@ -15,10 +15,12 @@ from zoext.cli._comparison.plan import FINAL
 from zoext.cli._comparison.records import Outcome, Run
 from zoext.cli._comparison.settings import ComparisonFolder, ComparisonSettings
 from zoext.cli._comparison.start import Start
+from zoext.cli._errors import warn
 from zoext.cli._problem import optimizers, steps
 from zoext.cli._runs import records
 from zoext.cli._runs.outcome import DIVERGED
 from zoext.cli._runs.records import Record
+from zoext.cli._runs.slopes import SlopeWatch, told_by_the_command
 from zoext.cli._schedules import CONSTANT, Schedules
 from zoext.cli._terminal import StopRequest
 
@@ -84,6 +86,7 @@ class Running:
         self._interval = settings.evaluation_interval
         self._folder = folder
         self._forwards_a_step = forwards_a_step
+        self._slopes = SlopeWatch(self._settings, run.budget // forwards_a_step)
         self._steps = 0
         self._forwards = 0
         self._seconds = 0.0
@@ -100,7 +103,8 @@ class Running:
         optimizer = optimizers.make(start.problem.model, self._settings, start.ranks)
         diverged = None
         while self._affords_a_step and diverged is None:
-            diverged = self._until_evaluation(optimizer, stop, progress)
+            with told_by_the_command():
+                diverged = self._until_evaluation(optimizer, stop, progress)
             if stop.received:
                 return None
         end = self._note("end", diverged=diverged)
@@ -136,7 +140,7 @@ class Running:
     ) -> float:
         """Steps to the next multiple of the interval, or to the end of the budget; returns the mean loss."""
         due = (self._forwards // self._interval + 1) * self._interval
-        losses = []
+        losses, flat = [], []
         began = time.perf_counter()
         try:
             while self._forwards < due and self._affords_a_step and not stop.poll():
@@ -147,13 +151,21 @@ class Running:
                         start.problem, optimizer, self._settings, self._steps, start.device, start.ranks
                     )
                 )
+                flat.append(steps.is_flat(optimizer))
                 forwards = steps.forwards_of(optimizer)
                 self._steps += 1
                 self._forwards += forwards
                 progress.step(forwards)
-            return torch.stack(losses).mean().item() if losses else math.nan  # synchronizes with the device
+            if not losses:
+                return math.nan
+            self._tell_of_slopes(torch.stack(flat).tolist())  # synchronizes with the device
+            return torch.stack(losses).mean().item()
         finally:
             self._seconds += time.perf_counter() - began
+
+    def _tell_of_slopes(self, are_flat: list[bool]) -> None:
+        if (found := self._slopes.note(are_flat)) is not None:
+            self._start.ranks.first(warn, f"{_describe(self._run)}: {found}")
 
     def _note_evaluation(self, training_loss: float | None, held_out: Record) -> None:
         self._evaluations.append(self._note("evaluation", training_loss=training_loss, **held_out))

@@ -12,6 +12,7 @@ from zoext.cli._settings import Settings
 
 def load(settings: Settings, device: torch.device) -> Problem:
     """Loads and checks model and data, moves the model to ``device`` and selects the trainable parameters."""
+    settings.check_adapters()
     loaded = demo.load(settings) if settings.is_demo else problem.load(settings)
     choose_trainable(loaded.model, settings.trainable)
     loaded.model.to(device)

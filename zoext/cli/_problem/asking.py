@@ -44,7 +44,7 @@ def load(settings: Settings, device: torch.device, *, answered: bool, split: boo
     """
     if settings.model is None:
         raise UserError("needs the folder of a run, or --model and --data")
-    train, valid = read(settings)
+    train, valid = read(settings, answered=answered)
     table = train if valid is None else valid
     name, kind, config = what_is_asked(settings, table)
     if answered and name in choosing.LABELLED:

@@ -38,14 +38,17 @@ _BY_COLUMNS = (
     ("multiple-choice", {"choices", "answer"}),
     ("generation", {"question", "answers"}),
 )
-#: The options of the data that each task reads; presets read none.
+#: The options of the data that each task reads.
 _READ = {
     "label-words": {"template", "label_words", "text_column", "label_column", "loss"},
     "classification": {"text_column", "label_column"},
     "causal-lm": {"text_column"},
-    "completion": {"template", "text_column"},
+    "completion": {"template", "text_column", "max_new_tokens"},
+    "chat": {"max_new_tokens"},
     "multiple-choice": {"template", "text_column", "loss"},
-    "generation": {"template", "text_column"},
+    "generation": {"template", "text_column", "max_new_tokens"},
+    "squad": {"max_new_tokens"},
+    "drop": {"max_new_tokens"},
 }
 _USUAL = CommonSettings()
 _HEADS = {"causal": "causal-lm", "masked": "masked-lm", "seq2seq": "seq2seq-lm", "encoder": "masked-lm"}
@@ -107,7 +110,7 @@ def task_of(name: str, settings: CommonSettings, table: Table, kind: str, classe
     try:
         task = _task(name, settings, table, kind, classes)
     except ValueError as error:
-        raise UserError(_in_terms_of_options(str(error))) from None
+        raise UserError(in_terms_of_options(str(error))) from None
     _check_options(name, settings)
     missing = [column for column in task.columns if column not in table.columns]
     if missing:
@@ -120,7 +123,7 @@ def task_of(name: str, settings: CommonSettings, table: Table, kind: str, classe
 
 
 def _task(name: str, settings: CommonSettings, table: Table, kind: str, classes: Collection[str]) -> Task:
-    template = settings.template
+    template, new_tokens = settings.template, settings.max_new_tokens
     match name:
         case "label-words":
             return _label_words(settings, table, kind, classes)
@@ -128,18 +131,22 @@ def _task(name: str, settings: CommonSettings, table: Table, kind: str, classes:
             columns = [column for column in ("text", "text2") if column in table.columns]
             return Classification(list(classes), text=columns or ["text"])
         case "completion":
-            return Completion(template or "{prompt}", completion=_first(table, "completion", "answer"))
+            answer = _first(table, "completion", "answer")
+            return Completion(template or "{prompt}", completion=answer, max_new_tokens=new_tokens)
         case "chat":
-            return Chat()
+            return Chat(max_new_tokens=new_tokens)
         case "multiple-choice":
             return MultipleChoice(template or "{question}\nAnswer:", trains=settings.loss)
         case "generation":
-            return Generation(
-                template or "Question: {question}\nAnswer:", answers=_first(table, "answers", "answer")
-            )
+            template = template or "Question: {question}\nAnswer:"
+            answers = _first(table, "answers", "answer")
+            return Generation(template, answers=answers, max_new_tokens=new_tokens)
         case "causal-lm":
             return Text()
-    return PRESETS[name].task
+    published = PRESETS[name].task
+    if isinstance(published, Generation):
+        return Generation(published.template, answers=published.answers, max_new_tokens=new_tokens)
+    return published
 
 
 def _label_words(settings: CommonSettings, table: Table, kind: str, classes: Collection[str]) -> LabelWords:
@@ -185,8 +192,10 @@ def labels_of(table: Table) -> set[Label]:
     return {row[LABEL] for row in table.rows}
 
 
-def _in_terms_of_options(error: str) -> str:
-    for argument, option in (("template ", "--template "), ("words: ", "--label-words: ")):
+def in_terms_of_options(error: str) -> str:
+    """An error of a task, which begins with an argument, with the option that sets it."""
+    names = {"template ": "--template ", "words: ": "--label-words: ", "max_new_tokens ": "--max-new-tokens "}
+    for argument, option in names.items():
         if error.startswith(argument):
             return option + error.removeprefix(argument)
     return error
@@ -209,7 +218,7 @@ def settled(name: str, task: Task, settings: CommonSettings, classes: Collection
 
 def _check_options(name: str, settings: CommonSettings) -> None:
     """Raises a UserError for an option that the task does not read."""
-    for option in ("template", "label_words", "text_column", "label_column", "loss"):
+    for option in ("template", "label_words", "text_column", "label_column", "loss", "max_new_tokens"):
         given, usual = getattr(settings, option), getattr(_USUAL, option)
         if given != usual and option not in _READ.get(name, frozenset()):
             flag = "--" + option.replace("_", "-")

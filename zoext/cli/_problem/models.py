@@ -21,6 +21,7 @@ from torch import nn
 
 from zoext import tasks
 from zoext.cli._errors import UserError
+from zoext.cli._problem import adapters
 from zoext.cli._problem.data import Label
 from zoext.cli._problem.hub import cannot_load
 from zoext.cli._settings import DTYPES, HEADS
@@ -39,7 +40,8 @@ class Base:
         task: one of ``HEADS``: what the last layer of the model predicts.
         classes: the names of the classes, in the order of the outputs of a classifier.
         dtype: of the weights.
-        seed: of the weights of a new head.
+        seed: of the weights of a new head, and of new adapters.
+        lora: the rank of the adapters; None if it has none.
     """
 
     demo: bool
@@ -47,10 +49,14 @@ class Base:
     classes: tuple[str, ...]
     dtype: str
     seed: int
+    lora: int | None = None
 
     def notes(self) -> dict[str, Any]:
         """The notes for the header of a trajectory: plain data."""
-        return {_NOTE: {**dataclasses.asdict(self), "classes": list(self.classes)}}
+        record = {**dataclasses.asdict(self), "classes": list(self.classes)}
+        if self.lora is None:  # as earlier versions write it
+            del record["lora"]
+        return {_NOTE: record}
 
 
 def base_of(header: Header, where: str) -> Base | None:
@@ -70,7 +76,16 @@ def base_of(header: Header, where: str) -> Base | None:
     if task == "classification":
         _check_classes(classes, header, fields)
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
-    return Base(fields.flag("demo"), task, tuple(classes), dtype, seed)
+    lora = _rank(header, fields) if fields.has("lora") else None
+    return Base(fields.flag("demo"), task, tuple(classes), dtype, seed, lora)
+
+
+def _rank(header: Header, fields: Fields) -> int:
+    """The rank of adapters, checked before weights of that size are allocated."""
+    rank = fields.integer("lora", 1)
+    if not any(rank in parameter.shape for parameter in header.parameters):
+        raise fields.error(f"lora is {rank}, but no parameter of the run has this size")
+    return rank
 
 
 def _check_classes(classes: list[str], header: Header, fields: Fields) -> None:
@@ -83,8 +98,9 @@ def _check_classes(classes: list[str], header: Header, fields: Fields) -> None:
 
 def config_of(name: str) -> Any:
     """The configuration of the model ``name``."""
-    with _loading(name):
-        return _transformers().AutoConfig.from_pretrained(**_files(name))
+    source = name if (Path(name) / "config.json").is_file() else adapters.base_of(name)
+    with _loading(source):
+        return _transformers().AutoConfig.from_pretrained(**_files(source))
 
 
 def kind_of(config: Any, task: str | None) -> str:
@@ -109,28 +125,44 @@ def classes_of(config: Any, labels: Collection[Label]) -> tuple[str, ...]:
 
 
 def load(name: str, base: Base) -> tuple[Any, Any]:
-    """The model ``name`` with the head that ``base`` describes, and its tokenizer."""
+    """The model ``name`` with the head and the adapters that ``base`` describes, and its tokenizer."""
     transformers = _transformers()
-    with _loading(name), _new_weights_from(base.seed):
-        tokenizer = _tokenizer(transformers, name)
+    source = adapters.base_of(name)
+    with _loading(source), _new_weights_from(base.seed):
+        tokenizer = _tokenizer(transformers, name if _has_tokenizer(name) else source)
         _ensure_padding(tokenizer)
-        model = _with_head(transformers, name, base)
+        model = _with_head(transformers, source, base)
     if base.task == "classification":
         model.config.pad_token_id = tokenizer.pad_token_id
+    with _loading(name), _new_weights_from(base.seed):
+        model = adapters.adapted(model, name, base.lora, base.task)
     return model.eval(), tokenizer
+
+
+def save(model: Any, tokenizer: Any | None, folder: Path) -> None:
+    """Writes a model, or its adapters, and its tokenizer if it has one, for ``from_pretrained``."""
+    if adapters.is_adapted(model):
+        adapters.save(model, folder)
+    else:
+        model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _tokenizer(transformers: Any, name: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(**_files(name))
     except (OSError, ValueError, KeyError, TypeError):
-        folder = Path(name)
-        if not folder.is_dir() or any(folder.glob("*token*")) or any(folder.glob("*vocab*")):
+        if not Path(name).is_dir() or _has_tokenizer(name):
             raise
         raise UserError(
             f"model {name}: has no tokenizer; save the one that it was trained with there, with "
             "tokenizer.save_pretrained"
         ) from None
+
+
+def _has_tokenizer(name: str) -> bool:
+    return any(any(Path(name).glob(pattern)) for pattern in ("*token*", "*vocab*"))
 
 
 def _with_head(transformers: Any, name: str, base: Base) -> Any:
@@ -150,8 +182,9 @@ def _with_head(transformers: Any, name: str, base: Base) -> Any:
             f"model {name}: its files lack {missing[0]}, so it predicts no tokens; give a language model, or "
             "--task classification"
         )
-    if name.endswith(_GGUF):  # the weights are plain now, and are saved so
-        vars(model.config).pop("quantization_config", None)
+    # The weights are plain now, and are saved so; some versions leave the mark of packed ones.
+    if name.endswith(_GGUF) and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return model
 
 
@@ -261,15 +294,20 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def choose_trainable(model: nn.Module, pattern: str) -> None:
-    """Makes exactly the floating-point parameters whose names match ``pattern`` require grad."""
+    """Makes exactly the floating-point parameters whose names match ``pattern`` require grad.
+
+    Of a model with adapters, only those that its adapters train.
+    """
     try:
         matches = re.compile(pattern).search
     except re.error as error:
         raise UserError(f"--trainable {pattern!r}: not a regular expression: {error}") from None
-    names = [name for name, _ in model.named_parameters()]
-    if not any(matches(name) for name in names):
+    is_adapted = adapters.is_adapted(model)
+    choice = {name: each for name, each in model.named_parameters() if each.requires_grad or not is_adapted}
+    if not any(matches(name) for name in choice):
+        names, whose = list(choice), " of the adapters" if is_adapted else ""
         raise UserError(
-            f"--trainable {pattern!r}: matches no parameter; there are {names[0]} ... {names[-1]}"
+            f"--trainable {pattern!r}: matches no parameter{whose}; there are {names[0]} ... {names[-1]}"
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in choice.items():
         parameter.requires_grad_(parameter.is_floating_point() and matches(name) is not None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoext.cli._errors import UserError
-from zoext.cli._problem import choosing, data, models
+from zoext.cli._problem import adapters, choosing, data, models
 from zoext.cli._problem.data import LABEL, Table
 from zoext.cli._problem.holding_out import hold_out
 from zoext.cli._problem.models import Base
@@ -37,12 +37,17 @@ class Problem:
     settled: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """A hash of the tokenised examples: a resumed run must see the same ones."""
+        """A hash of the tokenised examples: a resumed run must see the same ones.
+
+        With adapters also of the weights that they adapt, which no checkpoint has.
+        """
         digest = hashlib.sha256()
         for part in (self.train, self.valid):
             for example in part:
                 digest.update(_identity(example).encode())
             digest.update(b"\n")
+        if adapters.is_adapted(self.model):
+            digest.update(adapters.digest_of_base(self.model).encode())
         return digest.hexdigest()
 
 
@@ -103,13 +108,18 @@ def opened(
 ) -> tuple[Base, Any, Encoder, Any]:
     """How the model is built, the model, what encodes for it, and its tokenizer."""
     names = classes if name == "classification" else ()
-    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed)
+    base = Base(False, choosing.head_of(name, kind), names, settings.dtype, settings.seed, settings.lora)
     model, tokenizer = models.load(str(settings.model), base)
-    return base, model, Encoder(tokenizer, kind, _length(settings, model, tokenizer)), tokenizer
+    positions = _positions(model)
+    length = min(settings.max_length, positions or settings.max_length, int(tokenizer.model_max_length))
+    return base, model, Encoder(tokenizer, kind, length, positions), tokenizer
 
 
-def read(settings: Settings) -> tuple[Table, Table | None]:
-    """The tables of training and held-out rows, with the columns that the task reads."""
+def read(settings: Settings, *, answered: bool = True) -> tuple[Table, Table | None]:
+    """The tables of training and held-out rows, with the columns that the task reads.
+
+    Rows that are not ``answered`` need no column with the right answers.
+    """
     preset = PRESETS.get(settings.task or "")
     if settings.data is None and preset is None:
         raise UserError("--model needs --data as well; leave both out for the demo")
@@ -121,11 +131,11 @@ def read(settings: Settings) -> tuple[Table, Table | None]:
     if preset is None:
         parts = [choosing.with_columns(part, settings) for part in (train, valid) if part is not None]
     else:
+        needed = [name for name in preset.columns if answered or name != preset.answer]
         for part in (train, valid):
-            missing = [] if part is None else [name for name in preset.columns if name not in part.columns]
-            if missing:
+            if part is not None and any(name not in part.columns for name in needed):
                 raise UserError(
-                    f"{train.source}: --task {settings.task} needs the columns {', '.join(preset.columns)}; "
+                    f"{train.source}: --task {settings.task} needs the columns {', '.join(needed)}; "
                     f"it has {', '.join(train.columns)}"
                 )
         parts = [_arranged(part, preset) for part in (train, valid) if part is not None]
@@ -159,10 +169,10 @@ def _check_labels(train: Table, valid: Table) -> None:
         )
 
 
-def _length(settings: Settings, model: Any, tokenizer: Any) -> int:
-    """The number of tokens that a row is cut to, at most the number of positions of the model."""
-    positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
-    return min(settings.max_length, int(positions), int(tokenizer.model_max_length))
+def _positions(model: Any) -> int | None:
+    """The number of positions of the model; None if it has no limit."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def keys_of(task: Task, table: Table) -> list[str]:
@@ -183,7 +193,7 @@ def examples_of(task: Task, table: Table, encoder: Encoder, *, answered: bool = 
     except RowError as error:
         raise UserError(f"{table.source}: {error}") from None
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(choosing.in_terms_of_options(str(error))) from None
 
 
 def _notes(task: Task, config: Any, name: str, encoder: Encoder, count: int) -> Sequence[str]:
@@ -211,7 +221,14 @@ def what_is_cut(encoder: Encoder, count: int) -> str | None:
     cuts = encoder.cuts
     if not cuts.rows:
         return None
+    lost = f"{100 * cuts.lost / cuts.tokens:.0f} % of their tokens"
+    if cuts.for_room:
+        return (
+            f"{cuts.rows} of {count} examples lose their {cuts.part}, {lost}: they are longer than "
+            f"{encoder.max_length} tokens, or leave no room for --max-new-tokens in the {encoder.positions} "
+            "positions of the model"
+        )
     return (
-        f"{cuts.rows} of {count} examples are longer than {encoder.max_length} tokens and lose their end, "
-        f"{100 * cuts.lost / cuts.tokens:.0f} % of their tokens; --max-length keeps more"
+        f"{cuts.rows} of {count} examples are longer than {encoder.max_length} tokens and lose their "
+        f"{cuts.part}, {lost}; --max-length keeps more"
     )

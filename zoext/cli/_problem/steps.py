@@ -132,6 +132,14 @@ def _loss_of(
     return closure
 
 
+def is_flat(optimizer: ZerothOrderOptimizer) -> Tensor:
+    """1 if all losses of the last step were equal, and else 0; float32 [] on their device."""
+    estimate = optimizer.last_estimate
+    if estimate is None:
+        raise RuntimeError("no step was taken")
+    return (estimate.loss_std == 0).float()
+
+
 def forwards_of(optimizer: ZerothOrderOptimizer) -> int:
     """The number of forward passes of the last step."""
     estimate = optimizer.last_estimate

@@ -49,7 +49,8 @@ def _remarks(training: Training, evaluations: list[Record], source: Source, kept
     best = best_of(evaluations)
     if best is not None and best["step"] != kept:
         remarks.append(_about_best(training, source, best))
-    if (advice := outcome.advice(evaluations[0], evaluations[-1], settings)) is not None:
+    advice = training.without_slope or outcome.advice(evaluations[0], evaluations[-1], settings)
+    if advice is not None:
         remarks.append(advice)
     elif not training.stopped_early and settings.schedule == settings.mu_schedule == CONSTANT:
         more = 2 * settings.steps

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoext._parameters import shards
 from zoext._runtime import atomic
 from zoext.cli._errors import UserError, writing
-from zoext.cli._problem.models import quiet_transformers
+from zoext.cli._problem import models
 from zoext.cli._ranks import Ranks
 
 _NOTE, _DIFFERENCE = "replay.json", "difference.safetensors"
@@ -98,10 +98,8 @@ class ReplayFolder:
 
     def write_model(self, model: Any, tokenizer: Any | None, record: dict[str, Any], overwrite: bool) -> None:
         """Writes a model, and its tokenizer if it has one, for from_pretrained of transformers."""
-        with self._new(record, overwrite) as folder, quiet_transformers():
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+        with self._new(record, overwrite) as folder, models.quiet_transformers():
+            models.save(model, tokenizer, folder)
 
     def write_difference(self, difference: Difference, record: dict[str, Any], overwrite: bool) -> None:
         """Writes the tensors as safetensors, and the counts into the note."""

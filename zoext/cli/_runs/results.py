@@ -8,8 +8,8 @@ from typing import Any
 
 from zoext._runtime import atomic
 from zoext.cli._errors import writing
+from zoext.cli._problem import models
 from zoext.cli._problem.evaluation import Evaluation
-from zoext.cli._problem.models import quiet_transformers
 from zoext.cli._runs.best import best_of
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.records import Record
@@ -18,11 +18,10 @@ _SMOOTHING = 0.98  # decay of the exponential mean of the training loss
 
 
 def write_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """Writes model and tokenizer into the folder ``path``, for from_pretrained of transformers."""
+    """Writes model and tokenizer into the folder ``path``, for from_pretrained of transformers or of PEFT."""
     # A finished run that was resumed with more steps replaces its model.
-    with writing(path), quiet_transformers(), atomic.new_folder(path, replace=True) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    with writing(path), models.quiet_transformers(), atomic.new_folder(path, replace=True) as temporary:
+        models.save(model, tokenizer, temporary)
 
 
 def report(records: Sequence[Record], folder: RunFolder, kept: int) -> str:

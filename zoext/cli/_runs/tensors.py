@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoext.cli._problem import adapters
+from zoext.cli._problem.digests import digest_of
+
 _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers by name; tied ones once. Of a model with adapters, without what is frozen."""
+    is_adapted = adapters.is_adapted(model)
+    moved = {name: each for name, each in model.named_parameters() if each.requires_grad or not is_adapted}
+    return {**moved, **dict(model.named_buffers())}
 
 
 @torch.no_grad()
@@ -41,12 +45,8 @@ def write(path: Path, model: nn.Module) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """A hash of names, shapes, dtypes and bits."""
-    sha256 = hashlib.sha256()
-    for name, tensor in tensors_of(model).items():
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
+    """A hash of names, shapes, dtypes and bits, also of what is frozen."""
+    return digest_of([*model.named_parameters(), *model.named_buffers()])
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:

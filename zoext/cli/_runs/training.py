@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoext import ZerothOrderOptimizer
-from zoext.cli._errors import UserError
+from zoext.cli._errors import UserError, warn
 from zoext.cli._failures import of_model
 from zoext.cli._problem import steps
 from zoext.cli._problem.evaluation import Evaluation, evaluate
@@ -23,6 +23,7 @@ from zoext.cli._runs.checkpoint import Reached
 from zoext.cli._runs.folder import RunFolder
 from zoext.cli._runs.logs import Log
 from zoext.cli._runs.records import Record
+from zoext.cli._runs.slopes import SlopeWatch, told_by_the_command
 from zoext.cli._runs.trajectory import Recording, obstacle
 from zoext.cli._schedules import Schedules
 from zoext.cli._settings import Settings
@@ -63,7 +64,8 @@ class Training:
         self.stopped_early = False
         self._ranks = ranks
         self._schedules = Schedules.of(settings, settings.schedule, settings.steps)
-        self._unread: list[tuple[Record, Tensor]] = []
+        self._unread: list[tuple[Record, Tensor]] = []  # a loss, and whether those of all probes were equal
+        self._slopes = SlopeWatch(settings, settings.steps - self.step)
         self._evaluations: list[Record] = []  # on the first rank only, as everything that follows
         self._best_at_checkpoint: int | None = None
         self._copies_best = False
@@ -71,6 +73,11 @@ class Training:
     @property
     def is_done(self) -> bool:
         return self.step >= self.settings.steps or self.stopped_early
+
+    @property
+    def without_slope(self) -> str | None:
+        """What to say if the last steps had no slope."""
+        return self._slopes.finding
 
     @property
     def is_replayable(self) -> bool:
@@ -84,6 +91,10 @@ class Training:
 
         The first rank also writes its metrics to ``logs``.
         """
+        with told_by_the_command():
+            self._run(recording, stop, progress, logs)
+
+    def _run(self, recording: Recording, stop: StopRequest, progress: Progress, logs: Sequence[Log]) -> None:
         self._logs = logs
         self._started = time.monotonic()
         self._ranks.first(self._continue_evaluations, recording)
@@ -94,7 +105,7 @@ class Training:
             with recording.writing():
                 loss = self._one_step()
             progress.step(steps.forwards_of(self.optimizer))
-            self._unread.append((self._record(), loss))
+            self._unread.append((self._record(), torch.stack((loss, steps.is_flat(self.optimizer)))))
             checkpoint_due = self.step % self.settings.checkpoint_every == 0
             if self.step % _LOG_EVERY == 0 or self._evaluation_due or checkpoint_due:
                 progress.loss(self._write_losses())
@@ -162,11 +173,13 @@ class Training:
         """Writes the metrics of the steps since the last call; returns their mean loss."""
         if not self._unread:
             return math.nan
-        losses: list[float] = torch.stack([loss for _, loss in self._unread]).tolist()
+        losses, are_flat = torch.stack([found for _, found in self._unread], 1).tolist()
         new = [{**record, "loss": loss} for (record, _), loss in zip(self._unread, losses, strict=True)]
         self._ranks.first(self._append, new)
         self._unread.clear()
-        return sum(losses) / len(losses)
+        if (found := self._slopes.note(are_flat)) is not None:
+            self._ranks.first(warn, found)
+        return float(sum(losses) / len(losses))
 
     def _evaluate(self, progress: Progress, when: str) -> None:
         problem, size = self.problem, self.settings.at_once

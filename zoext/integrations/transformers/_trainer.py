@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
+from zoext.integrations.transformers import _tasks
 from zoext.integrations.transformers._arguments import RECIPES, ZOArgumentsMixin, build
 from zoext.integrations.transformers._callbacks import TrajectoryCallback
 from zoext.integrations.transformers._compact import CompactForward
+from zoext.integrations.transformers._tasks import TaskLoss
 from zoext.losses import repeat
 from zoext.optimizer import ZerothOrderOptimizer, unwrap
+from zoext.tasks import Objective
 from zoext.updates import SGD
 
 if TYPE_CHECKING:
@@ -57,10 +61,15 @@ class ZOTrainerMixin(_Trainer):
     unless ``compute_loss`` is overridden, a ``compute_loss_func`` or ``label_smoothing_factor`` is given, or
     ``zo_compact_loss`` is False. A model that it refuses is told of once, and makes all logits.
 
+    Args:
+        objective: that of a task of ``zoext.tasks``, with data sets of its examples. It collates them, is the
+            loss, a mean over the predictions of the whole batch, and is what ``evaluate`` finds: "eval_loss"
+            and its metrics, such as "eval_accuracy". Default None: the loss is the model's own.
+
     Raises:
         ValueError: for fp16 with a gradient scaler, DeepSpeed, FSDP, several GPUs in one process, and an
             optimizer of other parameters than the model's or, with several processes, without a process
-            group.
+            group; with ``objective``, for what it takes the place of, such as a ``data_collator``.
         TypeError: without an optimizer, and for one that is not zoext's.
     """
 
@@ -68,6 +77,13 @@ class ZOTrainerMixin(_Trainer):
     _forwards = 0
     _are_shares: bool | None = None  # what compute_loss returns, once it has been tried
     _forward: CompactForward | nn.Module | None = None  # of the prepared model, as compute_loss gets it
+    _task: TaskLoss | None = None
+
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        if objective is not None:
+            args, kwargs = (), _tasks.arguments(type(self), objective, args, kwargs)
+            self._task = TaskLoss(self, objective)
+        super().__init__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -142,7 +158,9 @@ class ZOTrainerMixin(_Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        if self._forward is None:  # not in the closure, because it runs the model
+        if self._task is not None:  # not in the closure, because it runs the model
+            self._task.prepare(model)
+        elif self._forward is None:
             self._forward = CompactForward.of(self, model) or model
         model.train()
         self._batch = (*self._batch, self._prepare_inputs(inputs))
@@ -150,6 +168,18 @@ class ZOTrainerMixin(_Trainer):
             return torch.zeros((), device=self.args.device)  # Trainer sums what the micro-batches return
         # Only the micro-batches of this step: a callback may have ended the last epoch within a step.
         batch, self._batch = self._batch[-self.current_gradient_accumulation_steps :], ()
+        if self._task is not None:
+            closure = self._task.closure(model, batch)
+        else:
+            closure = self._closure(model, batch, num_items_in_batch)
+        estimate = unwrap(self.optimizer).estimate(closure)
+        self._forwards += estimate.forwards
+        return estimate.loss.to(self.args.device)
+
+    def _closure(
+        self, model: nn.Module, batch: Sequence[Any], num_items_in_batch: Tensor | int | None
+    ) -> Callable[..., Any]:
+        """The closure of a step by ``compute_loss``."""
         is_sum = self._returns_shares(model, batch, num_items_in_batch)
         counted = num_items_in_batch if is_sum else None  # given one, Trainer scales by the processes
 
@@ -158,9 +188,27 @@ class ZOTrainerMixin(_Trainer):
             total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
             return total if is_sum else total / len(batch)
 
-        estimate = unwrap(self.optimizer).estimate(closure)
-        self._forwards += estimate.forwards
-        return estimate.loss.to(self.args.device)
+        return closure
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        if self._task is None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        whole: Any = self.model
+        model = self._wrap_model(whole, training=False, dataloader=dataloader)
+        model.eval()
+        examples = _tasks.examples_of(dataloader.dataset)
+        metrics = self._task.evaluate(model, examples, metric_key_prefix)
+        answers: Any = None  # of objective.answers(model, examples, device)
+        return EvalLoopOutput(answers, label_ids=None, metrics=metrics, num_samples=len(examples))
 
     def _loss_of(
         self,

@@ -1,0 +1,89 @@
+"""A conversation has the tokens of its whole text, and labels on what the assistant says alone.
+
+SentencePiece tokenizers put a space before each text, which is spurious within a conversation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from zoext.tasks import IGNORED, Chat, Encoder
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</s>{% else %}"
+    "<a>{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+MESSAGES = [
+    {"role": role, "content": content}
+    for role, content in (
+        ("user", "hi"),
+        ("assistant", "good day"),
+        ("user", "so"),
+        ("assistant", " x"),
+        ("user", "and"),
+    )
+]
+
+
+def sentencepiece(**pairs: str) -> Any:
+    """Letters, and merges of them, after a space that is put before the text."""
+    letters = [chr(code) for code in range(32, 127) if chr(code) != " "]
+    vocabulary = ["</s>", "\u2581", *letters, *pairs]
+    inner = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, [tuple(pair) for pair in pairs])
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+class Slow:
+    """As ``inner``, but without the places of tokens, as tokenizers in Python are."""
+
+    is_fast = False
+    pad_token_id = eos_token_id = 0
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.chat_template = inner.chat_template
+        self.apply_chat_template = inner.apply_chat_template
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        assert "return_offsets_mapping" not in options
+        return self._inner(texts, **options)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("pairs", [{}, {">g": "", "y<": ""}])
+def test_the_tokens_of_the_whole_text(is_fast: bool, pairs: dict[str, str]) -> None:
+    """Also where the tokenizer merges the ends of an answer with what surrounds it.
+
+    What it merges at the beginning belongs to the answer, and at the end to what follows.
+    """
+    tokenizer = sentencepiece(**pairs)
+    encoder = Encoder(tokenizer if is_fast else Slow(tokenizer), "causal", 100)
+    (example,) = Chat().examples([{"messages": MESSAGES}], encoder)
+    (row,) = example.rows
+    whole = "<u>hi</s><a>good day</s><u>so</s><a> x</s>"
+    assert list(row.tokens) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    prompt, answer = tokenizer(["<u>hi</s><a>", "good day</s>"], add_special_tokens=False)["input_ids"]
+    apart = [*prompt, *answer]  # which is what this test is about
+    assert list(row.tokens[: len(apart)]) != apart
+    text = tokenizer.convert_ids_to_tokens(label for label in row.labels if label != IGNORED)
+    answers = "good\u2581day</s>\u2581x</s>"
+    assert "".join(text) == (f">{answers}" if pairs else answers)
+    assert all(label in (IGNORED, token) for token, label in zip(row.tokens, row.labels, strict=True))
+
+
+def test_training_and_asking_begin_with_the_same_tokens() -> None:
+    encoder = Encoder(sentencepiece(), "causal", 100)
+    (trained,) = Chat().examples([{"messages": MESSAGES[:2]}], encoder)
+    (asked,) = Chat().examples([{"messages": MESSAGES[:2]}], encoder, answered=False)
+    assert trained.rows[0].tokens[: len(asked.tokens)] == asked.tokens
+    assert trained.rows[0].unlabelled == len(asked.tokens)

@@ -1,0 +1,118 @@
+"""Conversations in the chat template of a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zoext.tasks._encoding import Encoder
+from zoext.tasks._generating import Completions
+from zoext.tasks._kinds import CAUSAL
+from zoext.tasks._objective import Objective
+from zoext.tasks._rows import IGNORED, Example, Row
+from zoext.tasks._task import Record, Task, of_rows
+from zoext.tasks._templates import RowError
+
+
+class Chat(Task):
+    """Conversations, in the chat template of the tokenizer: the loss is that of all that the assistant says.
+
+    Args:
+        messages: the column with the list of messages, each a dict with "role" and "content".
+        max_new_tokens: the length of an answer that is generated. Default 50.
+    """
+
+    kinds = (CAUSAL,)
+
+    def __init__(self, messages: str = "messages", *, max_new_tokens: int = 50) -> None:
+        self.messages, self.max_new_tokens = messages, max_new_tokens
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.messages,)
+
+    def key(self, row: Record) -> str:
+        return repr(_before_answer(self._checked(row.get(self.messages))))
+
+    def check(self, encoder: Encoder) -> None:
+        super().check(encoder)
+        if not encoder.tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template; give a model that was tuned for chats, or data with the "
+                "columns prompt and completion"
+            )
+
+    def examples(self, rows: Sequence[Record], encoder: Encoder, *, answered: bool = True) -> list[Example]:
+        self.check(encoder)
+        make = self._row if answered else self._asked
+        return [Example((row,)) for row in of_rows(rows, lambda row: make(row, encoder))]
+
+    def objective(self, encoder: Encoder) -> Objective:
+        self.check(encoder)
+        return Completions(encoder, self.max_new_tokens)
+
+    def _asked(self, row: Record, encoder: Encoder) -> Row:
+        """The conversation up to the answer that is wanted, without its beginning if it is too long."""
+        messages = _before_answer(self._checked(row.get(self.messages)))
+        text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True)
+        (tokens,) = encoder.tokens_of([text])
+        most = encoder.most_before(self.max_new_tokens)
+        if len(tokens) > most:
+            for_room = most < min(encoder.max_length, len(tokens))
+            encoder.cuts.count(len(tokens), most, for_room=for_room, part="beginning")
+        return Row(tuple(tokens[-most:]))
+
+    def _row(self, row: Record, encoder: Encoder) -> Row:
+        messages = self._checked(row.get(self.messages))
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RowError(f"{self.messages} has no message of the assistant, so there is nothing to learn")
+        text, spans = self._text_and_answers(messages, encoder)
+        tokens, labels = encoder.labelled(text, spans)
+        if len(tokens) > encoder.max_length:
+            encoder.cuts.count(len(tokens), encoder.max_length)
+            tokens, labels = tokens[: encoder.max_length], labels[: encoder.max_length]
+        if all(label == IGNORED for label in labels[1:]):
+            raise RowError(f"its first {encoder.max_length} tokens hold no answer; allow longer rows")
+        return Row(tuple(tokens), tuple(labels))
+
+    def _text_and_answers(
+        self, messages: list[dict[str, str]], encoder: Encoder
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation up to its last answer, and the places of all answers in it."""
+        text, spans = "", []
+        for count, message in enumerate(messages, 1):
+            if message["role"] != "assistant":
+                continue
+            upto = _rendered(encoder.tokenizer, messages[:count])
+            start = _rendered(encoder.tokenizer, messages[: count - 1], add_generation_prompt=True)
+            if not (start.startswith(text) and upto.startswith(start)):
+                raise RowError(
+                    "the chat template of the tokenizer changes earlier messages when others follow; "
+                    "give data with the columns prompt and completion"
+                )
+            spans.append((len(start), len(upto)))
+            text = upto
+        return text, spans
+
+    def _checked(self, messages: Any) -> list[dict[str, str]]:
+        if not isinstance(messages, list) or not all(
+            isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
+            for message in messages
+        ):
+            raise RowError(f"{self.messages} must be a list of messages with role and content")
+        return messages
+
+
+def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation without what the assistant says last."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # of the template, which is a program
+        raise RowError(f"the chat template of the tokenizer refuses it: {error}") from None
