@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md equal their formulas, with every probe, in 16 bits and replayed."""
+"""The worked examples of docs/extending.md equal their formulas, on every probe, in 16 bits, replayed."""
 
 from __future__ import annotations
 
