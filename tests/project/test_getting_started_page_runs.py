@@ -41,11 +41,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(block: str) -> None:
-    for line in block.splitlines():
-        command = shlex.split(
-            line.removeprefix("$ zoext ").replace("5000", "4").replace("lr auto", "lr 1e-3")
-        )
-        assert main(command) == 0, line
+    quick = block.replace("5000", "4").replace("--lr auto", "--lr 1e-3")
+    for command in quick.removeprefix("$ zoext ").split("\n$ zoext "):
+        assert main(shlex.split(command.replace("\\\n", ""))) == 0, command
 
 
 def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
