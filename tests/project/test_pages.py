@@ -80,9 +80,13 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    "page", ["usage", "batched", "losses", "methods", "precision", "trajectories", "packed", "design"]
+WITH_PROGRAMS = (
+    *("choosing", "deferred", "hyperparameters", "questions"),
+    *("usage", "batched", "losses", "methods", "precision", "trajectories", "packed", "design"),
 )
+
+
+@pytest.mark.parametrize("page", WITH_PROGRAMS)
 def test_programs_run(page: str, names: dict[str, Any]) -> None:
     blocks = list(programs(ROOT / "docs" / f"{page}.md"))
     assert blocks
@@ -117,12 +121,13 @@ def without_blocks(page: Path) -> str:
     return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
 
 
+def anchor_of(heading: str) -> str:
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
-    headings = re.findall(
-        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE
-    )
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {anchor_of(heading) for heading in re.findall(r"^#+ (.+)$", without_blocks(page), re.MULTILINE)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -141,6 +146,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_are_where_the_page_says(page: Path) -> None:
     named = re.findall(r"`((?:benchmarks|csrc|docs|tests|tools|zoext)/[\w./-]+)`", page.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_long_pages_list_their_sections(page: Path) -> None:
+    """The site has a table of contents beside each page; other readers have the line at the top."""
+    if page.name == "CHANGELOG.md" or len(page.read_text().split()) <= 1500:
+        return
+    text = without_blocks(page)
+    listed = re.search(r"^Contents: .*?\.\n\n", text, re.MULTILINE | re.DOTALL)
+    assert listed, "write a line 'Contents: [section](#section), ...' before the first section"
+    sections = [anchor_of(heading) for heading in re.findall(r"^## (.+)$", text, re.MULTILINE)]
+    assert re.findall(r"\(#([^)]+)\)", listed[0]) == sections
 
 
 def test_readme_is_short() -> None:
