@@ -23,14 +23,14 @@ def evaluations(out: Path) -> list[dict[str, float]]:
     return [record for record in read_metrics(out / "metrics.jsonl") if "valid_loss" in record]
 
 
-def test_the_demo(
+def test_the_demo_on_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a third of the demo's lr, the result hardly depends on the processor's rounding."""
     curves.drawn(monkeypatch)
     out = tmp_path / "run"
     options = ["--lr", "3e-5", "--steps", "200", "--eval-every", "200", "--device", "cpu"]
-    assert main(["finetune", *options, "--out", str(out)]) == 0
+    assert main(["finetune", "--demo=words", *options, "--out", str(out)]) == 0
     before, after = evaluations(out)
     assert after["valid_loss"] < before["valid_loss"] - 0.004
     assert after["valid_accuracy"] > before["valid_accuracy"] + 2 * before["valid_accuracy_error"]

@@ -19,6 +19,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes the file ``path`` atomically, replacing an existing one."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def copy_tail(source: Path, start: int, path: Path) -> None:
     """Copies ``source`` from byte ``start`` to the file ``path``, atomically, replacing an existing one."""
     with _replacing(path) as temporary, source.open("rb") as read, temporary.open("wb") as written:

