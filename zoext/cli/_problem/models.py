@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import importlib.util
+import io
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,8 @@ def _with_head(transformers: Any, name: str, base: Base) -> Any:
     if name.endswith(_GGUF):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     auto = getattr(transformers, _AUTO[base.task])
-    model, info = auto.from_pretrained(**_files(name), **options)
+    with _without_bars(name):
+        model, info = auto.from_pretrained(**_files(name), **options)
     missing = sorted(info["missing_keys"])
     if base.task != "classification" and missing:
         raise UserError(
@@ -188,10 +191,17 @@ def _with_head(transformers: Any, name: str, base: Base) -> Any:
     return model
 
 
+def _without_bars(name: str) -> AbstractContextManager[Any]:
+    """Hides the bar of transformers for GGUF files, which heeds none of its settings."""
+    return redirect_stderr(io.StringIO()) if name.endswith(_GGUF) else nullcontext()
+
+
 def _files(name: str) -> dict[str, Any]:
     """The arguments of from_pretrained for a folder, a name on the hub or a GGUF file."""
     if not name.endswith(_GGUF):
         return {"pretrained_model_name_or_path": name}
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"model {name}: needs gguf, not installed here: pip install gguf")
     path = Path(name)
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 

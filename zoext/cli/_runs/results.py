@@ -59,7 +59,14 @@ def report(records: Sequence[Record], folder: RunFolder, kept: int) -> str:
         "metrics": folder.csv,
         "trajectory": folder.trajectory,
     }
-    return "\n".join([*lines, *notes, *(f"{name}: {path}" for name, path in files.items() if path.exists())])
+    present = (f"{name}: {path}{_size(path)}" for name, path in files.items() if path.exists())
+    return "\n".join([*lines, *notes, *present])
+
+
+def _size(path: Path) -> str:
+    """How much a folder, such as that of a model, takes on the disk, if it is much."""
+    size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else 0
+    return f" ({size / 1e6:.0f} MB)" if size >= 1e6 else ""
 
 
 def draw_curve(path: Path, records: Sequence[Record], title: str) -> None:
