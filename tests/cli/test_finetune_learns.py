@@ -30,7 +30,7 @@ def test_the_demo_on_words(
     curves.drawn(monkeypatch)
     out = tmp_path / "run"
     options = ["--lr", "3e-5", "--steps", "200", "--eval-every", "200", "--device", "cpu"]
-    assert main(["finetune", "--demo=words", *options, "--out", str(out)]) == 0
+    assert main(["finetune", *options, "--out", str(out)]) == 0
     before, after = evaluations(out)
     assert after["valid_loss"] < before["valid_loss"] - 0.004
     assert after["valid_accuracy"] > before["valid_accuracy"] + 2 * before["valid_accuracy_error"]

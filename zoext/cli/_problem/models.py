@@ -191,6 +191,12 @@ def _with_head(transformers: Any, name: str, base: Base) -> Any:
     return model
 
 
+def require_gguf() -> None:
+    """Raises a UserError without the package that reads GGUF files."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("needs gguf, not installed here: pip install gguf")
+
+
 def _without_bars(name: str) -> AbstractContextManager[Any]:
     """Hides the bar of transformers for GGUF files, which heeds none of its settings."""
     return redirect_stderr(io.StringIO()) if name.endswith(_GGUF) else nullcontext()
@@ -200,8 +206,7 @@ def _files(name: str) -> dict[str, Any]:
     """The arguments of from_pretrained for a folder, a name on the hub or a GGUF file."""
     if not name.endswith(_GGUF):
         return {"pretrained_model_name_or_path": name}
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"model {name}: needs gguf, not installed here: pip install gguf")
+    require_gguf()
     path = Path(name)
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 

