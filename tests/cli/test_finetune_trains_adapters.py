@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from support.tiny_models import BAD, GOOD, OTHER, labelled, tiny_bert, tiny_language_model
 from zoext.cli import main
@@ -219,9 +220,33 @@ def test_what_makes_no_sense(
     assert not (tmp_path / "run").exists()
 
 
+def test_adapters_that_peft_alone_has_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without names of classes, and without weights to merge."""
+    tiny_bert(tmp_path / "bert")
+    tiny_language_model(tmp_path / "llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what PEFT calls in transformers
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)
+        classes = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear")
+        peft.get_peft_model(classifier, classes).save_pretrained(tmp_path / "classes")
+        language = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+        prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        peft.get_peft_model(language, prompts).save_pretrained(tmp_path / "prompts")
+    labelled(tmp_path / "words.jsonl")
+    for adapter, expected in (
+        ("classes", "is the adapter of a classifier, and does not say what its outputs mean; save the"),
+        ("prompts", "adapters of the type PROMPT_TUNING have no weights to merge or train here"),
+    ):
+        files = [f"--model={tmp_path / adapter}", f"--data={tmp_path / 'words.jsonl'}"]
+        assert main(["finetune", *files, f"--out={tmp_path / 'run'}", "--device=cpu", "--quiet"]) == 2
+        assert expected in capsys.readouterr().err
+
+
 def test_the_demo_trains_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", "--lora=8", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
-    assert "--lora 8: the demo on words trains weights; give --model and --data" in capsys.readouterr().err
+    for demo in ("words", "reviews"):
+        options = [f"--demo={demo}", "--lora=8", f"--out={tmp_path / 'run'}", "--quiet"]
+        assert main(["finetune", *options]) == 2
+        assert "--lora 8: the demos train weights; give --model and --data" in capsys.readouterr().err
 
 
 def test_without_peft(

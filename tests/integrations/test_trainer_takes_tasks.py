@@ -164,6 +164,7 @@ class OwnLoss(ZOTrainer):
         (ZOTrainer, {}, {"compute_metrics": dict}, "compute_metrics: the objective has its own"),
         (ZOTrainer, {"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor: an objective has labels"),
         (ZOTrainer, {"zo_compact_loss": False}, {}, "zo_compact_loss=False: an objective chooses"),
+        (ZOTrainer, {"bf16_full_eval": True}, {}, "bf16_full_eval: an objective evaluates the weights"),
         (OwnLoss, {}, {}, "objective: OwnLoss has a compute_loss of its own"),
     ],
 )
@@ -177,6 +178,13 @@ def test_what_an_objective_takes_the_place_of(
 
 def test_data_sets_of_something_else(folders: Path, tmp_path: Path) -> None:
     model, objective, _ = prepared(folders, "words")
-    trainer = ZOTrainer(model, arguments(tmp_path), None, ROWS, ROWS, objective=objective)  # by position
-    with pytest.raises(TypeError, match=r"examples of task\.examples\(rows, encoder\), not dict"):
+    wrong = r"examples of task\.examples\(rows, encoder\), not dict"
+    with pytest.raises(TypeError, match=wrong):
+        ZOTrainer(model, arguments(tmp_path), None, ROWS, objective=objective)  # by position
+    trainer = ZOTrainer(model, arguments(tmp_path), eval_dataset=ROWS, objective=objective)
+    with pytest.raises(TypeError, match=wrong):
         trainer.evaluate()
+    with pytest.raises(ValueError, match="eval_dataset: has no examples"):
+        trainer.evaluate([])
+    with pytest.raises(TypeError, match="multiple values for argument 'model'"):
+        ZOTrainer(model, arguments(tmp_path), model=model, objective=objective)

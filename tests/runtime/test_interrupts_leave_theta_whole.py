@@ -47,6 +47,21 @@ def test_a_signal_inside_an_allowed_part_does_not_wait() -> None:
     assert order == ["restored"]
 
 
+def test_a_handler_sees_what_it_interrupts() -> None:
+    seen = []
+
+    def closure() -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGUSR1, lambda _, frame: seen.append(frame and frame.f_code.co_name))
+    try:
+        with interrupts.deferred() as signals, signals.allowed():
+            closure()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert seen == ["closure"]
+
+
 def test_the_handler_is_put_back() -> None:
     seen = []
     previous = signal.signal(signal.SIGINT, lambda *_: seen.append(1))

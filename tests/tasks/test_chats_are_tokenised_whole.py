@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from zoext.tasks import IGNORED, Chat, Encoder
+from zoext.tasks import IGNORED, Chat, Encoder, RowError
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</s>{% else %}"
@@ -87,3 +87,34 @@ def test_training_and_asking_begin_with_the_same_tokens() -> None:
     (asked,) = Chat().examples([{"messages": MESSAGES[:2]}], encoder, answered=False)
     assert trained.rows[0].tokens[: len(asked.tokens)] == asked.tokens
     assert trained.rows[0].unlabelled == len(asked.tokens)
+
+
+def test_a_prompt_that_ends_in_a_space() -> None:
+    """Tokenizers of subwords take it to the word that follows, so it is not asked for apart."""
+    tokenizer = sentencepiece(**{"\u2581g": ""})
+    tokenizer.chat_template = TEMPLATE.replace("<a>", "<a> ")
+    encoder = Encoder(tokenizer, "causal", 100)
+    (trained,) = Chat().examples([{"messages": MESSAGES[:2]}], encoder)
+    (asked,) = Chat().examples([{"messages": MESSAGES[:2]}], encoder, answered=False)
+    assert trained.rows[0].tokens[: len(asked.tokens)] == asked.tokens
+    assert trained.rows[0].unlabelled == len(asked.tokens)
+
+
+def test_the_last_answer_is_generated() -> None:
+    encoder = Encoder(sentencepiece(), "causal", 100)
+    (trained,) = Chat().examples([{"messages": MESSAGES}], encoder)
+    (asked,) = Chat().examples([{"messages": MESSAGES[:-1]}], encoder, answered=False)
+    assert trained.rows[0].tokens[: trained.rows[0].before_last_answer] == asked.tokens
+
+
+def test_a_greeting_answers_nothing() -> None:
+    encoder = Encoder(sentencepiece(), "causal", 100)
+    greeting = {"role": "assistant", "content": "good"}
+    (row,) = (
+        example.rows[0] for example in Chat().examples([{"messages": [greeting, *MESSAGES[:2]]}], encoder)
+    )
+    text = "".join(encoder.tokenizer.convert_ids_to_tokens(row.tokens[row.unlabelled :]))
+    assert text == "good\u2581day</s>"
+    for answered in (True, False):
+        with pytest.raises(RowError, match=r"messages (has no answer|holds nothing)"):
+            Chat().examples([{"messages": [greeting]}], encoder, answered=answered)

@@ -61,9 +61,11 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received.append(number)
-        if self._allowed:
-            self._deliver()
+        if not self._allowed:
+            self._received.append(number)
+            return
+        self._deliver()
+        self._handlers[number](number, frame)
 
     def _deliver(self) -> None:
         while self._received:

@@ -91,7 +91,7 @@ class CommonSettings:
     def check_adapters(self) -> None:
         """Raises a UserError for adapters in the demo, whose model is made otherwise."""
         if self.lora is not None and self.is_demo:
-            raise UserError(f"--lora {self.lora}: the demo on words trains weights; give --model and --data")
+            raise UserError(f"--lora {self.lora}: the demos train weights; give --model and --data")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,10 @@ class Chat(Task):
     def _asked(self, row: Record, encoder: Encoder) -> Row:
         """The conversation up to the answer that is wanted, without its beginning if it is too long."""
         messages = _before_answer(self._checked(row.get(self.messages)))
-        text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True)
+        if not messages:
+            raise RowError(f"{self.messages} holds nothing that the assistant could answer")
+        # As it is trained: tokenizers of subwords take a space to the word that follows.
+        text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True).rstrip(" ")
         (tokens,) = encoder.tokens_of([text])
         most = encoder.most_before(self.max_new_tokens)
         if len(tokens) > most:
@@ -64,8 +67,8 @@ class Chat(Task):
 
     def _row(self, row: Record, encoder: Encoder) -> Row:
         messages = self._checked(row.get(self.messages))
-        if not any(message["role"] == "assistant" for message in messages):
-            raise RowError(f"{self.messages} has no message of the assistant, so there is nothing to learn")
+        if not any(message["role"] == "assistant" for message in messages[1:]):
+            raise RowError(f"{self.messages} has no answer of the assistant, so there is nothing to learn")
         text, spans = self._text_and_answers(messages, encoder)
         tokens, labels = encoder.labelled(text, spans)
         if len(tokens) > encoder.max_length:
@@ -81,7 +84,7 @@ class Chat(Task):
         """The conversation up to its last answer, and the places of all answers in it."""
         text, spans = "", []
         for count, message in enumerate(messages, 1):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or count == 1:  # a greeting answers nothing
                 continue
             upto = _rendered(encoder.tokenizer, messages[:count])
             start = _rendered(encoder.tokenizer, messages[: count - 1], add_generation_prompt=True)

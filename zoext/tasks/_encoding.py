@@ -104,6 +104,8 @@ class Encoder:
 
     def texts(self, texts: Sequence[str], others: Sequence[str] | None = None) -> list[Row]:
         """Rows without labels: texts, or pairs with ``others``, as the tokenizer makes them."""
+        if not texts:
+            return []
         pairs = [(text,) for text in texts] if others is None else list(zip(texts, others, strict=True))
         rows = []
         for pair, whole in zip(pairs, self._whole(*zip(*pairs, strict=True)), strict=True):

@@ -74,9 +74,9 @@ def _greedy(model: Any, encoder: Encoder, max_new_tokens: int, one_line: bool) -
 
 
 def _prompt_of(example: Example, kind: str) -> tuple[int, ...]:
-    """The tokens of the first row before its first label."""
+    """The tokens of the first row before its answer, the last one of a conversation."""
     row = example.rows[0]
-    return row.tokens if kind == SEQ2SEQ else row.tokens[: row.unlabelled]
+    return row.tokens if kind == SEQ2SEQ else row.tokens[: row.before_last_answer]
 
 
 class Completions(Answers):

@@ -37,6 +37,15 @@ class Row:
         """The number of tokens before the first label: of a causal model, its prompt."""
         return next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.tokens))
 
+    @property
+    def before_last_answer(self) -> int:
+        """The number of tokens before the last labels in a row: in a conversation, the last answer."""
+        is_labelled = [label != IGNORED for label in self.labels]
+        if not any(is_labelled):
+            return len(self.tokens)
+        end = len(is_labelled) - is_labelled[::-1].index(True)
+        return next((i + 1 for i in reversed(range(end)) if not is_labelled[i]), 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -176,13 +176,14 @@ def _defaults(request: Request, ranks: Ranks) -> Settings:
     """The settings of options that are not given; lr is scaled for the optimizer and for adapters."""
     defaults = Settings()
     if request.is_demo and not request.resume:
-        defaults = _reviews(ranks) if request.demo == REVIEWS else demo.SETTINGS
+        defaults = _reviews(request, ranks) if request.demo == REVIEWS else demo.SETTINGS
     chosen = request.given.get("optimizer", defaults.optimizer)
     scale = OPTIMIZERS[chosen].lr_scale * (LORA_LR if "lora" in request.given else 1)
     return dataclasses.replace(defaults, lr=defaults.lr * scale)
 
 
-def _reviews(ranks: Ranks) -> Settings:
+def _reviews(request: Request, ranks: Ranks) -> Settings:
+    Settings(lora=request.given.get("lora")).check_adapters()
     ranks.first(reviews.settings)
     ranks.wait()  # for the files
     return Settings(**reviews.settings())

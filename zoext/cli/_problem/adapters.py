@@ -39,11 +39,17 @@ def base_of(name: str) -> str:
     if not is_adapter(name):
         return name
     try:
-        base = json.loads((Path(name) / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError):
-        base = None
+        config = json.loads((Path(name) / _CONFIG).read_text(encoding="utf-8"))
+        base, task = config["base_model_name_or_path"], config.get("task_type")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        base = task = None
     if not isinstance(base, str) or not base:
         raise UserError(f"model {name}: {_CONFIG} does not name the base model; write it there")
+    if task == "SEQ_CLS" and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"model {name}: is the adapter of a classifier, and does not say what its outputs mean; save the "
+            "configuration of the adapted model there, with id2label"
+        )
     if Path(base).is_absolute() and not Path(base).exists():
         raise UserError(
             f"model {name}: its base model {base} is not there; write in {_CONFIG} of it where it is now"
@@ -75,6 +81,9 @@ def adapted(model: Any, name: str, rank: int | None, head: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         found = peft.PeftModel.from_pretrained(model, name, is_trainable=rank is not None)
+    if found.active_peft_config.is_prompt_learning:
+        kind = found.active_peft_config.peft_type.value
+        raise UserError(f"model {name}: adapters of the type {kind} have no weights to merge or train here")
     if rank is None:
         return found.merge_and_unload()
     if (theirs := getattr(found.peft_config["default"], "r", None)) != rank:
@@ -92,6 +101,7 @@ def _with_new(model: Any, name: str, rank: int, head: str) -> Any:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about what PEFT calls in transformers
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it adapts its settings to the layer
         found = peft.get_peft_model(model, config)
     # A path that holds wherever the adapter is loaded, and an order that does not change with the process.
     config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).exists() else name

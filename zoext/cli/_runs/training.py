@@ -65,7 +65,7 @@ class Training:
         self._ranks = ranks
         self._schedules = Schedules.of(settings, settings.schedule, settings.steps)
         self._unread: list[tuple[Record, Tensor]] = []  # a loss, and whether those of all probes were equal
-        self._slopes = SlopeWatch(settings, settings.steps - self.step)
+        self._slopes = SlopeWatch(settings, settings.steps)
         self._evaluations: list[Record] = []  # on the first rank only, as everything that follows
         self._best_at_checkpoint: int | None = None
         self._copies_best = False

@@ -95,10 +95,10 @@ def arguments(
     """The arguments of a trainer by name, with the collator of the objective.
 
     Raises:
-        ValueError: for arguments that the objective would silently replace.
+        ValueError: for arguments that the objective would silently replace or ignore.
+        TypeError: for anything but examples of a task to train on, or arguments that Trainer does not have.
     """
-    names = list(inspect.signature(Trainer).parameters)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = dict(inspect.signature(Trainer).bind_partial(*args, **kwargs).arguments)
     _check(trainer, given.get("args"), given)
     return {**given, "data_collator": objective.training.collate}
 
@@ -113,6 +113,11 @@ def _check(trainer: type[Trainer], arguments: Any, given: dict[str, Any]) -> Non
         )
     if getattr(arguments, "label_smoothing_factor", 0.0):
         raise ValueError("label_smoothing_factor: an objective has labels as they are; leave it at 0")
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(arguments, name, False):
+            raise ValueError(f"{name}: an objective evaluates the weights as they are; leave it off")
+    if isinstance(some := given.get("train_dataset"), Sequence):
+        examples_of(some[:1])
     if not getattr(arguments, "zo_compact_loss", True):
         raise ValueError("zo_compact_loss=False: an objective chooses its logits itself; leave it on")
 

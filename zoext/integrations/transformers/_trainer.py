@@ -206,6 +206,8 @@ class ZOTrainerMixin(_Trainer):
         model = self._wrap_model(whole, training=False, dataloader=dataloader)
         model.eval()
         examples = _tasks.examples_of(dataloader.dataset)
+        if not examples:
+            raise ValueError("eval_dataset: has no examples; give some, or none at all")
         metrics = self._task.evaluate(model, examples, metric_key_prefix)
         answers: Any = None  # of objective.answers(model, examples, device)
         return EvalLoopOutput(answers, label_ids=None, metrics=metrics, num_samples=len(examples))
