@@ -313,7 +313,7 @@ def test_what_a_killed_process_leaves_of_a_replacement(tmp_path: Path) -> None:
 def test_folders_that_are_no_leftovers_stay(tmp_path: Path, name: str) -> None:
     """Files of the user, of other programs and names, and of running processes."""
     mine = [".a.mine.tmp", ".model.backup.tmp", ".aXb.7.tmp", ".step-1.7.tmp", f".x.{name}.{ENDED}.tmp"]
-    alive = [f".{name}.{os.getppid()}.tmp", f".{name}.1.tmp"]
+    alive = {f".{name}.{number}.tmp" for number in (os.getppid(), 1)}  # one, if the parent has ended
     for other in [*mine, *alive, f".{name}.{10 * ENDED}.tmp"]:
         folder(tmp_path / other, "precious")
     (tmp_path / f".{name}.9999998.tmp").symlink_to(folder(tmp_path / "elsewhere", "precious"))
