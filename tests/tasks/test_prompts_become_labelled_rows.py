@@ -330,7 +330,7 @@ def test_a_mask_in_the_data(folders: dict[str, Path]) -> None:
 def test_a_chat_template_that_refuses(folders: dict[str, Path]) -> None:
     ours = encoder(folders, "causal")
     ours.tokenizer.chat_template = "{{ raise_exception('no user query') }}"
-    row = {"messages": [{"role": "assistant", "content": "kind"}]}
+    row = {"messages": [{"role": "tool", "content": "so"}, {"role": "assistant", "content": "kind"}]}
     with pytest.raises(RowError, match="row 1: the chat template of the tokenizer refuses it: no user query"):
         tasks.Chat().examples([row], ours)
 
