@@ -212,7 +212,7 @@ def test_the_demo(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "read_words", lambda path: [part.take(range(4)) for part in read_words(path)])
     out = ["--out", str(command.out), "--quiet"]
     small = ["--batch-size=2", "--trainable=^classifier"]
-    assert main(["finetune", *out, *small, "--steps=1"]) == 0
+    assert main(["finetune", "--demo=words", *out, *small, "--steps=1"]) == 0
     corrupt(command.out / "trajectory.jsonl", "flipped")
     assert main(["finetune", *out, "--resume", "--steps=2"]) == 0
     header = json.loads((command.out / "trajectory.jsonl").read_text().splitlines()[0])

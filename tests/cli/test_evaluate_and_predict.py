@@ -132,7 +132,7 @@ def test_completions_are_generated(runs: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert main(["finetune", "--steps=1", f"--out={run}", "--device=cpu", "--quiet"]) == 0
+    assert main(["finetune", "--demo=words", "--steps=1", f"--out={run}", "--device=cpu", "--quiet"]) == 0
     assert main(["evaluate", str(run), "--json", "--device=cpu", "--batch-size=200"]) == 0
     (found,) = lines_of(capsys.readouterr().out)
     last = lines_of((run / "metrics.jsonl").read_text())[-1]

@@ -29,7 +29,7 @@ def test_the_demo_on_words(
     """At a third of the demo's lr, the result hardly depends on the processor's rounding."""
     curves.drawn(monkeypatch)
     out = tmp_path / "run"
-    options = ["--lr", "3e-5", "--steps", "200", "--eval-every", "200", "--device", "cpu"]
+    options = ["--demo=words", "--lr", "3e-5", "--steps", "200", "--eval-every", "200", "--device", "cpu"]
     assert main(["finetune", *options, "--out", str(out)]) == 0
     before, after = evaluations(out)
     assert after["valid_loss"] < before["valid_loss"] - 0.004

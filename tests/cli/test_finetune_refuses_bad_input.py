@@ -202,7 +202,7 @@ def test_the_demo_without_its_packages(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hide(monkeypatch, package)
-    assert main(["finetune", "--out", str(tmp_path / "run")]) == 2
+    assert main(["finetune", "--demo=words", "--out", str(tmp_path / "run")]) == 2
     assert "pip install 'zoext[demo]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

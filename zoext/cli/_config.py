@@ -15,7 +15,7 @@ from zoext.cli._settings import AddArguments, CommonSettings, as_option
 NAME = "config.toml"
 
 #: Options that say where to write, not how to run.
-_NO_SETTINGS = frozenset({"config", "out", "resume", "overwrite", "quiet", "help"})
+_NO_SETTINGS = frozenset({"config", "out", "resume", "overwrite", "quiet", "json", "help"})
 
 
 def text_of(settings: CommonSettings) -> str:

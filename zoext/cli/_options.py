@@ -245,11 +245,22 @@ def add_output(group: _Group, out: str, resume: str) -> None:
     group.add_argument("--resume", action="store_true", help=f"continue the run in --out, {resume}")
     group.add_argument("--overwrite", action="store_true", help="delete the run in --out and start a new one")
     group.add_argument("--quiet", action="store_true", help="print only errors and how to resume")
+    add_json(group)
+
+
+def add_json(group: _Group) -> None:
+    """Adds the option for programs that read what a command prints."""
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object about the result, and else only errors"
+    )
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options of ``add_output`` and ``--demo``, and all others, the settings ``given``, by name."""
+    """The options of ``add_output`` and ``--demo``, and all others, the settings ``given``, by name.
+
+    With ``json``, a request is ``quiet`` too.
+    """
 
     given: dict[str, Any]
     out: Path | None = None
@@ -257,6 +268,7 @@ class Request:
     resume: bool = False
     overwrite: bool = False
     quiet: bool = False
+    json: bool = False
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, add_arguments: AddArguments) -> Request:
@@ -270,6 +282,7 @@ class Request:
             given = {**_config.read(file, add_arguments), **given}
         names = [field.name for field in dataclasses.fields(cls)]
         request = cls(**{name: given.pop(name) for name in names if name in given}, given=given)
+        request = dataclasses.replace(request, quiet=request.quiet or request.json)
         if request.resume and request.out is None:
             raise UserError("--resume needs --out DIR")
         if request.resume and request.overwrite:

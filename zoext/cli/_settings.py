@@ -98,6 +98,8 @@ class CommonSettings:
 class Settings(CommonSettings):
     """The options of ``zoext finetune`` and their defaults."""
 
+    #: The demo whose model and data are built here. That of the other ones are files, and named as such.
+    demo: str | None = None
     optimizer: str = "mezo"
     options: dict[str, str] = field(default_factory=dict)
     schedule: str = "constant"

