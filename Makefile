@@ -26,7 +26,7 @@ help: ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo; sed -n '3,7s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
-demo: extra-demo built ## Fine-tune a real model on real data, offline, in minutes
+demo: extra-demo built ## Fine-tune a language model on human-rated sentences, in minutes
 	$(RUN) -m zoext.cli finetune $(ARGS)
 
 test: extra-test built ## Run all tests

@@ -1,7 +1,7 @@
 """Compares optimizers on one task, each at its own best learning rate, at equal forward passes.
 
-Without --model and --data the task is the demo: MiniLM learns human ratings of words. DATA is the same as
-for zoext finetune.
+Without --model and --data the task is that of zoext finetune --demo words: MiniLM learns human ratings of
+words. DATA is the same as for zoext finetune.
 
 First, each optimizer is swept over a grid of as many learning rates, MeZO's up to 4 times its default; if
 the best is at the edge, one more beyond it is tried. Half of the held-out examples select the learning rate,
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     general = ComparisonSettings()
     defaults = _options.Defaults(general, DEMO)
     _options.add_task(parser, defaults)
-    what = parser.add_argument_group("comparison", "defaults, and in brackets those of the demo")
+    what = parser.add_argument_group("comparison", "defaults, and in brackets those of the demo on words")
     what.add_argument(
         "--optimizers",
         type=_methods,

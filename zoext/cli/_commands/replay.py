@@ -1,9 +1,10 @@
 """Recomputes the weights of a recorded run, bit for bit and without a forward pass.
 
 BASE is the model that the run began with: a folder or a name on the Hugging Face hub, as for zoext finetune
---model, or demo (write ./demo for a folder of that name). TRAJECTORY is the folder of a run, trajectory.jsonl
-in it, or a recording of zoext.Trajectory. With several trajectories, all of runs that began with BASE, their
-changes are added up. The device, the number of threads and the instruction set may differ from the run's.
+--model, or demo for a run of --demo words (write ./demo for a folder of that name). TRAJECTORY is the folder
+of a run, trajectory.jsonl in it, or a recording of zoext.Trajectory. With several trajectories, all of runs
+that began with BASE, their changes are added up. The device, the number of threads and the instruction set
+may differ from the run's.
 
 The folder DIR receives model and tokenizer, for from_pretrained of transformers, and replay.json, which
 contains the path of each trajectory, the step it was replayed to, and the SHA-256 of its lines up to that
@@ -37,7 +38,7 @@ from zoext.cli._runs.replayed import ReplayFolder
 from zoext.trajectory import Part, TrajectoryError, read_until, replay_parts
 
 EXAMPLES = """\
-  zoext replay demo runs/demo-1 --out runs/again
+  zoext replay roberta-base runs/reviews --out runs/again
   zoext replay roberta-base runs/reviews --to-step 1000 --out runs/earlier
   zoext replay ./base runs/a runs/b --difference --out runs/both
 """
@@ -48,7 +49,7 @@ _FILE = "trajectory.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("base", metavar="BASE", help="a folder, a name on the hub, or demo")
+    parser.add_argument("base", metavar="BASE", help="a folder, a name on the hub, or demo (words)")
     parser.add_argument(
         "trajectories",
         metavar="TRAJECTORY",

@@ -70,7 +70,7 @@ class ComparisonSettings(CommonSettings):
         return Settings(**{**common, "lr": lr}, optimizer=method, seed=seed, schedule=schedule)
 
 
-#: The demo: as many forward passes as MeZO, which takes two per step, spends in the demo of finetune.
+#: The demo: as many forward passes as MeZO, which takes two per step, spends in finetune --demo words.
 DEMO = ComparisonSettings(
     **{f.name: getattr(demo.SETTINGS, f.name) for f in dataclasses.fields(CommonSettings)},
     forwards=2 * demo.SETTINGS.steps,

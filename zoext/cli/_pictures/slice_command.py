@@ -5,7 +5,7 @@ afterwards. The last panel compares the projected gradients of central differenc
 mu = 0: choose a mu whose error is far below the noise of a batch.
 
 MODEL and DATA are those of zoext finetune. With --run, model, data and settings are those of a run, with the
-weights that its trajectory leads to. Without any of these the model is that of the demo.
+weights that its trajectory leads to. Without any of these the model is that of zoext finetune --demo words.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     defaults = _options.Defaults(Settings(), demo.SETTINGS)
     _options.add_task(parser, defaults)
-    what = parser.add_argument_group("slice", "defaults, and in brackets those of the demo")
+    what = parser.add_argument_group("slice", "defaults, and in brackets those of the demo on words")
     what.add_argument("--run", type=Path, metavar="DIR", help="take model, data and settings of this run")
     what.add_argument(
         "--to-step",

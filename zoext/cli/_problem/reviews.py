@@ -48,17 +48,19 @@ _BLOCK = 100
 #: Of eight blocks, the settings below were chosen on one, and what a run reports is on another.
 _PARTS = {"valid.csv": (0,), "choice.csv": (4,), "train.csv": (1, 2, 3, 5, 6, 7)}
 
-#: The settings of the demo, without those of its files.
+#: The settings of the demo, without those of its files. Of all norms, those after attention have the most
+#: gradient for their curvature. At lr 5e-4 the loss depends on the seed, and at 1e-3 it rises.
 SETTINGS: dict[str, Any] = {
     "template": "Review: {text}\nSentiment:",
     "label_words": {"negative": " negative", "positive": " positive"},
     "max_length": 64,
-    "trainable": "norm",
-    "lr": 3e-4,
+    "trainable": "post_attention_layernorm",
+    "lr": 2e-4,
     "mu": 3e-3,
-    "steps": 300,
+    "steps": 240,
     "batch_size": 8,
     "schedule": "linear",
+    "eval_every": 120,
     "checkpoint": "trajectory",
 }
 
