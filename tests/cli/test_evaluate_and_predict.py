@@ -202,7 +202,7 @@ def test_rows_without_the_label_column_of_the_run(
     (answer,) = lines_of(capsys.readouterr().out)
     assert answer["prediction"] in ("0", "1")
     assert main(["evaluate", str(run), f"--data={asked}", "--device=cpu"]) == 2
-    assert "needs a column 'label'" in capsys.readouterr().err
+    assert "--label-column stars" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

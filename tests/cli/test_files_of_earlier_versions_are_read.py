@@ -22,6 +22,7 @@ LATER = (
     "mu_schedule",
     "mu_end",
     "keep",
+    "demo",
     "patience",
     "gradient_accumulation",
     "log",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def printed(command: Command, *options: str, code: int = 0) -> dict[str, Any]:
     assert err == ""
     found: dict[str, Any] = json.loads(out)
     return found
+
+
+def test_numbers_that_are_not_finite_are_null(command: Command) -> None:
+    """A single held-out example has no standard error, and NaN is not JSON."""
+    single = command.folder / "single.jsonl"
+    single.write_text('{"text": "the cat", "label": 1}\n', encoding="utf-8")
+    found = printed(command, f"--valid-data={single}")
+    assert [each["valid_loss_error"] for each in found["evaluations"]] == [None, None]
+    assert str(Estimated(0.5, math.nan)) == "0.5000"
 
 
 def test_finetune(command: Command) -> None:

@@ -67,7 +67,8 @@ def test_options_go_before_the_file(command: Command) -> None:
 
 def test_a_file_written_by_hand(command: Command) -> None:
     file = command.folder / "mine.toml"
-    file.write_text('batch_size = 7\noptimizer = "lozo"\noptions = { rank = 3 }\nrecord-frames = false\n')
+    text = 'batch_size = 7\noptimizer = "lozo"\noptions = { rank = 3 }\nrecord-frames = false\n'
+    file.write_text(text, encoding="utf-8-sig")  # as some editors write it
     command.works(f"--config={file}")
     found = settings_of(command.out)
     assert (found["batch_size"], found["optimizer"], found["options"]) == (7, "lozo", {"rank": "3"})
@@ -84,6 +85,7 @@ def test_a_resumed_run_writes_its_new_settings(command: Command) -> None:
     [
         ("lr = ", "not TOML: "),
         ("rate = 1", "rate: no such setting; --help lists the options"),
+        ("step = 5", "step: no such setting"),
         ('out = "here"', "out: no such setting"),
         ("lr = -1", "must be finite and > 0"),
         ('task = "sst3"', "'sst3'"),

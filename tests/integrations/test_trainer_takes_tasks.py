@@ -164,6 +164,12 @@ class OwnLoss(ZOTrainer):
         (ZOTrainer, {}, {"compute_metrics": dict}, "compute_metrics: the objective has its own"),
         (ZOTrainer, {"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor: an objective has labels"),
         (ZOTrainer, {"zo_compact_loss": False}, {}, "zo_compact_loss=False: an objective chooses"),
+        (
+            ZOTrainer,
+            {"train_sampling_strategy": "group_by_length"},
+            {},
+            "train_sampling_strategy: batches by",
+        ),
         (ZOTrainer, {"bf16_full_eval": True}, {}, "bf16_full_eval: an objective evaluates the weights"),
         (OwnLoss, {}, {}, "objective: OwnLoss has a compute_loss of its own"),
     ],
@@ -174,6 +180,18 @@ def test_what_an_objective_takes_the_place_of(
     model, objective, examples = prepared(folders, "words")
     with pytest.raises(ValueError, match=expected):
         kind(model, arguments(tmp_path, **options), train_dataset=examples, objective=objective, **given)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "texts"])
+def test_examples_without_answers_have_no_loss(folders: Path, tmp_path: Path, name: str) -> None:
+    model, objective, answered = prepared(folders, name)
+    encoder = tasks.Encoder(AutoTokenizer.from_pretrained(folders / "causal"), tasks.CAUSAL, 16)
+    asked = TASKS[name].examples(ROWS[:3], encoder, answered=False)
+    trainer = ZOTrainer(model, arguments(tmp_path), train_dataset=answered, objective=objective)
+    with pytest.raises(ValueError, match=r"no right answer.*objective\.answers"):
+        trainer.predict(asked)
+    with pytest.raises(ValueError, match="no right answer"):
+        ZOTrainer(model, arguments(tmp_path), train_dataset=asked, objective=objective)
 
 
 def test_data_sets_of_something_else(folders: Path, tmp_path: Path) -> None:

@@ -45,12 +45,12 @@ def read(path: Path, add_arguments: AddArguments) -> dict[str, Any]:
         UserError: for a file that is not TOML, a name that is no option, or a value out of range.
     """
     try:
-        record = tomllib.loads(path.read_text(encoding="utf-8"))
+        record = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config {path}: not TOML: {error}") from None
-    parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
     add_arguments(parser)
     names = {name: f"--{name.replace('_', '-')}" for name in record}
     given = [

@@ -50,6 +50,8 @@ def reading() -> Iterator[None]:
     """Turns an OSError about a file that is read into a UserError; see ``writing`` for the others."""
     try:
         yield
+    except BrokenPipeError:  # of stdout: nothing that a user could mend
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from None
 

@@ -141,6 +141,7 @@ _ADDED: dict[str, Any] = {
     "mu_schedule": "constant",
     "mu_end": 0.1,
     "keep": "last",
+    "demo": None,
     "patience": None,
     "gradient_accumulation": 1,
     "log": [],

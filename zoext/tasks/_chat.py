@@ -98,11 +98,18 @@ class Chat(Task):
         return text, spans
 
     def _checked(self, messages: Any) -> list[dict[str, str]]:
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
-            for message in messages
-        ):
-            raise RowError(f"{self.messages} must be a list of messages with role and content")
+        if not isinstance(messages, list):
+            raise RowError(
+                f"{self.messages} is {messages!r}: it must be a list of messages with role and content"
+            )
+        for number, message in enumerate(messages, 1):
+            if not (isinstance(message, dict) and "role" in message and "content" in message):
+                raise RowError(f"{self.messages}: message {number} is {message!r}: it needs role and content")
+            if not isinstance(message["content"], str):
+                raise RowError(
+                    f"{self.messages}: the content of message {number} is {message['content']!r}, not a "
+                    "text; write one, which may be empty beside tool_calls"
+                )
         return messages
 
 

@@ -69,6 +69,11 @@ class Example:
         return self.rows[0].tokens
 
     @property
+    def is_answered(self) -> bool:
+        """Whether the right answer is known, which losses need: not of ``examples(..., answered=False)``."""
+        return self.label is not None or (len(self.rows) == 1 and bool(self.rows[0].labels))
+
+    @property
     def length(self) -> int:
         """The number of tokens of the longest row, of the decoder as well."""
         return max(row.size for row in self.rows)

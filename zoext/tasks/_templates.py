@@ -104,8 +104,12 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
         RowError: if it is missing, empty or not a text.
     """
     if column not in row:
-        raise RowError(f"no column {column!r}; it has {', '.join(row)}")
+        raise RowError(f"no column {column!r}; it has {', '.join(row)}: rename the one that it should be")
     value = row[column]
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        raise RowError(
+            f"{column} is a list of messages, not a text; put the whole conversation into a column 'messages'"
+        )
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{column} is {value!r}, not a text; correct or remove the row")
     return value

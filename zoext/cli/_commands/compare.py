@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 
 from zoext._benchmarking.timing import threads
 from zoext._runtime import atomic
-from zoext.cli import _options, _resuming
+from zoext.cli import _json, _options, _resuming
 from zoext.cli._comparison import plan, records, report
 from zoext.cli._comparison.results import record_of, summarise
 from zoext.cli._comparison.running import Progress, Running
@@ -175,7 +174,7 @@ def _compare(settings: ComparisonSettings, request: Request, folder: ComparisonF
 def _report_stop(folder: ComparisonFolder, as_json: bool) -> None:
     resume = f"zoext compare --out {folder.path} --resume"
     if as_json:
-        print(json.dumps({"out": str(folder.path), "finished": False, "resume": resume}))
+        print(_json.text_of({"out": str(folder.path), "finished": False, "resume": resume}))
     else:
         print(f"stopped; to continue: {resume}")
 
@@ -255,6 +254,6 @@ def _report(settings: ComparisonSettings, start: Start, folder: ComparisonFolder
     if request.json:
         paths = {name: str(path) for name, path in files.items()}
         methods = [record_of(summary) for summary in summaries]
-        print(json.dumps({"out": str(folder.path), "finished": True, **paths, "methods": methods}))
+        print(_json.text_of({"out": str(folder.path), "finished": True, **paths, "methods": methods}))
     elif not request.quiet:
         print("\n".join([text, *map(str, files.values())]))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 
 import torch
 
 from zoext._benchmarking.timing import threads
-from zoext.cli import _asked, _options
+from zoext.cli import _asked, _json, _options
 from zoext.cli._errors import UserError, reading, require
 from zoext.cli._failures import of_model
 from zoext.cli._problem.asking import Asked
@@ -83,7 +82,7 @@ def _print(asked: Asked, found: dict[str, Evaluation], as_json: bool) -> None:
         record: dict[str, float | int] = {"examples": len(asked.examples)}
         for name, result in found.items():
             record |= {f"{name}{key}".lstrip("_"): value for key, value in result.record("").items()}
-        print(json.dumps(record))
+        print(_json.text_of(record))
         return
     print(f"{asked.title}: {len(asked.examples)} examples")
     for name, result in found.items():

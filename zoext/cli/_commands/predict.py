@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
     require(("transformers", "safetensors"), "finetune")
     options = vars(arguments)
     out, overwrites = options.pop("out", None), options.pop("overwrite", False)
-    if out is not None and out.exists() and not overwrites:
-        raise UserError(f"--out {out}: exists; give --overwrite or another file")
+    if out is not None:
+        _check_out(out, overwrites)
     with reading():
         request = _asked.Request.of(options)
         with threads(request.settings.threads):
             device = _options.choose_device(request.settings.device, ALONE)
             asked = request.load(device, answered=False)
+            if _COLUMN in asked.table.columns:
+                raise UserError(
+                    f"{asked.table.source}: has a column {_COLUMN!r}, which would be lost; rename it"
+                )
             lines = list(_lines(asked, request.settings.at_once, device))
     text = "".join(f"{line}\n" for line in lines)
     if out is None:
@@ -62,6 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
         with writing(out):
             atomic.write_text(out, text)
     return 0
+
+
+def _check_out(out: Path, overwrites: bool) -> None:
+    """Raises a UserError for a file that cannot be written, before the model is asked."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give a file")
+    if out.exists() and not overwrites:
+        raise UserError(f"--out {out}: exists; give --overwrite or another file")
+    if not os.access(out.parent, os.W_OK):
+        reason = "cannot be written to" if out.parent.is_dir() else "is no folder"
+        raise UserError(f"--out {out}: {out.parent} {reason}; make it so or give another file")
 
 
 def _lines(asked: Asked, batch_size: int, device: torch.device) -> Iterator[str]:

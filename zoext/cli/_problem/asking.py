@@ -46,7 +46,7 @@ def load(settings: Settings, device: torch.device, *, answered: bool, split: boo
         raise UserError("needs the folder of a run, or --model and --data")
     train, valid = read(settings, answered=answered)
     table = train if valid is None else valid
-    name, kind, config = what_is_asked(settings, table)
+    name, kind, config = what_is_asked(settings, table, answered)
     if answered and name in choosing.LABELLED:
         table = choosing.labelled(table)
     classes = _classes(settings, name, table, config)

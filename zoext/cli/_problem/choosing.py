@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -27,6 +28,8 @@ from zoext.tasks import (
 #: Kinds of data whose rows have labels.
 LABELLED = ("classification", "label-words")
 
+_NUMBER = re.compile(r"\s*[-+]?\d+(\.\d*)?\s*")
+
 #: What asks for labels if no template is given.
 _PROMPT, _MASKED_PROMPT = "{text}\nLabel:", "{text} Label: {mask}"
 _PROMPT_OF_A_PAIR = "{text}\n{text2}\nLabel:"
@@ -38,6 +41,15 @@ _BY_COLUMNS = (
     ("multiple-choice", {"choices", "answer"}),
     ("generation", {"question", "answers"}),
 )
+#: The same for rows that are to be answered, which lack the answers.
+_BY_ASKING_COLUMNS = (
+    ("chat", {"messages"}),
+    ("completion", {"prompt"}),
+    ("multiple-choice", {"question", "choices"}),
+    ("generation", {"question"}),
+)
+#: What the column with the completions may be called.
+_COMPLETIONS = ("completion", "answer", "output", "response")
 #: The options of the data that each task reads.
 _READ = {
     "label-words": {"template", "label_words", "text_column", "label_column", "loss"},
@@ -54,8 +66,10 @@ _USUAL = CommonSettings()
 _HEADS = {"causal": "causal-lm", "masked": "masked-lm", "seq2seq": "seq2seq-lm", "encoder": "masked-lm"}
 
 
-def name_of(settings: CommonSettings, table: Table, kind: str) -> str:
+def name_of(settings: CommonSettings, table: Table, kind: str, answered: bool = True) -> str:
     """The kind of the data: what ``--task`` says, or else what the columns and the head of the model say.
+
+    Rows that are not ``answered`` may lack the columns with the answers.
 
     Raises:
         UserError: for columns that tell nothing.
@@ -66,12 +80,22 @@ def name_of(settings: CommonSettings, table: Table, kind: str) -> str:
     for name, needed in _BY_COLUMNS:
         if needed <= columns:
             return name
-    if LABEL in columns and (settings.template is not None or settings.label_words):
+    if settings.label_words or (LABEL in columns and settings.template is not None):
         return "label-words"
+    if settings.template is not None and columns & set(_COMPLETIONS):
+        return "completion"
     if {"text", LABEL} <= columns:
         return "classification" if kind in (CLASSIFIER, ENCODER) else "label-words"
     if "text" in columns:
         return "causal-lm"
+    for name, needed in () if answered else _BY_ASKING_COLUMNS:
+        if needed <= columns:
+            return name
+    if "conversations" in columns:
+        raise UserError(
+            f"{table.source}: has the column conversations; call it messages, each a list of messages with "
+            "role (user or assistant) and content"
+        )
     raise UserError(
         f"{table.source}: no column 'text'; it has {', '.join(table.columns)}: name the column with "
         "--text-column and that of the labels with --label-column, give a --template with columns in braces, "
@@ -84,17 +108,29 @@ def head_of(name: str, kind: str) -> str:
     return "classification" if name == "classification" else _HEADS.get(kind, "causal-lm")
 
 
-def with_columns(table: Table, settings: CommonSettings) -> Table:
-    """The table with its columns named as tasks expect them: text, text2 and label."""
+def with_columns(table: Table, settings: CommonSettings, answered: bool = True) -> Table:
+    """The table with its columns named as tasks expect them: text, text2 and label.
+
+    Rows that are not ``answered`` need no labels.
+    """
     names: dict[str, str] = {}
     if settings.text_column is not None:
         columns = settings.text_column.split(",")
-        if len(columns) > 2:
-            raise UserError(f"--text-column {settings.text_column}: give one column, or two for pairs")
+        if len(columns) > 2 or len(set(columns)) < len(columns):
+            raise UserError(
+                f"--text-column {settings.text_column}: give one column, or two for pairs, each once"
+            )
         names |= dict(zip(columns, ("text", "text2"), strict=False))
-    # Rows that are to be answered have no labels; where they are needed, ``labelled`` misses them.
-    if settings.label_column is not None and settings.label_column in table.columns:
-        names[settings.label_column] = LABEL
+    label = settings.label_column
+    if label is not None and (answered or label in table.columns):
+        if label in names:
+            raise UserError(f"--label-column {label}: is --text-column as well; name two columns")
+        if label not in table.columns:
+            raise UserError(
+                f"--label-column {label}: {table.source} has no such column; it has "
+                f"{', '.join(table.columns)}"
+            )
+        names[label] = LABEL
     return table.renamed({old: new for old, new in names.items() if old != new})
 
 
@@ -131,7 +167,7 @@ def _task(name: str, settings: CommonSettings, table: Table, kind: str, classes:
             columns = [column for column in ("text", "text2") if column in table.columns]
             return Classification(list(classes), text=columns or ["text"])
         case "completion":
-            answer = _first(table, "completion", "answer")
+            answer = _first(table, *_COMPLETIONS)
             return Completion(template or "{prompt}", completion=answer, max_new_tokens=new_tokens)
         case "chat":
             return Chat(max_new_tokens=new_tokens)
@@ -227,7 +263,18 @@ def _check_options(name: str, settings: CommonSettings) -> None:
 
 def words_are_numbers(task: Task) -> bool:
     """Whether the answers to a prompt are numbers of classes, which tell a language model nothing."""
-    return isinstance(task, LabelWords) and all(word.strip().isdecimal() for word in task.words.values())
+    return isinstance(task, LabelWords) and all(_NUMBER.fullmatch(word) for word in task.words.values())
+
+
+def what_is_left_out(settings: CommonSettings, name: str, table: Table) -> list[str]:
+    """What to tell of a table that is read as plain text, as nobody said, although it has more columns."""
+    others = [column for column in table.columns if column != "text"]
+    if settings.task is not None or name != "causal-lm" or not others:
+        return []
+    return [
+        f"plain text is trained; of the other columns, {', '.join(others)}, none is read: name that of the "
+        "labels, if there is one, with --label-column"
+    ]
 
 
 def described(task: Any) -> str:

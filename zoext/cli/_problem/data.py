@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ TRAIN_NAMES = ("train",)
 VALID_NAMES = ("valid", "validation", "dev")
 
 LABEL = "label"
+
+#: The columns that tell what a table is for.
+_USUAL = ("text", LABEL, "prompt", "completion", "messages", "question", "choices", "answer", "answers")
+#: JSON writes letters such as emoji as pairs of escapes; programs that cut texts leave halves of them.
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 Label = int | str
 Row = Mapping[str, Any]
@@ -77,9 +83,9 @@ class Table:
 
 
 def read(
-    source: str, configuration: str | None = None, with_names: bool = True
+    source: str, configuration: str | None = None, with_names: bool = True, option: str = "--data"
 ) -> tuple[Table, Table | None]:
-    """The training rows of ``source``, and its validation rows or None.
+    """The training rows of ``source``, which ``option`` names, and its validation rows or None.
 
     On the hub, ``configuration`` selects one of several data sets of one name; "NAME:CONFIGURATION" does too.
     Where a data set stores numbers of classes and their names, the latter are read, or ``with_names`` is
@@ -90,20 +96,22 @@ def read(
         return _read_folder(path, with_names)
     if path.is_file():
         return read_file(path), None
-    if path.suffix in SUFFIXES:
-        raise UserError(f"--data {source}: no such file")
-    if source.startswith((".", "/", "~")):
-        raise cannot_load("data set", "--data", source, FileNotFoundError(source))
+    if path.suffix.lower() in SUFFIXES:
+        raise UserError(f"{option} {source}: no such file")
+    if path.exists() or source.startswith((".", "/", "~")):
+        error = OSError("neither a file nor a folder") if path.exists() else FileNotFoundError(source)
+        raise cannot_load("data set", option, source, error)
     name, _, named = source.partition(":")
-    return _read_hub(name, configuration or named or None, with_names)
+    return _read_hub(name, configuration or named or None, with_names, option)
 
 
 def read_file(path: Path) -> Table:
     """The rows of a file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix in OTHER_SUFFIXES:
-        return _of_datasets(path)
+    suffix = path.suffix.lower()
+    if suffix in OTHER_SUFFIXES:
+        return _of_datasets(path, suffix)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # each format splits lines itself
             text = file.read()
@@ -111,7 +119,7 @@ def read_file(path: Path) -> Table:
         raise UserError(
             f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8"
         ) from None
-    match path.suffix:
+    match suffix:
         case ".txt":
             lines = (line.strip() for line in _lines(text))
             return table(str(path), [{"text": line} for line in lines if line])
@@ -129,19 +137,49 @@ def _lines(text: str) -> Iterator[str]:
 
 def _csv_rows(path: Path, text: str) -> Sequence[Row]:
     csv.field_size_limit(2**31 - 1)  # texts may be long; the default of 131,072 letters refuses them
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
+    names: list[str] = []
+    read = 0  # lines of the rows so far
     try:
-        for row in reader:
-            if None in row:
-                raise UserError(
-                    f"{path}: line {reader.line_num}: row {len(rows) + 1} has more fields than the header; "
-                    "quote texts that contain commas"
-                )
-            rows.append(row)
+        for fields in reader:
+            read = reader.line_num
+            if not fields:
+                continue
+            if names:
+                rows.append(_csv_row(f"{path}: line {read}: row {len(rows) + 1}", names, fields))
+            else:
+                names = _header(path, fields)
     except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise UserError(
+                f"{path}: line {read + 1}: a quotation mark in this row is not closed; close it, and write "
+                'those within a quoted text twice, as ""'
+            ) from None
         raise UserError(f"{path}: line {reader.line_num}: {error}") from None
     return rows
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: the header names {twice!r} twice; rename or remove one of these columns")
+    spaced = next((name for name in names if name != name.strip() and name.strip() in _USUAL), None)
+    if spaced is not None:
+        raise UserError(
+            f"{path}: the header names {spaced!r}, with a space; write no spaces next to the commas"
+        )
+    return names
+
+
+def _csv_row(where: str, names: list[str], fields: list[str]) -> Row:
+    if len(fields) > len(names):
+        raise UserError(f"{where} has more fields than the header; quote texts that contain commas")
+    if len(fields) < len(names):
+        raise UserError(
+            f"{where} has no {names[len(fields)]!r}: it has fewer fields than the header; complete it"
+        )
+    return dict(zip(names, fields, strict=True))
 
 
 def _jsonl_rows(path: Path, text: str) -> Sequence[Row]:
@@ -153,10 +191,23 @@ def _jsonl_rows(path: Path, text: str) -> Sequence[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not JSON: {first_line(error)}") from None
+        if _HALF_A_PAIR.search(line) and _has_half_a_pair(row):
+            raise UserError(
+                f"{path}: line {number} has half of a pair of UTF-16 escapes, such as \\ud83d, which is no "
+                "letter; write both halves or remove it"
+            )
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is not an object such as {{'text': ..., 'label': ...}}")
         rows.append(row)
     return rows
+
+
+def _has_half_a_pair(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def table(source: str, rows: Sequence[Row], is_text: bool = False) -> Table:
@@ -252,7 +303,10 @@ def _datasets(wanted: str) -> Any:
 
 @contextmanager
 def _without_logs() -> Iterator[None]:
-    """Silences what datasets and its client of the hub log: the message of the exception replaces it."""
+    """Silences the bars of datasets, and what it and its client of the hub log: exceptions say it."""
+    datasets = importlib.import_module("datasets")
+    had_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -262,13 +316,13 @@ def _without_logs() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
-def _of_datasets(path: Path) -> Table:
-    kind = {".tsv": "csv"}.get(path.suffix, path.suffix.removeprefix("."))
-    options = (
-        {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False} if path.suffix == ".tsv" else {}
-    )
+def _of_datasets(path: Path, suffix: str) -> Table:
+    kind = {".tsv": "csv"}.get(suffix, suffix.removeprefix("."))
+    options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False} if suffix == ".tsv" else {}
     datasets = _datasets(str(path))
     try:
         with _without_logs():
@@ -279,10 +333,12 @@ def _of_datasets(path: Path) -> Table:
     return _of_dataset(str(path), loaded, with_names=True)
 
 
-def _read_hub(name: str, configuration: str | None, with_names: bool) -> tuple[Table, Table | None]:
+def _read_hub(
+    name: str, configuration: str | None, with_names: bool, option: str
+) -> tuple[Table, Table | None]:
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"--data {name}: neither a file nor a folder; "
+            f"{option} {name}: neither a file nor a folder; "
             "to load it from the Hugging Face hub: pip install datasets"
         )
     datasets = _datasets(name)
@@ -290,7 +346,7 @@ def _read_hub(name: str, configuration: str | None, with_names: bool) -> tuple[T
         with _without_logs():
             splits = datasets.load_dataset(name, configuration)
     except Exception as error:  # raised by a script, the network or a parser
-        raise cannot_load("data set", "--data", name, error) from error
+        raise cannot_load("data set", option, name, error) from error
     return _of_splits(name, splits, with_names)
 
 

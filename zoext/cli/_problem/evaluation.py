@@ -15,13 +15,13 @@ from zoext.tasks import Example, Objective
 
 @dataclass(frozen=True)
 class Estimated:
-    """A mean and its standard error over examples."""
+    """A mean and its standard error over examples, which is not a number for a single example."""
 
     value: float
     error: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.error:.4f}"
+        return f"{self.value:.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
 
 
 @dataclass(frozen=True)

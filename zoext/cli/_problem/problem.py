@@ -90,16 +90,19 @@ def load(settings: Settings) -> Problem:
         examples,
         held_out,
         names=tuple(getattr(task, "names", base.classes)),
-        notes=tuple(_notes(task, config, name, encoder, len(examples) + len(held_out))),
+        notes=(
+            *choosing.what_is_left_out(settings, name, train),
+            *_notes(task, config, name, encoder, len(examples) + len(held_out)),
+        ),
         settled=choosing.settled(name, task, settings, classes),
     )
 
 
-def what_is_asked(settings: Settings, table: Table) -> tuple[str, str, Any]:
+def what_is_asked(settings: Settings, table: Table, answered: bool = True) -> tuple[str, str, Any]:
     """The kind of the data, the kind of the model as it is asked, and its configuration."""
     config = models.config_of(str(settings.model))
     kind = models.kind_of(config, settings.task)
-    name = choosing.name_of(settings, table, kind)
+    name = choosing.name_of(settings, table, kind, answered)
     return name, kind if name == "classification" else models.kind_of(config, name), config
 
 
@@ -127,9 +130,11 @@ def read(settings: Settings, *, answered: bool = True) -> tuple[Table, Table | N
     configuration = source[1] if len(source) > 1 else None
     train, valid = data.read(source[0], configuration, with_names=preset is None)
     if settings.valid_data is not None:
-        valid, _ = data.read(settings.valid_data, with_names=preset is None)
+        valid, _ = data.read(settings.valid_data, with_names=preset is None, option="--valid-data")
     if preset is None:
-        parts = [choosing.with_columns(part, settings) for part in (train, valid) if part is not None]
+        parts = [
+            choosing.with_columns(part, settings, answered) for part in (train, valid) if part is not None
+        ]
     else:
         needed = [name for name in preset.columns if answered or name != preset.answer]
         for part in (train, valid):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+from zoext.cli import _json
 from zoext.cli._runs import outcome, records, results
 from zoext.cli._runs.best import Source, best_of
 from zoext.cli._runs.records import Record
@@ -27,7 +26,7 @@ def conclude(training: Training, quiet: bool, as_json: bool) -> None:
     results.write_model(folder.model, model, training.problem.tokenizer)
     remarks = _remarks(training, evaluations, source, kept)
     if as_json:
-        print(json.dumps(_record(training, evaluations, kept, remarks)))
+        print(_json.text_of(_record(training, evaluations, kept, remarks)))
     elif not quiet:
         print(results.report(metrics, folder, kept))
         print("\n".join(remarks))
@@ -37,7 +36,7 @@ def _report_stop(training: Training, as_json: bool) -> None:
     path = training.folder.path
     resume = f"zoext finetune --out {path} --resume"
     if as_json:
-        print(json.dumps({"out": str(path), "finished": False, "step": training.step, "resume": resume}))
+        print(_json.text_of({"out": str(path), "finished": False, "step": training.step, "resume": resume}))
     else:
         print(f"stopped after step {training.step}; to continue: {resume}")
 

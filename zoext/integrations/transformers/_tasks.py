@@ -16,6 +16,8 @@ from zoext.tasks import Batch, Example, Objective, Scores
 
 #: Arguments of a trainer that an objective takes the place of.
 _REPLACED = ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+#: How Trainer may form batches by the lengths of "input_ids".
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 class TaskLoss:
@@ -111,6 +113,13 @@ def _check(trainer: type[Trainer], arguments: Any, given: dict[str, Any]) -> Non
         raise ValueError(
             f"objective: {trainer.__name__} has a compute_loss of its own; leave out one of them"
         )
+    if getattr(arguments, "train_sampling_strategy", "random") in _BY_LENGTH or getattr(
+        arguments, "group_by_length", False
+    ):
+        raise ValueError(
+            "train_sampling_strategy: batches by length need data sets of dicts, and an objective has "
+            "examples of a task; leave it at 'random'"
+        )
     if getattr(arguments, "label_smoothing_factor", 0.0):
         raise ValueError("label_smoothing_factor: an objective has labels as they are; leave it at 0")
     for name in ("bf16_full_eval", "fp16_full_eval"):
@@ -123,10 +132,11 @@ def _check(trainer: type[Trainer], arguments: Any, given: dict[str, Any]) -> Non
 
 
 def examples_of(dataset: Any) -> list[Example]:
-    """The examples of a data set.
+    """The examples of a data set, whose losses can be found.
 
     Raises:
         TypeError: for anything but examples of a task.
+        ValueError: for an example without its right answer.
     """
     examples = list(dataset)
     for example in examples[:1]:
@@ -135,4 +145,9 @@ def examples_of(dataset: Any) -> list[Example]:
                 f"with objective, a data set has examples of task.examples(rows, encoder), not "
                 f"{type(example).__name__}"
             )
+    if not all(example.is_answered for example in examples):
+        raise ValueError(
+            "an example has no right answer, so it has no loss; make the examples without answered=False. "
+            "What the model answers is found by objective.answers(model, examples, device)"
+        )
     return examples
