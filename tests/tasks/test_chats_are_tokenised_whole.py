@@ -118,3 +118,30 @@ def test_a_greeting_answers_nothing() -> None:
     for answered in (True, False):
         with pytest.raises(RowError, match=r"messages (has no answer|holds nothing)"):
             Chat().examples([{"messages": [greeting]}], encoder, answered=answered)
+
+
+def test_tools_are_described_to_the_model() -> None:
+    """Before the conversation, and not as something to learn."""
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = "{% for t in tools or [] %}({{ t.name }}){% endfor %}" + TEMPLATE
+    encoder = Encoder(tokenizer, "causal", 100)
+    row = {"messages": MESSAGES[:2], "tools": [{"name": "add"}, {"name": "sub"}]}
+    plain = {"messages": MESSAGES[:2], "tools": None}
+    chat = Chat()
+    found = [example.rows[0] for example in chat.examples([row, plain], encoder)]
+    for tokens, text in zip(found, ("(add)(sub)", ""), strict=True):
+        whole = f"{text}<u>hi</s><a>good day</s>"
+        assert list(tokens.tokens) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    first, second = ([label for label in row.labels if label != IGNORED] for row in found)
+    assert first == second
+    (asked,) = chat.examples([row], encoder, answered=False)
+    begun = tokenizer("(add)(sub)<u>hi</s><a>", add_special_tokens=False)["input_ids"]
+    assert list(asked.rows[0].tokens) == begun
+    assert chat.key(row) != chat.key(plain)
+
+
+@pytest.mark.parametrize("tools", ["add", [1], {"name": "add"}])
+def test_tools_that_are_none(tools: Any) -> None:
+    row = {"messages": MESSAGES[:2], "tools": tools}
+    with pytest.raises(RowError, match=r"row 1: tools is .* it must be a list of objects, one for each tool"):
+        Chat().examples([row], Encoder(sentencepiece(), "causal", 100))

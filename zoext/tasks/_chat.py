@@ -13,26 +13,30 @@ from zoext.tasks._rows import IGNORED, Example, Row
 from zoext.tasks._task import Record, Task, of_rows
 from zoext.tasks._templates import RowError
 
+Tools = list[dict[str, Any]] | None
+
 
 class Chat(Task):
     """Conversations, in the chat template of the tokenizer: the loss is that of all that the assistant says.
 
     Args:
         messages: the column with the list of messages, each a dict with "role" and "content".
+        tools: the column with the list of tools that the template describes to the model, each a dict; a row
+            may lack it.
         max_new_tokens: the length of an answer that is generated. Default 50.
     """
 
     kinds = (CAUSAL,)
 
-    def __init__(self, messages: str = "messages", *, max_new_tokens: int = 50) -> None:
-        self.messages, self.max_new_tokens = messages, max_new_tokens
+    def __init__(self, messages: str = "messages", *, tools: str = "tools", max_new_tokens: int = 50) -> None:
+        self.messages, self.tools, self.max_new_tokens = messages, tools, max_new_tokens
 
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.messages,)
 
     def key(self, row: Record) -> str:
-        return repr(_before_answer(self._checked(row.get(self.messages))))
+        return repr((_before_answer(self._checked(row.get(self.messages))), self._tools_of(row)))
 
     def check(self, encoder: Encoder) -> None:
         super().check(encoder)
@@ -57,7 +61,8 @@ class Chat(Task):
         if not messages:
             raise RowError(f"{self.messages} holds nothing that the assistant could answer")
         # As it is trained: tokenizers of subwords take a space to the word that follows.
-        text = _rendered(encoder.tokenizer, messages, add_generation_prompt=True).rstrip(" ")
+        tools = self._tools_of(row)
+        text = _rendered(encoder.tokenizer, messages, tools, add_generation_prompt=True).rstrip(" ")
         (tokens,) = encoder.tokens_of([text])
         most = encoder.most_before(self.max_new_tokens)
         if len(tokens) > most:
@@ -69,7 +74,7 @@ class Chat(Task):
         messages = self._checked(row.get(self.messages))
         if not any(message["role"] == "assistant" for message in messages[1:]):
             raise RowError(f"{self.messages} has no answer of the assistant, so there is nothing to learn")
-        text, spans = self._text_and_answers(messages, encoder)
+        text, spans = self._text_and_answers(messages, self._tools_of(row), encoder)
         tokens, labels = encoder.labelled(text, spans)
         if len(tokens) > encoder.max_length:
             encoder.cuts.count(len(tokens), encoder.max_length)
@@ -79,15 +84,15 @@ class Chat(Task):
         return Row(tuple(tokens), tuple(labels))
 
     def _text_and_answers(
-        self, messages: list[dict[str, str]], encoder: Encoder
+        self, messages: list[dict[str, str]], tools: Tools, encoder: Encoder
     ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation up to its last answer, and the places of all answers in it."""
         text, spans = "", []
         for count, message in enumerate(messages, 1):
             if message["role"] != "assistant" or count == 1:  # a greeting answers nothing
                 continue
-            upto = _rendered(encoder.tokenizer, messages[:count])
-            start = _rendered(encoder.tokenizer, messages[: count - 1], add_generation_prompt=True)
+            upto = _rendered(encoder.tokenizer, messages[:count], tools)
+            start = _rendered(encoder.tokenizer, messages[: count - 1], tools, add_generation_prompt=True)
             if not (start.startswith(text) and upto.startswith(start)):
                 raise RowError(
                     "the chat template of the tokenizer changes earlier messages when others follow; "
@@ -96,6 +101,12 @@ class Chat(Task):
             spans.append((len(start), len(upto)))
             text = upto
         return text, spans
+
+    def _tools_of(self, row: Record) -> Tools:
+        tools = row.get(self.tools)
+        if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            return tools or None
+        raise RowError(f"{self.tools} is {tools!r}: it must be a list of objects, one for each tool")
 
     def _checked(self, messages: Any) -> list[dict[str, str]]:
         if not isinstance(messages, list):
@@ -121,8 +132,8 @@ def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return messages[:end]
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], tools: Tools, **options: bool) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
     except Exception as error:  # of the template, which is a program
         raise RowError(f"the chat template of the tokenizer refuses it: {error}") from None

@@ -228,7 +228,8 @@ def with_labels(table: Table, column: str = LABEL) -> Table:
         label = row.get(column)
         if isinstance(label, bool) or not isinstance(label, Label) or label == "":
             raise UserError(
-                f"{source}: row {number}: {column} is {label!r}; a label is a class, an integer or a text"
+                f"{source}: row {number}: {column} is {label!r}; a label is a class, an integer or a text: "
+                'name the classes, as in "yes" and "no"'
             )
     labels: tuple[Label, ...] = tuple(row[column] for row in table.rows)
     distinct = set(labels)
