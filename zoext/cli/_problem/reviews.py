@@ -55,12 +55,12 @@ SETTINGS: dict[str, Any] = {
     "label_words": {"negative": " negative", "positive": " positive"},
     "max_length": 64,
     "trainable": "post_attention_layernorm",
-    "lr": 2e-4,
+    "lr": 3e-4,
     "mu": 3e-3,
-    "steps": 240,
+    "steps": 160,
     "batch_size": 8,
     "schedule": "linear",
-    "eval_every": 120,
+    "eval_every": 160,
     "checkpoint": "trajectory",
 }
 
