@@ -28,7 +28,7 @@ KINDS_OF_DATA = (
 )
 TASKS = (*KINDS_OF_DATA, *PRESETS)
 DTYPES = ("float32", "bfloat16", "float16")
-PROBES = ("auto", "streamed", "inplace")
+PROBES = ("auto", "streamed", "inplace", "batched")
 PRECISIONS = ("nearest", "stochastic", "residual")
 CHECKPOINTS = ("weights", "trajectory")
 KEPT = ("last", "best")

@@ -80,10 +80,12 @@ def measure(
             f"--batches {batches}: batches of {settings.batch_size} take {wanted} training examples, and "
             f"there are {there}; give fewer --batches or a smaller --batch-size"
         )
+    # A slice evaluates one point after the other, so there is nothing to batch.
+    probe = "streamed" if settings.probe == "batched" else settings.probe
     evaluated = [_loss(problem, steps.batches(problem, settings, step, device)) for step in range(batches)]
     try:
         with closing(bar("point", plan.evaluations, 0, quiet)) as shown:
-            return slices.measure(problem.model, evaluated, plan, settings.probe, shown.update)
+            return slices.measure(problem.model, evaluated, plan, probe, shown.update)
     except StreamedProbeError as error:
         raise UserError(f"{str(error).partition('. ')[0]}; give --probe inplace") from None
 

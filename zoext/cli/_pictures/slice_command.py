@@ -27,6 +27,9 @@ HELP = "the loss of a model along random directions"
 
 _REACH = 10
 
+#: A slice evaluates one point after the other.
+_PROBES = tuple(each for each in PROBES if each != "batched")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options; settings of a model that are not given are absent from the namespace."""
@@ -57,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults.add(what, "batch-size", _options.count, "N", "examples per batch")
     defaults.add(what, "seed", _options.seed, "N", "determines directions and batches")
     what.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default {Settings.dtype})")
-    what.add_argument("--probe", choices=PROBES, help=f"how weights are perturbed (default {Settings.probe})")
+    what.add_argument(
+        "--probe", choices=_PROBES, help=f"how weights are perturbed (default {Settings.probe})"
+    )
     what.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
 

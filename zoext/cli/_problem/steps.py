@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from zoext import StreamedProbeError, ZerothOrderOptimizer
+from zoext import BatchedProbeError, StreamedProbeError, ZerothOrderOptimizer, repeat
 from zoext.cli._errors import UserError
 from zoext.cli._failures import of_model
 from zoext.cli._problem.problem import Problem
@@ -71,10 +71,17 @@ def _collated(
 
 def scores_of(problem: Problem, pieces: Sequence[Batch]) -> Scores:
     """The scores that are trained, of the examples of all pieces as of one batch."""
+    loss, predictions = _scores(problem, pieces, 1)
+    return Scores(loss[0], predictions[0])
+
+
+def _scores(problem: Problem, pieces: Sequence[Batch], copies: int) -> tuple[Tensor, Tensor]:
+    """The losses and the numbers of predictions of the examples of all pieces, [copies, B] each."""
     objective = problem.objective.training
-    each = [objective.scores(problem.model, piece) for piece in pieces]
-    return Scores(
-        torch.cat([scores.loss for scores in each]), torch.cat([scores.predictions for scores in each])
+    each = [objective.scores(problem.model, repeat(piece, copies), copies) for piece in pieces]
+    return (
+        torch.cat([scores.loss.view(copies, -1) for scores in each], 1),
+        torch.cat([scores.predictions.view(copies, -1) for scores in each], 1),
     )
 
 
@@ -95,7 +102,7 @@ def take(
 
     Raises:
         FloatingPointError: for a loss that is not finite.
-        UserError: for a model that raises, and for one whose weights streamed probes cannot perturb.
+        UserError: for a model that raises, and for one whose weights the probe cannot perturb.
     """
     closure = _loss_of(problem, settings, step, device, ranks)
     try:
@@ -103,33 +110,46 @@ def take(
     except StreamedProbeError as error:
         cause = str(error).partition(". ")[0]
         raise UserError(f"{cause}; give --probe inplace, with --overwrite") from None
+    except BatchedProbeError as error:
+        cause = str(error).partition("; probe=")[0]
+        raise UserError(f"{cause}; give --probe streamed, with --overwrite") from None
 
 
 def _loss_of(
     problem: Problem, settings: Settings, step: int, device: torch.device, ranks: Ranks
-) -> Callable[[], Tensor | tuple[Tensor, Tensor]]:
-    """The closure of a step: the loss of the batch, or of the part of this rank with its weight."""
+) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """The closure of a step: the loss of the batch, or of the part of this rank with its weight.
+
+    With ``copies``, which a batched probe gives, it is that of each copy.
+    """
     problem.objective.training.prepare(problem.model)
     examples = _examples(problem, settings, step)
     if ranks.batch_parts(settings.parallel) == 1:
         whole = _collated(problem, settings, examples, device)
 
-        def loss() -> Tensor:
+        def loss(copies: int | None = None) -> Tensor:
             with of_model(f"step {step + 1}"):
-                return scores_of(problem, whole).mean_loss()
+                return _mean_loss(*_scores(problem, whole, copies or 1), copies)
 
         return loss
     # A rank without examples evaluates one that does not count, so that it takes the step like the others.
     own = ranks.share_of(examples)
     part = _collated(problem, settings, own or examples[:1], device)
 
-    def closure() -> tuple[Tensor, Tensor]:
+    def closure(copies: int | None = None) -> tuple[Tensor, Tensor]:
         with of_model(f"step {step + 1}"):
-            scores = scores_of(problem, part)
-        predictions = scores.predictions.sum()
-        return scores.mean_loss(), predictions if own else torch.zeros_like(predictions)
+            losses, predictions = _scores(problem, part, copies or 1)
+        weight = predictions[0].sum()  # that of all copies
+        return _mean_loss(losses, predictions, copies), weight if own else torch.zeros_like(weight)
 
     return closure
+
+
+def _mean_loss(losses: Tensor, predictions: Tensor, copies: int | None) -> Tensor:
+    """The mean over predictions: [copies], or [] if no number of copies was asked for."""
+    if copies is None:
+        return losses.sum() / predictions.sum()
+    return losses.sum(1) / predictions.sum(1)
 
 
 def is_flat(optimizer: ZerothOrderOptimizer) -> Tensor:
