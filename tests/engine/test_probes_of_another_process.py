@@ -59,6 +59,30 @@ def test_losses_of_every_round(recipe: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)  # buffers as well
 
 
+class Distance(nn.Module):
+    """Returns a number and a tensor that no example of the batch has a part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x * self.weight).square().mean(), self.weight.sin()
+
+
+@pytest.mark.parametrize("direction", [zoext.Gaussian(), zoext.LowRank(rank=2)])
+def test_a_single_copy_may_return_anything(direction: zoext.Direction) -> None:
+    found = []
+    for probe in ("streamed", "batched"):
+        model = Distance()
+        optimizer = zoext.ZerothOrderOptimizer(model, direction=direction, mu=0.5, seed=3, probe=probe)
+        with optimizer.displaced([7], [0.3]):
+            found.append(model(BATCH))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][1], model.weight.sin())
+
+
 def test_mu_is_that_of_the_optimizer() -> None:
     model = model_of(torch.float32)
     optimizer = zoext.MeZO(model, mu=0.5)

@@ -144,6 +144,8 @@ def part_of(tensor: Tensor, dim: int | None, *, copy: int, copies: int) -> Tenso
 
 def joined(parts: Sequence[Any], dims: Sequence[int | None], what: Callable[[], str], examples: int) -> Any:
     """The output of all copies from that of each. One without copies is repeated for ``examples`` of each."""
+    if len(parts) == 1:
+        return parts[0]
     leaves = [Leaves(part, what) for part in parts]
     found = []
     for number, dim in enumerate(dims):
