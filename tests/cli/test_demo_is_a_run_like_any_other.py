@@ -112,18 +112,23 @@ def test_sentences() -> None:
         "3\t.9\tNeither.",
         f"4\t-3\t{'Long. ' * 14}",
         "99\t-1.5\tdull.",
+        "97\t1\tAs many as of the other label.",
+        "98\t-1.2\tIt drags on.",
         "100\t1.5\tIn the next block.",
+        "101\t-1.5\tSo too.",
         "400\t-1.5\tIn the fifth block.",
-        "800\t1.5\tIn the ninth block, which is the first again.",
+        "401\t1.5\tThis one is kind.",
+        "800\t1.5\tIn the ninth block, which is the first again, and one too many.",
     ]
     assert reviews.split("\n".join(lines)) == {
         "valid.csv": [
             ("A joy & a marvel.", "positive"),
             ("Dull.", "negative"),
-            ("In the ninth block, which is the first again.", "positive"),
+            ("As many as of the other label.", "positive"),
+            ("It drags on.", "negative"),
         ],
-        "choice.csv": [("In the fifth block.", "negative")],
-        "train.csv": [("In the next block.", "positive")],
+        "choice.csv": [("In the fifth block.", "negative"), ("This one is kind.", "positive")],
+        "train.csv": [("In the next block.", "positive"), ("So too.", "negative")],
     }
 
 
