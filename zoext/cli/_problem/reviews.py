@@ -59,10 +59,10 @@ SETTINGS: dict[str, Any] = {
     "trainable": "post_attention_layernorm",
     "lr": 2e-4,
     "mu": 3e-3,
-    "steps": 240,
+    "steps": 200,
     "batch_size": 8,
     "schedule": "linear",
-    "eval_every": 240,
+    "eval_every": 200,
     "probe": "batched",
     "checkpoint": "trajectory",
 }
