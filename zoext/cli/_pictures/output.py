@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoext._runtime import atomic
+from zoext.cli import _json
 from zoext.cli._errors import UserError, writing
 
 #: The formats of a picture, and the entry of its metadata that would make two equal pictures differ.
@@ -51,7 +50,7 @@ class Output:
         """Writes the picture, and the ``numbers`` as JSON, in which those that are not finite are null."""
         drawn = io.BytesIO()
         figure.savefig(drawn, format=self.format, dpi=_DOTS_PER_INCH, metadata={_DATES[self.format]: None})
-        text = json.dumps(_finite(numbers)) + "\n"
+        text = _json.text_of(numbers) + "\n"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.picture):
@@ -63,11 +62,3 @@ class Output:
         """Prints ``text`` unless ``quiet``."""
         if not self.quiet:
             print(text, flush=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
