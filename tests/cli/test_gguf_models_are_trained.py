@@ -14,6 +14,7 @@ from support.tiny_models import labelled
 from zoext.cli import main
 
 pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
 
 from support import gguf_model
 

@@ -192,9 +192,10 @@ def _with_head(transformers: Any, name: str, base: Base) -> Any:
 
 
 def require_gguf() -> None:
-    """Raises a UserError without the package that reads GGUF files."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("needs gguf, not installed here: pip install gguf")
+    """Raises a UserError without the packages with which transformers reads GGUF files."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}")
 
 
 def _without_bars(name: str) -> AbstractContextManager[Any]:
